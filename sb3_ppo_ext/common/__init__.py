@@ -1,0 +1,1 @@
+"""What the algorithms share, built on Stable-Baselines3: collecting, evaluating, updating."""

@@ -1,0 +1,245 @@
+"""How the core talks to a policy: observations in, distribution parameters and values out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common import distributions as sb3
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
+
+from sb3_ppo_ext.common.distributions import Family, family_of_space, params_of
+
+
+class Evaluation(NamedTuple):
+    """
+    What the present policy says of a batch of observations and of the actions that were taken there.
+
+    :param values: shape ``(batch,)``
+    :param log_prob: log-probability of the actions, shape ``(batch,)``
+    :param entropy: shape ``(batch,)``; ``None`` where there is no closed form
+    :param params: distribution parameters, shape ``(batch, n_params)``
+    """
+
+    values: th.Tensor
+    log_prob: th.Tensor
+    entropy: th.Tensor | None
+    params: th.Tensor
+
+
+class ActorCritic(Protocol):
+    """A policy as the updates see it. Observations are tensors (or dicts of them) as ``obs_as_tensor`` makes them."""
+
+    policy: ActorCriticPolicy
+    family: Family
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
+        """
+        :param obs: a batch of observations
+        :param actions: shape ``(batch, action_dim)``, as the rollout buffer holds them
+        """
+        ...
+
+    def params(self, obs: PyTorchObs) -> th.Tensor:
+        """Distribution parameters alone, shape ``(batch, n_params)``."""
+        ...
+
+    def values(self, obs: PyTorchObs) -> th.Tensor:
+        """Values alone, shape ``(batch,)``."""
+        ...
+
+
+class DirectActorCritic:
+    """
+    Runs the networks of an SB3 policy directly, and draws actions with the same torch calls as SB3, but builds no
+    distribution object and computes only what is asked for: an action costs a pass through the actor alone.
+
+    Only for a policy that :meth:`understands`. It owns nothing and is made anew for each rollout and each update, so a
+    layer that a user replaces is seen.
+
+    :param policy: the policy
+    """
+
+    _CALLS = (
+        "forward",
+        "evaluate_actions",
+        "get_distribution",
+        "predict_values",
+        "extract_features",
+        "_get_action_dist_from_latent",
+        "reset_noise",
+    )
+    _DISTRIBUTIONS = (
+        sb3.DiagGaussianDistribution,
+        sb3.StateDependentNoiseDistribution,
+        sb3.CategoricalDistribution,
+        sb3.MultiCategoricalDistribution,
+        sb3.BernoulliDistribution,
+    )
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self.policy = policy
+        self.family: Family = family_of_space(policy.action_space, squash_output=policy.squash_output)
+        self._action_dist: Any = policy.action_dist  # SB3's types do not say what only gSDE's has
+        self._is_gaussian = isinstance(policy.action_dist, sb3.DiagGaussianDistribution)
+        self._is_sde = isinstance(policy.action_dist, sb3.StateDependentNoiseDistribution)
+        space = policy.observation_space
+        self._plain_box = isinstance(space, spaces.Box) and not (policy.normalize_images and is_image_space(space))
+        self._latent_layers = _unrolled_actor(policy)
+        self._action_layers = _unrolled(policy.action_net)
+
+    @classmethod
+    def understands(cls, policy: BasePolicy) -> bool:
+        """Whether the policy computes actions and values by SB3's own methods, overriding none of them."""
+        return (
+            isinstance(policy, ActorCriticPolicy)
+            and type(policy.action_dist) in cls._DISTRIBUTIONS
+            and all(getattr(type(policy), name) is getattr(ActorCriticPolicy, name) for name in cls._CALLS)
+            and not any(name in vars(policy) for name in cls._CALLS)
+        )
+
+    @property
+    def shares_work(self) -> bool:
+        """Whether actor and critic share an extractor with parameters, so that one pass for both is the cheap way."""
+        return self.policy.share_features_extractor and any(True for _ in self.policy.features_extractor.parameters())
+
+    def act(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Draw an action for each observation, by the actor alone.
+
+        :param obs: a batch of observations
+        :return: actions, shape ``(batch, action_dim)``
+        """
+        latent_pi = self._preprocess(obs)
+        for layer in self._latent_layers:
+            latent_pi = layer(latent_pi)
+        return self._sample(latent_pi)
+
+    def act_and_evaluate(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Draw an action for each observation, and keep what the same pass yields.
+
+        :param obs: a batch of observations
+        :return: actions, distribution parameters and values
+        """
+        latent_pi, latent_vf = self._latents(obs)
+        return self._sample(latent_pi), self._params(latent_pi), self.policy.value_net(latent_vf).flatten()
+
+    def evaluate(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        One pass through actor and critic.
+
+        :param obs: a batch of observations
+        :return: distribution parameters, shape ``(batch, n_params)``, and values, shape ``(batch,)``
+        """
+        latent_pi, latent_vf = self._latents(obs)
+        return self._params(latent_pi), self.policy.value_net(latent_vf).flatten()
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
+        params, values = self.evaluate(obs)
+        return Evaluation(values, self.family.log_prob(params, actions), self.family.entropy(params), params)
+
+    def params(self, obs: PyTorchObs) -> th.Tensor:
+        features = self.policy.pi_features_extractor(self._preprocess(obs))
+        return self._params(self.policy.mlp_extractor.forward_actor(features))
+
+    def values(self, obs: PyTorchObs) -> th.Tensor:
+        features = self.policy.vf_features_extractor(self._preprocess(obs))
+        values: th.Tensor = self.policy.value_net(self.policy.mlp_extractor.forward_critic(features))
+        return values.flatten()
+
+    def _preprocess(self, obs: PyTorchObs) -> Any:
+        if self._plain_box:  # preprocess_obs looks at the space anew each time, which costs more than a small layer
+            return obs.float()  # type: ignore[union-attr]  # a tensor, for a Box
+        return preprocess_obs(obs, self.policy.observation_space, normalize_images=self.policy.normalize_images)
+
+    def _latents(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        policy = self.policy
+        inputs = self._preprocess(obs)
+        if policy.share_features_extractor:
+            return policy.mlp_extractor(policy.features_extractor(inputs))  # type: ignore[no-any-return]
+        latent_pi = policy.mlp_extractor.forward_actor(policy.pi_features_extractor(inputs))
+        return latent_pi, policy.mlp_extractor.forward_critic(policy.vf_features_extractor(inputs))
+
+    def _params(self, latent_pi: th.Tensor) -> th.Tensor:
+        out: th.Tensor = self.policy.action_net(latent_pi)
+        if self._is_gaussian:
+            return th.cat((out, self.policy.log_std.exp().expand_as(out)), dim=1)
+        if self._is_sde:
+            action_dist = self._action_dist
+            features = latent_pi if action_dist.learn_features else latent_pi.detach()
+            variance = features.square() @ action_dist.get_std(self.policy.log_std).square()
+            return th.cat((out, (variance + action_dist.epsilon).sqrt()), dim=1)
+        return out
+
+    def _sample(self, latent_pi: th.Tensor) -> th.Tensor:
+        out = latent_pi
+        for layer in self._action_layers:
+            out = layer(out)
+        if self._is_gaussian:  # what the family draws, without assembling its parameters first
+            return out + th.randn_like(out) * self.policy.log_std.exp()
+        if self._is_sde:  # the noise is a matrix, drawn before and kept for many steps, times the features
+            out = out + self._action_dist.get_noise(latent_pi)
+            return out if self._action_dist.bijector is None else out.tanh()
+        return self.family.sample(out)
+
+
+def _unrolled_actor(policy: ActorCriticPolicy) -> list[Callable[[th.Tensor], th.Tensor]]:
+    """The actor, from preprocessed observations to its last hidden layer, as a plain list of functions."""
+    extractor, mlp = policy.pi_features_extractor, policy.mlp_extractor
+    already_flat = type(extractor) is FlattenExtractor and len(policy.observation_space.shape or ()) == 1
+    layers: list[Callable[[th.Tensor], th.Tensor]] = [] if already_flat else [extractor]
+    return layers + (_unrolled(mlp.policy_net) if type(mlp) is MlpExtractor else [mlp.forward_actor])
+
+
+def _unrolled(module: nn.Module) -> list[Callable[[th.Tensor], th.Tensor]]:
+    """
+    A module as a list of functions. Calling a torch module costs as much as a small layer's arithmetic; a linear layer
+    or a tanh without hooks is replaced by the function that it calls, anything else stays the module that it is.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return [module]
+    if type(module) is nn.Sequential:
+        return [function for child in module for function in _unrolled(child)]
+    if type(module) is nn.Linear:
+        return [partial(F.linear, weight=module.weight, bias=module.bias)]
+    if type(module) is nn.Tanh:
+        return [th.tanh]
+    return [module]
+
+
+class SB3ActorCritic:
+    """
+    Asks a policy by SB3's public methods only. For a policy of the user's own that overrides some of them.
+
+    :param policy: the policy
+    :param with_params: whether :meth:`evaluate_actions` also asks for the distribution parameters, which takes a
+        further pass through the actor
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, *, with_params: bool) -> None:
+        self.policy = policy
+        self.family: Family = family_of_space(policy.action_space, squash_output=policy.squash_output)
+        self._with_params = with_params
+        self._is_discrete = isinstance(policy.action_space, spaces.Discrete)
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
+        if self._is_discrete:
+            actions = actions.long().flatten()
+        values, log_prob, entropy = self.policy.evaluate_actions(obs, actions)
+        params = self.params(obs) if self._with_params else log_prob.new_empty((len(log_prob), 0))
+        return Evaluation(values.flatten(), log_prob, entropy, params)
+
+    def params(self, obs: PyTorchObs) -> th.Tensor:
+        return params_of(self.policy.get_distribution(obs))
+
+    def values(self, obs: PyTorchObs) -> th.Tensor:
+        return self.policy.predict_values(obs).flatten()

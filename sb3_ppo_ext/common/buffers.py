@@ -1,0 +1,185 @@
+"""SB3's rollout buffers, filled in two strokes: transitions step by step, what the policy says of them all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common import buffers as sb3
+from stable_baselines3.common.type_aliases import TensorDict
+
+from sb3_ppo_ext.common.advantages import generalized_advantages
+from sb3_ppo_ext.common.distributions import family_of_space
+
+
+class RolloutSamples(NamedTuple):
+    """
+    A minibatch: the fields of SB3's ``RolloutBufferSamples``, and the distribution that the actions were drawn from.
+
+    :param observations: shape ``(batch, *obs_shape)``, or a dict of such, in the dtype of the observation space
+    :param actions: shape ``(batch, action_dim)``
+    :param old_values: shape ``(batch,)``
+    :param old_log_prob: shape ``(batch,)``
+    :param advantages: shape ``(batch,)``
+    :param returns: shape ``(batch,)``
+    :param old_params: parameters of the distribution that drew the actions, shape ``(batch, n_params)``
+    """
+
+    observations: th.Tensor | TensorDict
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    old_params: th.Tensor
+
+
+class RolloutBuffer(sb3.RolloutBuffer):
+    """
+    A rollout buffer that also holds the distribution parameters of each step, ``distribution_params``, shape
+    ``(n_steps, n_envs, n_params)``. Takes the arguments of SB3's.
+
+    It is filled either by SB3's :meth:`add`, or by :meth:`add_transition` at every step and :meth:`set_evaluation`
+    once. Its arrays keep the shape ``(n_steps, n_envs, ...)``; :meth:`get` moves a flat copy of them to the device
+    once, and cuts its minibatches out of that.
+    """
+
+    observations: Any  # an array, or for Dict observations a dict of arrays
+    distribution_params: np.ndarray
+
+    def reset(self) -> None:
+        super().reset()
+        n_params = family_of_space(self.action_space).n_params
+        self.distribution_params = np.zeros((self.buffer_size, self.n_envs, n_params), dtype=np.float32)
+        self._flat: RolloutSamples | None = None
+
+    def add_transition(self, obs: Any, action: np.ndarray, reward: np.ndarray, episode_start: np.ndarray) -> None:
+        """
+        Add one step of all environments; what the policy says of it follows with :meth:`set_evaluation`.
+
+        :param obs: the observations that were acted on
+        :param action: shape ``(n_envs, action_dim)`` or what reshapes to it
+        :param reward: shape ``(n_envs,)``
+        :param episode_start: whether the observation is the first of an episode, shape ``(n_envs,)``
+        """
+        pos = self.pos
+        self._store_obs(pos, obs)
+        self.actions[pos] = action.reshape(self.n_envs, self.action_dim)
+        self.rewards[pos] = reward
+        self.episode_starts[pos] = episode_start
+        self.pos = pos + 1
+        self.full = self.pos == self.buffer_size
+
+    def _store_obs(self, pos: int, obs: np.ndarray) -> None:
+        # Discrete observations come as (n_envs,) and are stored as (n_envs, 1), like in SB3.
+        self.observations[pos] = obs.reshape(self.n_envs, *self.obs_shape)
+
+    def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor, params: th.Tensor) -> None:
+        """
+        Set what the policy that collected the rollout says of it.
+
+        :param values: shape ``(n_steps * n_envs,)``, the environments of one step side by side
+        :param log_probs: shape ``(n_steps * n_envs,)``
+        :param params: shape ``(n_steps * n_envs, n_params)``
+        """
+        steps = (self.buffer_size, self.n_envs)
+        self.values = values.cpu().numpy().reshape(steps)
+        self.log_probs = log_probs.cpu().numpy().reshape(steps)
+        self.set_params(params)
+
+    def set_params(self, params: th.Tensor) -> None:
+        """
+        Set the distribution parameters alone.
+
+        :param params: shape ``(n_steps * n_envs, n_params)``, the environments of one step side by side
+        """
+        self.distribution_params = params.cpu().numpy().reshape(self.buffer_size, self.n_envs, -1)
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """
+        Set ``advantages`` by GAE(lambda), and ``returns = advantages + values``, the TD(lambda) estimate.
+
+        :param last_values: values of the observations after the last step, one an environment
+        :param dones: whether the last step ended an episode, shape ``(n_envs,)``
+        """
+        self.advantages = generalized_advantages(
+            self.rewards,
+            self.values,
+            self.episode_starts,
+            last_values.cpu().numpy().flatten(),
+            dones,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+        )
+        self.returns = self.advantages + self.values
+
+    def flat(self) -> RolloutSamples:
+        """
+        The whole rollout on the device, in SB3's order: all steps of the first environment, then of the next.
+
+        :return: the samples; made at the first call after a rollout, the same tensors afterwards
+        """
+        assert self.full, "the rollout buffer is not full"
+        if self._flat is None:
+            actions = self.actions.astype(np.float32, copy=False)  # as SB3: MultiBinary's int8 could not be trained on
+            self._flat = RolloutSamples(
+                self._flat_obs(),
+                self._to_flat(actions),
+                self._to_flat(self.values).flatten(),
+                self._to_flat(self.log_probs).flatten(),
+                self._to_flat(self.advantages).flatten(),
+                self._to_flat(self.returns).flatten(),
+                self._to_flat(self.distribution_params),
+            )
+        return self._flat
+
+    def _to_flat(self, array: np.ndarray) -> th.Tensor:
+        return self.to_torch(self.swap_and_flatten(array), copy=False)
+
+    def _flat_obs(self) -> th.Tensor | TensorDict:
+        return self._to_flat(self.observations)
+
+    def get(self, batch_size: int | None = None) -> Generator[RolloutSamples, None, None]:  # type: ignore[override]
+        """
+        Cut the rollout into minibatches at random (by numpy's generator, as SB3 does).
+
+        :param batch_size: samples in one; the last may be smaller; ``None``: all of them in one
+        :return: the minibatches of one epoch
+        """
+        flat = self.flat()
+        n_samples = self.buffer_size * self.n_envs
+        indices = th.from_numpy(np.random.permutation(n_samples)).to(self.device)  # noqa: NPY002
+        for batch in th.split(indices, batch_size or n_samples):
+            yield _take(flat, batch)
+
+
+class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[misc]
+    """:class:`RolloutBuffer` for Dict observations."""
+
+    def _store_obs(self, pos: int, obs: dict[str, np.ndarray]) -> None:  # type: ignore[override]
+        for key, stored in self.observations.items():
+            stored[pos] = np.reshape(obs[key], (self.n_envs, *self.obs_shape[key]))
+
+    def _flat_obs(self) -> th.Tensor | TensorDict:
+        return {key: self._to_flat(array) for key, array in self.observations.items()}
+
+
+def _take(samples: RolloutSamples, index: th.Tensor) -> RolloutSamples:
+    observations, *rest = samples
+    if isinstance(observations, dict):
+        taken: th.Tensor | TensorDict = {key: value[index] for key, value in observations.items()}
+    else:
+        taken = observations[index]
+    return RolloutSamples(taken, *(tensor[index] for tensor in rest))
+
+
+def buffer_class_for(observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:
+    """
+    The buffer for an observation space.
+
+    :param observation_space: of the environment
+    """
+    return DictRolloutBuffer if isinstance(observation_space, spaces.Dict) else RolloutBuffer

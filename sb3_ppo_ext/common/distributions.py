@@ -1,0 +1,318 @@
+"""Action distributions without state.
+
+SB3's ``Distribution`` objects are mutable and a policy owns one of them, so two calls of ``get_distribution()`` return
+the same object and the KL between "both" is zero. Here a distribution is a tensor of parameters, shape
+``(batch, n_params)``, that can be stored in a rollout buffer, and a *family* is the set of formulas that read it.
+All quantities are of the whole action: summed over its independent dimensions.
+
+The formulas are written out, since ``torch.distributions`` builds objects that cost more than the arithmetic when
+a batch has 64 rows; the tests hold them against ``torch.distributions``, SB3, sampling and enumeration.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common import distributions as sb3
+from stable_baselines3.common.preprocessing import get_action_dim
+from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """
+    A family of action distributions, its members given by ``params`` of shape ``(batch, n_params)``.
+
+    Actions have the shape ``(batch, action_dim)``, as SB3's rollout buffer holds them, in any dtype.
+    """
+
+    @property
+    @abstractmethod
+    def n_params(self) -> int:
+        """Number of parameters of one distribution."""
+
+    @property
+    @abstractmethod
+    def action_dim(self) -> int:
+        """Number of independent dimensions of the action."""
+
+    @abstractmethod
+    def sample(self, params: th.Tensor) -> th.Tensor:
+        """
+        Draw one action from each distribution, by the same torch calls in the same order as SB3,
+        so that a seed draws the actions that SB3 draws.
+
+        :param params: shape ``(batch, n_params)``
+        :return: actions, shape ``(batch, action_dim)``
+        """
+
+    @abstractmethod
+    def mode(self, params: th.Tensor) -> th.Tensor:
+        """
+        The most likely action (of a squashed Gaussian, as in SB3: the squashed mean).
+
+        :param params: shape ``(batch, n_params)``
+        :return: actions, shape ``(batch, action_dim)``
+        """
+
+    @abstractmethod
+    def log_prob(self, params: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        Log-probability (density) of the whole action.
+
+        :param params: shape ``(batch, n_params)``
+        :param actions: shape ``(batch, action_dim)``
+        :return: shape ``(batch,)``
+        """
+
+    @abstractmethod
+    def entropy(self, params: th.Tensor) -> th.Tensor | None:
+        """
+        Entropy of the whole action, in nats; ``None`` where there is no closed form (squashed Gaussian).
+
+        :param params: shape ``(batch, n_params)``
+        :return: shape ``(batch,)``
+        """
+
+    @abstractmethod
+    def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
+        """
+        Exact KL divergence KL(params || other) of the whole action: the sum over its independent dimensions.
+
+        :param params: shape ``(batch, n_params)``; the distribution the expectation is under, the old policy
+        :param other: shape ``(batch, n_params)``
+        :return: shape ``(batch,)``, in nats
+        """
+
+    @abstractmethod
+    def fisher(self, params: th.Tensor, tangent: th.Tensor) -> th.Tensor:
+        """
+        Fisher information with respect to ``params``, times a vector: ``M(params) @ tangent`` for each row. It is the
+        second derivative of ``kl(params, other)`` in ``other`` at ``other = params``.
+
+        :param params: shape ``(batch, n_params)``
+        :param tangent: shape ``(batch, n_params)``
+        :return: shape ``(batch, n_params)``
+        """
+
+
+@dataclass(frozen=True)
+class Gaussian(Family):
+    """
+    Diagonal Gaussian; ``params`` is the mean, then the standard deviation. Serves gSDE too: given the features, its
+    actions are Gaussian with a standard deviation that depends on the state.
+
+    :param dim: number of action dimensions
+    """
+
+    dim: int
+
+    @property
+    def n_params(self) -> int:
+        return 2 * self.dim
+
+    @property
+    def action_dim(self) -> int:
+        return self.dim
+
+    def sample(self, params: th.Tensor) -> th.Tensor:
+        mean, std = params.chunk(2, dim=1)
+        return mean + th.randn_like(mean) * std
+
+    def mode(self, params: th.Tensor) -> th.Tensor:
+        return params[:, : self.dim]
+
+    def log_prob(self, params: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        mean, std = params.chunk(2, dim=1)
+        z = (actions - mean) / std
+        return (-0.5 * z * z - std.log()).sum(dim=1) - self.dim * _HALF_LOG_2PI
+
+    def entropy(self, params: th.Tensor) -> th.Tensor | None:
+        return params[:, self.dim :].log().sum(dim=1) + self.dim * (0.5 + _HALF_LOG_2PI)
+
+    def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
+        mean, std = params.chunk(2, dim=1)
+        other_mean, other_std = other.chunk(2, dim=1)
+        variance_ratio = (std / other_std).square()
+        z = (mean - other_mean) / other_std
+        return 0.5 * (variance_ratio + z * z - 1.0 - variance_ratio.log()).sum(dim=1)
+
+    def fisher(self, params: th.Tensor, tangent: th.Tensor) -> th.Tensor:
+        mean_tangent, std_tangent = tangent.chunk(2, dim=1)
+        precision = params[:, self.dim :].pow(-2)
+        return th.cat((precision * mean_tangent, 2.0 * precision * std_tangent), dim=1)
+
+
+@dataclass(frozen=True)
+class SquashedGaussian(Gaussian):
+    """
+    ``tanh`` of a diagonal Gaussian; ``params`` are those of the Gaussian. KL and Fisher information are the Gaussian's,
+    as both are unchanged by a bijection of the action. As in SB3, an action within float precision of +-1 is moved
+    inside before ``tanh`` is inverted, and 1e-6 keeps the logarithm of the Jacobian finite.
+    """
+
+    def sample(self, params: th.Tensor) -> th.Tensor:
+        return super().sample(params).tanh()
+
+    def mode(self, params: th.Tensor) -> th.Tensor:
+        return super().mode(params).tanh()
+
+    def log_prob(self, params: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        gaussian_actions = sb3.TanhBijector.inverse(actions)
+        correction = (1.0 - gaussian_actions.tanh().square() + 1e-6).log().sum(dim=1)
+        return super().log_prob(params, gaussian_actions) - correction
+
+    def entropy(self, params: th.Tensor) -> th.Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Categorical(Family):
+    """
+    Independent categorical variables (a single one for ``Discrete``); ``params`` are the logits of all of them, one
+    after the other, not normalised.
+
+    :param sizes: number of choices of each variable
+    """
+
+    sizes: tuple[int, ...]
+
+    @property
+    def n_params(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.sizes)
+
+    def _split(self, params: th.Tensor) -> tuple[th.Tensor, ...]:
+        return (params,) if len(self.sizes) == 1 else th.split(params, list(self.sizes), dim=1)
+
+    def _log_probs(self, params: th.Tensor) -> th.Tensor:
+        if len(self.sizes) == 1:
+            return params.log_softmax(dim=1)
+        return th.cat([logits.log_softmax(dim=1) for logits in self._split(params)], dim=1)
+
+    def sample(self, params: th.Tensor) -> th.Tensor:
+        # SB3's Categorical(logits=...) subtracts the logsumexp first: kept, so that the draws agree to the bit.
+        draws = [
+            th.multinomial((logits - logits.logsumexp(dim=1, keepdim=True)).softmax(dim=1), 1, replacement=True)
+            for logits in self._split(params)
+        ]
+        return draws[0] if len(draws) == 1 else th.cat(draws, dim=1)
+
+    def mode(self, params: th.Tensor) -> th.Tensor:
+        return th.stack([logits.argmax(dim=1) for logits in self._split(params)], dim=1)
+
+    def log_prob(self, params: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        index = actions.long()
+        if len(self.sizes) == 1:
+            return params.log_softmax(dim=1).gather(1, index).squeeze(1)
+        chosen = [
+            logits.log_softmax(dim=1).gather(1, index[:, i : i + 1]) for i, logits in enumerate(self._split(params))
+        ]
+        return th.cat(chosen, dim=1).sum(dim=1)
+
+    def entropy(self, params: th.Tensor) -> th.Tensor | None:
+        log_probs = self._log_probs(params)
+        return -(log_probs.exp() * log_probs).sum(dim=1)
+
+    def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
+        log_probs = self._log_probs(params)
+        return (log_probs.exp() * (log_probs - self._log_probs(other))).sum(dim=1)
+
+    def fisher(self, params: th.Tensor, tangent: th.Tensor) -> th.Tensor:
+        products = []
+        for logits, u in zip(self._split(params), self._split(tangent), strict=True):
+            probs = logits.softmax(dim=1)
+            products.append(probs * (u - (probs * u).sum(dim=1, keepdim=True)))
+        return th.cat(products, dim=1)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Family):
+    """
+    Independent binary variables; ``params`` are the logits of a one.
+
+    :param dim: number of binary variables
+    """
+
+    dim: int
+
+    @property
+    def n_params(self) -> int:
+        return self.dim
+
+    @property
+    def action_dim(self) -> int:
+        return self.dim
+
+    def sample(self, params: th.Tensor) -> th.Tensor:
+        return th.bernoulli(params.sigmoid())
+
+    def mode(self, params: th.Tensor) -> th.Tensor:
+        return params.sigmoid().round()
+
+    def log_prob(self, params: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return (actions * params - F.softplus(params)).sum(dim=1)
+
+    def entropy(self, params: th.Tensor) -> th.Tensor | None:
+        return (F.softplus(params) - params.sigmoid() * params).sum(dim=1)
+
+    def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
+        return (params.sigmoid() * (params - other) + F.softplus(other) - F.softplus(params)).sum(dim=1)
+
+    def fisher(self, params: th.Tensor, tangent: th.Tensor) -> th.Tensor:
+        probs = params.sigmoid()
+        return probs * (1.0 - probs) * tangent
+
+
+def family_of_space(action_space: spaces.Space[Any], *, squash_output: bool = False) -> Family:
+    """
+    The family that SB3's policies use for an action space.
+
+    :param action_space: Box, Discrete, MultiDiscrete or MultiBinary
+    :param squash_output: whether a Box action is squashed by ``tanh`` (gSDE only)
+    :return: the family
+    :raises ValueError: for any other space, and for MultiBinary of more than one axis
+    """
+    if isinstance(action_space, spaces.Box):
+        return (SquashedGaussian if squash_output else Gaussian)(get_action_dim(action_space))
+    if isinstance(action_space, spaces.Discrete):
+        return Categorical((int(action_space.n),))
+    if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim == 1:
+        return Categorical(tuple(int(n) for n in action_space.nvec))
+    if isinstance(action_space, spaces.MultiBinary) and isinstance(action_space.n, int):
+        return Bernoulli(action_space.n)
+    raise ValueError(
+        f"action_space={action_space} is not supported: it must be Box, Discrete, "
+        "MultiDiscrete of one axis or MultiBinary of one axis"
+    )
+
+
+def params_of(distribution: sb3.Distribution) -> th.Tensor:
+    """
+    Parameters of one of SB3's distribution objects, as its family reads them.
+
+    :param distribution: what ``policy.get_distribution(obs)`` returns
+    :return: shape ``(batch, n_params)``, part of the same autograd graph
+    :raises ValueError: for a class that SB3 does not have
+    """
+    if isinstance(distribution, (sb3.DiagGaussianDistribution, sb3.StateDependentNoiseDistribution)):
+        normal = distribution.distribution
+        return th.cat((normal.mean, normal.stddev), dim=1)
+    if isinstance(distribution, (sb3.CategoricalDistribution, sb3.BernoulliDistribution)):
+        return distribution.distribution.logits
+    if isinstance(distribution, sb3.MultiCategoricalDistribution):
+        return th.cat([categorical.logits for categorical in distribution.distribution], dim=1)
+    raise ValueError(
+        f"distribution={type(distribution).__name__} is not supported where an exact KL divergence is needed: "
+        "it must be one of the classes of stable_baselines3.common.distributions"
+    )

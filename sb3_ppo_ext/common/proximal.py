@@ -1,0 +1,220 @@
+"""The update that the proximal policy optimisations share: epochs of minibatches over one rollout."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import explained_variance
+
+from sb3_ppo_ext import losses
+from sb3_ppo_ext.common.actor_critic import Evaluation
+from sb3_ppo_ext.common.buffers import RolloutSamples
+from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
+from sb3_ppo_ext.common.optimization import gradient_step, use_fused_adam
+from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int
+
+Coefficients = dict[str, float]
+Statistics = dict[str, th.Tensor]
+
+
+class PolicyLoss(NamedTuple):
+    """
+    What an algorithm makes of a minibatch.
+
+    :param loss: to be minimised, a scalar
+    :param statistics: what to log of it, scalars without gradient, by the name they are logged under
+    """
+
+    loss: th.Tensor
+    statistics: Statistics
+
+
+class ProximalAlgorithm(OnPolicyAlgorithm):
+    """
+    Epochs of minibatches over one rollout, minimising
+    ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``.
+
+    A child gives its policy loss (:meth:`_policy_loss`); it may stop an update early (:meth:`_is_too_far`) and act
+    after it (:meth:`_after_update`). The arguments are those of :class:`stable_baselines3.PPO`.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        *,
+        learning_rate: float | str | Schedule,
+        n_steps: int,
+        batch_size: int,
+        n_epochs: int,
+        gamma: float,
+        gae_lambda: float,
+        clip_range_vf: float | str | Schedule | None,
+        normalize_advantage: bool,
+        ent_coef: float,
+        vf_coef: float,
+        max_grad_norm: float,
+        use_sde: bool,
+        sde_sample_freq: int,
+        rollout_buffer_class: type[RolloutBuffer] | None,
+        rollout_buffer_kwargs: dict[str, Any] | None,
+        stats_window_size: int,
+        tensorboard_log: str | None,
+        policy_kwargs: dict[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+        device: th.device | str,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,  # type: ignore[arg-type]  # _validate turns a string into a schedule
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+            supported_action_spaces=ACTION_SPACES,
+        )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+
+    def _validate(self) -> None:
+        super()._validate()
+        check_bool("normalize_advantage", self.normalize_advantage)
+        check_int("n_epochs", self.n_epochs, minimum=1)
+        check_int("batch_size", self.batch_size, minimum=2 if self.normalize_advantage else 1)
+        if self.clip_range_vf is not None:
+            self.clip_range_vf = as_schedule("clip_range_vf", self.clip_range_vf)
+        if self.env is None:
+            return
+        n_samples = self.n_steps * self.n_envs
+        if self.normalize_advantage and n_samples < 2:
+            raise ValueError(
+                f"n_steps={self.n_steps} with {self.n_envs} environment(s) is not allowed: the advantages of a "
+                "rollout of one sample cannot be normalised; n_steps * n_envs must be at least 2"
+            )
+        if n_samples % self.batch_size:
+            warnings.warn(
+                f"batch_size={self.batch_size} does not divide n_steps * n_envs = {n_samples}: the last minibatch of "
+                f"each epoch has {n_samples % self.batch_size} samples. A factor of {n_samples} is recommended "
+                f"(n_steps={self.n_steps}, n_envs={self.n_envs}).",
+                stacklevel=2,
+            )
+
+    @abstractmethod
+    def _policy_loss(
+        self, evaluation: Evaluation, rollout_data: RolloutSamples, coefficients: Coefficients
+    ) -> PolicyLoss:
+        """
+        The algorithm's own loss.
+
+        :param evaluation: of the minibatch by the present policy
+        :param rollout_data: the minibatch, its advantages normalised if asked for
+        :param coefficients: what :meth:`_coefficients` gave for this update
+        """
+
+    def _coefficients(self) -> Coefficients:
+        """The numbers in the loss that follow a schedule, at the present progress; they are logged by these names."""
+        return {} if self.clip_range_vf is None else {"clip_range_vf": self._at_present(self.clip_range_vf)}
+
+    def _is_too_far(self, statistics: Statistics) -> bool:
+        """Whether the update is to end before the step that the minibatch would make."""
+        return False
+
+    def _after_update(self) -> None:
+        """What follows an update."""
+
+    def train(self) -> None:
+        """Update the policy from the rollout in the buffer."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        use_fused_adam(self.policy.optimizer)
+        actor_critic = self._actor_critic()
+        parameters = list(self.policy.parameters())
+        coefficients = self._coefficients()
+        history: dict[str, list[th.Tensor]] = defaultdict(list)
+        stopped_at: int | None = None
+
+        for epoch in range(self.n_epochs):
+            for rollout_data in cast(Iterable[RolloutSamples], self.rollout_buffer.get(self.batch_size)):
+                if self.normalize_advantage and len(rollout_data.advantages) > 1:
+                    advantages = rollout_data.advantages
+                    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+                    rollout_data = rollout_data._replace(advantages=advantages)
+
+                evaluation = actor_critic.evaluate_actions(rollout_data.observations, rollout_data.actions)
+                policy_loss, statistics = self._policy_loss(evaluation, rollout_data, coefficients)
+                value_loss = self._value_loss(evaluation.values, rollout_data, coefficients)
+                entropy_loss = -(evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy).mean()
+                loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+
+                statistics["policy_gradient_loss"] = policy_loss
+                statistics["value_loss"] = value_loss
+                statistics["entropy_loss"] = entropy_loss
+                statistics["loss"] = loss
+                if self._is_too_far(statistics):
+                    stopped_at = epoch
+                else:
+                    statistics["grad_norm"] = gradient_step(
+                        loss, self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm
+                    )
+                for name, statistic in statistics.items():
+                    history[name].append(statistic.detach())
+                if stopped_at is not None:
+                    break
+            self._n_updates += 1
+            if stopped_at is not None:
+                break
+
+        self._log_update(history, coefficients, stopped_at)
+        self._after_update()
+
+    def _value_loss(self, values: th.Tensor, rollout_data: RolloutSamples, coefficients: Coefficients) -> th.Tensor:
+        if "clip_range_vf" not in coefficients:
+            return losses.value_loss(values, rollout_data.returns).mean()
+        return losses.prediction_clipped_value_loss(
+            values, rollout_data.old_values, rollout_data.returns, clip_range_vf=coefficients["clip_range_vf"]
+        ).mean()
+
+    def _log_update(
+        self, history: dict[str, list[th.Tensor]], coefficients: Coefficients, stopped_at: int | None
+    ) -> None:
+        """Log the mean of each statistic over all minibatches (of one that is called a maximum, the maximum)."""
+        for name, series in history.items():
+            values = th.stack(series)
+            self.logger.record(f"train/{name}", (values.max() if name.endswith("_max") else values.mean()).item())
+        buffer = self.rollout_buffer
+        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        self.logger.record("train/explained_variance", explained)
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", self.policy.log_std.detach().exp().mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name, value in coefficients.items():
+            self.logger.record(f"train/{name}", value)
+        if stopped_at is not None:
+            self.logger.record("train/early_stop_epoch", stopped_at)
+            if self.verbose >= 1:
+                print(f"Update stopped early, at epoch {stopped_at} of {self.n_epochs}: the policy has moved too far")

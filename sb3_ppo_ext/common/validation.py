@@ -1,0 +1,101 @@
+"""Bad input is answered before training starts: ``ValueError`` naming the argument, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
+
+
+def check_int(name: str, value: object, *, minimum: int) -> None:
+    """
+    :param name: of the argument
+    :param value: given
+    :param minimum: the least that is allowed
+    :raises ValueError: unless ``value`` is an integer of at least ``minimum``
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least {minimum}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """
+    :param name: of the argument
+    :param value: given
+    :raises ValueError: unless ``value`` is True or False
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not allowed: it must be True or False")
+
+
+def check_real(
+    name: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    finite: bool = True,
+) -> None:
+    """
+    :param name: of the argument
+    :param value: given
+    :param above: exclusive lower bound
+    :param at_least: inclusive lower bound
+    :param at_most: inclusive upper bound
+    :param finite: whether infinity is refused
+    :raises ValueError: unless ``value`` is a number within the bounds
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or math.isnan(value)
+        or (finite and math.isinf(value))
+        or not (above < float(value) and at_least <= float(value) <= at_most)
+    ):
+        bounds = [f"above {above:g}"] if above > -math.inf else []
+        bounds += [f"at least {at_least:g}"] if at_least > -math.inf else []
+        bounds += [f"at most {at_most:g}"] if at_most < math.inf else []
+        allowed = " ".join(["a finite number" if finite else "a number", " and ".join(bounds)]).strip()
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+
+
+def as_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
+    """
+    A schedule from what a user may give for it.
+
+    :param name: of the argument
+    :param value: a positive number, the RL Zoo's string for a linear decrease to zero (``"lin_0.2"``), or a function
+        of the remaining progress (1 at the beginning of training, 0 at its end)
+    :return: the schedule
+    :raises ValueError: for anything else, and for a function that does not return finite numbers of at least 0
+    """
+    if isinstance(value, str):
+        kind, _, start = value.partition("_")
+        try:
+            initial = float(start) if kind == "lin" else math.nan
+        except ValueError:
+            initial = math.nan
+        if not 0.0 < initial < math.inf:
+            raise ValueError(f"{name}={value!r} is not allowed: a schedule's string is 'lin_' and a positive number")
+        return FloatSchedule(LinearSchedule(initial, 0.0, 1.0))
+    if not callable(value):
+        check_real(name, value, above=0.0)
+        return FloatSchedule(float(value))
+    _check_schedule(name, value)
+    return FloatSchedule(value)
+
+
+def _check_schedule(name: str, schedule: Callable[[float], float]) -> None:
+    for progress in (1.0, 0.5, 0.0):
+        result = schedule(progress)
+        try:
+            check_real(name, result, at_least=0.0)
+        except ValueError:
+            raise ValueError(
+                f"{name}={schedule!r} is not allowed: at progress {progress:g} it returns {result!r}, "
+                "and a schedule must return a finite number of at least 0"
+            ) from None

@@ -1,0 +1,203 @@
+"""Dual-clip PPO (Ye et al. 2020); with ``dual_clip=None``, PPO (Schulman et al. 2017)."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from typing_extensions import Self
+
+from sb3_ppo_ext import losses
+from sb3_ppo_ext.common.actor_critic import Evaluation
+from sb3_ppo_ext.common.buffers import RolloutSamples
+from sb3_ppo_ext.common.proximal import Coefficients, PolicyLoss, ProximalAlgorithm, Statistics
+from sb3_ppo_ext.common.validation import as_schedule, check_real
+
+SelfDualClipPPO = TypeVar("SelfDualClipPPO", bound="DualClipPPO")
+
+
+class DualClipPPO(ProximalAlgorithm):
+    """
+    Proximal policy optimisation with a second clip, "Mastering Complex Control in MOBA Games with Deep Reinforcement
+    Learning", Ye et al. 2020, arXiv 1912.09729, equation 5.
+
+    With ratio ``r = pi(a|s) / pi_old(a|s)`` and advantage ``A``, PPO maximises
+    ``min(r A, clip(r, 1 - low, 1 + high) A)``. Where ``A < 0`` that falls without bound as ``r`` grows, and one sample
+    may rule a whole minibatch. The second clip bounds it: where ``A < 0``, and only there, the objective is
+    ``max(min(r A, clip(r, 1 - low, 1 + high) A), c A)`` with ``c = dual_clip``.
+
+    The arguments up to ``_init_setup_model`` are those of :class:`stable_baselines3.PPO`, in its order and with its
+    defaults. ``dual_clip=None`` is that algorithm.
+
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a class
+    :param env: an environment, a vector of them, or the id of a registered one
+    :param learning_rate: a number or a schedule. A schedule is a function of the remaining progress (from 1 to 0), or
+        the RL Zoo's string for a linear decrease to zero, such as "lin_3e-4"
+    :param n_steps: steps of each environment in a rollout
+    :param batch_size: samples in a minibatch
+    :param n_epochs: passes over a rollout
+    :param gamma: discount factor
+    :param gae_lambda: trade-off between bias and variance of the advantages
+    :param clip_range: how far the ratio may fall below 1 (and, if ``clip_range_high`` is None, rise above it) before
+        its gradient ends; a number or a schedule
+    :param clip_range_vf: clip range of the value function, as SB3 clips; a number, a schedule, or None for no clipping
+    :param normalize_advantage: whether to normalise the advantages of each minibatch
+    :param ent_coef: weight of the entropy in the loss
+    :param vf_coef: weight of the value loss
+    :param max_grad_norm: largest norm of a gradient
+    :param use_sde: whether to explore by gSDE (Box actions only)
+    :param sde_sample_freq: steps between two noise matrices of gSDE; -1: one a rollout
+    :param rollout_buffer_class: a buffer of your own; it is then filled SB3's way, step by step
+    :param rollout_buffer_kwargs: further arguments for it
+    :param target_kl: if the estimated KL divergence (k3) of a minibatch is above 1.5 times this, the update ends
+        before the step that the minibatch would make; None: never
+    :param stats_window_size: episodes over which the rollout statistics are averaged
+    :param tensorboard_log: where to log for TensorBoard; None: nowhere
+    :param policy_kwargs: arguments for the policy
+    :param verbose: 0 silent, 1 information, 2 details
+    :param seed: of all random generators
+    :param device: "cpu", "cuda" or "auto"
+    :param _init_setup_model: whether to build the networks
+    :param dual_clip: c, the lower bound of the objective in units of ``A`` where ``A < 0``: a number above
+        ``1 + clip_range_high``, a schedule, or None for PPO
+    :param clip_range_high: how far the ratio may rise above 1; a number, a schedule, or None for ``clip_range``
+    :raises ValueError: for an argument that is out of range or contradicts another
+    """
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | str | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | str | Schedule = 0.2,
+        clip_range_vf: float | str | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        dual_clip: float | str | Schedule | None = 3.0,
+        clip_range_high: float | str | Schedule | None = None,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+        )
+        self.clip_range = clip_range
+        self.clip_range_high = clip_range_high
+        self.dual_clip = dual_clip
+        self.target_kl = target_kl
+        if _init_setup_model:
+            self._setup_model()
+
+    def _validate(self) -> None:
+        super()._validate()
+        self.clip_range = as_schedule("clip_range", self.clip_range)
+        if self.clip_range_high is not None:
+            self.clip_range_high = as_schedule("clip_range_high", self.clip_range_high)
+        if self.dual_clip is not None:
+            self.dual_clip = as_schedule("dual_clip", self.dual_clip)
+            name = "clip_range" if self.clip_range_high is None else "clip_range_high"
+            high = self.clip_range if self.clip_range_high is None else self.clip_range_high
+            for progress in (1.0, 0.5, 0.0):
+                if self.dual_clip(progress) <= 1.0 + high(progress):
+                    raise ValueError(
+                        f"dual_clip={self.dual_clip(progress):g} with {name}={high(progress):g} (at progress "
+                        f"{progress:g}) is not allowed: it must be above 1 + {name}, or the lower bound would "
+                        "take the gradient of samples that the first clip still lets through; None turns it off"
+                    )
+        if self.target_kl is not None:
+            check_real("target_kl", self.target_kl, above=0.0)
+
+    def _coefficients(self) -> Coefficients:
+        coefficients = super()._coefficients()
+        coefficients["clip_range"] = self._at_present(self.clip_range)
+        if self.clip_range_high is not None:
+            coefficients["clip_range_high"] = self._at_present(self.clip_range_high)
+        if self.dual_clip is not None:
+            coefficients["dual_clip"] = self._at_present(self.dual_clip)
+        return coefficients
+
+    def _policy_loss(
+        self, evaluation: Evaluation, rollout_data: RolloutSamples, coefficients: Coefficients
+    ) -> PolicyLoss:
+        surrogate = losses.dual_clip_surrogate_loss(
+            evaluation.log_prob,
+            rollout_data.old_log_prob,
+            rollout_data.advantages,
+            dual_clip=coefficients.get("dual_clip"),
+            clip_range=coefficients["clip_range"],
+            clip_range_high=coefficients.get("clip_range_high"),
+        )
+        diagnostics = surrogate.diagnostics
+        return PolicyLoss(
+            surrogate.loss.mean(),
+            {
+                "approx_kl": diagnostics.kl_k3,
+                "clip_fraction": diagnostics.clip_fraction,
+                "dual_clip_fraction": diagnostics.dual_clip_fraction,
+                "ratio_max": diagnostics.ratio_max,
+            },
+        )
+
+    def _is_too_far(self, statistics: Statistics) -> bool:
+        return self.target_kl is not None and statistics["approx_kl"].item() > 1.5 * self.target_kl
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "DualClipPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )

@@ -1,7 +1,10 @@
 """On-policy algorithms and losses for Stable-Baselines3."""
 
+from sb3_ppo_ext.adaptive_kl_ppo import AdaptiveKLPPO
 from sb3_ppo_ext.dual_clip_ppo import DualClipPPO
+from sb3_ppo_ext.reinforce import REINFORCE
+from sb3_ppo_ext.trpo import TRPO
 
 __version__ = "0.1.0"
 
-__all__ = ["DualClipPPO", "__version__"]
+__all__ = ["REINFORCE", "TRPO", "AdaptiveKLPPO", "DualClipPPO", "__version__"]

@@ -35,11 +35,35 @@ class Evaluation(NamedTuple):
     params: th.Tensor
 
 
+class Kept(NamedTuple):
+    """
+    What is kept of a rollout's evaluation. Where drawing an action already yields some of it, that is not computed
+    again; the rest is None until the rollout is full.
+
+    :param values: shape ``(batch,)``
+    :param log_prob: shape ``(batch,)``
+    :param params: shape ``(batch, n_params)``
+    """
+
+    values: th.Tensor
+    log_prob: th.Tensor | None
+    params: th.Tensor | None
+
+
 class ActorCritic(Protocol):
-    """A policy as the updates see it. Observations are tensors (or dicts of them) as ``obs_as_tensor`` makes them."""
+    """A policy as the core sees it. Observations are tensors (or dicts of them) as ``obs_as_tensor`` makes them."""
 
     policy: ActorCriticPolicy
     family: Family
+
+    def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
+        """
+        Draw an action for each observation, as SB3 draws it.
+
+        :param obs: a batch of observations
+        :return: actions, shape ``(batch, action_dim)`` or what reshapes to it, and what else the pass yielded
+        """
+        ...
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
         """
@@ -93,6 +117,9 @@ class DirectActorCritic:
         self._is_sde = isinstance(policy.action_dist, sb3.StateDependentNoiseDistribution)
         space = policy.observation_space
         self._plain_box = isinstance(space, spaces.Box) and not (policy.normalize_images and is_image_space(space))
+        self._shares_work = policy.share_features_extractor and any(
+            True for _ in policy.features_extractor.parameters()
+        )
         self._latent_layers = _unrolled_actor(policy)
         self._action_layers = _unrolled(policy.action_net)
 
@@ -106,32 +133,19 @@ class DirectActorCritic:
             and not any(name in vars(policy) for name in cls._CALLS)
         )
 
-    @property
-    def shares_work(self) -> bool:
-        """Whether actor and critic share an extractor with parameters, so that one pass for both is the cheap way."""
-        return self.policy.share_features_extractor and any(True for _ in self.policy.features_extractor.parameters())
-
-    def act(self, obs: PyTorchObs) -> th.Tensor:
+    def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         """
-        Draw an action for each observation, by the actor alone.
-
-        :param obs: a batch of observations
-        :return: actions, shape ``(batch, action_dim)``
+        Draw an action for each observation: by the actor alone, or, where a second pass through the extractor would
+        cost more than it saves, together with values and parameters.
         """
+        if self._shares_work:
+            latent_pi, latent_vf = self._latents(obs)
+            values = self.policy.value_net(latent_vf).flatten()
+            return self._sample(latent_pi), Kept(values, None, self._params(latent_pi))
         latent_pi = self._preprocess(obs)
         for layer in self._latent_layers:
             latent_pi = layer(latent_pi)
-        return self._sample(latent_pi)
-
-    def act_and_evaluate(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """
-        Draw an action for each observation, and keep what the same pass yields.
-
-        :param obs: a batch of observations
-        :return: actions, distribution parameters and values
-        """
-        latent_pi, latent_vf = self._latents(obs)
-        return self._sample(latent_pi), self._params(latent_pi), self.policy.value_net(latent_vf).flatten()
+        return self._sample(latent_pi), None
 
     def evaluate(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -187,8 +201,8 @@ class DirectActorCritic:
         if self._is_gaussian:  # what the family draws, without assembling its parameters first
             return out + th.randn_like(out) * self.policy.log_std.exp()
         if self._is_sde:  # the noise is a matrix, drawn before and kept for many steps, times the features
-            out = out + self._action_dist.get_noise(latent_pi)
-            return out if self._action_dist.bijector is None else out.tanh()
+            noise: th.Tensor = self._action_dist.get_noise(latent_pi)
+            return out + noise if self._action_dist.bijector is None else (out + noise).tanh()
         return self.family.sample(out)
 
 
@@ -230,6 +244,10 @@ class SB3ActorCritic:
         self.family: Family = family_of_space(policy.action_space, squash_output=policy.squash_output)
         self._with_params = with_params
         self._is_discrete = isinstance(policy.action_space, spaces.Discrete)
+
+    def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
+        actions, values, log_prob = self.policy(obs)
+        return actions, Kept(values.flatten(), log_prob, None)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
         if self._is_discrete:

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3
-from stable_baselines3.common.type_aliases import TensorDict
+from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_ext.common.advantages import generalized_advantages
 from sb3_ppo_ext.common.distributions import family_of_space
@@ -28,7 +28,7 @@ class RolloutSamples(NamedTuple):
     :param old_params: parameters of the distribution that drew the actions, shape ``(batch, n_params)``
     """
 
-    observations: th.Tensor | TensorDict
+    observations: PyTorchObs
     actions: th.Tensor
     old_values: th.Tensor
     old_log_prob: th.Tensor
@@ -42,9 +42,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     A rollout buffer that also holds the distribution parameters of each step, ``distribution_params``, shape
     ``(n_steps, n_envs, n_params)``. Takes the arguments of SB3's.
 
-    It is filled either by SB3's :meth:`add`, or by :meth:`add_transition` at every step and :meth:`set_evaluation`
-    once. Its arrays keep the shape ``(n_steps, n_envs, ...)``; :meth:`get` moves a flat copy of them to the device
-    once, and cuts its minibatches out of that.
+    It is filled by :meth:`add_transition` at every step and :meth:`set_evaluation` once. Its arrays keep the shape
+    ``(n_steps, n_envs, ...)``; :meth:`get` moves a flat copy of them to the device once, and cuts its minibatches out
+    of that.
     """
 
     observations: Any  # an array, or for Dict observations a dict of arrays
@@ -54,6 +54,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         super().reset()
         n_params = family_of_space(self.action_space).n_params
         self.distribution_params = np.zeros((self.buffer_size, self.n_envs, n_params), dtype=np.float32)
+        self._flat_inputs: tuple[PyTorchObs, th.Tensor] | None = None
         self._flat: RolloutSamples | None = None
 
     def add_transition(self, obs: Any, action: np.ndarray, reward: np.ndarray, episode_start: np.ndarray) -> None:
@@ -77,26 +78,18 @@ class RolloutBuffer(sb3.RolloutBuffer):
         # Discrete observations come as (n_envs,) and are stored as (n_envs, 1), like in SB3.
         self.observations[pos] = obs.reshape(self.n_envs, *self.obs_shape)
 
-    def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor, params: th.Tensor) -> None:
+    def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor, params: th.Tensor | None) -> None:
         """
         Set what the policy that collected the rollout says of it.
 
-        :param values: shape ``(n_steps * n_envs,)``, the environments of one step side by side
-        :param log_probs: shape ``(n_steps * n_envs,)``
-        :param params: shape ``(n_steps * n_envs, n_params)``
+        :param values: shape ``(n_envs * n_steps,)``, in the order of :meth:`flat`
+        :param log_probs: shape ``(n_envs * n_steps,)``
+        :param params: shape ``(n_envs * n_steps, n_params)``; None if no update will ask for them
         """
-        steps = (self.buffer_size, self.n_envs)
-        self.values = values.cpu().numpy().reshape(steps)
-        self.log_probs = log_probs.cpu().numpy().reshape(steps)
-        self.set_params(params)
-
-    def set_params(self, params: th.Tensor) -> None:
-        """
-        Set the distribution parameters alone.
-
-        :param params: shape ``(n_steps * n_envs, n_params)``, the environments of one step side by side
-        """
-        self.distribution_params = params.cpu().numpy().reshape(self.buffer_size, self.n_envs, -1)
+        self.values = self._unflat(values)
+        self.log_probs = self._unflat(log_probs)
+        if params is not None:
+            self.distribution_params = self._unflat(params)
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """
@@ -116,18 +109,30 @@ class RolloutBuffer(sb3.RolloutBuffer):
         )
         self.returns = self.advantages + self.values
 
+    def flat_inputs(self) -> tuple[PyTorchObs, th.Tensor]:
+        """
+        The observations and actions of the whole rollout on the device, in SB3's order: all steps of the first
+        environment, then of the next. They are moved there once.
+
+        :return: observations, and actions of shape ``(n_envs * n_steps, action_dim)``
+        """
+        if self._flat_inputs is None:
+            actions = self.actions.astype(np.float32, copy=False)  # as SB3: MultiBinary's int8 could not be trained on
+            self._flat_inputs = self._flat_obs(), self._to_flat(actions)
+        return self._flat_inputs
+
     def flat(self) -> RolloutSamples:
         """
-        The whole rollout on the device, in SB3's order: all steps of the first environment, then of the next.
+        The whole rollout on the device, in the order of :meth:`flat_inputs`.
 
         :return: the samples; made at the first call after a rollout, the same tensors afterwards
         """
         assert self.full, "the rollout buffer is not full"
         if self._flat is None:
-            actions = self.actions.astype(np.float32, copy=False)  # as SB3: MultiBinary's int8 could not be trained on
+            observations, actions = self.flat_inputs()
             self._flat = RolloutSamples(
-                self._flat_obs(),
-                self._to_flat(actions),
+                observations,
+                actions,
                 self._to_flat(self.values).flatten(),
                 self._to_flat(self.log_probs).flatten(),
                 self._to_flat(self.advantages).flatten(),
@@ -139,7 +144,11 @@ class RolloutBuffer(sb3.RolloutBuffer):
     def _to_flat(self, array: np.ndarray) -> th.Tensor:
         return self.to_torch(self.swap_and_flatten(array), copy=False)
 
-    def _flat_obs(self) -> th.Tensor | TensorDict:
+    def _unflat(self, tensor: th.Tensor) -> np.ndarray:
+        shape = (self.n_envs, self.buffer_size, *tensor.shape[1:])
+        return tensor.cpu().numpy().reshape(shape).swapaxes(0, 1)
+
+    def _flat_obs(self) -> PyTorchObs:
         return self._to_flat(self.observations)
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutSamples, None, None]:  # type: ignore[override]
@@ -150,10 +159,10 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :return: the minibatches of one epoch
         """
         flat = self.flat()
-        n_samples = self.buffer_size * self.n_envs
+        n_samples = len(flat.returns)
         indices = th.from_numpy(np.random.permutation(n_samples)).to(self.device)  # noqa: NPY002
         for batch in th.split(indices, batch_size or n_samples):
-            yield _take(flat, batch)
+            yield take(flat, batch)
 
 
 class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[misc]
@@ -163,17 +172,25 @@ class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[m
         for key, stored in self.observations.items():
             stored[pos] = np.reshape(obs[key], (self.n_envs, *self.obs_shape[key]))
 
-    def _flat_obs(self) -> th.Tensor | TensorDict:
+    def _flat_obs(self) -> PyTorchObs:
         return {key: self._to_flat(array) for key, array in self.observations.items()}
 
 
-def _take(samples: RolloutSamples, index: th.Tensor) -> RolloutSamples:
-    observations, *rest = samples
+def obs_rows(observations: PyTorchObs, rows: slice | th.Tensor) -> PyTorchObs:
+    """
+    Some of a batch of observations.
+
+    :param observations: a tensor, or for Dict observations a dict of tensors
+    :param rows: a range or indices of them
+    """
     if isinstance(observations, dict):
-        taken: th.Tensor | TensorDict = {key: value[index] for key, value in observations.items()}
-    else:
-        taken = observations[index]
-    return RolloutSamples(taken, *(tensor[index] for tensor in rest))
+        return {key: value[rows] for key, value in observations.items()}
+    return observations[rows]
+
+
+def take(samples: RolloutSamples, rows: th.Tensor) -> RolloutSamples:
+    observations, *rest = samples
+    return RolloutSamples(obs_rows(observations, rows), *(tensor[rows] for tensor in rest))
 
 
 def buffer_class_for(observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:

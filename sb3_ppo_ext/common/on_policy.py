@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,12 +14,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as SB3OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
-from sb3_ppo_ext.common.buffers import RolloutBuffer, buffer_class_for
+from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Kept, SB3ActorCritic
+from sb3_ppo_ext.common.buffers import RolloutBuffer, buffer_class_for, obs_rows
+from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.policies import POLICY_ALIASES
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
@@ -48,8 +50,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
 
-    # Whether the updates need the distribution parameters of the rollout (an exact KL divergence does).
-    _needs_distribution_params: ClassVar[bool] = False
+    # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
+    _needs_old_params: ClassVar[bool] = False
 
     def _validate(self) -> None:
         """
@@ -63,42 +65,76 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
         check_real("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0)
         check_real("ent_coef", self.ent_coef, at_least=0.0)
-        check_real("vf_coef", self.vf_coef, at_least=0.0)
-        check_real("max_grad_norm", self.max_grad_norm, above=0.0, finite=False)
         check_bool("use_sde", self.use_sde)
         check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
+        buffer_class = self.rollout_buffer_class
+        if self._needs_old_params and buffer_class is not None and not issubclass(buffer_class, RolloutBuffer):
+            raise ValueError(
+                f"rollout_buffer_class={buffer_class.__name__} is not allowed: {type(self).__name__} keeps the "
+                "parameters of the action distributions in the buffer, which must be a subclass of "
+                "sb3_ppo_ext.common.buffers.RolloutBuffer"
+            )
+
+    def _check_rollout_size(self, batch_size: int, normalize_advantage: bool) -> None:
+        """
+        :param batch_size: samples in a minibatch
+        :param normalize_advantage: whether the advantages are to be normalised
+        :raises ValueError: if a rollout is too small for that
+        """
+        n_samples = self.n_steps * self.n_envs
+        if normalize_advantage and n_samples < 2:
+            raise ValueError(
+                f"n_steps={self.n_steps} with {self.n_envs} environment(s) is not allowed: the advantages of a "
+                "rollout of one sample cannot be normalised; n_steps * n_envs must be at least 2"
+            )
+        if n_samples % batch_size:
+            warnings.warn(
+                f"batch_size={batch_size} does not divide n_steps * n_envs = {n_samples}: the last minibatch of each "
+                f"epoch has {n_samples % batch_size} samples. A factor of {n_samples} is recommended "
+                f"(n_steps={self.n_steps}, n_envs={self.n_envs}).",
+                stacklevel=2,
+            )
 
     def _setup_model(self) -> None:
         self._validate()
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = buffer_class_for(self.observation_space)
         super()._setup_model()
-        if self.verbose >= 1 and self._direct() is None:
+        self._family = family_of_space(self.action_space, squash_output=self.policy.squash_output)
+        if self.verbose >= 1 and not DirectActorCritic.understands(self.policy):
             print(
-                f"{type(self.policy).__name__} with {type(self.rollout_buffer).__name__} is trained through "
-                "Stable-Baselines3's own calls: correct, but slower than with a policy and a buffer that override none"
+                f"{type(self.policy).__name__} overrides methods of Stable-Baselines3's policy: it is trained through "
+                "those methods, which is slower"
             )
+        if self.verbose >= 1 and not isinstance(self.rollout_buffer, RolloutBuffer):
+            print(f"{type(self.rollout_buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_family"]
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
 
     def _at_present(self, schedule: float | str | Schedule) -> float:
         """The value of a schedule now. A callback may have put a plain number in its place."""
         return float(schedule(self._current_progress_remaining) if callable(schedule) else schedule)
 
-    def _direct(self) -> DirectActorCritic | None:
-        """The policy for direct use, if policy and buffer allow the fast way."""
-        is_ours = isinstance(self.rollout_buffer, RolloutBuffer)
-        overrides_add = type(self.rollout_buffer).add not in (
-            sb3_buffers.RolloutBuffer.add,
-            sb3_buffers.DictRolloutBuffer.add,
-        )
-        if not is_ours or overrides_add or not DirectActorCritic.understands(self.policy):
-            return None
-        return DirectActorCritic(self.policy)
-
     def _actor_critic(self) -> ActorCritic:
-        """The policy as the updates see it. Made anew for each update: a user may have replaced the policy."""
+        """The policy as the core sees it. Made anew for each rollout and each update: a user may have replaced it."""
         if DirectActorCritic.understands(self.policy):
             return DirectActorCritic(self.policy)
-        return SB3ActorCritic(self.policy, with_params=self._needs_distribution_params)
+        return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
+
+    def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
+        """
+        Whether to end the rollout, asked after each step.
+
+        :param n_steps: steps taken
+        :param n_rollout_steps: steps that a rollout has
+        :param dones: the environments in which the step ended an episode
+        """
+        return n_steps >= n_rollout_steps
 
     def collect_rollouts(
         self,
@@ -116,19 +152,17 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param n_rollout_steps: steps to collect from each environment
         :return: whether the rollout was filled; False if the callback ended it
         """
-        actor_critic = self._direct()
-        if actor_critic is None or not isinstance(rollout_buffer, RolloutBuffer):
+        if not isinstance(rollout_buffer, RolloutBuffer):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
         assert self._last_obs is not None, "No previous observation was provided"
         assert self._last_episode_starts is not None
+        actor_critic = self._actor_critic()
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
-        shares_work = actor_critic.shares_work
-        step_params: list[th.Tensor] = []
-        step_values: list[th.Tensor] = []
+        kept: list[Kept] = []
         timeouts: list[tuple[int, int, Any]] = []
         action_shape = (env.num_envs, *(self.action_space.shape or ()))
         is_box = isinstance(self.action_space, spaces.Box)
@@ -136,18 +170,15 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
         callback.on_rollout_start()
 
-        while n_steps < n_rollout_steps:
+        while True:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
             with th.inference_mode():
                 obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-                if shares_work:
-                    action_tensor, params, values = actor_critic.act_and_evaluate(obs_tensor)
-                    step_params.append(params)
-                    step_values.append(values)
-                else:
-                    action_tensor = actor_critic.act(obs_tensor)
+                action_tensor, yielded = actor_critic.act(obs_tensor)
+            if yielded is not None:
+                kept.append(yielded)
             actions = action_tensor.cpu().numpy().reshape(action_shape)
             clipped_actions = self._to_env(actions) if is_box else actions
 
@@ -169,14 +200,11 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
+            if self._rollout_is_complete(n_steps, n_rollout_steps, dones):
+                break
 
         with th.no_grad():
-            if shares_work:
-                params, values = th.cat(step_params), th.cat(step_values)
-                log_probs = actor_critic.family.log_prob(params, self._flat_actions(rollout_buffer))
-            else:
-                params, values, log_probs = self._evaluate(actor_critic, rollout_buffer)
-            rollout_buffer.set_evaluation(values, log_probs, params)
+            self._evaluate_rollout(actor_critic, rollout_buffer, kept)
             self._bootstrap_timeouts(actor_critic, rollout_buffer, timeouts)
             last_values = actor_critic.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
@@ -193,38 +221,41 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         clipped: np.ndarray = np.clip(actions, self.action_space.low, self.action_space.high)
         return clipped
 
-    def _flat_actions(self, rollout_buffer: RolloutBuffer) -> th.Tensor:
-        actions = rollout_buffer.actions.reshape(-1, rollout_buffer.action_dim).astype(np.float32, copy=False)
-        return th.as_tensor(actions, device=self.device)
-
     def _chunks(self, n_samples: int) -> Iterator[slice]:
-        """Cut a rollout so that the memory its evaluation takes is bounded."""
+        """Cut a rollout so that the memory a pass through the networks takes is bounded."""
         size = max(get_flattened_obs_dim(self.observation_space), 1)
         rows = max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // size))
-        return (slice(start, start + rows) for start in range(0, n_samples, rows))
+        return (slice(start, min(start + rows, n_samples)) for start in range(0, n_samples, rows))
 
-    def _evaluate(
-        self, actor_critic: DirectActorCritic, rollout_buffer: RolloutBuffer
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """What the policy says of the whole rollout: distribution parameters, values and log-probabilities."""
-        actions = self._flat_actions(rollout_buffer)
-        results = []
-        for chunk in self._chunks(len(actions)):
-            params, values = actor_critic.evaluate(self._flat_obs(rollout_buffer.observations, chunk))
-            results.append((params, values, actor_critic.family.log_prob(params, actions[chunk])))
-        params, values, log_probs = (th.cat(parts) for parts in zip(*results, strict=True))
-        return params, values, log_probs
+    def _evaluate_rollout(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, kept: list[Kept]) -> None:
+        """
+        Put values, log-probabilities and distribution parameters of all steps into the buffer.
 
-    def _flat_obs(self, observations: Any, chunk: slice) -> PyTorchObs:
-        def flat(array: np.ndarray) -> th.Tensor:
-            return th.as_tensor(array.reshape(-1, *array.shape[2:])[chunk], device=self.device)
-
-        if isinstance(observations, dict):
-            return {key: flat(array) for key, array in observations.items()}
-        return flat(observations)
+        :param actor_critic: the policy
+        :param rollout_buffer: holding the transitions
+        :param kept: what the steps already yielded, one a step, or empty
+        """
+        observations, actions = rollout_buffer.flat_inputs()
+        chunks = list(self._chunks(len(actions)))
+        if kept:
+            values, log_probs, params = (_env_by_env(parts) for parts in zip(*kept, strict=True))
+        else:
+            evaluations = [
+                actor_critic.evaluate_actions(obs_rows(observations, rows), actions[rows]) for rows in chunks
+            ]
+            values, log_probs, params = (
+                th.cat([getattr(e, name) for e in evaluations]) for name in ("values", "log_prob", "params")
+            )
+        if params is None and self._needs_old_params:
+            params = th.cat([actor_critic.params(obs_rows(observations, rows)) for rows in chunks])
+        if log_probs is None:
+            assert params is not None
+            log_probs = actor_critic.family.log_prob(params, actions)
+        assert values is not None
+        rollout_buffer.set_evaluation(values, log_probs, params)
 
     def _bootstrap_timeouts(
-        self, actor_critic: DirectActorCritic, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
+        self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
     ) -> None:
         """
         Add the discounted value of the final observation to the last reward of each episode that a time limit cut.
@@ -239,3 +270,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 stacked = np.stack(final_obs)
             values = actor_critic.values(self.policy.obs_to_tensor(stacked)[0])
             rollout_buffer.rewards[list(steps), list(env_indices)] += self.gamma * values.cpu().numpy()
+
+
+def _env_by_env(steps: Sequence[th.Tensor | None]) -> th.Tensor | None:
+    """What each step gave for all environments, in the order of the flat rollout; None if the steps did not give it."""
+    present = [step for step in steps if step is not None]
+    return th.stack(present, dim=1).flatten(0, 1) if present else None

@@ -46,6 +46,18 @@ def gradient_step(
     """
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
+    return clip_and_step(optimizer, parameters, max_grad_norm=max_grad_norm)
+
+
+def clip_and_step(optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor], *, max_grad_norm: float) -> th.Tensor:
+    """
+    The second half of :func:`gradient_step`, for gradients that are there already.
+
+    :param optimizer: of the parameters
+    :param parameters: whose joint gradient norm is clipped
+    :param max_grad_norm: the largest norm that is let through
+    :return: the norm before clipping, a scalar on the parameters' device
+    """
     grad_norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
     return grad_norm

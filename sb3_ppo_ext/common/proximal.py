@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from sb3_ppo_ext.common.actor_critic import Evaluation
 from sb3_ppo_ext.common.buffers import RolloutSamples
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
 from sb3_ppo_ext.common.optimization import gradient_step, use_fused_adam
-from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int
+from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
 Coefficients = dict[str, float]
 Statistics = dict[str, th.Tensor]
@@ -103,26 +102,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _validate(self) -> None:
         super()._validate()
+        check_real("vf_coef", self.vf_coef, at_least=0.0)
+        check_real("max_grad_norm", self.max_grad_norm, above=0.0, finite=False)
         check_bool("normalize_advantage", self.normalize_advantage)
         check_int("n_epochs", self.n_epochs, minimum=1)
         check_int("batch_size", self.batch_size, minimum=2 if self.normalize_advantage else 1)
         if self.clip_range_vf is not None:
             self.clip_range_vf = as_schedule("clip_range_vf", self.clip_range_vf)
-        if self.env is None:
-            return
-        n_samples = self.n_steps * self.n_envs
-        if self.normalize_advantage and n_samples < 2:
-            raise ValueError(
-                f"n_steps={self.n_steps} with {self.n_envs} environment(s) is not allowed: the advantages of a "
-                "rollout of one sample cannot be normalised; n_steps * n_envs must be at least 2"
-            )
-        if n_samples % self.batch_size:
-            warnings.warn(
-                f"batch_size={self.batch_size} does not divide n_steps * n_envs = {n_samples}: the last minibatch of "
-                f"each epoch has {n_samples % self.batch_size} samples. A factor of {n_samples} is recommended "
-                f"(n_steps={self.n_steps}, n_envs={self.n_envs}).",
-                stacklevel=2,
-            )
+        if self.env is not None:
+            self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     @abstractmethod
     def _policy_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 from stable_baselines3.common.type_aliases import Schedule
@@ -38,6 +38,7 @@ def check_real(
     above: float = -math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
+    below: float = math.inf,
     finite: bool = True,
 ) -> None:
     """
@@ -46,6 +47,7 @@ def check_real(
     :param above: exclusive lower bound
     :param at_least: inclusive lower bound
     :param at_most: inclusive upper bound
+    :param below: exclusive upper bound, if finite
     :param finite: whether infinity is refused
     :raises ValueError: unless ``value`` is a number within the bounds
     """
@@ -54,13 +56,26 @@ def check_real(
         or not isinstance(value, Real)
         or math.isnan(value)
         or (finite and math.isinf(value))
+        or (math.isfinite(below) and not float(value) < below)
         or not (above < float(value) and at_least <= float(value) <= at_most)
     ):
         bounds = [f"above {above:g}"] if above > -math.inf else []
         bounds += [f"at least {at_least:g}"] if at_least > -math.inf else []
         bounds += [f"at most {at_most:g}"] if at_most < math.inf else []
+        bounds += [f"below {below:g}"] if below < math.inf else []
         allowed = " ".join(["a finite number" if finite else "a number", " and ".join(bounds)]).strip()
         raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+
+
+def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """
+    :param name: of the argument
+    :param value: given
+    :param allowed: what it may be
+    :raises ValueError: unless ``value`` is one of ``allowed``
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(map(repr, allowed))}")
 
 
 def as_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:

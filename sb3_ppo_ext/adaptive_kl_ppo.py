@@ -1,0 +1,240 @@
+"""PPO with an adaptive KL penalty (Schulman et al. 2017, section 4)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from sb3_ppo_ext import losses
+from sb3_ppo_ext.common.actor_critic import Evaluation
+from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
+from sb3_ppo_ext.common.proximal import Coefficients, PolicyLoss, ProximalAlgorithm
+from sb3_ppo_ext.common.validation import as_schedule, check_real
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def adapted_kl_coef(
+    kl_coef: float,
+    kl: float,
+    *,
+    target_kl: float,
+    kl_tolerance: float = 1.5,
+    kl_coef_factor: float = 2.0,
+    kl_coef_min: float = 0.0,
+    kl_coef_max: float = math.inf,
+) -> float:
+    """
+    The penalty coefficient after an update that moved the policy by ``kl``: divided by ``kl_coef_factor`` if that is
+    below ``target_kl / kl_tolerance``, multiplied by it if above ``target_kl * kl_tolerance``, else as it was; Schulman
+    et al. 2017, arXiv 1707.06347, section 4.
+
+    :param kl_coef: beta, the coefficient of the update
+    :param kl: mean KL(old || new) over the rollout; if it is NaN the coefficient stays
+    :param target_kl: the KL that is aimed at
+    :param kl_tolerance: half-width of the band around the target, as a factor
+    :param kl_coef_factor: of one change
+    :param kl_coef_min: lower bound of the result
+    :param kl_coef_max: upper bound of the result
+    :return: the coefficient for the next update
+    """
+    if kl > target_kl * kl_tolerance:
+        kl_coef *= kl_coef_factor
+    elif kl < target_kl / kl_tolerance:
+        kl_coef /= kl_coef_factor
+    return min(max(kl_coef, kl_coef_min), kl_coef_max)
+
+
+class AdaptiveKLPPO(ProximalAlgorithm):
+    """
+    Proximal policy optimisation with an adaptive KL penalty, "Proximal Policy Optimization Algorithms", Schulman et al.
+    2017, arXiv 1707.06347, section 4, equation 8.
+
+    Maximises ``E[r A - beta * KL(old || new)]`` with ratio ``r = pi(a|s) / pi_old(a|s)``. The KL divergence is exact,
+    of the whole action, from the parameters of the distributions that drew the actions. After each rollout's update,
+    with d its mean over the *whole* rollout by the *final* parameters, ``beta`` is halved when ``d < target_kl / 1.5``
+    and doubled when ``d > 1.5 * target_kl``.
+
+    The arguments up to ``_init_setup_model`` are those of :class:`stable_baselines3.PPO`, in its order. All but those
+    below mean what they mean there.
+
+    :param clip_range: None for the penalty alone; a number or a schedule for penalty and clipping together
+    :param target_kl: the KL(old || new) of the whole action that an update aims at, a number or a schedule; None:
+        0.01 for each action dimension
+    :param kl_coef: beta at the beginning; the attribute of this name is the present one, it is saved with the model
+    :param kl_tolerance: how far d may be from the target, as a factor, before beta changes
+    :param kl_coef_factor: by which beta changes; 1 holds it fixed
+    :param kl_coef_min: lower bound of beta
+    :param kl_coef_max: upper bound of beta
+    :raises ValueError: for an argument that is out of range or contradicts another
+    """
+
+    _needs_old_params: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | str | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | str | Schedule | None = None,
+        clip_range_vf: float | str | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[SB3RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | str | Schedule | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        kl_coef: float = 1.0,
+        kl_tolerance: float = 1.5,
+        kl_coef_factor: float = 2.0,
+        kl_coef_min: float = 1e-4,
+        kl_coef_max: float = 1e4,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+        )
+        self.clip_range = clip_range
+        self.target_kl = target_kl
+        self.kl_coef = kl_coef
+        self.kl_tolerance = kl_tolerance
+        self.kl_coef_factor = kl_coef_factor
+        self.kl_coef_min = kl_coef_min
+        self.kl_coef_max = kl_coef_max
+        if _init_setup_model:
+            self._setup_model()
+
+    def _validate(self) -> None:
+        super()._validate()
+        if self.clip_range is not None:
+            self.clip_range = as_schedule("clip_range", self.clip_range)
+        if self.target_kl is not None:
+            self.target_kl = as_schedule("target_kl", self.target_kl)
+        check_real("kl_tolerance", self.kl_tolerance, at_least=1.0)
+        check_real("kl_coef_factor", self.kl_coef_factor, at_least=1.0)
+        check_real("kl_coef_min", self.kl_coef_min, at_least=0.0)
+        check_real("kl_coef_max", self.kl_coef_max, at_least=self.kl_coef_min)
+        check_real("kl_coef", self.kl_coef, at_least=self.kl_coef_min, at_most=self.kl_coef_max)
+
+    def _present_target_kl(self) -> float:
+        if self.target_kl is None:
+            return TARGET_KL_PER_DIMENSION * n_action_dims(self.action_space)
+        return self._at_present(self.target_kl)
+
+    def _coefficients(self) -> Coefficients:
+        coefficients = super()._coefficients()
+        coefficients["kl_coef"] = self.kl_coef
+        if self.clip_range is not None:
+            coefficients["clip_range"] = self._at_present(self.clip_range)
+        return coefficients
+
+    def _policy_loss(
+        self, evaluation: Evaluation, rollout_data: RolloutSamples, coefficients: Coefficients
+    ) -> PolicyLoss:
+        kl = self._family.kl(rollout_data.old_params, evaluation.params)
+        kl_coef = coefficients["kl_coef"]
+        if self.clip_range is None:
+            loss, diagnostics = losses.kl_penalized_surrogate_loss(
+                evaluation.log_prob, rollout_data.old_log_prob, rollout_data.advantages, kl, kl_coef=kl_coef
+            )
+        else:
+            clipped, diagnostics = losses.clipped_surrogate_loss(
+                evaluation.log_prob,
+                rollout_data.old_log_prob,
+                rollout_data.advantages,
+                clip_range=coefficients["clip_range"],
+            )
+            loss = clipped + kl_coef * kl
+        statistics = {"approx_kl": diagnostics.kl_k3, "ratio_max": diagnostics.ratio_max}
+        if self.clip_range is not None:
+            statistics["clip_fraction"] = diagnostics.clip_fraction
+        return PolicyLoss(loss.mean(), statistics)
+
+    def _after_update(self) -> None:
+        kl = self._measured_kl()
+        target_kl = self._present_target_kl()
+        self.kl_coef = adapted_kl_coef(
+            self.kl_coef,
+            kl,
+            target_kl=target_kl,
+            kl_tolerance=self.kl_tolerance,
+            kl_coef_factor=self.kl_coef_factor,
+            kl_coef_min=self.kl_coef_min,
+            kl_coef_max=self.kl_coef_max,
+        )
+        self.logger.record("train/kl", kl)
+        self.logger.record("train/target_kl", target_kl)
+
+    def _measured_kl(self) -> float:
+        """Mean KL(old || new) over the whole rollout, by the present parameters."""
+        self.policy.set_training_mode(False)  # as it was when the rollout was collected
+        actor_critic = self._actor_critic()
+        rollout = cast(RolloutBuffer, self.rollout_buffer).flat()
+        with th.no_grad():
+            total = 0.0
+            for rows in self._chunks(len(rollout.old_params)):
+                params = actor_critic.params(obs_rows(rollout.observations, rows))
+                total += self._family.kl(rollout.old_params[rows], params).sum().item()
+        return total / len(rollout.old_params)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "AdaptiveKLPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )

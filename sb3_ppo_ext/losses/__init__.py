@@ -1,0 +1,54 @@
+"""
+Losses of policy-gradient methods: pure functions of tensors that need torch and nothing else.
+
+A ``*_loss`` is elementwise and minimised; the caller reduces it. Tensors may have any shape, the same for all; ``mask``
+is 1 or True where an element counts. A hyper-parameter is a number, which is checked, or a 0-d tensor, whose value is
+not read on the host, so that schedules can enter a compiled graph::
+
+    import torch as th
+    from sb3_ppo_ext import losses
+
+    policy_loss, diagnostics = losses.dual_clip_surrogate_loss(
+        log_prob, old_log_prob, advantages, clip_range=0.2, dual_clip=3.0, mask=mask
+    )
+    value_loss = losses.value_loss(values, returns, mask=mask)
+    loss = losses.masked_mean(policy_loss + 0.5 * value_loss, mask)
+    loss.backward()
+    print(diagnostics.clip_fraction, diagnostics.kl_k3)
+"""
+
+from sb3_ppo_ext.losses.aggregation import AggregationMode, aggregate, masked_mean
+from sb3_ppo_ext.losses.kl import kl_abs, kl_k1, kl_k2, kl_k3
+from sb3_ppo_ext.losses.ratios import log_ratio, probability_ratio
+from sb3_ppo_ext.losses.surrogates import (
+    Diagnostics,
+    SurrogateLoss,
+    clipped_surrogate_loss,
+    dual_clip_surrogate_loss,
+    kl_penalized_surrogate_loss,
+    reinforce_loss,
+    surrogate_loss,
+)
+from sb3_ppo_ext.losses.values import pessimistic_clipped_value_loss, prediction_clipped_value_loss, value_loss
+
+__all__ = [
+    "AggregationMode",
+    "Diagnostics",
+    "SurrogateLoss",
+    "aggregate",
+    "clipped_surrogate_loss",
+    "dual_clip_surrogate_loss",
+    "kl_abs",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "kl_penalized_surrogate_loss",
+    "log_ratio",
+    "masked_mean",
+    "pessimistic_clipped_value_loss",
+    "prediction_clipped_value_loss",
+    "probability_ratio",
+    "reinforce_loss",
+    "surrogate_loss",
+    "value_loss",
+]

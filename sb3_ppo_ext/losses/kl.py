@@ -1,0 +1,104 @@
+"""
+Estimators of KL(old||new) from the log-probabilities of actions that the *old* policy drew.
+
+Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. With r the probability ratio of the new
+policy to the old one, and the mean taken over actions of the old:
+
+========= ========================= ======================================================================
+estimator one action's value        its mean
+========= ========================= ======================================================================
+k1        ``-log r``                KL, unbiased; of large variance, negative for half the actions
+k2        ``(log r)^2 / 2``         biased, equal to KL to second order; never negative
+k3        ``(r - 1) - log r``       KL, unbiased; of small variance, never negative
+abs       ``|log r|``               no estimate of KL, but an upper bound on it
+========= ========================= ======================================================================
+
+The gradients of k1 and k3 are unbiased too, because the policy that draws the actions is held fixed. (They are not for
+KL(new||reference) under actions of the new policy, where language-model trainers use the same formulas.)
+"""
+
+from __future__ import annotations
+
+import torch as th
+
+from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, check_scalar, zero_outside
+from sb3_ppo_ext.losses.ratios import log_ratio
+
+
+def kl_k1(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | None = None) -> th.Tensor:
+    """
+    Unbiased estimate of KL(old||new) of large variance, Schulman's k1.
+
+    ``k1 = -log r``
+
+    :param log_prob: log-probability of the action under the new policy, any shape
+    :param old_log_prob: the same under the policy that drew the action, same shape
+    :param mask: 1 or True where an element counts, same shape; None if all do
+    :return: elementwise; 0 with gradient 0 where the mask excludes
+    :raises ValueError: if the shapes differ
+    """
+    return -_log_ratio(log_prob, old_log_prob, mask)
+
+
+def kl_k2(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | None = None) -> th.Tensor:
+    """
+    Biased estimate of KL(old||new) that is never negative, Schulman's k2; right to second order in log r.
+
+    ``k2 = (log r)^2 / 2``
+
+    :param log_prob: log-probability of the action under the new policy, any shape
+    :param old_log_prob: the same under the policy that drew the action, same shape
+    :param mask: 1 or True where an element counts, same shape; None if all do
+    :return: elementwise; 0 with gradient 0 where the mask excludes
+    :raises ValueError: if the shapes differ
+    """
+    return _log_ratio(log_prob, old_log_prob, mask).square() / 2
+
+
+def kl_k3(
+    log_prob: th.Tensor,
+    old_log_prob: th.Tensor,
+    *,
+    mask: th.Tensor | None = None,
+    max_log_ratio: Scalar | None = 20.0,
+) -> th.Tensor:
+    """
+    Unbiased estimate of KL(old||new) of small variance that is never negative, Schulman's k3; SB3's ``approx_kl``.
+
+    ``k3 = (r - 1) - log r``
+
+    :param log_prob: log-probability of the action under the new policy, any shape
+    :param old_log_prob: the same under the policy that drew the action, same shape
+    :param mask: 1 or True where an element counts, same shape; None if all do
+    :param max_log_ratio: bound above on the log-ratio, > 0, since its exponential overflows; past it the gradient is 0.
+        None for no bound. (The other estimators cannot overflow and have none.)
+    :return: elementwise; 0 with gradient 0 where the mask excludes
+    :raises ValueError: if the shapes differ, or ``max_log_ratio`` is a number that is not > 0
+    """
+    check_scalar("max_log_ratio", max_log_ratio, exclusive=True)
+    log_ratios = _log_ratio(log_prob, old_log_prob, mask)
+    if max_log_ratio is not None:
+        log_ratios = log_ratios.clamp(max=max_log_ratio)
+    # expm1, because k3 of a small step is no larger than the rounding error of exp(x) - 1.
+    return log_ratios.expm1() - log_ratios
+
+
+def kl_abs(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | None = None) -> th.Tensor:
+    """
+    Distance of the log-probabilities; biased, its mean is an upper bound on KL(old||new).
+
+    ``abs = |log r|``
+
+    :param log_prob: log-probability of the action under the new policy, any shape
+    :param old_log_prob: the same under the policy that drew the action, same shape
+    :param mask: 1 or True where an element counts, same shape; None if all do
+    :return: elementwise; 0 with gradient 0 where the mask excludes
+    :raises ValueError: if the shapes differ
+    """
+    return _log_ratio(log_prob, old_log_prob, mask).abs()
+
+
+def _log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
+    log_prob, old_log_prob = zero_outside(mask, log_prob, old_log_prob)
+    return log_ratio(log_prob, old_log_prob, max_log_ratio=None)

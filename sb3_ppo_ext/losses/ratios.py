@@ -1,0 +1,51 @@
+"""How much more likely an action has become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+
+from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, check_scalar
+
+
+def log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, *, max_log_ratio: Scalar | None = 20.0) -> th.Tensor:
+    """
+    Logarithm of the probability ratio, bounded.
+
+    ``clamp(log pi_new(a|s) - log pi_old(a|s), -b, b)`` with b = ``max_log_ratio``
+
+    The bound keeps the exponential finite: exp overflows above 88 in float32. 20 is what trainers of language models
+    use and far outside any trust region; the textbook's 10 can be asked for. Where the bound acts, the log-ratio is a
+    constant and its gradient is 0.
+
+    :param log_prob: log-probability of the action under the new policy, any shape
+    :param old_log_prob: the same under the policy that drew the action, same shape
+    :param max_log_ratio: b > 0; None for no bound
+    :return: same shape
+    :raises ValueError: if the shapes differ, or ``max_log_ratio`` is a number that is not > 0
+    """
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    check_scalar("max_log_ratio", max_log_ratio, exclusive=True)
+    difference = log_prob - old_log_prob
+    if max_log_ratio is None:
+        return difference
+    bound: Any = max_log_ratio  # torch's stubs have clamp take two numbers or two tensors, no union of them
+    return difference.clamp(-bound, bound)
+
+
+def probability_ratio(
+    log_prob: th.Tensor, old_log_prob: th.Tensor, *, max_log_ratio: Scalar | None = 20.0
+) -> th.Tensor:
+    """
+    Probability ratio of the new policy to the old one, the r of Schulman et al. 2017 (arXiv 1707.06347, section 3).
+
+    ``r = pi_new(a|s) / pi_old(a|s) = exp(log_ratio)``
+
+    :param log_prob: log-probability of the action under the new policy, any shape
+    :param old_log_prob: the same under the policy that drew the action, same shape
+    :param max_log_ratio: bound on the log-ratio, see :func:`log_ratio`
+    :return: same shape
+    :raises ValueError: as :func:`log_ratio`
+    """
+    return log_ratio(log_prob, old_log_prob, max_log_ratio=max_log_ratio).exp()

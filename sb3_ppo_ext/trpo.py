@@ -1,0 +1,410 @@
+"""Trust region policy optimisation (Schulman et al. 2015)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import explained_variance
+from torch import nn
+
+from sb3_ppo_ext import losses
+from sb3_ppo_ext.common.actor_critic import ActorCritic
+from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.critic import fit_critic
+from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
+from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
+from sb3_ppo_ext.common.optimization import use_fused_adam
+from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
+from sb3_ppo_ext.numerics import (
+    ChunkedFisherVectorProduct,
+    FisherVectorProduct,
+    backtracking_line_search,
+    conjugate_gradient,
+    flatten,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CG_DAMPING_PER_DIMENSION = 0.1
+
+
+class PolicyStep(NamedTuple):
+    """
+    What became of the step of the policy in one update.
+
+    :param status: "accepted", or why the step was not taken: "constraint", "improvement" (the line search found no
+        point within the trust region, or none that improves enough), "zero_gradient", "not_positive_definite",
+        "non_finite"
+    :param objective: surrogate objective before the step
+    :param kl: mean KL(old || new) of the step that was taken, 0 if none
+    :param fraction: of the full step that was taken, 0 if none
+    :param predicted_improvement: of the objective, to first order, for the last step tried
+    :param actual_improvement: of the objective by the last step tried
+    :param cg_steps: steps of conjugate gradient
+    :param cg_residual: its relative residual
+    """
+
+    status: str
+    objective: float
+    kl: float = 0.0
+    fraction: float = 0.0
+    predicted_improvement: float = 0.0
+    actual_improvement: float = 0.0
+    cg_steps: int = 0
+    cg_residual: float = 0.0
+
+
+class TRPO(OnPolicyAlgorithm):
+    """
+    Trust region policy optimisation, Schulman et al. 2015, arXiv 1502.05477, section 6 and appendix C.
+
+    Maximises the surrogate ``L(theta) = E[r A]``, ``r = pi(a|s) / pi_old(a|s)``, subject to
+    ``E[KL(old || new)] <= target_kl``. With g its gradient and F the Fisher information of the policy, conjugate
+    gradient solves ``(F + cg_damping I) x = g``; the step is ``sqrt(2 target_kl / x'g) x``, shortened by a line search
+    until the constraint holds and L improves by at least ``accept_ratio`` of what g predicts for that length. Then the
+    critic is fitted to the returns; parameters that the actor depends on are not touched by that.
+
+    ``target_kl`` is the KL divergence of the whole action and ``cg_damping`` is added to the true Fisher matrix.
+    sb3-contrib averages both over the action dimensions: its numbers, times the number of dimensions, are these.
+
+    The policy's step is made in evaluation mode (dropout off, batch statistics fixed): the trust region is around the
+    policy that collected the rollout.
+
+    The arguments up to ``_init_setup_model`` are in the order of :class:`sb3_contrib.TRPO`.
+
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a class
+    :param env: an environment, a vector of them, or the id of a registered one
+    :param learning_rate: of the critic; a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
+    :param n_steps: steps of each environment in a rollout
+    :param batch_size: samples in a minibatch of the critic
+    :param gamma: discount factor
+    :param cg_max_steps: largest number of steps of conjugate gradient
+    :param cg_damping: multiple of the identity that is added to F; None: 0.1 for each action dimension
+    :param line_search_shrinking_factor: ratio of two successive lengths that the line search tries
+    :param line_search_max_iter: lengths that it tries
+    :param n_critic_updates: passes of the critic over a rollout
+    :param gae_lambda: trade-off between bias and variance of the advantages
+    :param use_sde: whether to explore by gSDE (Box actions only)
+    :param sde_sample_freq: steps between two noise matrices of gSDE; -1: one a rollout
+    :param rollout_buffer_class: a subclass of :class:`sb3_ppo_ext.common.buffers.RolloutBuffer`
+    :param rollout_buffer_kwargs: further arguments for it
+    :param normalize_advantage: whether to normalise the advantages of a rollout
+    :param target_kl: largest mean KL(old || new) of the whole action; a number or a schedule; None: 0.01 for each
+        action dimension
+    :param fvp_subsampling: use each so-many-th sample in the products with F; the gradient and the line search always
+        use all
+    :param stats_window_size: episodes over which the rollout statistics are averaged
+    :param tensorboard_log: where to log for TensorBoard; None: nowhere
+    :param policy_kwargs: arguments for the policy
+    :param verbose: 0 silent, 1 information, 2 details
+    :param seed: of all random generators
+    :param device: "cpu", "cuda" or "auto"
+    :param _init_setup_model: whether to build the networks
+    :param cg_residual_tol: relative residual ``|g - (F + cg_damping I) x| / |g|`` at which conjugate gradient stops
+    :param accept_ratio: part of the predicted improvement that a step must make
+    :param ent_coef: weight of the entropy in the objective
+    :raises ValueError: for an argument that is out of range or contradicts another
+    """
+
+    _needs_old_params: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | str | Schedule = 1e-3,
+        n_steps: int = 2048,
+        batch_size: int = 128,
+        gamma: float = 0.99,
+        cg_max_steps: int = 15,
+        cg_damping: float | None = None,
+        line_search_shrinking_factor: float = 0.8,
+        line_search_max_iter: int = 10,
+        n_critic_updates: int = 10,
+        gae_lambda: float = 0.95,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[SB3RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        normalize_advantage: bool = True,
+        target_kl: float | str | Schedule | None = None,
+        fvp_subsampling: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        cg_residual_tol: float = 1e-6,
+        accept_ratio: float = 0.1,
+        ent_coef: float = 0.0,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,  # type: ignore[arg-type]  # _validate turns a string into a schedule
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=1.0,  # the critic has a loss of its own
+            max_grad_norm=math.inf,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+            supported_action_spaces=ACTION_SPACES,
+        )
+        self.batch_size = batch_size
+        self.cg_max_steps = cg_max_steps
+        self.cg_damping = cg_damping
+        self.cg_residual_tol = cg_residual_tol
+        self.line_search_shrinking_factor = line_search_shrinking_factor
+        self.line_search_max_iter = line_search_max_iter
+        self.accept_ratio = accept_ratio
+        self.n_critic_updates = n_critic_updates
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.fvp_subsampling = fvp_subsampling
+        if _init_setup_model:
+            self._setup_model()
+
+    def _validate(self) -> None:
+        super()._validate()
+        check_int("batch_size", self.batch_size, minimum=1)
+        check_int("cg_max_steps", self.cg_max_steps, minimum=1)
+        check_real("cg_residual_tol", self.cg_residual_tol, at_least=0.0)
+        if self.cg_damping is not None:
+            check_real("cg_damping", self.cg_damping, at_least=0.0)
+        check_real("line_search_shrinking_factor", self.line_search_shrinking_factor, above=0.0, below=1.0)
+        check_int("line_search_max_iter", self.line_search_max_iter, minimum=1)
+        check_real("accept_ratio", self.accept_ratio, at_least=0.0, below=1.0)
+        check_int("n_critic_updates", self.n_critic_updates, minimum=1)
+        check_int("fvp_subsampling", self.fvp_subsampling, minimum=1)
+        check_bool("normalize_advantage", self.normalize_advantage)
+        if self.target_kl is not None:
+            self.target_kl = as_schedule("target_kl", self.target_kl)
+        if self.env is not None:
+            self._check_rollout_size(self.batch_size, self.normalize_advantage)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.verbose >= 1:
+            dims = n_action_dims(self.action_space)
+            print(
+                f"target_kl={self._present_target_kl():g}, cg_damping={self._present_cg_damping():g}: of the whole "
+                f"action, which has {dims} dimension(s)"
+            )
+
+    def _present_target_kl(self) -> float:
+        if self.target_kl is None:
+            return TARGET_KL_PER_DIMENSION * n_action_dims(self.action_space)
+        return self._at_present(self.target_kl)
+
+    def _present_cg_damping(self) -> float:
+        if self.cg_damping is None:
+            return CG_DAMPING_PER_DIMENSION * n_action_dims(self.action_space)
+        return self.cg_damping
+
+    def train(self) -> None:
+        """Update the policy from the rollout in the buffer: one step of the actor, then epochs of the critic."""
+        self._update_learning_rate(self.policy.optimizer)
+        use_fused_adam(self.policy.optimizer)
+        self.policy.set_training_mode(False)
+        actor_critic = self._actor_critic()
+        buffer = cast(RolloutBuffer, self.rollout_buffer)
+        rollout = buffer.flat()
+        if self.normalize_advantage:
+            advantages = rollout.advantages
+            rollout = rollout._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
+
+        step, actor_parameters = self._policy_step(actor_critic, rollout)
+        if step.status in ("non_finite", "not_positive_definite", "zero_gradient"):
+            warnings.warn(f"TRPO left the policy as it was in this update: {step.status}", stacklevel=2)
+        if bool(rollout.returns.isfinite().all()):
+            value_losses = fit_critic(
+                actor_critic,
+                buffer,
+                self.policy.optimizer,
+                actor_parameters,
+                n_epochs=self.n_critic_updates,
+                batch_size=self.batch_size,
+            )
+            self.logger.record("train/value_loss", th.stack(value_losses).mean().item())
+        self._n_updates += 1
+        self._log_update(step)
+
+    def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples) -> tuple[PolicyStep, list[nn.Parameter]]:
+        """
+        One natural-gradient step of the actor.
+
+        :param actor_critic: the policy
+        :param rollout: all samples, their advantages normalised if asked for
+        :return: what became of it, and the parameters that the actor depends on
+        """
+        gradient, objective, parameters = self._objective_gradient(actor_critic, rollout)
+        if not (math.isfinite(objective) and bool(gradient.isfinite().all())):
+            return PolicyStep("non_finite", objective), parameters
+        if not bool(gradient.any()):
+            return PolicyStep("zero_gradient", objective), parameters
+
+        fisher_vector_product = self._fisher_vector_product(actor_critic, rollout, parameters)
+        direction, cg_steps, cg_residual, cg_status = conjugate_gradient(
+            fisher_vector_product, gradient, max_steps=self.cg_max_steps, rtol=self.cg_residual_tol
+        )
+        del fisher_vector_product  # and the graph that it keeps
+        target_kl = self._present_target_kl()
+        # The residual of conjugate gradient from zero is orthogonal to x, so x'(F + damping I)x = x'g.
+        curvature = direction.dot(gradient).item()
+        if not 0.0 < curvature < math.inf:
+            status = "non_finite" if cg_status == "non_finite" else "not_positive_definite"
+            return PolicyStep(status, objective, cg_steps=cg_steps, cg_residual=cg_residual), parameters
+        full_step = math.sqrt(2.0 * target_kl / curvature) * direction
+
+        search = backtracking_line_search(
+            parameters,
+            full_step,
+            lambda: self._objective_and_kl(actor_critic, rollout),
+            objective_before=objective,
+            expected_improvement=gradient.dot(full_step).item(),
+            constraint_limit=target_kl,
+            shrinking_factor=self.line_search_shrinking_factor,
+            max_iter=self.line_search_max_iter,
+            accept_ratio=self.accept_ratio,
+        )
+        step = PolicyStep(
+            status=search.reason,
+            objective=objective,
+            kl=search.constraint if search.accepted else 0.0,
+            fraction=search.fraction,
+            predicted_improvement=search.predicted_improvement,
+            actual_improvement=search.improvement,
+            cg_steps=cg_steps,
+            cg_residual=cg_residual,
+        )
+        return step, parameters
+
+    def _objective(
+        self, params: th.Tensor, actions: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor
+    ) -> th.Tensor:
+        """The objective of each sample: ``r A``, and the entropy if it has a weight."""
+        log_prob = self._family.log_prob(params, actions)
+        objective = -losses.surrogate_loss(log_prob, old_log_prob, advantages).loss
+        if self.ent_coef > 0.0:
+            entropy = self._family.entropy(params)
+            objective = objective + self.ent_coef * (-log_prob if entropy is None else entropy)
+        return objective
+
+    def _objective_gradient(
+        self, actor_critic: ActorCritic, rollout: RolloutSamples
+    ) -> tuple[th.Tensor, float, list[nn.Parameter]]:
+        """
+        Gradient and value of the mean objective, and the parameters that its graph reaches: those of the actor.
+
+        :return: the gradient, shape ``(n,)``, the objective and the parameters, n elements in all
+        """
+        candidates = [p for p in self.policy.parameters() if p.requires_grad]
+        n_samples = len(rollout.advantages)
+        total: dict[nn.Parameter, th.Tensor] = {}
+        objective = 0.0
+        for rows in self._chunks(n_samples):
+            params = actor_critic.params(obs_rows(rollout.observations, rows))
+            chunk_objective = (
+                self._objective(
+                    params, rollout.actions[rows], rollout.old_log_prob[rows], rollout.advantages[rows]
+                ).sum()
+                / n_samples
+            )
+            grads = th.autograd.grad(chunk_objective, candidates, allow_unused=True)
+            for parameter, grad in zip(candidates, grads, strict=True):
+                if grad is not None:
+                    total[parameter] = total[parameter] + grad if parameter in total else grad
+            objective += chunk_objective.item()
+        return flatten(list(total.values())), objective, list(total)
+
+    def _fisher_vector_product(
+        self, actor_critic: ActorCritic, rollout: RolloutSamples, parameters: list[nn.Parameter]
+    ) -> FisherVectorProduct | ChunkedFisherVectorProduct:
+        observations = obs_rows(rollout.observations, slice(None, None, self.fvp_subsampling))
+        n_rows = len(range(0, len(rollout.advantages), self.fvp_subsampling))
+        chunks = list(self._chunks(n_rows))
+        damping = self._present_cg_damping()
+        if len(chunks) == 1:
+            outputs = actor_critic.params(observations)
+            return FisherVectorProduct(outputs, parameters, self._family.fisher, damping=damping)
+        return ChunkedFisherVectorProduct(
+            lambda rows: actor_critic.params(obs_rows(observations, rows)),
+            n_rows,
+            parameters,
+            self._family.fisher,
+            chunk_size=chunks[0].stop,
+            damping=damping,
+        )
+
+    def _objective_and_kl(self, actor_critic: ActorCritic, rollout: RolloutSamples) -> tuple[th.Tensor, th.Tensor]:
+        """Mean objective and mean KL(old || new) by the present parameters."""
+        n_samples = len(rollout.advantages)
+        objective = kl = th.zeros((), device=rollout.advantages.device)
+        for rows in self._chunks(n_samples):
+            params = actor_critic.params(obs_rows(rollout.observations, rows))
+            objective = (
+                objective
+                + self._objective(
+                    params, rollout.actions[rows], rollout.old_log_prob[rows], rollout.advantages[rows]
+                ).sum()
+            )
+            kl = kl + self._family.kl(rollout.old_params[rows], params).sum()
+        return objective / n_samples, kl / n_samples
+
+    def _log_update(self, step: PolicyStep) -> None:
+        record = self.logger.record
+        record("train/step_status", step.status, exclude="tensorboard")
+        record("train/is_line_search_success", float(step.status == "accepted"))
+        record("train/policy_objective", step.objective)
+        record("train/predicted_improvement", step.predicted_improvement)
+        record("train/actual_improvement", step.actual_improvement)
+        record("train/kl", step.kl)
+        record("train/target_kl", self._present_target_kl())
+        record("train/step_fraction", step.fraction)
+        record("train/cg_steps", step.cg_steps)
+        record("train/cg_residual", step.cg_residual)
+        record("train/cg_damping", self._present_cg_damping())
+        buffer = self.rollout_buffer
+        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        if hasattr(self.policy, "log_std"):
+            record("train/std", self.policy.log_std.detach().exp().mean().item())
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "TRPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )

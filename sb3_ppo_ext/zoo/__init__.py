@@ -1,0 +1,14 @@
+"""The door to rl_zoo3: our algorithms and their hyper-parameters under its commands."""
+
+try:
+    import rl_zoo3  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'sb3_ppo_ext.zoo needs rl_zoo3, and {error.name} is missing: pip install "sb3-ppo-ext[zoo]"',
+        name=error.name,
+    ) from error
+
+from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
+from sb3_ppo_ext.zoo.registration import ALGORITHMS, config_path, register
+
+__all__ = ["ALGORITHMS", "ZooExperimentManager", "config_path", "register"]

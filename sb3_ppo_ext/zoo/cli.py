@@ -1,0 +1,114 @@
+"""The command ``sb3-ppo-ext``: rl_zoo3's commands, with our algorithms among those they know."""
+
+import contextlib
+import difflib
+import importlib
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sb3_ppo_ext
+from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
+from sb3_ppo_ext.zoo.registration import ALGORITHMS, register
+
+# Each command and what it does. All are rl_zoo3's own, with rl_zoo3's own flags.
+_COMMANDS = {
+    "train": "train an agent, continue training one, or search for hyper-parameters",
+    "enjoy": "watch a trained agent",
+    "plot_train": "plot training rewards",
+    "plot_from_file": "plot what all_plots has gathered",
+    "all_plots": "gather evaluations of several runs, plot them and make a table",
+    "record_video": "record a video of a trained agent",
+    "record_training": "record a video of every checkpoint of a training",
+}
+
+_HELP = f"""usage: sb3-ppo-ext [-h] [--version] <command> ...
+
+rl_zoo3's commands, which also know {", ".join(ALGORITHMS)}.
+
+{chr(10).join(f"  {command:<16} {what}" for command, what in _COMMANDS.items())}
+
+`sb3-ppo-ext <command> --help` lists a command's flags."""
+
+
+def main() -> int:
+    """
+    :return: the exit code
+    """
+    script, *arguments = sys.argv
+    command = arguments.pop(0) if arguments else ""
+    if command in ("-h", "--help"):
+        print(_HELP)
+        return 0
+    if command == "--version":
+        print(f"sb3-ppo-ext {sb3_ppo_ext.__version__}")
+        return 0
+    if command not in _COMMANDS:
+        if command:
+            nearest = difflib.get_close_matches(command, _COMMANDS, n=1, cutoff=0.0)[0]
+            print(f"sb3-ppo-ext: there is no command '{command}'; the nearest is '{nearest}'\n", file=sys.stderr)
+        print(_HELP, file=sys.stderr)
+        return 2
+
+    register()
+    with _replaced(sys, "argv", [f"sb3-ppo-ext {command}", *arguments]):
+        if command == "train":
+            _train(program=_program(script))
+        elif command == "record_training":
+            _record_training()
+        elif command == "record_video":
+            runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+        else:
+            getattr(importlib.import_module("rl_zoo3.enjoy" if command == "enjoy" else "rl_zoo3.plots"), command)()
+    return 0
+
+
+def _program(script: str) -> list[str]:
+    """
+    :param script: ``sys.argv[0]``
+    :return: how this program was started, as the beginning of a command line
+    """
+    if Path(script).stem == "sb3-ppo-ext":
+        return [script]
+    return [sys.executable, "-m", "sb3_ppo_ext.zoo"]
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """
+    :param owner: a module
+    :param name: one of its attributes
+    :param value: what the attribute is inside of the ``with`` block
+    """
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _train(program: list[str]) -> None:
+    """
+    :param program: how to start ``sb3-ppo-ext``
+    """
+    train = importlib.import_module("rl_zoo3.train")
+    with _replaced(train, "ExperimentManager", partial(ZooExperimentManager, program=program)):
+        train.train()
+
+
+def _record_training() -> None:
+    """rl_zoo3 records each checkpoint with ``python -m rl_zoo3.record_video``, which would not know our algorithms."""
+    theirs = ["python", "-m", "rl_zoo3.record_video"]
+    ours = [sys.executable, "-m", "sb3_ppo_ext.zoo", "record_video"]
+    call = subprocess.call
+
+    def redirected(arguments: list[str]) -> int:
+        return call(ours + arguments[len(theirs) :] if arguments[: len(theirs)] == theirs else arguments)
+
+    with _replaced(subprocess, "call", redirected):
+        runpy.run_module("rl_zoo3.record_training", run_name="__main__")

@@ -1,0 +1,113 @@
+"""rl_zoo3's experiment manager, at home with our algorithms and with a closing word after a training."""
+
+import difflib
+import importlib
+import inspect
+import runpy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_ppo_ext.zoo.registration import ALGORITHMS, config_path
+from sb3_ppo_ext.zoo.summary import summary
+
+# What rl_zoo3 reads from an entry itself; `policy` and all other keys go to the algorithm's constructor.
+_ZOO_KEYS = {
+    "callback",
+    "env_kwargs",
+    "env_wrapper",
+    "frame_stack",
+    "monitor_kwargs",
+    "n_envs",
+    "n_timesteps",
+    "normalize",
+    "vec_env_wrapper",
+}
+# What rl_zoo3 passes to the constructor from the command line.
+_COMMAND_LINE_KEYS = {"device", "env", "seed", "tensorboard_log", "verbose"}
+
+
+class ZooExperimentManager(ExperimentManager):
+    """
+    Reads our algorithms' hyper-parameters from their own YAML files, unless the user names a file; checks them before
+    anything is built from them; evaluates and sums up after a training.
+
+    :param arguments: those of :class:`rl_zoo3.exp_manager.ExperimentManager`
+    :param program: how to start ``sb3-ppo-ext``, for the commands in the closing summary
+    :param options: those of :class:`rl_zoo3.exp_manager.ExperimentManager`
+    """
+
+    def __init__(self, *arguments: Any, program: Sequence[str] = ("sb3-ppo-ext",), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.program = program
+        if not options.get("config") and self.algo in ALGORITHMS:
+            self.config = str(config_path(self.algo))
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        :return: the hyper-parameters of the environment's entry, and the same once more, to be saved
+        """
+        if self.algo in ALGORITHMS:
+            self._check_entry()
+        hyperparams, saved_hyperparams = super().read_hyperparameters()
+        if self.algo in ALGORITHMS:
+            self._check_keys(hyperparams)
+        return hyperparams, saved_hyperparams
+
+    def _check_entry(self) -> None:
+        """Say so if the configuration has no entry for the environment."""
+        if self.config.endswith((".yml", ".yaml")):
+            entries = yaml.safe_load(Path(self.config).read_text())
+        elif self.config.endswith(".py"):
+            entries = runpy.run_path(self.config)["hyperparams"]
+        else:
+            entries = importlib.import_module(self.config).hyperparams
+
+        env_id = self.env_name.gym_id
+        if env_id in entries or (self._is_atari and "atari" in entries):
+            return
+        message = f"{self.config} has no entry for {env_id}{_nearest(env_id, entries)}"
+        if "default" not in entries or self._is_atari:
+            raise ValueError(message)
+        print(message)
+
+    def _check_keys(self, hyperparams: dict[str, Any]) -> None:
+        """Refuse an entry with a key that nothing reads, or without one that rl_zoo3 cannot do without."""
+        constructor = set(inspect.signature(ALGORITHMS[self.algo]).parameters) - {"_init_setup_model"}
+        for key in hyperparams:
+            where = "--hyperparams" if key in (self.custom_hyperparams or {}) else self.config
+            where = f"{where}, {self.env_name.gym_id}"
+            if key in _COMMAND_LINE_KEYS:
+                raise ValueError(f"{where}: '{key}' is set on the command line, with --{key.replace('_', '-')}")
+            if key not in constructor | _ZOO_KEYS:
+                known = (constructor | _ZOO_KEYS) - _COMMAND_LINE_KEYS
+                raise ValueError(f"{where}: unknown key '{key}'{_nearest(key, known)}")
+        for key in ("n_timesteps", "policy"):
+            if key not in hyperparams:
+                raise ValueError(f"{self.config}, {self.env_name.gym_id}: '{key}' is missing")
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """
+        Save the model, then say how good it is, where everything lies and how to go on.
+
+        :param model: the trained model; the training may have been interrupted
+        """
+        super().save_trained_model(model)
+        if self.eval_freq > 0:
+            print(summary(self, model, self.program))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """
+    :param name: what was asked for
+    :param known: what there is
+    :return: the rest of a message, naming what was probably meant
+    """
+    candidates = sorted(set(known) - {"default", "atari"})
+    return "".join(
+        f"; the nearest is '{match}'" for match in difflib.get_close_matches(name, candidates, 1, cutoff=0.0)
+    )

@@ -1,0 +1,42 @@
+"""Which of our algorithms rl_zoo3 gets to know, under which key, and where their hyper-parameters are."""
+
+from pathlib import Path
+
+from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_ppo_ext import DualClipPPO
+
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    "dual_clip_ppo": DualClipPPO,
+}
+
+
+def register() -> None:
+    """
+    Make our algorithms known to rl_zoo3, in the dictionary that all of its modules share.
+
+    Calling it again changes nothing, and an algorithm that rl_zoo3 already has is never replaced.
+    """
+    for key, algorithm in ALGORITHMS.items():
+        known = ALGOS.get(key, algorithm)
+        if known is not algorithm:
+            raise ValueError(
+                f"rl_zoo3 already has an algorithm under the key '{key}': {known.__module__}.{known.__qualname__}. "
+                f"It is not replaced by {algorithm.__module__}.{algorithm.__qualname__}; remove one of the two."
+            )
+    ALGOS.update(ALGORITHMS)
+
+
+def config_path(key: str) -> Path:
+    """
+    :param key: an algorithm's key, e.g. ``dual_clip_ppo``
+    :return: its YAML file: inside an installed wheel, or beside the package in a source tree
+    """
+    in_wheel = Path(__file__).parent / "configs"
+    in_source_tree = Path(__file__).parents[2] / "zoo_configs"
+    for folder in (in_wheel, in_source_tree):
+        path = folder / f"{key}.yml"
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"There is no {key}.yml, neither in {in_wheel} nor in {in_source_tree}.")

@@ -240,12 +240,11 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         if kept:
             values, log_probs, params = (_env_by_env(parts) for parts in zip(*kept, strict=True))
         else:
-            evaluations = [
-                actor_critic.evaluate_actions(obs_rows(observations, rows), actions[rows]) for rows in chunks
-            ]
-            values, log_probs, params = (
-                th.cat([getattr(e, name) for e in evaluations]) for name in ("values", "log_prob", "params")
-            )
+            parts = []
+            for rows in chunks:
+                evaluation = actor_critic.evaluate_actions(obs_rows(observations, rows), actions[rows])
+                parts.append((evaluation.values, evaluation.log_prob, evaluation.params))
+            values, log_probs, params = (th.cat(chunked) for chunked in zip(*parts, strict=True))
         if params is None and self._needs_old_params:
             params = th.cat([actor_critic.params(obs_rows(observations, rows)) for rows in chunks])
         if log_probs is None:

@@ -184,6 +184,7 @@ class TRPO(OnPolicyAlgorithm):
         self.fvp_subsampling = fvp_subsampling
         if _init_setup_model:
             self._setup_model()
+            self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:
         super()._validate()
@@ -200,8 +201,6 @@ class TRPO(OnPolicyAlgorithm):
         check_bool("normalize_advantage", self.normalize_advantage)
         if self.target_kl is not None:
             self.target_kl = as_schedule("target_kl", self.target_kl)
-        if self.env is not None:
-            self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _setup_model(self) -> None:
         super()._setup_model()

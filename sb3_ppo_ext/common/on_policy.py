@@ -60,7 +60,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
         :raises ValueError: naming the argument, its value and what is allowed
         """
-        self.learning_rate = as_schedule("learning_rate", self.learning_rate)
+        # The RL Zoo loads a trained agent with a learning rate of 0.
+        self.learning_rate = as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
         check_int("n_steps", self.n_steps, minimum=1)
         check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
         check_real("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0)
@@ -77,10 +78,14 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     def _check_rollout_size(self, batch_size: int, normalize_advantage: bool) -> None:
         """
+        For a new model only: one that is loaded to be watched may have any number of environments.
+
         :param batch_size: samples in a minibatch
         :param normalize_advantage: whether the advantages are to be normalised
         :raises ValueError: if a rollout is too small for that
         """
+        if self.env is None:
+            return
         n_samples = self.n_steps * self.n_envs
         if normalize_advantage and n_samples < 2:
             raise ValueError(

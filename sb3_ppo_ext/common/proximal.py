@@ -109,8 +109,6 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         check_int("batch_size", self.batch_size, minimum=2 if self.normalize_advantage else 1)
         if self.clip_range_vf is not None:
             self.clip_range_vf = as_schedule("clip_range_vf", self.clip_range_vf)
-        if self.env is not None:
-            self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     @abstractmethod
     def _policy_loss(

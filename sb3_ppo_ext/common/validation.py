@@ -78,13 +78,14 @@ def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(map(repr, allowed))}")
 
 
-def as_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
+def as_schedule(name: str, value: float | str | Schedule, *, may_be_zero: bool = False) -> FloatSchedule:
     """
     A schedule from what a user may give for it.
 
     :param name: of the argument
     :param value: a positive number, the RL Zoo's string for a linear decrease to zero (``"lin_0.2"``), or a function
         of the remaining progress (1 at the beginning of training, 0 at its end)
+    :param may_be_zero: whether a number may be 0, as a function's values always may
     :return: the schedule
     :raises ValueError: for anything else, and for a function that does not return finite numbers of at least 0
     """
@@ -98,7 +99,10 @@ def as_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
             raise ValueError(f"{name}={value!r} is not allowed: a schedule's string is 'lin_' and a positive number")
         return FloatSchedule(LinearSchedule(initial, 0.0, 1.0))
     if not callable(value):
-        check_real(name, value, above=0.0)
+        if may_be_zero:
+            check_real(name, value, at_least=0.0)
+        else:
+            check_real(name, value, above=0.0)
         return FloatSchedule(float(value))
     _check_schedule(name, value)
     return FloatSchedule(value)

@@ -61,7 +61,7 @@ class ZooExperimentManager(ExperimentManager):
     def _check_entry(self) -> None:
         """Say so if the configuration has no entry for the environment."""
         if self.config.endswith((".yml", ".yaml")):
-            entries = yaml.safe_load(Path(self.config).read_text())
+            entries = yaml.safe_load(Path(self.config).read_text()) or {}
         elif self.config.endswith(".py"):
             entries = runpy.run_path(self.config)["hyperparams"]
         else:

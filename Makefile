@@ -1,0 +1,53 @@
+# `make help` lists what there is.
+
+PYTHON ?= python3
+ALGO ?= dual_clip_ppo
+ENV ?= CartPole-v1
+STEPS ?=
+SEED ?= 0
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+# One thread: the networks are small, and the tests run in two processes.
+export OMP_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYGAME_HIDE_SUPPORT_PROMPT := 1
+
+.PHONY: help train test lint format clean
+
+help:
+	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
+	@echo "make test     run every check: ruff, mypy and the test suite"
+	@echo "make lint     run ruff and mypy alone"
+	@echo "make format   let ruff rewrite the code"
+	@echo "make clean    remove .venv and what the tools have left; logs/ stays"
+
+train: $(INSTALLED)
+	$(BIN)/sb3-ppo-ext train --algo $(ALGO) --env $(ENV) --seed $(SEED) $(if $(STEPS),-n $(STEPS)) \
+		-P --verbose 0 --num-threads 1 --vec-env dummy --eval-freq 20000 --eval-episodes 10 \
+		-f logs --tensorboard-log logs/tensorboard
+
+test: lint
+	$(BIN)/pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find sb3_ppo_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Where Python comes without ensurepip (Debian's python3 without python3-venv), its own pip fills the environment.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; PYTHON=... names one")'
+	$(PYTHON) -m venv .venv >/dev/null || \
+		{ $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,72 @@
+"""rl_zoo3 gets to know our algorithms, and only those who ask for it pay for rl_zoo3."""
+
+import subprocess
+import sys
+
+import pytest
+from rl_zoo3.utils import ALGOS
+from stable_baselines3 import A2C, PPO
+
+from sb3_ppo_ext import DualClipPPO
+from sb3_ppo_ext.zoo import ALGORITHMS, config_path, register
+
+
+@pytest.fixture(autouse=True)
+def _algos_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ALGORITHMS:
+        monkeypatch.delitem(ALGOS, key, raising=False)
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_register_twice_is_the_same_as_once() -> None:
+    register()
+    once = dict(ALGOS)
+    register()
+    assert once == ALGOS
+    assert ALGOS["dual_clip_ppo"] is DualClipPPO
+    assert ALGOS["ppo"] is PPO
+
+
+def test_register_never_replaces_and_then_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ALGORITHMS:
+        monkeypatch.setitem(ALGOS, key, A2C)
+        before = dict(ALGOS)
+        with pytest.raises(ValueError, match=rf"'{key}': stable_baselines3.a2c.a2c.A2C"):
+            register()
+        assert before == ALGOS
+        monkeypatch.delitem(ALGOS, key)
+
+
+def test_every_algorithm_has_its_configuration() -> None:
+    for key in ALGORITHMS:
+        assert config_path(key).name == f"{key}.yml"
+
+
+def test_a_missing_configuration_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yml"):
+        config_path("nothing")
+
+
+def test_the_package_alone_imports_nothing_of_the_zoo() -> None:
+    code = """
+import sys, stable_baselines3
+before = set(sys.modules)  # SB3 itself looks for tensorboard
+import sb3_ppo_ext
+print({"rl_zoo3", "optuna", "tensorboard", "sb3_contrib"} & (set(sys.modules) - before))
+"""
+    assert run_python(code).strip() == "set()"
+
+
+def test_a_missing_zoo_says_how_to_get_it() -> None:
+    code = """
+import sys
+sys.modules["rl_zoo3"] = None
+try:
+    import sb3_ppo_ext.zoo
+except ImportError as error:
+    print(error)
+"""
+    assert 'pip install "sb3-ppo-ext[zoo]"' in run_python(code)

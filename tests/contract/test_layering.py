@@ -1,0 +1,82 @@
+"""Doors open downward only: zoo -> algorithms -> common -> losses, numerics; an algorithm imports no other."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sb3_ppo_ext
+
+PACKAGE = Path(sb3_ppo_ext.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ALGORITHMS = {"dual_clip_ppo", "adaptive_kl_ppo", "trpo", "reinforce"}
+# Which rooms of the house a room may enter.
+ALLOWED = {
+    "losses": {"losses"},
+    "numerics": {"numerics"},
+    "common": {"common", "losses", "numerics"},
+    "algorithms": {"common", "losses", "numerics"},
+    "package": {"algorithms"},
+    "zoo": {"zoo", "package", "algorithms", "common"},
+}
+
+
+def room(parts: tuple[str, ...]) -> str:
+    """
+    :param parts: of a module's name, after the package's
+    """
+    if not parts:
+        return "package"
+    return "algorithms" if parts[0] in ALGORITHMS else parts[0]
+
+
+def imports(path: Path) -> list[str]:
+    """All modules that a file imports, wherever in it; `from a import b` counts as a.b where that is a module."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            inside = PACKAGE.parent.joinpath(*node.module.split("."))
+            for alias in node.names:
+                is_module = (inside / alias.name).is_dir() or (inside / f"{alias.name}.py").is_file()
+                found.append(f"{node.module}.{alias.name}" if is_module else node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_door_opens_upward(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    here = room(parts)
+    for name in imports(path):
+        if name.split(".")[0] != "sb3_ppo_ext":
+            continue
+        there = room(tuple(name.split(".")[1:]))
+        is_itself = name == ".".join(("sb3_ppo_ext", *parts))
+        assert there in ALLOWED[here] or is_itself, f"{here} must not import {name}"
+
+
+@pytest.mark.parametrize("folder", ["losses", "numerics"])
+def test_losses_and_numerics_need_torch_alone(folder: str) -> None:
+    allowed = {"torch", "sb3_ppo_ext", *sys.stdlib_module_names}
+    for path in (PACKAGE / folder).rglob("*.py"):
+        for name in imports(path):
+            assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+def test_importing_losses_loads_no_sb3() -> None:
+    """The package's own __init__ imports the algorithms, so this is about what the modules themselves ask for."""
+    code = (
+        "import sys, types; package = types.ModuleType('sb3_ppo_ext'); package.__path__ = [sys.argv[1]]; "
+        "sys.modules['sb3_ppo_ext'] = package; import sb3_ppo_ext.losses, sb3_ppo_ext.numerics; "
+        "print([name for name in ('stable_baselines3', 'gymnasium', 'rl_zoo3') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(PACKAGE)], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

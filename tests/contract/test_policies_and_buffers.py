@@ -1,0 +1,250 @@
+"""A policy or a buffer of the user's own trains correctly; ours keep what SB3's keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common import buffers as sb3_buffers
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
+
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.buffers import DictRolloutBuffer, RolloutBuffer
+from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
+
+ALGORITHMS = [DualClipPPO, AdaptiveKLPPO, TRPO, REINFORCE]
+KWARGS: dict[type, dict[str, Any]] = {
+    DualClipPPO: {"n_steps": 32, "batch_size": 32, "n_epochs": 2},
+    AdaptiveKLPPO: {"n_steps": 32, "batch_size": 32, "n_epochs": 2},
+    TRPO: {"n_steps": 32, "batch_size": 32},
+    REINFORCE: {"episodes_per_env": 4},
+}
+
+
+class ScalesLogits(ActorCriticPolicy):
+    """Its actions are drawn from sharpened logits, everywhere in the same way."""
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+        return self.action_dist.proba_distribution(action_logits=3.0 * self.action_net(latent_pi))
+
+
+class ShiftsValues(ActorCriticPolicy):
+    """Its values are shifted, in each of the methods that give one."""
+
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> Any:
+        actions, values, log_prob = super().forward(obs, deterministic)
+        return actions, values + 2.0, log_prob
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return values + 2.0, log_prob, entropy
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return super().predict_values(obs) + 2.0
+
+
+class OverridesGetDistribution(ActorCriticPolicy):
+    def get_distribution(self, obs: Any) -> Any:
+        return super().get_distribution(obs)
+
+
+class OwnNetworks(ActorCriticPolicy):
+    """SB3's documented way to bring networks of one's own: no method that computes anything is overridden."""
+
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        self.mlp_extractor = Doubling(self.features_dim, [16], th.nn.ReLU)
+
+
+class Doubling(MlpExtractor):
+    def forward_actor(self, features: th.Tensor) -> th.Tensor:
+        return 2.0 * super().forward_actor(features)
+
+
+@pytest.mark.parametrize("policy", [ScalesLogits, ShiftsValues, OverridesGetDistribution, OwnNetworks])
+def test_custom_policy_trains_as_in_sb3(policy: type[ActorCriticPolicy]) -> None:
+    """The same parameters as SB3's PPO gets with the same policy."""
+    models = []
+    for algorithm, extra in ((PPO, {}), (DualClipPPO, {"dual_clip": None})):
+        env = make_vec_env("CartPole-v1", n_envs=2, seed=1)
+        model = algorithm(policy, env, n_steps=64, batch_size=32, n_epochs=3, seed=1, device="cpu", **extra)
+        models.append(model.learn(256))
+    for p, q in zip(models[0].policy.parameters(), models[1].policy.parameters(), strict=True):
+        th.testing.assert_close(p, q, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("policy", [ScalesLogits, ShiftsValues])
+def test_custom_policy_trains_with_every_algorithm(
+    algorithm: Any, policy: type[ActorCriticPolicy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = make_vec_env(lambda: ScriptedEnv(BOX, spaces.Discrete(3)), n_envs=2, seed=0)
+    model = algorithm(policy, env, seed=0, device="cpu", verbose=1, **KWARGS[algorithm])
+    before = [p.detach().clone() for p in model.policy.parameters()]
+    model.learn(128)
+    assert capsys.readouterr().out.count(f"{policy.__name__} overrides") == 1  # said once
+    assert any(not th.equal(p, q) for p, q in zip(model.policy.parameters(), before, strict=True))
+
+
+def test_sb3s_own_policies_are_used_directly() -> None:
+    model = DualClipPPO(ActorCriticPolicy, "CartPole-v1", device="cpu")
+    assert DirectActorCritic.understands(model.policy)
+    model = DualClipPPO(OwnNetworks, "CartPole-v1", device="cpu")
+    assert DirectActorCritic.understands(model.policy)
+    for policy in (ScalesLogits, ShiftsValues, OverridesGetDistribution):
+        model = DualClipPPO(policy, "CartPole-v1", device="cpu")
+        assert not DirectActorCritic.understands(model.policy)
+
+
+def test_a_method_replaced_on_the_instance_is_seen() -> None:
+    model = DualClipPPO("MlpPolicy", "CartPole-v1", device="cpu")
+    forward = model.policy.forward
+    model.policy.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # type: ignore[method-assign]
+    assert not DirectActorCritic.understands(model.policy)
+
+
+def test_hooks_on_a_layer_are_run() -> None:
+    model = DualClipPPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
+    calls = []
+    model.policy.mlp_extractor.policy_net[0].register_forward_hook(lambda *_: calls.append(1))
+    model.learn(8)
+    assert len(calls) >= 8
+
+
+class StepByStep(sb3_buffers.RolloutBuffer):
+    """A buffer of the user's own, which wants every step."""
+
+    def __init__(self, *args: Any, note: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.note = note
+        self.added = 0
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        self.added += 1
+        super().add(*args, **kwargs)
+
+
+def test_a_buffer_of_the_users_own_is_filled_as_sb3_does() -> None:
+    models = []
+    for algorithm, extra in ((PPO, {}), (DualClipPPO, {"dual_clip": None})):
+        model = algorithm(
+            "MlpPolicy",
+            make_vec_env("CartPole-v1", n_envs=2, seed=1),
+            n_steps=64,
+            batch_size=32,
+            n_epochs=3,
+            seed=1,
+            device="cpu",
+            rollout_buffer_class=StepByStep,
+            rollout_buffer_kwargs={"note": "mine"},
+            **extra,
+        ).learn(256)
+        assert isinstance(model.rollout_buffer, StepByStep)
+        assert (model.rollout_buffer.note, model.rollout_buffer.added) == ("mine", 128)
+        models.append(model)
+    for p, q in zip(models[0].policy.parameters(), models[1].policy.parameters(), strict=True):
+        th.testing.assert_close(p, q, atol=1e-5, rtol=0)
+
+
+class Noted(RolloutBuffer):
+    """A buffer derived from ours, with an argument."""
+
+    def __init__(self, *args: Any, note: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.note = note
+
+
+@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO, TRPO])
+def test_buffer_class_and_arguments_are_honoured(algorithm: Any) -> None:
+    model = algorithm(
+        "MlpPolicy",
+        "CartPole-v1",
+        device="cpu",
+        rollout_buffer_class=Noted,
+        rollout_buffer_kwargs={"note": "mine"},
+        **KWARGS[algorithm],
+    ).learn(32)
+    assert model.rollout_buffer.note == "mine"
+
+
+@pytest.mark.parametrize("algorithm", [AdaptiveKLPPO, TRPO])
+def test_a_buffer_that_cannot_serve_is_refused(algorithm: Any) -> None:
+    with pytest.raises(ValueError, match=r"rollout_buffer_class=StepByStep is not allowed.*subclass of sb3_ppo_ext"):
+        algorithm("MlpPolicy", "CartPole-v1", device="cpu", rollout_buffer_class=StepByStep)
+
+
+def test_observations_keep_their_dtype() -> None:
+    env = ScriptedEnv(DICT, spaces.Discrete(2))
+    model = DualClipPPO("MultiInputPolicy", env, n_steps=16, batch_size=16, n_epochs=1, device="cpu").learn(16)
+    assert isinstance(model.rollout_buffer, DictRolloutBuffer)
+    stored = model.rollout_buffer.observations
+    assert stored["image"].dtype == np.uint8
+    assert stored["vector"].dtype == np.float32
+    assert stored["choice"].dtype == np.int64
+    flat = model.rollout_buffer.flat().observations
+    assert {key: value.dtype for key, value in flat.items()} == {
+        "vector": th.float32,
+        "image": th.uint8,
+        "choice": th.int64,
+    }
+    image = DualClipPPO(
+        "CnnPolicy", ScriptedEnv(IMAGE, spaces.Discrete(2)), n_steps=16, batch_size=16, n_epochs=1, device="cpu"
+    ).learn(16)
+    assert image.rollout_buffer.observations.dtype == np.uint8
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_what_the_buffer_holds_is_what_the_policy_says(n_envs: int) -> None:
+    """Values, log-probabilities and distribution parameters, of SB3's own evaluate_actions and get_distribution."""
+    env = make_vec_env(lambda: ScriptedEnv(BOX, spaces.Box(-1, 1, (2,))), n_envs=n_envs, seed=0)
+    model = DualClipPPO("MlpPolicy", env, n_steps=32, batch_size=32, seed=0, device="cpu")
+    _, callback = model._setup_learn(32)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 32)
+    samples = model.rollout_buffer.flat()
+    with th.no_grad():
+        values, log_prob, _ = model.policy.evaluate_actions(samples.observations, samples.actions)
+        normal = model.policy.get_distribution(samples.observations).distribution
+    th.testing.assert_close(samples.old_values, values.flatten())
+    th.testing.assert_close(samples.old_log_prob, log_prob)
+    th.testing.assert_close(samples.old_params, th.cat((normal.mean, normal.stddev), dim=1))
+    # The arrays of shape (n_steps, n_envs, ...) hold the same.
+    np.testing.assert_array_equal(model.rollout_buffer.values.swapaxes(0, 1).flatten(), samples.old_values.numpy())
+
+
+class Watching(BaseCallback):
+    """Collects the names in ``locals``, and stops after so many steps."""
+
+    def __init__(self, stop_after: int) -> None:
+        super().__init__()
+        self.stop_after = stop_after
+        self.names: set[str] = set()
+
+    def _on_step(self) -> bool:
+        self.names |= set(self.locals)
+        return self.n_calls < self.stop_after
+
+
+def test_callbacks_see_sb3s_locals() -> None:
+    theirs, ours = Watching(10), Watching(10)
+    PPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, device="cpu").learn(32, callback=theirs)
+    DualClipPPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, device="cpu").learn(32, callback=ours)
+    assert theirs.names - ours.names <= {"values", "log_probs", "__class__"} | {"idx", "done"}
+    assert {"self", "env", "rollout_buffer", "obs_tensor", "actions", "clipped_actions", "new_obs"} <= ours.names
+    assert {"rewards", "dones", "infos", "n_steps", "n_rollout_steps", "callback"} <= ours.names
+
+
+def test_a_callback_stops_a_rollout_in_the_middle() -> None:
+    model = DualClipPPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, device="cpu")
+    model.learn(320, callback=Watching(50))
+    assert model.num_timesteps == 50
+    assert model._n_updates == 10  # one rollout's epochs
+    model.learn(64, reset_num_timesteps=False)
+    assert model.num_timesteps == 114

@@ -14,7 +14,8 @@ from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import Evaluation
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
 from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
-from sb3_ppo_ext.common.proximal import Coefficients, PolicyLoss, ProximalAlgorithm
+from sb3_ppo_ext.common.optimization import Coefficients
+from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param kl_coef_factor: by which beta changes; 1 holds it fixed
     :param kl_coef_min: lower bound of beta
     :param kl_coef_max: upper bound of beta
+    :param torch_compile: whether to compile the whole gradient step into one graph, see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -112,6 +114,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         kl_coef_factor: float = 2.0,
         kl_coef_min: float = 1e-4,
         kl_coef_max: float = 1e4,
+        torch_compile: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -137,6 +140,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            torch_compile=torch_compile,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl
@@ -166,7 +170,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             return TARGET_KL_PER_DIMENSION * n_action_dims(self.action_space)
         return self._at_present(self.target_kl)
 
-    def _coefficients(self) -> Coefficients:
+    def _coefficients(self) -> dict[str, float]:
         coefficients = super()._coefficients()
         coefficients["kl_coef"] = self.kl_coef
         if self.clip_range is not None:

@@ -16,10 +16,9 @@ from torch import nn
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import ActorCritic
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.critic import fit_critic
+from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic
 from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.optimization import use_fused_adam
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
     ChunkedFisherVectorProduct,
@@ -110,6 +109,7 @@ class TRPO(OnPolicyAlgorithm):
     :param cg_residual_tol: relative residual ``|g - (F + cg_damping I) x| / |g|`` at which conjugate gradient stops
     :param accept_ratio: part of the predicted improvement that a step must make
     :param ent_coef: weight of the entropy in the objective
+    :param torch_compile: whether to compile the gradient step of the critic, see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -147,6 +147,7 @@ class TRPO(OnPolicyAlgorithm):
         cg_residual_tol: float = 1e-6,
         accept_ratio: float = 0.1,
         ent_coef: float = 0.0,
+        torch_compile: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -182,6 +183,7 @@ class TRPO(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
         self.fvp_subsampling = fvp_subsampling
+        self.torch_compile = torch_compile
         if _init_setup_model:
             self._setup_model()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
@@ -224,7 +226,6 @@ class TRPO(OnPolicyAlgorithm):
     def train(self) -> None:
         """Update the policy from the rollout in the buffer: one step of the actor, then epochs of the critic."""
         self._update_learning_rate(self.policy.optimizer)
-        use_fused_adam(self.policy.optimizer)
         self.policy.set_training_mode(False)
         actor_critic = self._actor_critic()
         buffer = cast(RolloutBuffer, self.rollout_buffer)
@@ -237,15 +238,15 @@ class TRPO(OnPolicyAlgorithm):
         if step.status in ("non_finite", "not_positive_definite", "zero_gradient"):
             warnings.warn(f"TRPO left the policy as it was in this update: {step.status}", stacklevel=2)
         if bool(rollout.returns.isfinite().all()):
-            value_losses = fit_critic(
-                actor_critic,
-                buffer,
-                self.policy.optimizer,
+            value_loss = fit_critic(
+                self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters)),
+                self.policy,
                 actor_parameters,
+                buffer,
                 n_epochs=self.n_critic_updates,
                 batch_size=self.batch_size,
             )
-            self.logger.record("train/value_loss", th.stack(value_losses).mean().item())
+            self.logger.record("train/value_loss", value_loss)
         self._n_updates += 1
         self._log_update(step)
 

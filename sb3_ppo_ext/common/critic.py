@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -12,6 +13,7 @@ from torch import nn
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import ActorCritic
 from sb3_ppo_ext.common.buffers import RolloutSamples
+from sb3_ppo_ext.common.optimization import Coefficients, MinibatchStep, Statistics
 
 
 def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -43,36 +45,59 @@ def set_critic_training_mode(policy: nn.Module, actor_parameters: Sequence[nn.Pa
             module.train(True)
 
 
+def critic_parameters(policy: nn.Module, actor_parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """
+    What may be changed without changing the actor.
+
+    :param policy: actor and critic
+    :param actor_parameters: what the actor depends on
+    """
+    of_actor = set(actor_parameters)
+    return [p for p in policy.parameters() if p.requires_grad and p not in of_actor]
+
+
+def critic_loss(
+    actor_critic: ActorCritic, rollout_data: RolloutSamples, coefficients: Coefficients
+) -> tuple[th.Tensor, Statistics]:
+    """
+    Mean squared difference of values and returns.
+
+    :param actor_critic: the present policy
+    :param rollout_data: a minibatch
+    :param coefficients: not looked at
+    :return: the loss, and the same to be logged
+    """
+    loss = losses.value_loss(actor_critic.values(rollout_data.observations), rollout_data.returns).mean()
+    return loss, {"value_loss": loss.detach()}
+
+
 def fit_critic(
-    actor_critic: ActorCritic,
-    rollout_buffer: RolloutBuffer,
-    optimizer: th.optim.Optimizer,
+    step: MinibatchStep,
+    policy: nn.Module,
     actor_parameters: Sequence[nn.Parameter],
+    rollout_buffer: RolloutBuffer,
     *,
     n_epochs: int,
     batch_size: int,
-) -> list[th.Tensor]:
+) -> float:
     """
-    Regress the values on the returns in the buffer, changing only parameters that the actor does not depend on.
+    Regress the values on the returns in the buffer.
 
-    :param actor_critic: the policy
-    :param rollout_buffer: filled
-    :param optimizer: of the policy; the parameters of the actor get no gradient, so it leaves them and their moments
+    :param step: on :func:`critic_loss`, of :func:`critic_parameters`: what the actor depends on gets no gradient, so
+        the optimiser leaves it and its moments alone
+    :param policy: actor and critic
     :param actor_parameters: what the actor depends on
+    :param rollout_buffer: filled
     :param n_epochs: passes over the rollout
     :param batch_size: samples in a minibatch
-    :return: the loss of each minibatch, on the device
+    :return: mean loss
     """
-    of_actor = set(actor_parameters)
-    critic_parameters = [p for p in actor_critic.policy.parameters() if p not in of_actor and p.requires_grad]
-    set_critic_training_mode(actor_critic.policy, actor_parameters)
-    history = []
-    for _ in range(n_epochs):
-        for rollout_data in cast(Iterable[RolloutSamples], rollout_buffer.get(batch_size)):
-            values = actor_critic.values(rollout_data.observations)
-            loss = losses.value_loss(values, rollout_data.returns).mean()
-            optimizer.zero_grad()
-            loss.backward(inputs=critic_parameters)  # type: ignore[no-untyped-call]
-            optimizer.step()
-            history.append(loss.detach())
-    return history
+    set_critic_training_mode(policy, actor_parameters)
+    step.load()
+    history = [
+        step(rollout_data, {"max_grad_norm": math.inf})["value_loss"]
+        for _ in range(n_epochs)
+        for rollout_data in cast(Iterable[RolloutSamples], rollout_buffer.get(batch_size))
+    ]
+    step.store()
+    return th.stack(history).mean().item()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,10 +18,13 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Kept, SB3ActorCritic
-from sb3_ppo_ext.common.buffers import RolloutBuffer, buffer_class_for, obs_rows
+from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
+from sb3_ppo_ext.common.compiled import CompiledStep, check_can_compile
 from sb3_ppo_ext.common.distributions import family_of_space
+from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
 from sb3_ppo_ext.common.policies import POLICY_ALIASES
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
@@ -50,6 +54,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
 
+    torch_compile: bool = False
+
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
     _needs_old_params: ClassVar[bool] = False
 
@@ -67,6 +73,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_real("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0)
         check_real("ent_coef", self.ent_coef, at_least=0.0)
         check_bool("use_sde", self.use_sde)
+        check_bool("torch_compile", self.torch_compile)
         check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
         buffer_class = self.rollout_buffer_class
         if self._needs_old_params and buffer_class is not None and not issubclass(buffer_class, RolloutBuffer):
@@ -106,6 +113,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             self.rollout_buffer_class = buffer_class_for(self.observation_space)
         super()._setup_model()
         self._family = family_of_space(self.action_space, squash_output=self.policy.squash_output)
+        self._compiled: tuple[Hashable, CompiledStep] | None = None
+        if self.torch_compile:
+            check_can_compile(self.policy, self.policy.optimizer)
         if self.verbose >= 1 and not DirectActorCritic.understands(self.policy):
             print(
                 f"{type(self.policy).__name__} overrides methods of Stable-Baselines3's policy: it is trained through "
@@ -115,7 +125,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             print(f"{type(self.rollout_buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_family"]
+        return [*super()._excluded_save_params(), "_family", "_compiled"]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
@@ -130,6 +140,27 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         if DirectActorCritic.understands(self.policy):
             return DirectActorCritic(self.policy)
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
+
+    def _minibatch_step(
+        self,
+        minibatch_loss: Callable[[ActorCritic, RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]],
+        parameters: Sequence[nn.Parameter],
+        of: Hashable = None,
+    ) -> MinibatchStep:
+        """
+        :param minibatch_loss: to be minimised, given the policy
+        :param parameters: what is updated, among the policy's
+        :param of: what else the form of the loss depends on: a compiled step is for one form
+        :return: what makes a gradient step on a minibatch
+        """
+        actor_critic = self._actor_critic()
+        loss = partial(minibatch_loss, actor_critic)
+        if not self.torch_compile:
+            return EagerStep(self.policy.optimizer, parameters, loss)
+        form = (id(self.policy), id(self.policy.optimizer), tuple(map(id, parameters)), of)
+        if self._compiled is None or self._compiled[0] != form:
+            self._compiled = form, CompiledStep(self.policy, self.policy.optimizer, parameters, loss)
+        return self._compiled[1]
 
     def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
         """

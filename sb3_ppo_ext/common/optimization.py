@@ -2,9 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch as th
+from torch import nn
+
+from sb3_ppo_ext.common.buffers import RolloutSamples
+
+Coefficients = Mapping[str, float | th.Tensor]
+"""Numbers that a loss asks for by name: floats, or scalars on the device where a graph is compiled."""
+
+Statistics = dict[str, th.Tensor]
+"""Scalars without gradient, by the name they are logged under."""
+
+MinibatchLoss = Callable[[RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]]
+"""The loss of a minibatch, a scalar, and statistics of it."""
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite. The step was not made: the parameters are as they were before it."""
+
+
+class MinibatchStep(Protocol):
+    """A gradient step on the loss of a minibatch. Between :meth:`load` and :meth:`store` it owns the parameters."""
+
+    def load(self) -> None:
+        """Begin an update."""
+
+    def __call__(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> Statistics:
+        """
+        One step. It is not made if the gradient is not finite.
+
+        :param rollout_data: the minibatch
+        :param coefficients: what the loss asks for; ``max_grad_norm``, the largest norm of the gradient; and, if the
+            step is not to be made where the statistic ``approx_kl`` is above it, ``kl_limit``
+        :return: the statistics of the loss, and ``grad_norm``, the norm before clipping
+        """
+        ...
+
+    def store(self) -> None:
+        """End the update: the policy and its optimiser hold the result."""
+
+
+class EagerStep:
+    """
+    A step by torch's own means.
+
+    :param optimizer: of the policy
+    :param parameters: what is updated, among what the optimiser has
+    :param minibatch_loss: to be minimised
+    """
+
+    def __init__(
+        self, optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter], minibatch_loss: MinibatchLoss
+    ) -> None:
+        self._parameters = list(parameters)
+        self._optimizer = optimizer
+        self._minibatch_loss = minibatch_loss
+
+    def load(self) -> None:
+        use_fused_adam(self._optimizer)
+
+    def store(self) -> None:
+        pass
+
+    def __call__(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> Statistics:
+        loss, statistics = self._minibatch_loss(rollout_data, coefficients)
+        if "kl_limit" in coefficients and statistics["approx_kl"].item() > coefficients["kl_limit"]:
+            return statistics
+        self._optimizer.zero_grad()
+        loss.backward(inputs=self._parameters)  # type: ignore[no-untyped-call]
+        statistics["grad_norm"] = clip_and_step(
+            self._optimizer, self._parameters, max_grad_norm=coefficients["max_grad_norm"]
+        )
+        return statistics
+
+
+def clip_and_step(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float) -> th.Tensor:
+    """
+    Clip the gradients that are there, and make the optimiser's step, unless they are not finite.
+
+    :param optimizer: of the parameters
+    :param parameters: whose joint gradient norm is clipped
+    :param max_grad_norm: the largest norm that is let through
+    :return: the norm before clipping, a scalar on the parameters' device
+    """
+    grad_norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if grad_norm.device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups):
+        # The fused kernel leaves everything as it is where this says so, and the host need not wait for the norm.
+        optimizer.found_inf = grad_norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif math.isfinite(grad_norm.item()):
+        optimizer.step()
+    return grad_norm
+
+
+def raise_if_not_finite(history: Mapping[str, Sequence[float]]) -> None:
+    """
+    :param history: statistics of an update, one number a minibatch
+    :raises NonFiniteError: naming those that are NaN or infinite, and the first minibatch
+    """
+    first = {
+        name: next(i for i, value in enumerate(series) if not math.isfinite(value))
+        for name, series in history.items()
+        if not all(map(math.isfinite, series))
+    }
+    if first:
+        names = ", ".join(f"{name}={history[name][i]}" for name, i in first.items())
+        raise NonFiniteError(
+            f"Not finite, first in minibatch {min(first.values())} of the update: {names}. Steps with such a gradient "
+            "were not made and the parameters are as they were before them. Look for NaN or infinite rewards and "
+            "observations, and for a learning rate that is too large"
+        )
 
 
 def use_fused_adam(optimizer: th.optim.Optimizer) -> None:
@@ -26,38 +138,3 @@ def use_fused_adam(optimizer: th.optim.Optimizer) -> None:
             state = optimizer.state.get(parameter)
             if state:  # the fused kernel wants its step count where the parameter is
                 state["step"] = state["step"].to(parameter.device)
-
-
-def gradient_step(
-    loss: th.Tensor,
-    optimizer: th.optim.Optimizer,
-    parameters: Sequence[th.Tensor],
-    *,
-    max_grad_norm: float,
-) -> th.Tensor:
-    """
-    Descend the gradient of a loss, its norm clipped.
-
-    :param loss: to be minimised, a scalar
-    :param optimizer: of the parameters
-    :param parameters: whose joint gradient norm is clipped
-    :param max_grad_norm: the largest norm that is let through
-    :return: the norm before clipping, a scalar on the parameters' device
-    """
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    return clip_and_step(optimizer, parameters, max_grad_norm=max_grad_norm)
-
-
-def clip_and_step(optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor], *, max_grad_norm: float) -> th.Tensor:
-    """
-    The second half of :func:`gradient_step`, for gradients that are there already.
-
-    :param optimizer: of the parameters
-    :param parameters: whose joint gradient norm is clipped
-    :param max_grad_norm: the largest norm that is let through
-    :return: the norm before clipping, a scalar on the parameters' device
-    """
-    grad_norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    return grad_norm

@@ -14,14 +14,11 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import Evaluation
+from sb3_ppo_ext.common.actor_critic import ActorCritic, Evaluation
 from sb3_ppo_ext.common.buffers import RolloutSamples
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.optimization import gradient_step, use_fused_adam
+from sb3_ppo_ext.common.optimization import Coefficients, Statistics, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
-
-Coefficients = dict[str, float]
-Statistics = dict[str, th.Tensor]
 
 
 class PolicyLoss(NamedTuple):
@@ -41,8 +38,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     Epochs of minibatches over one rollout, minimising
     ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``.
 
-    A child gives its policy loss (:meth:`_policy_loss`); it may stop an update early (:meth:`_is_too_far`) and act
-    after it (:meth:`_after_update`). The arguments are those of :class:`stable_baselines3.PPO`.
+    A child gives its policy loss (:meth:`_policy_loss`); it may limit an update (:meth:`_kl_limit`) and act after it
+    (:meth:`_after_update`). The arguments are those of :class:`stable_baselines3.PPO`.
     """
 
     def __init__(
@@ -71,6 +68,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         verbose: int,
         seed: int | None,
         device: th.device | str,
+        torch_compile: bool,
     ) -> None:
         super().__init__(
             policy,
@@ -99,6 +97,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self.n_epochs = n_epochs
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
+        self.torch_compile = torch_compile
 
     def _validate(self) -> None:
         super()._validate()
@@ -122,13 +121,13 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param coefficients: what :meth:`_coefficients` gave for this update
         """
 
-    def _coefficients(self) -> Coefficients:
+    def _coefficients(self) -> dict[str, float]:
         """The numbers in the loss that follow a schedule, at the present progress; they are logged by these names."""
         return {} if self.clip_range_vf is None else {"clip_range_vf": self._at_present(self.clip_range_vf)}
 
-    def _is_too_far(self, statistics: Statistics) -> bool:
-        """Whether the update is to end before the step that the minibatch would make."""
-        return False
+    def _kl_limit(self) -> float | None:
+        """An update ends before the step of a minibatch whose ``approx_kl`` is above this; None: never."""
+        return None
 
     def _after_update(self) -> None:
         """What follows an update."""
@@ -137,46 +136,65 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """Update the policy from the rollout in the buffer."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        use_fused_adam(self.policy.optimizer)
-        actor_critic = self._actor_critic()
-        parameters = list(self.policy.parameters())
-        coefficients = self._coefficients()
+        scheduled = self._coefficients()
+        coefficients = {
+            **scheduled,
+            "ent_coef": self.ent_coef,
+            "vf_coef": self.vf_coef,
+            "max_grad_norm": self.max_grad_norm,
+        }
+        kl_limit = self._kl_limit()
+        if kl_limit is not None:
+            coefficients["kl_limit"] = kl_limit
+        step = self._minibatch_step(
+            self._minibatch_loss,
+            [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
+            of=(tuple(coefficients), self.normalize_advantage),
+        )
         history: dict[str, list[th.Tensor]] = defaultdict(list)
         stopped_at: int | None = None
 
+        step.load()
         for epoch in range(self.n_epochs):
             for rollout_data in cast(Iterable[RolloutSamples], self.rollout_buffer.get(self.batch_size)):
-                if self.normalize_advantage and len(rollout_data.advantages) > 1:
-                    advantages = rollout_data.advantages
-                    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-                    rollout_data = rollout_data._replace(advantages=advantages)
-
-                evaluation = actor_critic.evaluate_actions(rollout_data.observations, rollout_data.actions)
-                policy_loss, statistics = self._policy_loss(evaluation, rollout_data, coefficients)
-                value_loss = self._value_loss(evaluation.values, rollout_data, coefficients)
-                entropy_loss = -(evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy).mean()
-                loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
-
-                statistics["policy_gradient_loss"] = policy_loss
-                statistics["value_loss"] = value_loss
-                statistics["entropy_loss"] = entropy_loss
-                statistics["loss"] = loss
-                if self._is_too_far(statistics):
+                for name, statistic in step(rollout_data, coefficients).items():
+                    history[name].append(statistic)
+                if kl_limit is not None and history["approx_kl"][-1].item() > kl_limit:
                     stopped_at = epoch
-                else:
-                    statistics["grad_norm"] = gradient_step(
-                        loss, self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm
-                    )
-                for name, statistic in statistics.items():
-                    history[name].append(statistic.detach())
-                if stopped_at is not None:
                     break
             self._n_updates += 1
             if stopped_at is not None:
                 break
+        step.store()
 
-        self._log_update(history, coefficients, stopped_at)
+        self._log_update(history, scheduled, stopped_at)
         self._after_update()
+
+    def _minibatch_loss(
+        self, actor_critic: ActorCritic, rollout_data: RolloutSamples, coefficients: Coefficients
+    ) -> tuple[th.Tensor, Statistics]:
+        """
+        The loss of a minibatch.
+
+        :param actor_critic: the present policy
+        :param rollout_data: the minibatch
+        :param coefficients: numbers in the loss
+        :return: the loss, a scalar, and what to log of it
+        """
+        if self.normalize_advantage and len(rollout_data.advantages) > 1:
+            advantages = rollout_data.advantages
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            rollout_data = rollout_data._replace(advantages=advantages)
+        evaluation = actor_critic.evaluate_actions(rollout_data.observations, rollout_data.actions)
+        policy_loss, statistics = self._policy_loss(evaluation, rollout_data, coefficients)
+        value_loss = self._value_loss(evaluation.values, rollout_data, coefficients)
+        entropy_loss = -(evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy).mean()
+        loss = policy_loss + coefficients["ent_coef"] * entropy_loss + coefficients["vf_coef"] * value_loss
+        statistics["policy_gradient_loss"] = policy_loss.detach()
+        statistics["value_loss"] = value_loss.detach()
+        statistics["entropy_loss"] = entropy_loss.detach()
+        statistics["loss"] = loss.detach()
+        return loss, statistics
 
     def _value_loss(self, values: th.Tensor, rollout_data: RolloutSamples, coefficients: Coefficients) -> th.Tensor:
         if "clip_range_vf" not in coefficients:
@@ -186,21 +204,29 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         ).mean()
 
     def _log_update(
-        self, history: dict[str, list[th.Tensor]], coefficients: Coefficients, stopped_at: int | None
+        self, history: dict[str, list[th.Tensor]], scheduled: dict[str, float], stopped_at: int | None
     ) -> None:
         """Log the mean of each statistic over all minibatches (of one that is called a maximum, the maximum)."""
-        for name, series in history.items():
-            values = th.stack(series)
-            self.logger.record(f"train/{name}", (values.max() if name.endswith("_max") else values.mean()).item())
+        series = {name: values.tolist() for name, values in zip(history, _to_host(history.values()), strict=True)}
+        for name, values in series.items():
+            self.logger.record(f"train/{name}", max(values) if name.endswith("_max") else sum(values) / len(values))
         buffer = self.rollout_buffer
         explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.detach().exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, value in coefficients.items():
+        for name, value in scheduled.items():
             self.logger.record(f"train/{name}", value)
         if stopped_at is not None:
             self.logger.record("train/early_stop_epoch", stopped_at)
             if self.verbose >= 1:
                 print(f"Update stopped early, at epoch {stopped_at} of {self.n_epochs}: the policy has moved too far")
+        raise_if_not_finite(series)
+
+
+def _to_host(series: Iterable[list[th.Tensor]]) -> list[th.Tensor]:
+    """Lists of scalars as tensors on the host, moved there in one transfer."""
+    lists = list(series)
+    everything = th.stack([scalar for values in lists for scalar in values]).cpu()
+    return list(th.split(everything, [len(values) for values in lists]))

@@ -1,0 +1,212 @@
+"""One gradient step as one compiled graph: gradients, clipping of their norm and Adam, over flat parameters."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch as th
+from torch import nn
+from torch.func import functional_call, grad
+
+from sb3_ppo_ext.common.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.buffers import RolloutSamples
+from sb3_ppo_ext.common.optimization import Coefficients, MinibatchLoss, Statistics
+
+
+def check_can_compile(policy: nn.Module, optimizer: th.optim.Optimizer) -> None:
+    """
+    :param policy: to be updated
+    :param optimizer: of its parameters
+    :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
+    """
+    refused = "torch_compile=True is not allowed"
+    if not DirectActorCritic.understands(policy):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{refused} with policy={type(policy).__name__}: it overrides methods of Stable-Baselines3's "
+            "ActorCriticPolicy; use one that overrides none, or torch_compile=False"
+        )
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
+        raise ValueError(
+            f"{refused} with batch normalisation, whose running statistics a compiled step cannot change; use "
+            "nn.LayerNorm or nn.GroupNorm, or torch_compile=False"
+        )
+    plain = type(optimizer) is th.optim.Adam and all(
+        not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
+        and group["betas"] == optimizer.param_groups[0]["betas"]
+        and group["eps"] == optimizer.param_groups[0]["eps"]
+        for group in optimizer.param_groups
+    )
+    if not plain:
+        raise ValueError(
+            f"{refused} with optimizer_class={type(optimizer).__name__} as it is set: it must be torch.optim.Adam "
+            "without amsgrad, maximize and weight_decay, with the same betas and eps for all parameters"
+        )
+    on_cpu = all(parameter.device.type == "cpu" for parameter in policy.parameters())
+    if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+        raise ValueError(f"{refused} without a C++ compiler: install g++ (Debian: apt install g++), or clang")
+
+
+class CompiledStep:
+    """
+    A gradient step of Adam on a minibatch loss, as one graph.
+
+    The parameters and Adam's moments live in flat tensors from :meth:`load` to :meth:`store`; what may change from
+    update to update (learning rates, coefficients) enters as tensors, so that no new value is a new graph.
+
+    :param policy: that the loss calls
+    :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
+    :param parameters: what is updated, among the policy's
+    :param minibatch_loss: to be minimised
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        optimizer: th.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        minibatch_loss: MinibatchLoss,
+    ) -> None:
+        self.compile_seconds = 0.0
+        self._optimizer = optimizer
+        self._module = _Loss(policy, minibatch_loss)
+        self._parameters = list(parameters)
+        name_of = {id(p): name for name, p in self._module.named_parameters()}
+        self._names = [name_of[id(p)] for p in self._parameters]
+        self._shapes = [p.shape for p in self._parameters]
+        self._sizes = [p.numel() for p in self._parameters]
+        self._betas = optimizer.param_groups[0]["betas"]
+        self._eps = optimizer.param_groups[0]["eps"]
+        self._compiled = th.compile(
+            self._step,
+            fullgraph=True,
+            dynamic=False,
+            # Guards on the policy's modules cost more than the step. They are not needed: whoever replaces a layer or
+            # the policy makes a new CompiledStep.
+            options={"guard_filter_fn": th.compiler.keep_tensor_guards_unsafe},
+        )
+        self._seen: set[int] = set()
+        self._numbers: Mapping[str, float] | None = None
+
+    def load(self) -> None:
+        """Take parameters, moments and learning rates from the policy and its optimiser."""
+        with th.no_grad():
+            states = [self._optimizer.state.get(p) or {} for p in self._parameters]
+            counts = {float(state["step"]) if state else 0.0 for state in states}
+            if len(counts) > 1:
+                raise ValueError(
+                    f"torch_compile=True is not allowed with an optimiser whose parameters have made different numbers "
+                    f"of steps ({sorted(counts)}); use torch_compile=False"
+                )
+            self._theta = th.cat([p.flatten() for p in self._parameters])
+            self._exp_avg = self._moment("exp_avg", states)
+            self._exp_avg_sq = self._moment("exp_avg_sq", states)
+            device = self._theta.device
+            # Not a scalar: the compiler of torch 2.13 loses what is written into a scalar on the CPU.
+            self._count = th.tensor([counts.pop()], dtype=th.float64, device=device)
+            lr_of = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
+            self._lr = th.cat([th.full((p.numel(),), lr_of[id(p)], device=device) for p in self._parameters])
+
+    def _moment(self, name: str, states: list[Any]) -> th.Tensor:
+        return th.cat(
+            [
+                (state[name] if state else th.zeros_like(p)).flatten()
+                for p, state in zip(self._parameters, states, strict=True)
+            ]
+        )
+
+    def store(self) -> None:
+        """Put parameters and moments back into the policy and its optimiser."""
+        with th.no_grad():
+            thetas, exp_avgs, exp_avg_sqs = (
+                [piece.view(shape) for piece, shape in zip(th.split(flat, self._sizes), self._shapes, strict=True)]
+                for flat in (self._theta, self._exp_avg, self._exp_avg_sq)
+            )
+            count = self._count.float().squeeze()
+            for p, theta, exp_avg, exp_avg_sq in zip(self._parameters, thetas, exp_avgs, exp_avg_sqs, strict=True):
+                p.copy_(theta)
+                state = self._optimizer.state[p]
+                state["step"] = count.clone()
+                state["exp_avg"] = exp_avg.clone()
+                state["exp_avg_sq"] = exp_avg_sq.clone()
+
+    def __call__(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> Statistics:
+        size = len(rollout_data.returns)
+        start = time.perf_counter()
+        with th.no_grad():
+            statistics: Statistics = self._compiled(
+                self._theta,
+                self._exp_avg,
+                self._exp_avg_sq,
+                self._count,
+                self._lr,
+                self._on_device(coefficients),
+                rollout_data,
+            )
+        if size not in self._seen:  # the first call with this size compiles
+            self._seen.add(size)
+            self.compile_seconds += time.perf_counter() - start
+        return statistics
+
+    def _on_device(self, coefficients: Mapping[str, float]) -> dict[str, th.Tensor]:
+        """The numbers as tensors, so that a new value is not a new graph; moved once an update."""
+        if coefficients is not self._numbers:
+            self._numbers = coefficients
+            values = th.tensor(list(coefficients.values()), dtype=th.float32, device=self._theta.device)
+            self._tensors = dict(zip(coefficients, values.unbind(), strict=True))
+        return self._tensors
+
+    def _step(
+        self,
+        theta: th.Tensor,
+        exp_avg: th.Tensor,
+        exp_avg_sq: th.Tensor,
+        count: th.Tensor,
+        lr: th.Tensor,
+        coefficients: Mapping[str, th.Tensor],
+        rollout_data: RolloutSamples,
+    ) -> Statistics:
+        def loss_of(flat: th.Tensor) -> tuple[th.Tensor, Statistics]:
+            pieces = th.split(flat, self._sizes)
+            swapped = {n: x.view(s) for n, x, s in zip(self._names, pieces, self._shapes, strict=True)}
+            result: tuple[th.Tensor, Statistics] = functional_call(self._module, swapped, (rollout_data, coefficients))
+            return result
+
+        gradient: th.Tensor
+        statistics: Statistics
+        gradient, statistics = grad(loss_of, has_aux=True)(theta)
+        norm = th.linalg.vector_norm(gradient)
+        statistics["grad_norm"] = norm
+        takes_step = norm.isfinite()
+        if "kl_limit" in coefficients:
+            takes_step = takes_step & (statistics["approx_kl"] <= coefficients["kl_limit"])
+        gradient = gradient * (coefficients["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+
+        # Adam, as torch.optim.Adam computes it
+        beta1, beta2 = self._betas
+        new_count = count + 1
+        new_exp_avg = exp_avg.lerp(gradient, 1 - beta1)
+        new_exp_avg_sq = exp_avg_sq * beta2 + gradient * gradient * (1 - beta2)
+        step_size = lr / (1 - beta1**new_count).float()
+        denominator = new_exp_avg_sq.sqrt() / (1 - beta2**new_count).sqrt().float() + self._eps
+        new_theta = theta - step_size * new_exp_avg / denominator
+
+        theta.copy_(th.where(takes_step, new_theta, theta))
+        exp_avg.copy_(th.where(takes_step, new_exp_avg, exp_avg))
+        exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
+        count.copy_(th.where(takes_step, new_count, count))
+        return statistics
+
+
+class _Loss(nn.Module):
+    """The policy as a part of its loss, so that ``functional_call`` can swap its parameters."""
+
+    def __init__(self, policy: nn.Module, minibatch_loss: MinibatchLoss) -> None:
+        super().__init__()
+        self.policy = policy
+        self._minibatch_loss = minibatch_loss
+
+    def forward(self, rollout_data: RolloutSamples, coefficients: Coefficients) -> tuple[th.Tensor, Statistics]:
+        return self._minibatch_loss(rollout_data, coefficients)

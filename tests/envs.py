@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -25,7 +26,7 @@ class ScriptedEnv(gym.Env[Any, Any]):
         action_space: spaces.Space[Any],
         script: tuple[tuple[int, bool, bool], ...] = ((3, True, False), (2, False, True), (4, True, True)),
     ) -> None:
-        self.observation_space = obs_space
+        self.observation_space = copy.deepcopy(obs_space)  # with a generator of its own
         self.action_space = action_space
         self._script = script
         self._episode = -1

@@ -157,10 +157,13 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         step.load()
         for epoch in range(self.n_epochs):
             for rollout_data in cast(Iterable[RolloutSamples], self.rollout_buffer.get(self.batch_size)):
-                for name, statistic in step(rollout_data, coefficients).items():
-                    history[name].append(statistic)
-                if kl_limit is not None and history["approx_kl"][-1].item() > kl_limit:
+                statistics = step(rollout_data, coefficients)
+                if kl_limit is not None and statistics["approx_kl"].item() > kl_limit:
                     stopped_at = epoch
+                    statistics.pop("grad_norm", None)  # of a step that was not made
+                for name, statistic in statistics.items():
+                    history[name].append(statistic)
+                if stopped_at is not None:
                     break
             self._n_updates += 1
             if stopped_at is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch as th
@@ -14,6 +16,8 @@ from torch.func import functional_call, grad
 from sb3_ppo_ext.common.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.buffers import RolloutSamples
 from sb3_ppo_ext.common.optimization import Coefficients, MinibatchLoss, Statistics
+
+_SERIAL = itertools.count()
 
 
 def check_can_compile(policy: nn.Module, optimizer: th.optim.Optimizer) -> None:
@@ -80,11 +84,11 @@ class CompiledStep:
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
         self._compiled = th.compile(
-            self._step,
+            _with_own_code(self._step),
             fullgraph=True,
             dynamic=False,
-            # Guards on the policy's modules cost more than the step. They are not needed: whoever replaces a layer or
-            # the policy makes a new CompiledStep.
+            # Guards on all that the step reads cost more than the step. Those on tensors stay, for a new batch size;
+            # the rest is this object's, and another policy or another loss is another object.
             options={"guard_filter_fn": th.compiler.keep_tensor_guards_unsafe},
         )
         self._seen: set[int] = set()
@@ -198,6 +202,19 @@ class CompiledStep:
         exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
         count.copy_(th.where(takes_step, new_count, count))
         return statistics
+
+
+def _with_own_code(method: Callable[..., Statistics]) -> Callable[..., Statistics]:
+    """
+    The same method with a code object of its own. torch keeps compiled graphs by code object, so with few guards one
+    step would be given the graph of another.
+
+    :param method: bound to its object
+    """
+    function = method.__func__  # type: ignore[attr-defined]
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_SERIAL)}")
+    copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    return types.MethodType(copy, method.__self__)  # type: ignore[attr-defined]
 
 
 class _Loss(nn.Module):

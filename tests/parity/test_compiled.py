@@ -54,7 +54,7 @@ def test_compiled_update_is_the_eager_one(case: str) -> None:
         np.random.seed(0)  # noqa: NPY002  # the minibatches
         th.manual_seed(0)
         model.set_random_seed(0)
-        # Two updates of three, so that moments and schedules have moved; a clip range of 0, at the end, would be all kink
+        # Two updates of three: moments and schedules have moved, and no clip range is 0 yet, which is all kink
         model.learn(384, callback=lambda variables, _: variables["self"].num_timesteps < 257)
     eager, compiled = models
     assert eager._n_updates == compiled._n_updates

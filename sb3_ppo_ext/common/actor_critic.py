@@ -117,11 +117,17 @@ class DirectActorCritic:
         self._is_sde = isinstance(policy.action_dist, sb3.StateDependentNoiseDistribution)
         space = policy.observation_space
         self._plain_box = isinstance(space, spaces.Box) and not (policy.normalize_images and is_image_space(space))
-        self._shares_work = policy.share_features_extractor and any(
+        self._shares_features = policy.share_features_extractor and any(
             True for _ in policy.features_extractor.parameters()
         )
-        self._latent_layers = _unrolled_actor(policy)
-        self._action_layers = _unrolled(policy.action_net)
+        mlp: Any = policy.mlp_extractor
+        is_plain = type(mlp) is MlpExtractor
+        self._actor = _unrolled_extractor(policy, policy.pi_features_extractor)
+        self._critic = _unrolled_extractor(policy, policy.vf_features_extractor)
+        self._actor_head = _unrolled(mlp.policy_net) if is_plain else [mlp.forward_actor]
+        self._critic_head = _unrolled(mlp.value_net) if is_plain else [mlp.forward_critic]
+        self._action_net = _unrolled(policy.action_net)
+        self._value_net = _unrolled(policy.value_net)
 
     @classmethod
     def understands(cls, policy: BasePolicy) -> bool:
@@ -138,53 +144,43 @@ class DirectActorCritic:
         Draw an action for each observation: by the actor alone, or, where a second pass through the extractor would
         cost more than it saves, together with values and parameters.
         """
-        if self._shares_work:
+        if self._shares_features:
             latent_pi, latent_vf = self._latents(obs)
-            values = self.policy.value_net(latent_vf).flatten()
-            return self._sample(latent_pi), Kept(values, None, self._params(latent_pi))
-        latent_pi = self._preprocess(obs)
-        for layer in self._latent_layers:
-            latent_pi = layer(latent_pi)
-        return self._sample(latent_pi), None
-
-    def evaluate(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
-        """
-        One pass through actor and critic.
-
-        :param obs: a batch of observations
-        :return: distribution parameters, shape ``(batch, n_params)``, and values, shape ``(batch,)``
-        """
-        latent_pi, latent_vf = self._latents(obs)
-        return self._params(latent_pi), self.policy.value_net(latent_vf).flatten()
+            return self._sample(latent_pi), Kept(self._values(latent_vf), None, self._params(latent_pi))
+        return self._sample(self._latent_pi(obs)), None
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
-        params, values = self.evaluate(obs)
-        return Evaluation(values, self.family.log_prob(params, actions), self.family.entropy(params), params)
+        latent_pi, latent_vf = self._latents(obs)
+        params = self._params(latent_pi)
+        log_prob, entropy = self.family.log_prob(params, actions), self.family.entropy(params)
+        return Evaluation(self._values(latent_vf), log_prob, entropy, params)
 
     def params(self, obs: PyTorchObs) -> th.Tensor:
-        features = self.policy.pi_features_extractor(self._preprocess(obs))
-        return self._params(self.policy.mlp_extractor.forward_actor(features))
+        return self._params(self._latent_pi(obs))
 
     def values(self, obs: PyTorchObs) -> th.Tensor:
-        features = self.policy.vf_features_extractor(self._preprocess(obs))
-        values: th.Tensor = self.policy.value_net(self.policy.mlp_extractor.forward_critic(features))
-        return values.flatten()
+        features = _apply(self._critic, self._preprocess(obs))
+        return self._values(_apply(self._critic_head, features))
 
     def _preprocess(self, obs: PyTorchObs) -> Any:
         if self._plain_box:  # preprocess_obs looks at the space anew each time, which costs more than a small layer
             return obs.float()  # type: ignore[union-attr]  # a tensor, for a Box
         return preprocess_obs(obs, self.policy.observation_space, normalize_images=self.policy.normalize_images)
 
+    def _latent_pi(self, obs: PyTorchObs) -> th.Tensor:
+        return _apply(self._actor_head, _apply(self._actor, self._preprocess(obs)))
+
     def _latents(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
-        policy = self.policy
         inputs = self._preprocess(obs)
-        if policy.share_features_extractor:
-            return policy.mlp_extractor(policy.features_extractor(inputs))  # type: ignore[no-any-return]
-        latent_pi = policy.mlp_extractor.forward_actor(policy.pi_features_extractor(inputs))
-        return latent_pi, policy.mlp_extractor.forward_critic(policy.vf_features_extractor(inputs))
+        features = _apply(self._actor, inputs)
+        vf_features = features if self.policy.share_features_extractor else _apply(self._critic, inputs)
+        return _apply(self._actor_head, features), _apply(self._critic_head, vf_features)
+
+    def _values(self, latent_vf: th.Tensor) -> th.Tensor:
+        return _apply(self._value_net, latent_vf).flatten()
 
     def _params(self, latent_pi: th.Tensor) -> th.Tensor:
-        out: th.Tensor = self.policy.action_net(latent_pi)
+        out = _apply(self._action_net, latent_pi)
         if self._is_gaussian:
             return th.cat((out, self.policy.log_std.exp().expand_as(out)), dim=1)
         if self._is_sde:
@@ -195,9 +191,7 @@ class DirectActorCritic:
         return out
 
     def _sample(self, latent_pi: th.Tensor) -> th.Tensor:
-        out = latent_pi
-        for layer in self._action_layers:
-            out = layer(out)
+        out = _apply(self._action_net, latent_pi)
         if self._is_gaussian:  # what the family draws, without assembling its parameters first
             return out + th.randn_like(out) * self.policy.log_std.exp()
         if self._is_sde:  # the noise is a matrix, drawn before and kept for many steps, times the features
@@ -206,28 +200,45 @@ class DirectActorCritic:
         return self.family.sample(out)
 
 
-def _unrolled_actor(policy: ActorCriticPolicy) -> list[Callable[[th.Tensor], th.Tensor]]:
-    """The actor, from preprocessed observations to its last hidden layer, as a plain list of functions."""
-    extractor, mlp = policy.pi_features_extractor, policy.mlp_extractor
+Layer = Callable[[th.Tensor], th.Tensor]
+
+
+def _apply(layers: list[Layer], x: th.Tensor) -> th.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _unrolled_extractor(policy: ActorCriticPolicy, extractor: nn.Module) -> list[Layer]:
+    """A features extractor as a list of functions: of none, if the preprocessed observations are flat already."""
     already_flat = type(extractor) is FlattenExtractor and len(policy.observation_space.shape or ()) == 1
-    layers: list[Callable[[th.Tensor], th.Tensor]] = [] if already_flat else [extractor]
-    return layers + (_unrolled(mlp.policy_net) if type(mlp) is MlpExtractor else [mlp.forward_actor])
+    return [] if already_flat and not _has_hooks(extractor) else [extractor]
 
 
-def _unrolled(module: nn.Module) -> list[Callable[[th.Tensor], th.Tensor]]:
+def _unrolled(module: nn.Module) -> list[Layer]:
     """
     A module as a list of functions. Calling a torch module costs as much as a small layer's arithmetic; a linear layer
     or a tanh without hooks is replaced by the function that it calls, anything else stays the module that it is.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    if _has_hooks(module):
         return [module]
     if type(module) is nn.Sequential:
         return [function for child in module for function in _unrolled(child)]
     if type(module) is nn.Linear:
-        return [partial(F.linear, weight=module.weight, bias=module.bias)]
+        return [partial(_linear, module)]
     if type(module) is nn.Tanh:
         return [th.tanh]
     return [module]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _linear(module: nn.Linear, x: th.Tensor) -> th.Tensor:
+    # The parameters are looked up at the call, so that torch.func.functional_call can swap them.
+    return F.linear(x, module.weight, module.bias)
 
 
 class SB3ActorCritic:

@@ -59,6 +59,9 @@ class EagerStep:
         self, optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter], minibatch_loss: MinibatchLoss
     ) -> None:
         self._parameters = list(parameters)
+        updated = set(parameters)
+        others = any(p not in updated for group in optimizer.param_groups for p in group["params"])
+        self._inputs = self._parameters if others else None  # naming all of them takes longer than naming none
         self._optimizer = optimizer
         self._minibatch_loss = minibatch_loss
 
@@ -72,8 +75,9 @@ class EagerStep:
         loss, statistics = self._minibatch_loss(rollout_data, coefficients)
         if "kl_limit" in coefficients and statistics["approx_kl"].item() > coefficients["kl_limit"]:
             return statistics
-        self._optimizer.zero_grad()
-        loss.backward(inputs=self._parameters)  # type: ignore[no-untyped-call]
+        for parameter in self._parameters:
+            parameter.grad = None
+        loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
         statistics["grad_norm"] = clip_and_step(
             self._optimizer, self._parameters, max_grad_norm=coefficients["max_grad_norm"]
         )

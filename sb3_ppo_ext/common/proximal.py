@@ -139,9 +139,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         scheduled = self._coefficients()
         coefficients = {
             **scheduled,
-            "ent_coef": self.ent_coef,
-            "vf_coef": self.vf_coef,
-            "max_grad_norm": self.max_grad_norm,
+            "ent_coef": float(self.ent_coef),
+            "vf_coef": float(self.vf_coef),
+            "max_grad_norm": float(self.max_grad_norm),
         }
         kl_limit = self._kl_limit()
         if kl_limit is not None:
@@ -192,7 +192,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         policy_loss, statistics = self._policy_loss(evaluation, rollout_data, coefficients)
         value_loss = self._value_loss(evaluation.values, rollout_data, coefficients)
         entropy_loss = -(evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy).mean()
-        loss = policy_loss + coefficients["ent_coef"] * entropy_loss + coefficients["vf_coef"] * value_loss
+        loss = policy_loss + coefficients["vf_coef"] * value_loss
+        if not isinstance(coefficients["ent_coef"], float) or coefficients["ent_coef"] > 0.0:
+            loss = loss + coefficients["ent_coef"] * entropy_loss  # without a weight, it need not be differentiated
         statistics["policy_gradient_loss"] = policy_loss.detach()
         statistics["value_loss"] = value_loss.detach()
         statistics["entropy_loss"] = entropy_loss.detach()

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "box, many dimensions": (scripted(BOX, TORQUES), "MlpPolicy", {}),
     "dict": (scripted(DICT, TORQUES), "MultiInputPolicy", {}),
     "dict, discrete action": (scripted(DICT, spaces.Discrete(3)), "MultiInputPolicy", {}),
-    "image": (scripted(IMAGE, spaces.Discrete(3)), "CnnPolicy", {}),
+    "image": (scripted(IMAGE, spaces.Discrete(3)), "CnnPolicy", {"n_epochs": 1}),
     "image, separate extractors": (
         scripted(IMAGE, spaces.Discrete(3)),
         "CnnPolicy",
@@ -87,7 +87,8 @@ def train(algorithm: Any, env: Any, policy: str, kwargs: dict[str, Any], n_envs:
 @pytest.mark.parametrize("case", CASES)
 def test_same_parameters_after_two_rollouts(case: str, n_envs: int) -> None:
     env, policy, kwargs = CASES[case]
-    # Two runs of SB3 whose initial parameters differ in the last bit deviate by 2e-5 on images (ReLU's kinks).
+    # Two runs of SB3 whose initial parameters differ in the last bit deviate by 2e-5 on images, and with more epochs by
+    # 1e-3: somewhere a ReLU is at its kink.
     tolerance = 1e-4 if case.startswith("image") else 1e-5
     theirs = train(PPO, env, policy, kwargs, n_envs)
     ours = train(partial(DualClipPPO, dual_clip=None), env, policy, kwargs, n_envs)

@@ -64,6 +64,7 @@ class CompiledStep:
     :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
     :param parameters: what is updated, among the policy's
     :param minibatch_loss: to be minimised
+    :param announce: whether to tell who is waiting that a graph is being compiled, and how long it took
     """
 
     def __init__(
@@ -72,7 +73,10 @@ class CompiledStep:
         optimizer: th.optim.Optimizer,
         parameters: Sequence[nn.Parameter],
         minibatch_loss: MinibatchLoss,
+        *,
+        announce: bool,
     ) -> None:
+        self._announce = announce
         self.compile_seconds = 0.0
         self._optimizer = optimizer
         self._module = _Loss(policy, minibatch_loss)
@@ -138,6 +142,9 @@ class CompiledStep:
 
     def __call__(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> Statistics:
         size = len(rollout_data.returns)
+        is_new = size not in self._seen
+        if is_new and self._announce:
+            print(f"Compiling the gradient step for minibatches of {size} ...", end=" ", flush=True)
         start = time.perf_counter()
         with th.no_grad():
             statistics: Statistics = self._compiled(
@@ -149,9 +156,12 @@ class CompiledStep:
                 self._on_device(coefficients),
                 rollout_data,
             )
-        if size not in self._seen:  # the first call with this size compiles
+        if is_new:
             self._seen.add(size)
-            self.compile_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.compile_seconds += seconds
+            if self._announce:
+                print(f"{seconds:.1f} seconds")
         return statistics
 
     def _on_device(self, coefficients: Mapping[str, float]) -> dict[str, th.Tensor]:

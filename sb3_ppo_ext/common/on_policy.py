@@ -159,7 +159,10 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             return EagerStep(self.policy.optimizer, parameters, loss)
         form = (id(self.policy), id(self.policy.optimizer), tuple(map(id, parameters)), of)
         if self._compiled is None or self._compiled[0] != form:
-            self._compiled = form, CompiledStep(self.policy, self.policy.optimizer, parameters, loss)
+            self._compiled = (
+                form,
+                CompiledStep(self.policy, self.policy.optimizer, parameters, loss, announce=self.verbose >= 1),
+            )
         return self._compiled[1]
 
     def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:

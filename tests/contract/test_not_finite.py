@@ -1,0 +1,59 @@
+"""A loss or a gradient that is not finite never reaches the parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch as th
+
+from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.optimization import NonFiniteError
+
+SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
+
+
+class BadReward(gym.RewardWrapper):
+    """One reward, the 100th, is not a number; then all are again."""
+
+    def __init__(self, env: gym.Env[Any, Any], reward: float) -> None:
+        super().__init__(env)
+        self.bad = reward
+        self.count = 0
+
+    def reward(self, reward: Any) -> float:
+        self.count += 1
+        return self.bad if self.count == 100 else float(reward)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO])
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "torch_compile",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+        ),
+    ],
+)
+def test_a_reward_that_is_not_finite(algorithm: Any, reward: float, torch_compile: bool) -> None:
+    model = algorithm("MlpPolicy", BadReward(gym.make("CartPole-v1"), reward), torch_compile=torch_compile, **SMALL)
+    model.learn(64)
+    with pytest.raises(NonFiniteError, match="value_loss=") as error:
+        model.learn(64, reset_num_timesteps=False)
+    assert "grad_norm=" in str(error.value)
+    assert all(p.isfinite().all() for p in model.policy.parameters())
+    for state in model.policy.optimizer.state.values():
+        assert state["exp_avg"].isfinite().all()
+    before = [p.detach().clone() for p in model.policy.parameters()]
+    model.learn(64, reset_num_timesteps=False)  # the model is still usable
+    assert all(not th.equal(p, q) for p, q in zip(model.policy.parameters(), before, strict=True))
+
+
+def test_it_is_an_error_that_the_rl_zoo_prunes() -> None:
+    assert issubclass(NonFiniteError, ValueError)

@@ -94,14 +94,14 @@ def clip_and_step(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]
     :return: the norm before clipping, a scalar on the parameters' device
     """
     if not all(group.get("fused") for group in optimizer.param_groups):
-        grad_norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        grad_norm: th.Tensor = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if math.isfinite(grad_norm.item()):
             optimizer.step()
         return grad_norm
 
     # The fused kernel divides the gradients by a number that it is given (it is made for loss scaling).
     grads = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
-    grad_norm: th.Tensor = th.linalg.vector_norm(th.cat(grads))
+    grad_norm = th.linalg.vector_norm(th.cat(grads))
     optimizer.grad_scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)  # type: ignore[attr-defined]
     if grad_norm.device.type == "cuda":
         # It leaves everything as it is where this says so, and the host need not wait for the norm.

@@ -58,7 +58,7 @@ class ActorCritic(Protocol):
 
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         """
-        Draw an action for each observation, as SB3 draws it.
+        Draw an action for each observation, as SB3 draws it; without gradients.
 
         :param obs: a batch of observations
         :return: actions, shape ``(batch, action_dim)`` or what reshapes to it, and what else the pass yielded
@@ -139,6 +139,7 @@ class DirectActorCritic:
             and not any(name in vars(policy) for name in cls._CALLS)
         )
 
+    @th.inference_mode()
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         """
         Draw an action for each observation: by the actor alone, or, where a second pass through the extractor would
@@ -256,6 +257,7 @@ class SB3ActorCritic:
         self._with_params = with_params
         self._is_discrete = isinstance(policy.action_space, spaces.Discrete)
 
+    @th.no_grad()
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         actions, values, log_prob = self.policy(obs)
         return actions, Kept(values.flatten(), log_prob, None)

@@ -76,11 +76,12 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_bool("torch_compile", self.torch_compile)
         check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
         buffer_class = self.rollout_buffer_class
-        if self._needs_old_params and buffer_class is not None and not issubclass(buffer_class, RolloutBuffer):
+        serves = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
+        if self._needs_old_params and not serves:
+            name = getattr(buffer_class, "__name__", repr(buffer_class))
             raise ValueError(
-                f"rollout_buffer_class={buffer_class.__name__} is not allowed: {type(self).__name__} keeps the "
-                "parameters of the action distributions in the buffer, which must be a subclass of "
-                "sb3_ppo_ext.common.buffers.RolloutBuffer"
+                f"rollout_buffer_class={name} is not allowed: {type(self).__name__} keeps the parameters of the action "
+                "distributions in the buffer, which must be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer"
             )
 
     def _check_rollout_size(self, batch_size: int, normalize_advantage: bool) -> None:
@@ -108,9 +109,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             )
 
     def _setup_model(self) -> None:
+        if self.rollout_buffer_class in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
+            self.rollout_buffer_class = buffer_class_for(self.observation_space)  # which derives from SB3's
         self._validate()
-        if self.rollout_buffer_class is None:
-            self.rollout_buffer_class = buffer_class_for(self.observation_space)
         super()._setup_model()
         self._family = family_of_space(self.action_space, squash_output=self.policy.squash_output)
         self._compiled: tuple[Hashable, CompiledStep] | None = None
@@ -213,9 +214,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
-            with th.inference_mode():
-                obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-                action_tensor, yielded = actor_critic.act(obs_tensor)
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            action_tensor, yielded = actor_critic.act(obs_tensor)
             if yielded is not None:
                 kept.append(yielded)
             actions = action_tensor.cpu().numpy().reshape(action_shape)

@@ -248,3 +248,22 @@ def test_a_callback_stops_a_rollout_in_the_middle() -> None:
     assert model._n_updates == 10  # one rollout's epochs
     model.learn(64, reset_num_timesteps=False)
     assert model.num_timesteps == 114
+
+
+@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO])
+def test_a_model_saved_by_sb3_loads_into_ours_and_back(algorithm: Any, tmp_path: Any) -> None:
+    theirs = PPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, n_epochs=1, device="cpu").learn(64)
+    theirs.save(tmp_path / "theirs")
+    ours = algorithm("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, n_epochs=1, device="cpu")
+    ours.set_parameters(tmp_path / "theirs")
+    whole = DualClipPPO.load(tmp_path / "theirs", env=theirs.env, device="cpu")
+    assert type(whole.rollout_buffer) is RolloutBuffer
+    for model in (ours, whole):
+        for p, q in zip(model.policy.parameters(), theirs.policy.parameters(), strict=True):
+            assert th.equal(p, q)
+        model.learn(64)
+    ours.save(tmp_path / "ours")
+    theirs.set_parameters(tmp_path / "ours")
+    for p, q in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
+        assert th.equal(p, q)
+    theirs.learn(64)

@@ -200,8 +200,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         actor_critic = self._actor_critic()
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
-        if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
         kept: list[Kept] = []
         timeouts: list[tuple[int, int, Any]] = []
         action_shape = (env.num_envs, *(self.action_space.shape or ()))
@@ -209,6 +207,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         n_steps = 0
 
         callback.on_rollout_start()
+        if self.use_sde:  # after the callback, so that one that saves the random state saves it before this draw
+            self.policy.reset_noise(env.num_envs)
 
         while True:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:

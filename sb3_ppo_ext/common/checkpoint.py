@@ -43,7 +43,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium.wrappers import TimeLimit
-from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.save_util import open_path
@@ -193,7 +193,7 @@ def latest_checkpoint(save_path: str | os.PathLike[str], name_prefix: str = "rl_
 def resume(
     algo_class: type[Algorithm],
     path: str | os.PathLike[str],
-    env: GymEnv,
+    env: GymEnv | str,
     *,
     device: th.device | str = "auto",
     custom_objects: dict[str, Any] | None = None,
@@ -207,7 +207,8 @@ def resume(
 
     :param algo_class: of the model
     :param path: of the checkpoint
-    :param env: built as it was built for the training, as many environments in the same wrappers
+    :param env: built as it was built for the training, as many environments in the same wrappers; or the id of a
+        registered one
     :param device: "cpu", "cuda" or "auto"
     :param custom_objects: attributes to put in place of those in the file, by name
     :return: the model
@@ -222,6 +223,7 @@ def resume(
         state = pickle.loads(archive.read(_TRAINING_STATE))
     # Without the environment, or load() would seed it.
     model = algo_class.load(path, device=device, custom_objects=custom_objects)
+    env = maybe_make_env(env, model.verbose)
     model.set_env(env, force_reset=state["env"]["states"] is None)
     vec_env = model.get_env()
     assert vec_env is not None

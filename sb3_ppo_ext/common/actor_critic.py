@@ -115,8 +115,7 @@ class DirectActorCritic:
         self._action_dist: Any = policy.action_dist  # SB3's types do not say what only gSDE's has
         self._is_gaussian = isinstance(policy.action_dist, sb3.DiagGaussianDistribution)
         self._is_sde = isinstance(policy.action_dist, sb3.StateDependentNoiseDistribution)
-        space = policy.observation_space
-        self._plain_box = isinstance(space, spaces.Box) and not (policy.normalize_images and is_image_space(space))
+        self._preprocess = _preprocessor(policy.observation_space, policy.normalize_images)
         self._shares_features = policy.share_features_extractor and any(
             True for _ in policy.features_extractor.parameters()
         )
@@ -163,11 +162,6 @@ class DirectActorCritic:
         features = _apply(self._critic, self._preprocess(obs))
         return self._values(_apply(self._critic_head, features))
 
-    def _preprocess(self, obs: PyTorchObs) -> Any:
-        if self._plain_box:  # preprocess_obs looks at the space anew each time, which costs more than a small layer
-            return obs.float()  # type: ignore[union-attr]  # a tensor, for a Box
-        return preprocess_obs(obs, self.policy.observation_space, normalize_images=self.policy.normalize_images)
-
     def _latent_pi(self, obs: PyTorchObs) -> th.Tensor:
         return _apply(self._actor_head, _apply(self._actor, self._preprocess(obs)))
 
@@ -202,6 +196,24 @@ class DirectActorCritic:
 
 
 Layer = Callable[[th.Tensor], th.Tensor]
+
+
+def _preprocessor(space: spaces.Space[Any], normalize_images: bool) -> Callable[[Any], Any]:
+    """
+    What SB3's ``preprocess_obs`` does to the observations of a space. That looks at the space anew each time, which
+    costs more than a small layer and cannot be compiled.
+    """
+    if isinstance(space, spaces.Dict):
+        parts = {key: _preprocessor(part, normalize_images) for key, part in space.spaces.items()}
+        return lambda obs: {key: part(obs[key]) for key, part in parts.items()}
+    if isinstance(space, spaces.Box) and normalize_images and is_image_space(space):
+        return lambda obs: obs.float() / 255.0
+    if isinstance(space, (spaces.Box, spaces.MultiBinary)):
+        return lambda obs: obs.float()
+    if isinstance(space, spaces.Discrete):
+        n = int(space.n)
+        return lambda obs: F.one_hot(obs.long(), num_classes=n).float()
+    return lambda obs: preprocess_obs(obs, space)  # MultiDiscrete, or the error that SB3 raises
 
 
 def _apply(layers: list[Layer], x: th.Tensor) -> th.Tensor:

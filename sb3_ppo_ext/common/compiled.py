@@ -185,7 +185,11 @@ class CompiledStep:
         def loss_of(flat: th.Tensor) -> tuple[th.Tensor, Statistics]:
             pieces = th.split(flat, self._sizes)
             swapped = {n: x.view(s) for n, x, s in zip(self._names, pieces, self._shapes, strict=True)}
-            result: tuple[th.Tensor, Statistics] = functional_call(self._module, swapped, (rollout_data, coefficients))
+            # A shared extractor has several names but is one object: one name is enough, and tying the others to it is
+            # not undone in a compiled graph.
+            result: tuple[th.Tensor, Statistics] = functional_call(
+                self._module, swapped, (rollout_data, coefficients), tie_weights=False
+            )
             return result
 
         gradient: th.Tensor

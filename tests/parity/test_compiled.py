@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch._dynamo.utils import counters
 
 from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DualClipPPO
-from tests.envs import BOX, ScriptedEnv
+from tests.envs import BOX, DICT, ScriptedEnv
 
 # torch's own compiler uses a deprecated function of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -36,14 +36,17 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
         {"use_sde": True, "ent_coef": 0.01, "policy_kwargs": {"squash_output": True}},
     ),
     "trpo's critic": (TRPO, TORQUES, {"n_critic_updates": 2}),
+    "dict with an image": (DualClipPPO, spaces.Discrete(3), {"obs_space": DICT}),
 }
 
 
 def make_model(algorithm: Any, action_space: spaces.Space, **kwargs: Any) -> Any:
-    env = make_vec_env(lambda: ScriptedEnv(BOX, action_space), n_envs=2, seed=0)
+    obs_space = kwargs.pop("obs_space", BOX)
+    env = make_vec_env(lambda: ScriptedEnv(obs_space, action_space), n_envs=2, seed=0)
+    policy = "MultiInputPolicy" if isinstance(obs_space, spaces.Dict) else "MlpPolicy"
     if issubclass(algorithm, (DualClipPPO, AdaptiveKLPPO)):
         kwargs.setdefault("n_epochs", 1)
-    return algorithm("MlpPolicy", env, **{**SMALL, **kwargs})
+    return algorithm(policy, env, **{**SMALL, **kwargs})
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -16,13 +17,14 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import ActorCritic
+from sb3_ppo_ext.common.actor_critic import ActorCritic, Kept
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.critic import fit_critic, reached
+from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, reached
 from sb3_ppo_ext.common.episodes import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
 from sb3_ppo_ext.common.optimization import clip_and_step, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
+from sb3_ppo_ext.numerics import flatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,9 +53,8 @@ def mean_of_other_episodes(returns: th.Tensor, episode: th.Tensor, n_episodes: i
 
 def leave_one_out(returns: th.Tensor, episode: th.Tensor, step: th.Tensor, n_episodes: int) -> th.Tensor:
     """
-    For each sample, the mean over the other episodes of their return at the same step. An episode that has ended by
-    then counts with the return 0 that it would have had there: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a
-    Baseline for Free!", section 3.1, at every step.
+    For each sample, the mean over the other episodes of their return at the same step, 0 for an episode that has ended
+    by then: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", at every step.
 
     :param returns: shape ``(batch,)``
     :param episode: number of each sample's episode, shape ``(batch,)``
@@ -69,47 +70,55 @@ def leave_one_out(returns: th.Tensor, episode: th.Tensor, step: th.Tensor, n_epi
 def optimal_of_other_episodes(score_dot_gradient: th.Tensor, score_square: th.Tensor) -> th.Tensor:
     """
     For each episode, the constant that minimises the variance of the gradient estimate, ``b* = E[S'g] / E[S'S]`` with S
-    the sum of the episode's scores and g of its scores times returns, estimated from the other episodes; Peters &
-    Schaal 2008, "Reinforcement learning of motor skills with policy gradients", section 3.2.
+    the sum of the episode's scores and g of its scores times returns, estimated from the other episodes. Peters &
+    Schaal 2008, "Reinforcement learning of motor skills with policy gradients", section 3.2, have one for each
+    parameter; this is one for all of them.
 
     :param score_dot_gradient: ``S'g`` of each episode, shape ``(n_episodes,)``
     :param score_square: ``S'S`` of each episode, shape ``(n_episodes,)``
     :return: shape ``(n_episodes,)``; 0 where the other episodes have no score
     """
-    numerator = score_dot_gradient.sum() - score_dot_gradient
-    denominator = score_square.sum() - score_square
-    return th.where(denominator > 0, numerator / denominator.clamp(min=1e-30), th.zeros_like(numerator))
+    # A product, as taking an episode off the total would leave rounding errors of the size of the largest.
+    others = 1.0 - th.eye(len(score_square), dtype=score_square.dtype, device=score_square.device)
+    numerator, denominator = others @ score_dot_gradient, others @ score_square
+    return th.where(denominator == 0.0, 0.0, numerator / denominator)
 
 
 class REINFORCE(OnPolicyAlgorithm):
     """
     Monte-Carlo policy gradient, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement
-    Learning", Williams 1992, section 4::
+    Learning", Williams 1992, sections 4 and 5::
 
         gradient = 1/n sum over n episodes, sum over their steps t, of grad log pi(a_t|s_t) (G_t - b_t)
 
     One gradient step for each batch of complete episodes. Their number is fixed *before* they are run: with a fixed
     number of steps whose unfinished tail is dropped, short episodes would be over-represented. An environment that is
-    done with its episodes waits for the others, stepping on; those steps count as time steps, and are not learnt from.
+    done with its episodes waits for the others, stepping on; those steps count as time steps, and are neither learnt
+    from nor in the statistics of the episodes. The fewer environments, the fewer of them.
 
     **Baselines.** ``b_t`` must not depend on the episode it is subtracted in, or the estimate is biased. So "mean",
     "optimal" and "leave_one_out" are computed for each episode from the *other* episodes of the batch, which must have
-    at least two; "value" comes from a critic that was fitted to earlier batches.
+    at least two; "value" comes from a critic that was fitted to earlier batches. (It is fitted without touching what
+    the actor depends on: of a shared features extractor it takes what the actor makes of it.)
 
     **Time limits.** An episode that a time limit ends counts as complete: what it would have earned after the limit
     counts as nothing, which makes the objective the return *within* the limit. With ``baseline="value"`` and
     ``bootstrap_timeouts=True`` the critic's value of the final observation is added instead, as SB3's algorithms do.
+
+    **gSDE** keeps its noise for many steps, which makes their actions depend on each other; as in SB3's algorithms,
+    they are taken for independent draws, which is exact with ``sde_sample_freq=1`` only.
 
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
     :param learning_rate: a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
     :param episodes_per_env: episodes of each environment in a batch
     :param gamma: discount factor
-    :param ent_coef: weight of the entropy, added to the reward of each step
-    :param max_grad_norm: largest norm of a gradient
+    :param ent_coef: weight of the entropy of the policy, summed over the states of an episode
+    :param max_grad_norm: largest norm of a gradient. It is a sum over the steps of an episode, so that long episodes
+        exceed this as a rule; ``float("inf")`` lets everything through, which leaves the estimate unbiased
     :param use_sde: whether to explore by gSDE (Box actions only)
     :param sde_sample_freq: steps between two noise matrices of gSDE; -1: one a batch
-    :param normalize_advantage: whether to normalise ``G_t - b_t`` over the batch (no longer unbiased)
+    :param normalize_advantage: whether to normalise ``G_t - b_t`` over the samples of a batch (no longer unbiased)
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
     :param policy_kwargs: arguments for the policy
@@ -118,8 +127,9 @@ class REINFORCE(OnPolicyAlgorithm):
     :param device: "cpu", "cuda" or "auto"
     :param _init_setup_model: whether to build the networks
     :param returns: "reward_to_go": G_t is what is earned from step t on; "total": in the whole episode
-    :param baseline: "none"; "mean": mean of the returns of the other episodes; "optimal": the constant of least
-        variance; "leave_one_out": mean over the other episodes at the same step; "value": a learned value function
+    :param baseline: "none"; "mean": mean of the returns at all steps of the other episodes; "optimal": the constant of
+        least variance, estimated from the other episodes; "leave_one_out": mean over the other episodes of their return
+        at the same step, or of their total return; "value": a learned value function
     :param discount_from: "present": the reward-to-go of step t is discounted from t on, as practice has it; "start":
         the term of step t is discounted by ``gamma**t`` too, as the derivation for the discounted return has it. A
         total return is discounted from the start.
@@ -190,6 +200,12 @@ class REINFORCE(OnPolicyAlgorithm):
         self.max_episode_steps = max_episode_steps
         if _init_setup_model:
             self._setup_model()
+            self._check_n_episodes()
+
+    @property
+    def _n_episodes(self) -> int:
+        """Episodes of a batch."""
+        return self.n_envs * self.episodes_per_env
 
     def _validate(self) -> None:
         super()._validate()
@@ -208,8 +224,14 @@ class REINFORCE(OnPolicyAlgorithm):
                 f"bootstrap_timeouts=True with baseline={self.baseline!r} is not allowed: only baseline='value' learns "
                 "a value to bootstrap with"
             )
-        needs_others = self.baseline in ("mean", "optimal", "leave_one_out")
-        if needs_others and self.env is not None and self.episodes_per_env * self.n_envs < 2:
+
+    def _check_n_episodes(self) -> None:
+        """
+        When there is something to learn from only: an agent that is loaded to be watched may have one environment.
+
+        :raises ValueError: if a batch has too few episodes for the baseline
+        """
+        if self.baseline in ("mean", "optimal", "leave_one_out") and self.env is not None and self._n_episodes < 2:
             raise ValueError(
                 f"episodes_per_env={self.episodes_per_env} with {self.n_envs} environment(s) is not allowed with "
                 f"baseline={self.baseline!r}: it is computed from the other episodes, so a batch needs at least two"
@@ -238,7 +260,21 @@ class REINFORCE(OnPolicyAlgorithm):
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._episodes_run = np.zeros(env.num_envs, dtype=np.int64)
         self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
-        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        is_complete = False
+        try:
+            is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        finally:
+            if not is_complete:  # the environments are in the middle of episodes: learn() is to reset them
+                self._last_obs = None
+        return is_complete
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # The episodes that a waiting environment ends are the short ones.
+        running = self._episodes_run < self.episodes_per_env
+        super()._update_info_buffer(
+            [info for info, counts in zip(infos, running, strict=True) if counts],
+            None if dones is None else dones[running],
+        )
 
     def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
         self._episode_length = np.where(dones, 0, self._episode_length + 1)
@@ -250,10 +286,11 @@ class REINFORCE(OnPolicyAlgorithm):
                 "from complete episodes: give the environment a time limit (gymnasium.wrappers.TimeLimit, or "
                 "gymnasium.make(..., max_episode_steps=...)), or raise max_episode_steps if they are that long"
             )
-        if running.any():
-            return False
-        cast(EpisodeBuffer, self.rollout_buffer).close(self.episodes_per_env)
-        return True
+        return not running.any()
+
+    def _evaluate_rollout(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, kept: list[Kept]) -> None:
+        cast(EpisodeBuffer, rollout_buffer).close(self.episodes_per_env)
+        super()._evaluate_rollout(actor_critic, rollout_buffer, kept)
 
     def _bootstrap_timeouts(
         self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
@@ -261,27 +298,21 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.bootstrap_timeouts:
             super()._bootstrap_timeouts(actor_critic, rollout_buffer, timeouts)
 
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_episodes_run", "_episode_length"]
-
     def train(self) -> None:
         """Update the policy from the episodes in the buffer: one step of the actor, then epochs of the critic."""
-        self.policy.set_training_mode(True)
+        self.policy.set_training_mode(False)  # the probabilities are those that the actions were drawn with
         self._update_learning_rate(self.policy.optimizer)
         use_fused_adam(self.policy.optimizer)
         actor_critic = self._actor_critic()
         buffer = cast(EpisodeBuffer, self.rollout_buffer)
-        rollout, index = buffer.flat(), buffer.episode_index()
+        rollout = buffer.flat()
 
-        weights = self._weights(actor_critic, rollout, index)
-        if self.normalize_advantage and len(weights) > 1:
-            weights = (weights - weights.mean()) / (weights.std() + 1e-8)
-        if bool(weights.isfinite().all()):
-            self._policy_step(actor_critic, rollout, weights)
+        weights = self._weights(actor_critic, rollout, buffer.episode_index())
+        if self._policy_step(actor_critic, rollout, weights):
             if self.baseline == "value":
                 self._fit_critic(actor_critic, buffer)
         else:
-            warnings.warn("REINFORCE left the policy as it was in this update: a return is not finite", stacklevel=2)
+            warnings.warn("REINFORCE left the policy as it was in this update: not a finite gradient", stacklevel=2)
 
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -290,39 +321,42 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _weights(self, actor_critic: ActorCritic, rollout: RolloutSamples, index: EpisodeIndex) -> th.Tensor:
         """
-        What the score of each sample is multiplied by: the return less the baseline, discounted if asked for.
+        What the score of each sample is multiplied by: the return less the baseline, normalised and discounted if asked
+        for.
 
         :param actor_critic: the policy
         :param rollout: all samples
         :param index: where in its episode each is
         :return: shape ``(batch,)``
         """
-        n_episodes = self.n_envs * self.episodes_per_env
+        n_episodes = self._n_episodes
         returns = rollout.returns
+        discount = th.ones_like(returns)
         if self.returns == "total":
             totals = returns.new_zeros(n_episodes)
             is_first = index.step == 0
             totals[index.episode[is_first]] = returns[is_first]
             returns = totals[index.episode]
-        discount = th.ones_like(returns)
-        if self.returns == "reward_to_go" and self.discount_from == "start":
+        elif self.discount_from == "start":
             discount = self.gamma ** index.step.to(returns.dtype)
 
         if self.baseline == "none":
             baseline = th.zeros_like(returns)
         elif self.baseline == "mean":
             baseline = mean_of_other_episodes(returns, index.episode, n_episodes)
-        elif self.baseline == "leave_one_out":
-            if self.returns == "total":  # one return an episode, whenever it ends
-                baseline = ((totals.sum() - totals) / (n_episodes - 1))[index.episode]
-            else:
-                baseline = leave_one_out(returns, index.episode, index.step, n_episodes)
         elif self.baseline == "optimal":
-            statistics = self._score_statistics(actor_critic, rollout, index.episode, returns, discount, n_episodes)
+            statistics = self._score_statistics(actor_critic, rollout, index.episode, returns, discount)
             baseline = optimal_of_other_episodes(*statistics)[index.episode]
+        elif self.baseline == "leave_one_out" and self.returns == "total":  # one return an episode, whenever it ends
+            baseline = ((totals.sum() - totals) / (n_episodes - 1))[index.episode]
+        elif self.baseline == "leave_one_out":
+            baseline = leave_one_out(returns, index.episode, index.step, n_episodes)
         else:
             baseline = rollout.old_values
-        return discount * (returns - baseline)
+        advantages = returns - baseline
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        return discount * advantages
 
     def _score_statistics(
         self,
@@ -331,31 +365,45 @@ class REINFORCE(OnPolicyAlgorithm):
         episode: th.Tensor,
         returns: th.Tensor,
         discount: th.Tensor,
-        n_episodes: int,
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         ``S'g`` and ``S'S`` of each episode, S being the gradient of the sum of its (discounted) log-probabilities, and
-        g of the same weighted by its returns: two backward passes an episode.
+        g of the same weighted by its returns.
 
         :return: two tensors of shape ``(n_episodes,)``
         """
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        score_dot_gradient, score_square = returns.new_zeros(n_episodes), returns.new_zeros(n_episodes)
-        for i in range(n_episodes):
+        statistics = []
+        for i in range(self._n_episodes):
             rows = (episode == i).nonzero().flatten()
-            params = actor_critic.params(obs_rows(rollout.observations, rows))
-            log_prob = discount[rows] * self._family.log_prob(params, rollout.actions[rows])
-            scores = th.autograd.grad(log_prob.sum(), parameters, retain_graph=True, allow_unused=True)
-            gradients = th.autograd.grad((log_prob * returns[rows]).sum(), parameters, allow_unused=True)
-            for score, gradient in zip(scores, gradients, strict=True):
-                if score is not None and gradient is not None:
-                    score_dot_gradient[i] += (score * gradient).sum()
-                    score_square[i] += score.square().sum()
+            score = self._weighted_score(actor_critic, rollout, rows, discount[rows])
+            gradient = self._weighted_score(actor_critic, rollout, rows, (discount * returns)[rows])
+            statistics.append(th.stack((score.dot(gradient), score.dot(score))))
+        score_dot_gradient, score_square = th.stack(statistics, dim=1)
         return score_dot_gradient, score_square
 
-    def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples, weights: th.Tensor) -> None:
-        """One gradient step of the actor. The graph of one chunk lives at a time; their gradients add up."""
-        n_episodes = self.n_envs * self.episodes_per_env
+    def _weighted_score(
+        self, actor_critic: ActorCritic, rollout: RolloutSamples, rows: th.Tensor, weights: th.Tensor
+    ) -> th.Tensor:
+        """
+        Gradient of the sum of some samples' log-probabilities, each times its weight.
+
+        :return: of all parameters, flat
+        """
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        total = [th.zeros_like(p) for p in parameters]
+        for chunk in self._chunks(len(rows)):
+            params = actor_critic.params(obs_rows(rollout.observations, rows[chunk]))
+            log_prob = self._family.log_prob(params, rollout.actions[rows[chunk]])
+            grads = th.autograd.grad(log_prob.dot(weights[chunk]), parameters, materialize_grads=True)
+            total = [t + g for t, g in zip(total, grads, strict=True)]
+        return flatten(total)
+
+    def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples, weights: th.Tensor) -> bool:
+        """
+        One gradient step of the actor. The graph of one chunk lives at a time; their gradients add up.
+
+        :return: whether the gradient was finite; if it was not, nothing has changed
+        """
         policy_loss = th.zeros((), device=weights.device)
         entropy_sum = th.zeros((), device=weights.device)
         self.policy.optimizer.zero_grad()
@@ -363,32 +411,39 @@ class REINFORCE(OnPolicyAlgorithm):
             params = actor_critic.params(obs_rows(rollout.observations, rows))
             log_prob = self._family.log_prob(params, rollout.actions[rows])
             entropy = self._family.entropy(params)
+            chunk_loss = losses.reinforce_loss(log_prob, weights[rows]).sum()
             if entropy is None:
-                entropy = -log_prob
-            chunk_loss = losses.reinforce_loss(log_prob, weights[rows]).sum() / n_episodes
-            loss = chunk_loss - self.ent_coef * entropy.sum() / n_episodes
+                # Estimated by the actions. The gradient of the estimate has the mean 0; with their scores it has not.
+                entropy = -log_prob.detach()
+                entropy_loss = losses.reinforce_loss(log_prob, entropy).sum()
+            else:
+                entropy_loss = -entropy.sum()
+            loss = (chunk_loss + self.ent_coef * entropy_loss) / self._n_episodes
             loss.backward()  # type: ignore[no-untyped-call]
             policy_loss += chunk_loss.detach()
             entropy_sum += entropy.detach().sum()
         grad_norm = clip_and_step(
-            self.policy.optimizer, list(self.policy.parameters()), max_grad_norm=self.max_grad_norm
-        )
-        self.logger.record("train/policy_gradient_loss", policy_loss.item())
+            self.policy.optimizer, self.policy.parameters(), max_grad_norm=self.max_grad_norm
+        ).item()
+        self.policy.optimizer.zero_grad()  # or the steps of the critic would take it again
+        self.logger.record("train/policy_gradient_loss", policy_loss.item() / self._n_episodes)
         self.logger.record("train/entropy_loss", -entropy_sum.item() / len(weights))
-        self.logger.record("train/grad_norm", grad_norm.item())
+        self.logger.record("train/grad_norm", grad_norm)
+        return math.isfinite(grad_norm)
 
     def _fit_critic(self, actor_critic: ActorCritic, buffer: EpisodeBuffer) -> None:
         rollout = buffer.flat()
-        first = obs_rows(rollout.observations, slice(0, 2))
-        value_losses = fit_critic(
-            actor_critic,
+        first = obs_rows(rollout.observations, slice(0, 1))
+        actor_parameters = reached(actor_critic.params(first), self.policy.parameters())
+        value_loss = fit_critic(
+            self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters)),
+            self.policy,
+            actor_parameters,
             buffer,
-            self.policy.optimizer,
-            reached(actor_critic.params(first), self.policy.parameters()),
             n_epochs=self.n_critic_updates,
             batch_size=self.batch_size,
         )
-        self.logger.record("train/value_loss", th.stack(value_losses).mean().item())
+        self.logger.record("train/value_loss", value_loss)
         explained = explained_variance(rollout.old_values.cpu().numpy(), rollout.returns.cpu().numpy())
         self.logger.record("train/explained_variance", explained)
 
@@ -401,6 +456,7 @@ class REINFORCE(OnPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
+        self._check_n_episodes()
         return super().learn(
             total_timesteps=total_timesteps,
             callback=callback,

@@ -44,9 +44,18 @@ class EpisodeBuffer(RolloutBuffer):
         """
         self._resize(self.pos)
         self.full = True
-        self.episodes_per_env = episodes_per_env
+        episode = np.cumsum(self.episode_starts, axis=0).astype(np.int64) - 1  # its number within the environment
+        now = np.arange(self.buffer_size)[:, None]
+        started = np.maximum.accumulate(np.where(self.episode_starts > 0, now, 0), axis=0)
+        numbers = episode + episodes_per_env * np.arange(self.n_envs)
+        self._counts = self._to_flat(episode < episodes_per_env).flatten()
+        self._index = EpisodeIndex(
+            self._to_flat(numbers).flatten()[self._counts], self._to_flat(now - started).flatten()[self._counts]
+        )
 
     def _resize(self, n_steps: int) -> None:
+        """Change the length of what :meth:`add_transition` fills; the evaluation sets arrays of its own."""
+
         def resized(array: np.ndarray) -> np.ndarray:
             result = np.zeros((n_steps, *array.shape[1:]), dtype=array.dtype)
             kept = min(n_steps, len(array))
@@ -60,28 +69,17 @@ class EpisodeBuffer(RolloutBuffer):
         self.actions = resized(self.actions)
         self.rewards = resized(self.rewards)
         self.episode_starts = resized(self.episode_starts)
+        self.distribution_params = resized(self.distribution_params)  # a policy of the user's own may not set them
         self.buffer_size = n_steps
-
-    def _episode_index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the episode within its environment, and of the step within its episode: ``(n_steps, n_envs)``."""
-        episode = np.cumsum(self.episode_starts, axis=0).astype(np.int64) - 1
-        now = np.arange(self.buffer_size)[:, None]
-        started = np.maximum.accumulate(np.where(self.episode_starts > 0, now, 0), axis=0)
-        return episode, now - started
 
     def episode_index(self) -> EpisodeIndex:
         """Where in its episode each sample of :meth:`flat` is, in the same order."""
-        episode, step = self._episode_index()
-        numbers = episode + self.episodes_per_env * np.arange(self.n_envs)
-        counts = self._counts(episode)
-        return EpisodeIndex(self._to_flat(numbers).flatten()[counts], self._to_flat(step).flatten()[counts])
-
-    def _counts(self, episode: np.ndarray) -> th.Tensor:
-        return self._to_flat(episode < self.episodes_per_env).flatten()
+        return self._index
 
     def flat(self) -> RolloutSamples:
+        """The samples that count: those of the complete episodes, one episode after the other."""
         if self._flat is None:
-            self._flat = take(super().flat(), self._counts(self._episode_index()[0]))
+            self._flat = take(super().flat(), self._counts)
         return self._flat
 
 

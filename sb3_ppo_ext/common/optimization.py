@@ -67,6 +67,7 @@ class EagerStep:
 
     def load(self) -> None:
         use_fused_adam(self._optimizer)
+        self._optimizer.zero_grad()  # a gradient left anywhere would be applied by every step
 
     def store(self) -> None:
         pass

@@ -8,19 +8,21 @@ SEED ?= 0
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+SBX := .venv-sbx
 
 # One thread: the networks are small, and the tests run in two processes.
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test lint format clean
+.PHONY: help train test lint format sbx-env clean
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
 	@echo "make test     run every check: ruff, mypy and the test suite"
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
+	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
 	@echo "make clean    remove .venv and what the tools have left; logs/ stays"
 
 train: $(INSTALLED)
@@ -50,4 +52,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv >/dev/null || \
 		{ $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# SBX and JAX, for benchmarks/throughput.py; the environments and SB3 as in .venv, or the comparison would be of those.
+sbx-env: $(SBX)/installed
+
+$(SBX)/installed: constraints.txt
+	$(PYTHON) -m venv $(SBX) >/dev/null || \
+		{ $(PYTHON) -m venv --clear --without-pip $(SBX) && $(PYTHON) -m pip --python $(SBX)/bin/python install pip; }
+	$(SBX)/bin/python -m pip install -c constraints.txt sbx-rl==0.28.0 'gymnasium[mujoco]' stable-baselines3 torch
 	@touch $@

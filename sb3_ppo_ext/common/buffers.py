@@ -57,6 +57,11 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self._flat_inputs: tuple[PyTorchObs, th.Tensor] | None = None
         self._flat: RolloutSamples | None = None
 
+    @property
+    def wants_every_step(self) -> bool:
+        """Whether a derived buffer has an :meth:`add` of its own, which is then called at every step, as by SB3."""
+        return type(self).add not in (sb3.RolloutBuffer.add, sb3.DictRolloutBuffer.add)
+
     def add_transition(self, obs: Any, action: np.ndarray, reward: np.ndarray, episode_start: np.ndarray) -> None:
         """
         Add one step of all environments; what the policy says of it follows with :meth:`set_evaluation`.
@@ -89,7 +94,15 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self.values = self._unflat(values)
         self.log_probs = self._unflat(log_probs)
         if params is not None:
-            self.distribution_params = self._unflat(params)
+            self.set_params(params)
+
+    def set_params(self, params: th.Tensor) -> None:
+        """
+        Set the distribution parameters alone.
+
+        :param params: shape ``(n_envs * n_steps, n_params)``, in the order of :meth:`flat`
+        """
+        self.distribution_params = self._unflat(params)
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """

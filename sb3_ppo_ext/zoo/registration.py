@@ -5,10 +5,13 @@ from pathlib import Path
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_ppo_ext import DualClipPPO
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "dual_clip_ppo": DualClipPPO,
+    "adaptive_kl_ppo": AdaptiveKLPPO,
+    "trpo_ext": TRPO,
+    "reinforce": REINFORCE,
 }
 
 

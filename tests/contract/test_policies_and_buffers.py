@@ -267,3 +267,26 @@ def test_a_model_saved_by_sb3_loads_into_ours_and_back(algorithm: Any, tmp_path:
     for p, q in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
         assert th.equal(p, q)
     theirs.learn(64)
+
+
+class CountsSteps(RolloutBuffer):
+    """Derived from ours, and yet it wants every step."""
+
+    added = 0
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        self.added += 1
+        super().add(*args, **kwargs)
+
+
+@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO, TRPO])
+def test_a_derived_buffer_with_its_own_add_gets_every_step(algorithm: Any) -> None:
+    models = [
+        algorithm(
+            "MlpPolicy", "CartPole-v1", seed=0, device="cpu", rollout_buffer_class=buffer_class, **KWARGS[algorithm]
+        ).learn(64)
+        for buffer_class in (None, CountsSteps)
+    ]
+    assert models[1].rollout_buffer.added == 64
+    for p, q in zip(models[0].policy.parameters(), models[1].policy.parameters(), strict=True):
+        th.testing.assert_close(p, q, atol=1e-5, rtol=0)

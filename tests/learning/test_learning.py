@@ -1,0 +1,51 @@
+"""Each algorithm learns, with the hyper-parameters and the budget of its YAML file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch as th
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_ppo_ext.zoo import ZooExperimentManager, register
+
+pytestmark = pytest.mark.learning
+
+GOALS = [
+    ("dual_clip_ppo", "CartPole-v1", 475),
+    ("adaptive_kl_ppo", "CartPole-v1", 475),
+    ("trpo_ext", "CartPole-v1", 475),
+    ("reinforce", "CartPole-v1", 475),
+    ("dual_clip_ppo", "Pendulum-v1", -300),
+    ("adaptive_kl_ppo", "Pendulum-v1", -300),
+    ("trpo_ext", "Pendulum-v1", -300),
+]
+
+
+@pytest.mark.parametrize(("algo", "env_id", "goal"), GOALS)
+def test_it_learns(algo: str, env_id: str, goal: float, tmp_path: Path) -> None:
+    """A mean of at least the goal over 20 episodes, by the last policy, with deterministic actions."""
+    register()
+    seed = 1
+    th.manual_seed(seed)
+    manager = ZooExperimentManager(
+        argparse.Namespace(),
+        algo,
+        env_id,
+        str(tmp_path),
+        eval_freq=-1,
+        seed=seed,
+        log_interval=-2,
+        verbose=0,
+        device="cpu",
+    )
+    experiment = manager.setup_experiment()
+    assert experiment is not None
+    model = experiment[0]
+    manager.learn(model)
+    env = manager.create_envs(1, eval_env=True)
+    mean, _ = evaluate_policy(model, env, n_eval_episodes=20)
+    env.close()
+    assert mean >= goal

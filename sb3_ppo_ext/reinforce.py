@@ -309,6 +309,7 @@ class REINFORCE(OnPolicyAlgorithm):
 
         weights = self._weights(actor_critic, rollout, buffer.episode_index())
         if self._policy_step(actor_critic, rollout, weights):
+            self._project()
             if self.baseline == "value":
                 self._fit_critic(actor_critic, buffer)
         else:

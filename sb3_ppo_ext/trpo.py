@@ -308,7 +308,9 @@ class TRPO(OnPolicyAlgorithm):
         objective = -losses.surrogate_loss(log_prob, old_log_prob, advantages).loss
         if self.ent_coef > 0.0:
             entropy = self._family.entropy(params)
-            objective = objective + self.ent_coef * (-log_prob if entropy is None else entropy)
+            if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
+                entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
+            objective = objective + self.ent_coef * entropy
         return objective
 
     def _objective_gradient(
@@ -358,7 +360,8 @@ class TRPO(OnPolicyAlgorithm):
         )
 
     def _objective_and_kl(self, actor_critic: ActorCritic, rollout: RolloutSamples) -> tuple[th.Tensor, th.Tensor]:
-        """Mean objective and mean KL(old || new) by the present parameters."""
+        """Mean objective and mean KL(old || new) by the present parameters, put back within their bounds first."""
+        self._project()
         n_samples = len(rollout.advantages)
         objective = kl = th.zeros((), device=rollout.advantages.device)
         for rows in self._chunks(n_samples):

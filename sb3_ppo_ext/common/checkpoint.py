@@ -39,13 +39,10 @@ import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
 
-import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
@@ -59,8 +56,9 @@ _WEIGHTS = "policy.pth"
 _TRAINING_STATE = "training_state.pkl"
 _VEC_NORMALIZE = "vecnormalize.pkl"
 
-# What the wrappers of gymnasium and SB3 remember from one step to the next.
-_ENV_WRAPPERS: dict[type[gym.Wrapper[Any, Any, Any, Any]], str] = {TimeLimit: "_elapsed_steps", Monitor: "rewards"}
+# What TimeLimit and Monitor remember from one step to the next. They are asked for by name: rl_zoo3 puts a class of its
+# own in TimeLimit's place, which a worker process need not know.
+_ENV_ATTRIBUTES = ("_elapsed_steps", "rewards")
 _VEC_WRAPPERS: dict[type[VecEnvWrapper], tuple[str, ...]] = {
     VecNormalize: ("obs_rms", "ret_rms", "returns", "old_obs", "old_reward"),
     VecFrameStack: ("stacked_obs",),
@@ -378,7 +376,7 @@ def _env_state(env: VecEnv, *, in_episode: bool) -> dict[str, Any]:
     states = None
     if in_episode and _has(env, "state_dict"):
         states = env.env_method("state_dict")
-        attributes += [name for wrapper, name in _ENV_WRAPPERS.items() if all(env.env_is_wrapped(wrapper))]
+        attributes += [name for name in _ENV_ATTRIBUTES if _has(env, name)]
     return {
         "attributes": {name: env.get_attr(name) for name in attributes},
         "states": states,

@@ -22,9 +22,9 @@ def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Pa
 
     :param output: with its graph, which is kept
     :param parameters: candidates
-    :return: those of them that the graph reaches, in their order
+    :return: those of them that require grad and that the graph reaches, in their order
     """
-    candidates = list(parameters)
+    candidates = [parameter for parameter in parameters if parameter.requires_grad]
     grads = th.autograd.grad(output.sum(), candidates, retain_graph=True, allow_unused=True)
     return [parameter for parameter, grad in zip(candidates, grads, strict=True) if grad is not None]
 

@@ -24,8 +24,9 @@ from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Kept
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
 from sb3_ppo_ext.common.compiled import CompiledStep, check_can_compile
 from sb3_ppo_ext.common.distributions import family_of_space
+from sb3_ppo_ext.common.mishaps import explained, raise_if_observations_not_finite
 from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
-from sb3_ppo_ext.common.policies import POLICY_ALIASES
+from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -75,6 +76,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_bool("use_sde", self.use_sde)
         check_bool("torch_compile", self.torch_compile)
         check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
+        check_int("stats_window_size", self._stats_window_size, minimum=1)
+        if self.seed is not None:
+            check_int("seed", self.seed, minimum=0)
         buffer_class = self.rollout_buffer_class
         serves = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
         if self._needs_old_params and not serves:
@@ -122,8 +126,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 f"{type(self.policy).__name__} overrides methods of Stable-Baselines3's policy: it is trained through "
                 "those methods, which is slower"
             )
-        if self.verbose >= 1 and not isinstance(self.rollout_buffer, RolloutBuffer):
-            print(f"{type(self.rollout_buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
+        buffer = self.rollout_buffer
+        if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
+            print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_family", "_compiled"]
@@ -131,6 +136,18 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
         super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)  # which writes one number into every group
+        if isinstance(self.policy, ActorCriticPolicy) and self.policy.critic_learning_rate is not None:
+            learning_rate = self._at_present(self.policy.critic_learning_rate)
+            self.policy.set_critic_learning_rate(learning_rate)
+            self.logger.record("train/critic_learning_rate", learning_rate)
+
+    def _project(self) -> None:
+        """Put what has bounds back within them; for :meth:`train`, when it has changed the actor."""
+        if isinstance(self.policy, ActorCriticPolicy):
+            self.policy.project()
 
     def _at_present(self, schedule: float | str | Schedule) -> float:
         """The value of a schedule now. A callback may have put a plain number in its place."""
@@ -192,8 +209,28 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param n_rollout_steps: steps to collect from each environment
         :return: whether the rollout was filled; False if the callback ended it
         """
-        if not isinstance(rollout_buffer, RolloutBuffer):
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        try:
+            return self._collect(env, callback, rollout_buffer, n_rollout_steps)
+        except Exception as error:
+            obs, self._last_obs = self._last_obs, None  # in whatever state the environments are, learn() resets them
+            more = explained(error, env, obs)
+            if more is None:
+                raise
+            raise more from error
+
+    def _collect(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: sb3_buffers.RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.wants_every_step:
+            is_full = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            if is_full and self._needs_old_params:
+                assert isinstance(rollout_buffer, RolloutBuffer)
+                self._add_old_params(self._actor_critic(), rollout_buffer)
+            return is_full
 
         assert self._last_obs is not None, "No previous observation was provided"
         assert self._last_episode_starts is not None
@@ -246,6 +283,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             self._evaluate_rollout(actor_critic, rollout_buffer, kept)
             self._bootstrap_timeouts(actor_critic, rollout_buffer, timeouts)
             last_values = actor_critic.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+        raise_if_observations_not_finite(rollout_buffer, last_values, new_obs)
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
 
         callback.update_locals(locals())
@@ -284,13 +322,20 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 evaluation = actor_critic.evaluate_actions(obs_rows(observations, rows), actions[rows])
                 parts.append((evaluation.values, evaluation.log_prob, evaluation.params))
             values, log_probs, params = (th.cat(chunked) for chunked in zip(*parts, strict=True))
-        if params is None and self._needs_old_params:
-            params = th.cat([actor_critic.params(obs_rows(observations, rows)) for rows in chunks])
         if log_probs is None:
             assert params is not None
             log_probs = actor_critic.family.log_prob(params, actions)
         assert values is not None
         rollout_buffer.set_evaluation(values, log_probs, params)
+        if params is None and self._needs_old_params:
+            self._add_old_params(actor_critic, rollout_buffer)
+
+    def _add_old_params(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer) -> None:
+        """Put the parameters of the distributions that drew the actions into the buffer, where nothing else did."""
+        observations, actions = rollout_buffer.flat_inputs()
+        with th.no_grad():
+            chunks = [actor_critic.params(obs_rows(observations, rows)) for rows in self._chunks(len(actions))]
+        rollout_buffer.set_params(th.cat(chunks))
 
     def _bootstrap_timeouts(
         self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]

@@ -1,14 +1,172 @@
 """The policies that the names ``"MlpPolicy"``, ``"CnnPolicy"`` and ``"MultiInputPolicy"`` stand for."""
 
-from stable_baselines3.common.policies import (
-    ActorCriticCnnPolicy,
-    ActorCriticPolicy,
-    BasePolicy,
-    MultiInputActorCriticPolicy,
-)
+from __future__ import annotations
 
-POLICY_ALIASES: dict[str, type[BasePolicy]] = {
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common import policies as sb3
+from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
+
+from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
+from sb3_ppo_ext.common.critic import reached
+from sb3_ppo_ext.common.validation import as_schedule, check_real
+
+
+class ActorCriticPolicy(sb3.ActorCriticPolicy):
+    """
+    SB3's actor and critic, with a learning rate of the critic's own and bounds on the standard deviation. Without these
+    two it is SB3's, and either loads what the other saved.
+
+    **The critic's learning rate** is for the parameters that the values depend on and the actions do not: they form a
+    second group of the optimiser. What both depend on, such as a shared features extractor, follows the main rate;
+    ``share_features_extractor=False`` gives the critic an extractor of its own, and thereby its rate.
+
+    **The bounds** hold wherever actions are drawn: after each update of the actor, a component of ``log_std`` that is
+    out of them is put on the nearest bound. (Within an update of several steps it may be out of them: nothing is drawn
+    there, and putting it back would not fit into the optimiser's own kernel.)
+
+    :param observation_space: of the environment
+    :param action_space: of the environment
+    :param lr_schedule: the main learning rate
+    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or the RL Zoo's string such
+        as "lin_1e-3"), or None for the main one
+    :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: none
+    :param kwargs: the further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
+    :raises ValueError: for an argument that is out of range or contradicts another
+    """
+
+    # SB3's arguments are passed on, not repeated: its classes differ in their defaults, and the next in line has them.
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *args: Any,
+        critic_learning_rate: float | str | Schedule | None = None,
+        log_std_bounds: tuple[float, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("squash_output") and not kwargs.get("use_sde"):
+            raise ValueError(
+                "squash_output=True is not allowed without gSDE: it must be False, or use_sde must be True"
+            )
+        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+        self.critic_learning_rate = (
+            None
+            if critic_learning_rate is None
+            else as_schedule("critic_learning_rate", critic_learning_rate, may_be_zero=True)
+        )
+        if self.critic_learning_rate is not None:
+            self._split_optimizer(self.critic_learning_rate(1.0))
+        self.log_std_bounds = log_std_bounds if log_std_bounds is None else self._checked_bounds(log_std_bounds)
+        self._log_std_was_bound = False
+
+    def _split_optimizer(self, learning_rate: float) -> None:
+        """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
+        actor_critic: ActorCritic = (
+            DirectActorCritic(self) if DirectActorCritic.understands(self) else SB3ActorCritic(self, with_params=False)
+        )
+        obs, _ = self.obs_to_tensor(_zeros(self.observation_space))
+        was_training = self.training
+        self.set_training_mode(False)  # one sample would be no batch to normalise
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        of_actor = set(reached(actor_critic.params(obs), parameters))
+        of_critic = [p for p in reached(actor_critic.values(obs), parameters) if p not in of_actor]
+        self.set_training_mode(was_training)
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p not in set(of_critic)]
+        self.optimizer.add_param_group({"params": of_critic, "lr": learning_rate, "of_critic": True})
+
+    def set_critic_learning_rate(self, learning_rate: float) -> None:
+        """
+        :param learning_rate: of the parameters that the critic alone depends on, until the next call
+        :raises ValueError: if the optimiser was replaced by one that has no group for them
+        """
+        groups = [group for group in self.optimizer.param_groups if group.get("of_critic")]
+        if not groups:
+            raise ValueError(
+                "critic_learning_rate is not allowed with an optimiser that was put in place of the policy's own: "
+                'it must have a parameter group of the critic, marked by the key "of_critic"'
+            )
+        for group in groups:
+            group["lr"] = learning_rate
+
+    def _checked_bounds(self, bounds: Any) -> tuple[float, float]:
+        if not isinstance(getattr(self, "log_std", None), nn.Parameter):
+            raise ValueError(
+                f"log_std_bounds={bounds!r} is not allowed with {type(self.action_space).__name__} actions: it must be "
+                "None, as their distribution has no log_std"
+            )
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+            raise ValueError(f"log_std_bounds={bounds!r} is not allowed: it must be a pair, the lowest and the highest")
+        low, high = bounds
+        check_real("log_std_bounds[0]", low, finite=False)
+        check_real("log_std_bounds[1]", high, at_least=float(low), finite=False)
+        if not low <= self.log_std_init <= high:
+            raise ValueError(
+                f"log_std_init={self.log_std_init!r} is not allowed with log_std_bounds={bounds!r}: "
+                "it must be within the bounds"
+            )
+        return float(low), float(high)
+
+    @th.no_grad()
+    def project(self) -> None:
+        """Put ``log_std`` back within its bounds, with a warning the first time that there was need to."""
+        if self.log_std_bounds is None:
+            return
+        low, high = self.log_std_bounds
+        outside = not self._log_std_was_bound and bool(((self.log_std < low) | (self.log_std > high)).any())
+        self.log_std.clamp_(low, high)
+        if outside:
+            self._log_std_was_bound = True
+            warnings.warn(
+                f"log_std has reached its bounds, log_std_bounds={self.log_std_bounds}, and is kept there. This is "
+                "said once",
+                stacklevel=2,
+            )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        parameters = super()._get_constructor_parameters()
+        parameters["share_features_extractor"] = self.share_features_extractor  # which SB3 forgets
+        if self.critic_learning_rate is not None:
+            parameters["critic_learning_rate"] = _picklable(self.critic_learning_rate)
+        if self.log_std_bounds is not None:
+            parameters["log_std_bounds"] = self.log_std_bounds
+        return parameters
+
+
+class ActorCriticCnnPolicy(ActorCriticPolicy, sb3.ActorCriticCnnPolicy):
+    """:class:`ActorCriticPolicy` for images."""
+
+
+class MultiInputActorCriticPolicy(ActorCriticPolicy, sb3.MultiInputActorCriticPolicy):
+    """:class:`ActorCriticPolicy` for Dict observations."""
+
+
+POLICY_ALIASES: dict[str, type[sb3.BasePolicy]] = {
     "MlpPolicy": ActorCriticPolicy,
     "CnnPolicy": ActorCriticCnnPolicy,
     "MultiInputPolicy": MultiInputActorCriticPolicy,
 }
+
+
+def _zeros(space: spaces.Space[Any]) -> Any:
+    """An observation in which all is zero. A sample would take a random number."""
+    if isinstance(space, spaces.Dict):
+        return {key: _zeros(subspace) for key, subspace in space.spaces.items()}
+    return np.zeros(space.shape or (), space.dtype)
+
+
+def _picklable(schedule: Schedule) -> float | Schedule:
+    """The schedule, or where it is a lambda or the like, which no policy file can hold, the number it begins with."""
+    try:
+        pickle.dumps(schedule)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return float(schedule(1.0))
+    return schedule

@@ -169,6 +169,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             if stopped_at is not None:
                 break
         step.store()
+        self._project()
 
         self._log_update(history, scheduled, stopped_at)
         self._after_update()

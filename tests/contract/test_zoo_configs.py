@@ -40,7 +40,7 @@ TASKS = {
 
 # Short rollouts, each seen once.
 SMALL: dict[str, Any] = {"n_envs": 1, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
-SMALL_OF = {
+SMALL_OF: dict[str, dict[str, Any]] = {
     "trpo_ext": {"n_envs": 1, "n_steps": 16, "batch_size": 16, "n_critic_updates": 1},
     "reinforce": {
         "n_envs": 1,

@@ -103,10 +103,10 @@ def test_an_interrupted_training_is_saved_and_summed_up(tmp_path: Path) -> None:
     arguments = [sys.executable, "-u", "-m", "sb3_ppo_ext.zoo", *TRAIN, "-n", "10000000", "--eval-freq", "400"]
     process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("Eval num_timesteps"):
-            process.send_signal(signal.SIGINT)
-            break
+    evaluations = (line for line in process.stdout if line.startswith("Eval num_timesteps"))
+    for _ in range(3):  # not at the first: tqdm makes the lock of its output then, and is not made to be interrupted
+        next(evaluations)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert (tmp_path / MODEL).is_file()

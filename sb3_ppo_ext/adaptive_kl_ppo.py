@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import Evaluation
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
+from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION
 from sb3_ppo_ext.common.optimization import Coefficients
 from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
 from sb3_ppo_ext.common.validation import as_schedule, check_real
@@ -165,11 +165,6 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         check_real("kl_coef_max", self.kl_coef_max, at_least=self.kl_coef_min)
         check_real("kl_coef", self.kl_coef, at_least=self.kl_coef_min, at_most=self.kl_coef_max)
 
-    def _present_target_kl(self) -> float:
-        if self.target_kl is None:
-            return TARGET_KL_PER_DIMENSION * n_action_dims(self.action_space)
-        return self._at_present(self.target_kl)
-
     def _coefficients(self) -> dict[str, float]:
         coefficients = super()._coefficients()
         coefficients["kl_coef"] = self.kl_coef
@@ -201,7 +196,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
 
     def _after_update(self) -> None:
         kl = self._measured_kl()
-        target_kl = self._present_target_kl()
+        target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
         self.kl_coef = adapted_kl_coef(
             self.kl_coef,
             kl,

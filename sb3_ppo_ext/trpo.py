@@ -207,21 +207,12 @@ class TRPO(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         if self.verbose >= 1:
-            dims = n_action_dims(self.action_space)
+            target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
+            cg_damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
             print(
-                f"target_kl={self._present_target_kl():g}, cg_damping={self._present_cg_damping():g}: of the whole "
-                f"action, which has {dims} dimension(s)"
+                f"target_kl={target_kl:g}, cg_damping={cg_damping:g}: of the whole action, which has "
+                f"{n_action_dims(self.action_space)} dimension(s)"
             )
-
-    def _present_target_kl(self) -> float:
-        if self.target_kl is None:
-            return TARGET_KL_PER_DIMENSION * n_action_dims(self.action_space)
-        return self._at_present(self.target_kl)
-
-    def _present_cg_damping(self) -> float:
-        if self.cg_damping is None:
-            return CG_DAMPING_PER_DIMENSION * n_action_dims(self.action_space)
-        return self.cg_damping
 
     def train(self) -> None:
         """Update the policy from the rollout in the buffer: one step of the actor, then epochs of the critic."""
@@ -269,7 +260,7 @@ class TRPO(OnPolicyAlgorithm):
             fisher_vector_product, gradient, max_steps=self.cg_max_steps, rtol=self.cg_residual_tol
         )
         del fisher_vector_product  # and the graph that it keeps
-        target_kl = self._present_target_kl()
+        target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
         # The residual of conjugate gradient from zero is orthogonal to x, so x'(F + damping I)x = x'g.
         curvature = direction.dot(gradient).item()
         if not 0.0 < curvature < math.inf:
@@ -346,7 +337,7 @@ class TRPO(OnPolicyAlgorithm):
         observations = obs_rows(rollout.observations, slice(None, None, self.fvp_subsampling))
         n_rows = len(range(0, len(rollout.advantages), self.fvp_subsampling))
         chunks = list(self._chunks(n_rows))
-        damping = self._present_cg_damping()
+        damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
         if len(chunks) == 1:
             outputs = actor_critic.params(observations)
             return FisherVectorProduct(outputs, parameters, self._family.fisher, damping=damping)
@@ -383,11 +374,11 @@ class TRPO(OnPolicyAlgorithm):
         record("train/predicted_improvement", step.predicted_improvement)
         record("train/actual_improvement", step.actual_improvement)
         record("train/kl", step.kl)
-        record("train/target_kl", self._present_target_kl())
+        record("train/target_kl", self._joint(self.target_kl, TARGET_KL_PER_DIMENSION))
         record("train/step_fraction", step.fraction)
         record("train/cg_steps", step.cg_steps)
         record("train/cg_residual", step.cg_residual)
-        record("train/cg_damping", self._present_cg_damping())
+        record("train/cg_damping", self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION))
         buffer = self.rollout_buffer
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         if hasattr(self.policy, "log_std"):

@@ -77,7 +77,6 @@ class CompiledStep:
         announce: bool,
     ) -> None:
         self._announce = announce
-        self.compile_seconds = 0.0
         self._optimizer = optimizer
         self._module = _Loss(policy, minibatch_loss)
         self._parameters = list(parameters)
@@ -158,10 +157,8 @@ class CompiledStep:
             )
         if is_new:
             self._seen.add(size)
-            seconds = time.perf_counter() - start
-            self.compile_seconds += seconds
             if self._announce:
-                print(f"{seconds:.1f} seconds")
+                print(f"{time.perf_counter() - start:.1f} seconds")
         return statistics
 
     def _on_device(self, coefficients: Mapping[str, float]) -> dict[str, th.Tensor]:

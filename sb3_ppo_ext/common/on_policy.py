@@ -23,6 +23,7 @@ from torch import nn
 from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Kept, SB3ActorCritic
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
 from sb3_ppo_ext.common.compiled import CompiledStep, check_can_compile
+from sb3_ppo_ext.common.dimensions import n_action_dims
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.mishaps import explained, raise_if_observations_not_finite
 from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
@@ -152,6 +153,15 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     def _at_present(self, schedule: float | str | Schedule) -> float:
         """The value of a schedule now. A callback may have put a plain number in its place."""
         return float(schedule(self._current_progress_remaining) if callable(schedule) else schedule)
+
+    def _joint(self, value: float | str | Schedule | None, per_dimension: float) -> float:
+        """
+        A quantity of the whole action, now.
+
+        :param value: as the user gave it, joint; None for the default
+        :param per_dimension: the default, for each action dimension
+        """
+        return per_dimension * n_action_dims(self.action_space) if value is None else self._at_present(value)
 
     def _actor_critic(self) -> ActorCritic:
         """The policy as the core sees it. Made anew for each rollout and each update: a user may have replaced it."""

@@ -93,7 +93,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         clip_range: float | str | Schedule | None = None,
         clip_range_vf: float | str | Schedule | None = None,
         normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
+        ent_coef: float | str | Schedule = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,

@@ -46,7 +46,7 @@ class DualClipPPO(ProximalAlgorithm):
         its gradient ends; a number or a schedule
     :param clip_range_vf: clip range of the value function, as SB3 clips; a number, a schedule, or None for no clipping
     :param normalize_advantage: whether to normalise the advantages of each minibatch
-    :param ent_coef: weight of the entropy in the loss
+    :param ent_coef: weight of the entropy in the loss; a number or a schedule
     :param vf_coef: weight of the value loss
     :param max_grad_norm: largest norm of a gradient
     :param use_sde: whether to explore by gSDE (Box actions only)
@@ -83,7 +83,7 @@ class DualClipPPO(ProximalAlgorithm):
         clip_range: float | str | Schedule = 0.2,
         clip_range_vf: float | str | Schedule | None = None,
         normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
+        ent_coef: float | str | Schedule = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import torch as th
@@ -113,7 +113,7 @@ class REINFORCE(OnPolicyAlgorithm):
     :param learning_rate: a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
     :param episodes_per_env: episodes of each environment in a batch
     :param gamma: discount factor
-    :param ent_coef: weight of the entropy of the policy, summed over the states of an episode
+    :param ent_coef: weight of the entropy of the policy, summed over the states of an episode; a number or a schedule
     :param max_grad_norm: largest norm of a gradient. It is a sum over the steps of an episode, so that long episodes
         exceed this as a rule; ``float("inf")`` lets everything through, which leaves the estimate unbiased
     :param use_sde: whether to explore by gSDE (Box actions only)
@@ -137,8 +137,13 @@ class REINFORCE(OnPolicyAlgorithm):
     :param n_critic_updates: passes of the critic over a batch, with ``baseline="value"``
     :param batch_size: samples in a minibatch of the critic, with ``baseline="value"``
     :param max_episode_steps: an episode that is longer is taken for one that never ends, which is an error
+    :param torch_compile: whether to compile the evaluation of a batch and, with ``baseline="value"``, the gradient step
+        of the critic, each into one graph for batches of any size; with the Adam optimiser and a policy that overrides
+        none of SB3's methods
     :raises ValueError: for an argument that is out of range or contradicts another, and for an episode that never ends
     """
+
+    _rollouts_vary: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -147,7 +152,7 @@ class REINFORCE(OnPolicyAlgorithm):
         learning_rate: float | str | Schedule = 1e-3,
         episodes_per_env: int = 8,
         gamma: float = 0.99,
-        ent_coef: float = 0.0,
+        ent_coef: float | str | Schedule = 0.0,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
@@ -167,11 +172,12 @@ class REINFORCE(OnPolicyAlgorithm):
         n_critic_updates: int = 10,
         batch_size: int = 128,
         max_episode_steps: int = 100_000,
+        torch_compile: bool = False,
     ) -> None:
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate,  # type: ignore[arg-type]  # _validate turns a string into a schedule
+            learning_rate=learning_rate,
             n_steps=_FIRST_BUFFER_SIZE,
             gamma=gamma,
             gae_lambda=1.0,  # the buffer's returns are then the Monte-Carlo returns
@@ -198,6 +204,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.n_critic_updates = n_critic_updates
         self.batch_size = batch_size
         self.max_episode_steps = max_episode_steps
+        self.torch_compile = torch_compile
         if _init_setup_model:
             self._setup_model()
             self._check_n_episodes()
@@ -407,6 +414,7 @@ class REINFORCE(OnPolicyAlgorithm):
         """
         policy_loss = th.zeros((), device=weights.device)
         entropy_sum = th.zeros((), device=weights.device)
+        ent_coef = self._at_present(self.ent_coef)
         self.policy.optimizer.zero_grad()
         for rows in self._chunks(len(weights)):
             params = actor_critic.params(obs_rows(rollout.observations, rows))
@@ -419,7 +427,7 @@ class REINFORCE(OnPolicyAlgorithm):
                 entropy_loss = losses.reinforce_loss(log_prob, entropy).sum()
             else:
                 entropy_loss = -entropy.sum()
-            loss = (chunk_loss + self.ent_coef * entropy_loss) / self._n_episodes
+            loss = (chunk_loss + ent_coef * entropy_loss) / self._n_episodes
             loss.backward()  # type: ignore[no-untyped-call]
             policy_loss += chunk_loss.detach()
             entropy_sum += entropy.detach().sum()
@@ -430,6 +438,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.logger.record("train/policy_gradient_loss", policy_loss.item() / self._n_episodes)
         self.logger.record("train/entropy_loss", -entropy_sum.item() / len(weights))
         self.logger.record("train/grad_norm", grad_norm)
+        self._log_ent_coef()
         return math.isfinite(grad_norm)
 
     def _fit_critic(self, actor_critic: ActorCritic, buffer: EpisodeBuffer) -> None:

@@ -108,7 +108,7 @@ class TRPO(OnPolicyAlgorithm):
     :param _init_setup_model: whether to build the networks
     :param cg_residual_tol: relative residual ``|g - (F + cg_damping I) x| / |g|`` at which conjugate gradient stops
     :param accept_ratio: part of the predicted improvement that a step must make
-    :param ent_coef: weight of the entropy in the objective
+    :param ent_coef: weight of the entropy in the objective; a number or a schedule
     :param torch_compile: whether to compile the gradient step of the critic, see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
@@ -146,13 +146,13 @@ class TRPO(OnPolicyAlgorithm):
         *,
         cg_residual_tol: float = 1e-6,
         accept_ratio: float = 0.1,
-        ent_coef: float = 0.0,
+        ent_coef: float | str | Schedule = 0.0,
         torch_compile: bool = False,
     ) -> None:
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate,  # type: ignore[arg-type]  # _validate turns a string into a schedule
+            learning_rate=learning_rate,
             n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
@@ -297,11 +297,12 @@ class TRPO(OnPolicyAlgorithm):
         """The objective of each sample: ``r A``, and the entropy if it has a weight."""
         log_prob = self._family.log_prob(params, actions)
         objective = -losses.surrogate_loss(log_prob, old_log_prob, advantages).loss
-        if self.ent_coef > 0.0:
+        ent_coef = self._at_present(self.ent_coef)
+        if ent_coef > 0.0:
             entropy = self._family.entropy(params)
             if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
                 entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
-            objective = objective + self.ent_coef * entropy
+            objective = objective + ent_coef * entropy
         return objective
 
     def _objective_gradient(
@@ -375,6 +376,7 @@ class TRPO(OnPolicyAlgorithm):
         record("train/actual_improvement", step.actual_improvement)
         record("train/kl", step.kl)
         record("train/target_kl", self._joint(self.target_kl, TARGET_KL_PER_DIMENSION))
+        self._log_ent_coef()
         record("train/step_fraction", step.fraction)
         record("train/cg_steps", step.cg_steps)
         record("train/cg_residual", step.cg_residual)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch as th
@@ -172,10 +172,18 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :return: the minibatches of one epoch
         """
         flat = self.flat()
-        n_samples = len(flat.returns)
-        indices = th.from_numpy(np.random.permutation(n_samples)).to(self.device)  # noqa: NPY002
-        for batch in th.split(indices, batch_size or n_samples):
-            yield take(flat, batch)
+        for rows in self.shuffled_rows(batch_size or len(flat.returns)):
+            yield take(flat, rows)
+
+    def shuffled_rows(self, batch_size: int) -> tuple[th.Tensor, ...]:
+        """
+        The rows of :meth:`flat` that the minibatches of one epoch are made of, drawn anew.
+
+        :param batch_size: samples in a minibatch; the last may be smaller
+        :return: for each minibatch, shape ``(batch_size,)``
+        """
+        rows = np.random.permutation(len(self.flat().returns))  # noqa: NPY002
+        return th.split(th.from_numpy(rows).to(self.device), batch_size)
 
 
 class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[misc]
@@ -202,8 +210,34 @@ def obs_rows(observations: PyTorchObs, rows: slice | th.Tensor) -> PyTorchObs:
 
 
 def take(samples: RolloutSamples, rows: th.Tensor) -> RolloutSamples:
+    """
+    Some of the samples.
+
+    :param samples: of a rollout
+    :param rows: indices of them, shape ``(batch,)``
+    """
     observations, *rest = samples
     return RolloutSamples(obs_rows(observations, rows), *(tensor[rows] for tensor in rest))
+
+
+def minibatches(
+    rollout_buffer: sb3.RolloutBuffer, batch_size: int
+) -> Iterator[tuple[RolloutSamples, th.Tensor | None]]:
+    """
+    The minibatches of one epoch, each as samples and which rows of them, so that who computes with them cuts them out.
+
+    :param rollout_buffer: filled
+    :param batch_size: samples in a minibatch; the last may be smaller
+    :return: samples and rows; the rows are None, for all of the samples, where a derived buffer has a ``get`` of its
+        own
+    """
+    if isinstance(rollout_buffer, RolloutBuffer) and type(rollout_buffer).get is RolloutBuffer.get:
+        flat = rollout_buffer.flat()
+        for rows in rollout_buffer.shuffled_rows(batch_size):
+            yield flat, rows
+    else:
+        for samples in rollout_buffer.get(batch_size):
+            yield cast(RolloutSamples, samples), None
 
 
 def buffer_class_for(observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:

@@ -21,6 +21,9 @@ not be in it. A wrapper of another kind that remembers something has the two met
 wraps. Environments without the methods are reset, and draw on from the same random numbers. (One exception: gSDE with
 a rollout buffer of the user's own, which SB3's way of collecting gives other noise in the first rollout.)
 
+Callbacks are the caller's: what they count and what they found best so far (``EvalCallback.best_mean_reward``, the
+patience of ``StopTrainingOnNoModelImprovement``) begins anew with each start, as it does in SB3.
+
 A checkpoint is a model file: ``load`` reads it as it reads what ``save`` wrote. It also holds ``vecnormalize.pkl``,
 which :meth:`stable_baselines3.common.vec_env.VecNormalize.load` reads once it is extracted from the zip archive.
 Loading a model or resuming from it runs code that the file may contain; :func:`load_weights` does not.
@@ -36,8 +39,10 @@ import random
 import re
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -273,19 +278,46 @@ def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
+@contextmanager
+def loadable(path: str | Path | io.BufferedIOBase) -> Iterator[None]:
+    """
+    Around what loads a model: where that fails, and the file is the reason, an error that says so.
+
+    :param path: of the file, or an open file, as ``load`` takes it
+    :raises ValueError: if the file is truncated, damaged or no model
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a damaged file leads to
+        file = open_path(path, "r", suffix="zip")  # one that cannot be opened is an OSError that says all
+        damage = _damage(file)
+        if file is not path:
+            file.close()
+        if damage is None:
+            raise
+        raise ValueError(f"{path} cannot be loaded: {damage}") from error
+
+
 def _defect(path: Path) -> str | None:
     """What keeps a file from being resumed; None if it is a whole checkpoint. Its whole content is checked."""
+    damage = _damage(path)
+    if damage is not None:
+        return damage
+    with zipfile.ZipFile(path) as archive:
+        is_checkpoint = _TRAINING_STATE in archive.namelist()
+    return None if is_checkpoint else f"it is a model without {_TRAINING_STATE}, not a checkpoint"
+
+
+def _damage(file: Path | IO[bytes]) -> str | None:
+    """What keeps a file from being read as a model; None if it is whole."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
             archive.getinfo("data")  # the end of a truncated file may pass for an archive
             archive.getinfo(_WEIGHTS)
-            is_checkpoint = _TRAINING_STATE in archive.namelist()
     except Exception as error:  # a flipped bit may lead to any
         return f"it cannot be read, or is truncated or damaged ({error})"
-    if damaged is not None:
-        return f"it is damaged (in its member {damaged})"
-    return None if is_checkpoint else f"it is a model without {_TRAINING_STATE}, not a checkpoint"
+    return None if damaged is None else f"it is damaged (in its member {damaged})"
 
 
 def _checkpoint_bytes(model: BaseAlgorithm) -> memoryview:
@@ -302,6 +334,31 @@ def _checkpoint_bytes(model: BaseAlgorithm) -> memoryview:
         if vec_normalize is not None:
             archive.writestr(_VEC_NORMALIZE, pickle.dumps(vec_normalize))
     return buffer.getbuffer()
+
+
+def save_whole(path: str | Path, write: Callable[[io.BytesIO], None]) -> None:
+    """
+    A model file, whole or not at all, under the name that SB3's ``save`` gives it: with ``.zip`` where there is no
+    suffix, ``_2`` behind that of a folder, in a folder that is made if it is not there.
+
+    :param path: of the file
+    :param write: writes the content
+    :raises OSError: if it cannot be written
+    """
+    content = io.BytesIO()
+    write(content)
+    path = Path(path)
+    while True:
+        if not path.suffix:
+            path = path.with_name(f"{path.name}.zip")
+        if not path.is_dir():
+            break
+        warnings.warn(f"Path {str(path)!r} is a folder. Will save instead to {path}_2", stacklevel=3)
+        path = path.with_name(f"{path.name}_2")
+    if not path.parent.exists():
+        warnings.warn(f"Path {str(path.parent)!r} does not exist. Will create it.", stacklevel=3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path.resolve(), content.getbuffer())  # a link stays one
 
 
 def _write_whole(path: Path, content: memoryview) -> None:

@@ -1,20 +1,26 @@
-"""One gradient step as one compiled graph: gradients, clipping of their norm and Adam, over flat parameters."""
+"""
+What ``torch_compile=True`` compiles: a gradient step (gradients, clipping of their norm and Adam, over flat parameters)
+and the evaluation of a rollout, each as one graph.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.func import functional_call, grad
+from torch.utils._pytree import tree_leaves
 
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic
-from sb3_ppo_ext.common.buffers import RolloutSamples
+from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation
+from sb3_ppo_ext.common.buffers import RolloutSamples, take
 from sb3_ppo_ext.common.optimization import Coefficients, MinibatchLoss, Statistics
 
 _SERIAL = itertools.count()
@@ -57,13 +63,14 @@ class CompiledStep:
     """
     A gradient step of Adam on a minibatch loss, as one graph.
 
-    The parameters and Adam's moments live in flat tensors from :meth:`load` to :meth:`store`; what may change from
+    The parameters and Adam's moments live in flat tensors inside of ``with``; what may change from
     update to update (learning rates, coefficients) enters as tensors, so that no new value is a new graph.
 
     :param policy: that the loss calls
     :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
     :param parameters: what is updated, among the policy's
     :param minibatch_loss: to be minimised
+    :param any_size: whether one graph is to serve rollouts and minibatches of any size; it is somewhat slower
     :param announce: whether to tell who is waiting that a graph is being compiled, and how long it took
     """
 
@@ -74,6 +81,7 @@ class CompiledStep:
         parameters: Sequence[nn.Parameter],
         minibatch_loss: MinibatchLoss,
         *,
+        any_size: bool,
         announce: bool,
     ) -> None:
         self._announce = announce
@@ -86,18 +94,12 @@ class CompiledStep:
         self._sizes = [p.numel() for p in self._parameters]
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
-        self._compiled = th.compile(
-            _with_own_code(self._step),
-            fullgraph=True,
-            dynamic=False,
-            # Guards on all that the step reads cost more than the step. Those on tensors stay, for a new batch size;
-            # the rest is this object's, and another policy or another loss is another object.
-            options={"guard_filter_fn": th.compiler.keep_tensor_guards_unsafe},
-        )
+        self._compiled = _compile(self._step, self._parameters[0].device)
+        self._any_size = any_size
         self._seen: set[int] = set()
         self._numbers: Mapping[str, float] | None = None
 
-    def load(self) -> None:
+    def __enter__(self) -> object:
         """Take parameters, moments and learning rates from the policy and its optimiser."""
         with th.no_grad():
             states = [self._optimizer.state.get(p) or {} for p in self._parameters]
@@ -111,10 +113,14 @@ class CompiledStep:
             self._exp_avg = self._moment("exp_avg", states)
             self._exp_avg_sq = self._moment("exp_avg_sq", states)
             device = self._theta.device
-            # Not a scalar: the compiler of torch 2.13 loses what is written into a scalar on the CPU.
-            self._count = th.tensor([counts.pop()], dtype=th.float64, device=device)
+            count = counts.pop()
+            beta1, beta2 = self._betas
+            # The number of steps t, beta1^t and beta2^t: a product a step is cheaper than a power. Not a scalar each:
+            # the compiler of torch 2.13 loses what is written into a scalar on the CPU.
+            self._clock = th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=device)
             lr_of = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
             self._lr = th.cat([th.full((p.numel(),), lr_of[id(p)], device=device) for p in self._parameters])
+        return self
 
     def _moment(self, name: str, states: list[Any]) -> th.Tensor:
         return th.cat(
@@ -124,14 +130,14 @@ class CompiledStep:
             ]
         )
 
-    def store(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Put parameters and moments back into the policy and its optimiser."""
         with th.no_grad():
             thetas, exp_avgs, exp_avg_sqs = (
                 [piece.view(shape) for piece, shape in zip(th.split(flat, self._sizes), self._shapes, strict=True)]
                 for flat in (self._theta, self._exp_avg, self._exp_avg_sq)
             )
-            count = self._count.float().squeeze()
+            count = self._clock[0].float()
             for p, theta, exp_avg, exp_avg_sq in zip(self._parameters, thetas, exp_avgs, exp_avg_sqs, strict=True):
                 p.copy_(theta)
                 state = self._optimizer.state[p]
@@ -139,26 +145,26 @@ class CompiledStep:
                 state["exp_avg"] = exp_avg.clone()
                 state["exp_avg_sq"] = exp_avg_sq.clone()
 
-    def __call__(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> Statistics:
-        size = len(rollout_data.returns)
+    def __call__(
+        self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]
+    ) -> Statistics:
+        size = 0 if self._any_size else len(rollout.returns if rows is None else rows)
+        if self._any_size:
+            _let_rows_vary(rollout, rows)
         is_new = size not in self._seen
-        if is_new and self._announce:
-            print(f"Compiling the gradient step for minibatches of {size} ...", end=" ", flush=True)
-        start = time.perf_counter()
-        with th.no_grad():
+        self._seen.add(size)
+        minibatches = f"minibatches of {size}" if size else "minibatches"
+        with _announced(f"the gradient step for {minibatches}", is_new and self._announce), th.no_grad():
             statistics: Statistics = self._compiled(
                 self._theta,
                 self._exp_avg,
                 self._exp_avg_sq,
-                self._count,
+                self._clock,
                 self._lr,
                 self._on_device(coefficients),
-                rollout_data,
+                rollout,
+                rows,
             )
-        if is_new:
-            self._seen.add(size)
-            if self._announce:
-                print(f"{time.perf_counter() - start:.1f} seconds")
         return statistics
 
     def _on_device(self, coefficients: Mapping[str, float]) -> dict[str, th.Tensor]:
@@ -174,11 +180,14 @@ class CompiledStep:
         theta: th.Tensor,
         exp_avg: th.Tensor,
         exp_avg_sq: th.Tensor,
-        count: th.Tensor,
+        clock: th.Tensor,
         lr: th.Tensor,
         coefficients: Mapping[str, th.Tensor],
-        rollout_data: RolloutSamples,
+        rollout: RolloutSamples,
+        rows: th.Tensor | None,
     ) -> Statistics:
+        rollout_data = rollout if rows is None else take(rollout, rows)
+
         def loss_of(flat: th.Tensor) -> tuple[th.Tensor, Statistics]:
             pieces = th.split(flat, self._sizes)
             swapped = {n: x.view(s) for n, x, s in zip(self._names, pieces, self._shapes, strict=True)}
@@ -201,21 +210,85 @@ class CompiledStep:
 
         # Adam, as torch.optim.Adam computes it
         beta1, beta2 = self._betas
-        new_count = count + 1
+        new_clock = th.stack((clock[0] + 1, clock[1] * beta1, clock[2] * beta2))
         new_exp_avg = exp_avg.lerp(gradient, 1 - beta1)
         new_exp_avg_sq = exp_avg_sq * beta2 + gradient * gradient * (1 - beta2)
-        step_size = lr / (1 - beta1**new_count).float()
-        denominator = new_exp_avg_sq.sqrt() / (1 - beta2**new_count).sqrt().float() + self._eps
-        new_theta = theta - step_size * new_exp_avg / denominator
+        correction1 = (1 - new_clock[1]).reciprocal().float()
+        correction2 = (1 - new_clock[2]).rsqrt().float()
+        new_theta = theta - lr * correction1 * new_exp_avg / (new_exp_avg_sq.sqrt() * correction2 + self._eps)
 
         theta.copy_(th.where(takes_step, new_theta, theta))
         exp_avg.copy_(th.where(takes_step, new_exp_avg, exp_avg))
         exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
-        count.copy_(th.where(takes_step, new_count, count))
+        clock.copy_(th.where(takes_step, new_clock, clock))
         return statistics
 
 
-def _with_own_code(method: Callable[..., Statistics]) -> Callable[..., Statistics]:
+class CompiledEvaluation:
+    """
+    ``evaluate_actions`` without gradients, as one graph.
+
+    :param actor_critic: the policy
+    :param any_size: whether one graph is to serve batches of any size
+    :param announce: whether to tell who is waiting that a graph is being compiled, and how long it took
+    """
+
+    def __init__(self, actor_critic: DirectActorCritic, *, any_size: bool, announce: bool) -> None:
+        self._compiled = _compile(actor_critic.evaluate_actions, actor_critic.policy.device)
+        self._any_size = any_size
+        self._announce = announce
+
+    def __call__(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
+        if self._any_size:
+            _let_rows_vary(obs, actions)
+        with _announced("the evaluation of rollouts", self._announce), th.no_grad():
+            evaluation: Evaluation = self._compiled(obs, actions)
+        self._announce = False
+        return evaluation
+
+
+def _compile(method: Callable[..., Any], device: th.device) -> Callable[..., Any]:
+    return th.compile(
+        _with_own_code(method),
+        fullgraph=True,
+        dynamic=False,
+        options={
+            # Guards on all that the method reads cost more than what it does. Those on the sizes stay; the rest is the
+            # object's that the method is bound to, and another policy or another loss is another object.
+            "guard_filter_fn": _guards_on_sizes,
+            # What calls the kernels is compiled too: there are some thirty of them, of a few microseconds each.
+            "cpp_wrapper": device.type == "cpu",
+        },
+    )
+
+
+def _guards_on_sizes(guards: Any) -> list[bool]:
+    of_tensors: list[bool] = th.compiler.keep_tensor_guards_unsafe(guards)  # type: ignore[no-untyped-call]
+    return [keep or guard.guard_type == "SHAPE_ENV" for keep, guard in zip(of_tensors, guards, strict=True)]
+
+
+def _let_rows_vary(*structures: Any) -> None:
+    """Tell the compiler that the first dimension of all tensors in here is not always the same."""
+    for tensor in tree_leaves(structures):
+        if isinstance(tensor, th.Tensor):
+            th._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+@contextlib.contextmanager
+def _announced(what: str, announce: bool) -> Iterator[None]:
+    """
+    :param what: is compiled inside of the ``with`` block
+    :param announce: whether to say so, and how long it took
+    """
+    if announce:
+        print(f"Compiling {what} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    yield
+    if announce:
+        print(f"{time.perf_counter() - start:.1f} seconds")
+
+
+def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
     """
     The same method with a code object of its own. torch keeps compiled graphs by code object, so with few guards one
     step would be given the graph of another.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import cast
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -12,7 +11,7 @@ from torch import nn
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import ActorCritic
-from sb3_ppo_ext.common.buffers import RolloutSamples
+from sb3_ppo_ext.common.buffers import RolloutSamples, minibatches
 from sb3_ppo_ext.common.optimization import Coefficients, MinibatchStep, Statistics
 
 
@@ -93,11 +92,10 @@ def fit_critic(
     :return: mean loss
     """
     set_critic_training_mode(policy, actor_parameters)
-    step.load()
-    history = [
-        step(rollout_data, {"max_grad_norm": math.inf})["value_loss"]
-        for _ in range(n_epochs)
-        for rollout_data in cast(Iterable[RolloutSamples], rollout_buffer.get(batch_size))
-    ]
-    step.store()
+    with step:
+        history = [
+            step(rollout, rows, {"max_grad_norm": math.inf})["value_loss"]
+            for _ in range(n_epochs)
+            for rollout, rows in minibatches(rollout_buffer, batch_size)
+        ]
     return th.stack(history).mean().item()

@@ -137,6 +137,21 @@ class Gaussian(Family):
     def entropy(self, params: th.Tensor) -> th.Tensor | None:
         return params[:, self.dim :].log().sum(dim=1) + self.dim * (0.5 + _HALF_LOG_2PI)
 
+    def log_prob_and_entropy(
+        self, mean: th.Tensor, log_std: th.Tensor, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :meth:`log_prob` and :meth:`entropy` where all rows have one standard deviation, in half as many operations.
+
+        :param mean: shape ``(batch, dim)``
+        :param log_std: shape ``(dim,)``
+        :param actions: shape ``(batch, dim)``
+        :return: two tensors of shape ``(batch,)``
+        """
+        z = (actions - mean) * (-log_std).exp()
+        log_volume = log_std.sum() + self.dim * _HALF_LOG_2PI
+        return -0.5 * z.square().sum(dim=1) - log_volume, (log_volume + 0.5 * self.dim).expand(len(mean))
+
     def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
         mean, std = params.chunk(2, dim=1)
         other_mean, other_std = other.chunk(2, dim=1)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch as th
-from stable_baselines3.common.vec_env import VecEnv
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ppo_ext.common.buffers import RolloutBuffer
 from sb3_ppo_ext.common.optimization import NonFiniteError
 
 
 def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
     """
-    :param error: raised while a rollout was collected
+    :param error: raised while a rollout was collected, or the environments were reset for it
     :param env: the training environment
-    :param obs: that were acted on
+    :param obs: that were acted on; None if there are none yet
     :return: an error that says more, to be raised from it; None if it says enough itself
     """
     if isinstance(error, (EOFError, ConnectionError)):
@@ -27,35 +30,115 @@ def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
                 "killed it, -9 often for want of memory. The model is as it was before this rollout: make the "
                 "environment anew, give it to set_env() and go on"
             )
+    misshapen = _refused_observation(error) or _misshapen_batch(obs, env)
+    if misshapen:
+        return ValueError(misshapen)
     where = _not_finite(obs, axes=("environment",))
     if where and not isinstance(error, NonFiniteError):
-        return NonFiniteError(_observations(where))
+        return NonFiniteError(_not_finite_message({"Observations": where}))
     return None
 
 
-def raise_if_observations_not_finite(rollout_buffer: RolloutBuffer, last_values: th.Tensor, last_obs: Any) -> None:
+def raise_if_rollout_not_finite(rollout_buffer: RolloutBuffer, of_values: np.ndarray, last_obs: Any) -> None:
     """
-    An observation may be what it likes as long as the policy makes something finite of it.
+    A reward must be finite. An observation may be what it likes as long as the policy makes something finite of it.
 
     :param rollout_buffer: filled and evaluated
-    :param last_values: values of the observations after the last step
+    :param of_values: computed from the values, those of the observations after the last step too
     :param last_obs: those observations
-    :raises NonFiniteError: if values or log-probabilities are not finite and an observation is not, saying which
+    :raises NonFiniteError: if a reward is not finite, or where it is a value or log-probability, an observation; saying
+        which is first
     """
-    results = (rollout_buffer.values, rollout_buffer.log_probs, last_values.cpu().numpy())
-    if all(np.isfinite(result).all() for result in results):
+    results = (rollout_buffer.rewards, rollout_buffer.values, rollout_buffer.log_probs, of_values)
+    # A buffer of the user's own may hold them in other ways.
+    if all(np.isfinite(result).all() for result in results if isinstance(result, np.ndarray)):
         return
-    where = _not_finite(rollout_buffer.observations, axes=("step", "environment"))
-    where = where or _not_finite(last_obs, axes=("environment",))
-    if where:
-        raise NonFiniteError(_observations(where))
+    obs = _not_finite(rollout_buffer.observations, axes=("step", "environment"))
+    found = {
+        "Observations": obs or _not_finite(last_obs, axes=("environment",)),
+        "Rewards": _not_finite(rollout_buffer.rewards, axes=("step", "environment")),
+    }
+    if any(found.values()):
+        raise NonFiniteError(_not_finite_message(found))
 
 
-def _observations(where: str) -> str:
+def raise_if_final_not_finite(
+    values: np.ndarray, final_obs: Any, steps: Sequence[int], env_indices: Sequence[int]
+) -> None:
+    """
+    :param values: of final observations
+    :param final_obs: these, stacked
+    :param steps: in which each was made
+    :param env_indices: by which environment
+    :raises NonFiniteError: if a value is not finite and its observation is not, saying which
+    """
+    for i in np.flatnonzero(~np.isfinite(values)).tolist():
+        one = {key: array[i] for key, array in final_obs.items()} if isinstance(final_obs, dict) else final_obs[i]
+        if _not_finite(one, axes=()) is not None:
+            where = f"in what an episode ended with in step {steps[i]}, environment {env_indices[i]}"
+            raise NonFiniteError(_not_finite_message({"Observations": where}))
+
+
+def raise_if_misshapen(obs: Any, space: spaces.Space[Any], env_index: int) -> None:
+    """
+    numpy puts one number in the place of four without a word, so SB3's vector of environments does.
+
+    :param obs: as an environment returned it
+    :param space: of its observations
+    :param env_index: number of the environment
+    :raises ValueError: if the sizes differ, naming the shapes
+    """
+    for key, shape, expected in _shapes(obs, space):
+        if math.prod(shape) != math.prod(expected):
+            raise ValueError(_misshapen(key, f"Environment {env_index}", shape, expected))
+
+
+def _shapes(obs: Any, space: spaces.Space[Any]) -> Iterator[tuple[str | None, tuple[int, ...], tuple[int, ...]]]:
+    """The shape of each part of an observation that is an array, and that of its space."""
+    parts: Any = [(None, obs, space)]
+    if isinstance(space, spaces.Dict):
+        parts = [(key, obs.get(key), part) for key, part in space.spaces.items()] if isinstance(obs, dict) else []
+    for key, part, part_space in parts:
+        shape = getattr(part, "shape", None)
+        if shape is not None and part_space.shape is not None:
+            yield key, tuple(shape), part_space.shape
+
+
+def _misshapen(key: str | None, who: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    of_key = "" if key is None else f" for {key!r}"
+    return f"{who} returned an observation of shape {shape}{of_key}, and its observation space is of shape {expected}"
+
+
+def _refused_observation(error: Exception) -> str | None:
+    """If the error is SB3's vectors of environments failing to put observations together: which of them, in words."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        local = frame.f_locals
+        if frame.f_code is DummyVecEnv._save_obs.__code__:
+            given, space = {local["env_idx"]: local["obs"]}, local["self"].observation_space
+        elif frame.f_code.co_name == "_stack_obs" and {"obs_list", "space"} <= local.keys():  # of SubprocVecEnv
+            given, space = dict(enumerate(local["obs_list"])), local["space"]
+        else:
+            continue
+        for index, obs in given.items():
+            for key, shape, expected in _shapes(obs, space):
+                if shape != expected:
+                    return _misshapen(key, f"Environment {index}", shape, expected)
+    return None
+
+
+def _misshapen_batch(obs: Any, env: VecEnv) -> str | None:
+    """Where all environments return the same wrong shape, other vectors of them take it."""
+    for key, shape, expected in _shapes(obs, env.observation_space):
+        if math.prod(shape[1:]) != math.prod(expected):
+            return _misshapen(key, "Each environment", shape[1:], expected)
+    return None
+
+
+def _not_finite_message(found: dict[str, str | None]) -> str:
+    what = "; ".join(f"{name} are not finite, first {where}" for name, where in found.items() if where)
     return (
-        f"Observations are not finite, first {where} of the rollout. The update was not made: the parameters are as "
-        "they were before it, and the environments will be reset. VecCheckNan of Stable-Baselines3 finds the step that "
-        "made them"
+        f"{what} of the rollout. The update was not made: the parameters are as they were before it, and the "
+        "environments will be reset. VecCheckNan of Stable-Baselines3 finds the step that made them"
     )
 
 

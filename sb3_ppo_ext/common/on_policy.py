@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3_buffers
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as SB3OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
-from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Kept, SB3ActorCritic
+from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Evaluation, Kept, SB3ActorCritic
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
-from sb3_ppo_ext.common.compiled import CompiledStep, check_can_compile
+from sb3_ppo_ext.common.checkpoint import loadable, save_whole
+from sb3_ppo_ext.common.compiled import CompiledEvaluation, CompiledStep, check_can_compile
 from sb3_ppo_ext.common.dimensions import n_action_dims
 from sb3_ppo_ext.common.distributions import family_of_space
-from sb3_ppo_ext.common.mishaps import explained, raise_if_observations_not_finite
+from sb3_ppo_ext.common.mishaps import (
+    explained,
+    raise_if_final_not_finite,
+    raise_if_misshapen,
+    raise_if_rollout_not_finite,
+)
 from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
 from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
-from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
+from sb3_ppo_ext.common.problem import check_spaces
+from sb3_ppo_ext.common.validation import (
+    as_number_or_schedule,
+    as_schedule,
+    check_bool,
+    check_device,
+    check_int,
+    check_one_of,
+    check_output,
+    check_real,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
@@ -52,14 +75,47 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     way.
 
     Takes the arguments of :class:`stable_baselines3.common.on_policy_algorithm.OnPolicyAlgorithm`.
+
+    :raises ValueError: for what cannot be used or cannot be used together, before anything is trained
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
 
+    ent_coef: float | Schedule  # type: ignore[assignment]
     torch_compile: bool = False
 
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
     _needs_old_params: ClassVar[bool] = False
+
+    # Whether one rollout has more samples than another.
+    _rollouts_vary: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        policy: str | type[BasePolicy],
+        env: GymEnv | str | None,
+        *,
+        use_sde: bool = False,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        check_output(verbose, tensorboard_log)
+        check_device(device)
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            if isinstance(env, (gym.Env, VecEnv)):  # SB3 adapts or refuses what is neither
+                check_spaces(env, use_sde=use_sde)
+        super().__init__(
+            policy,  # type: ignore[arg-type]
+            env,  # type: ignore[arg-type]
+            use_sde=use_sde,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            **kwargs,
+        )
 
     def _validate(self) -> None:
         """
@@ -73,13 +129,13 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_int("n_steps", self.n_steps, minimum=1)
         check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
         check_real("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0)
-        check_real("ent_coef", self.ent_coef, at_least=0.0)
+        self.ent_coef = as_number_or_schedule("ent_coef", self.ent_coef)
         check_bool("use_sde", self.use_sde)
         check_bool("torch_compile", self.torch_compile)
         check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
         check_int("stats_window_size", self._stats_window_size, minimum=1)
         if self.seed is not None:
-            check_int("seed", self.seed, minimum=0)
+            check_int("seed", self.seed, minimum=0, maximum=2**32 - 1)
         buffer_class = self.rollout_buffer_class
         serves = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
         if self._needs_old_params and not serves:
@@ -114,12 +170,15 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             )
 
     def _setup_model(self) -> None:
+        if not hasattr(self, "observation_space"):  # what a loaded model has from its file
+            raise ValueError("env=None is not allowed: it must be an environment, a vector of them, or the id of one")
         if self.rollout_buffer_class in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
             self.rollout_buffer_class = buffer_class_for(self.observation_space)  # which derives from SB3's
         self._validate()
-        super()._setup_model()
+        self._build()
         self._family = family_of_space(self.action_space, squash_output=self.policy.squash_output)
         self._compiled: tuple[Hashable, CompiledStep] | None = None
+        self._compiled_evaluation: tuple[Hashable, CompiledEvaluation] | None = None
         if self.torch_compile:
             check_can_compile(self.policy, self.policy.optimizer)
         if self.verbose >= 1 and not DirectActorCritic.understands(self.policy):
@@ -131,8 +190,101 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
             print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
 
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        check_one_of("policy", policy_name, list(self.policy_aliases))
+        return super()._get_policy_from_name(policy_name)
+
+    def _build(self) -> None:
+        """
+        Make the rollout buffer and the policy, SB3's or the user's.
+
+        :raises ValueError: if one of them refuses its arguments, whatever it says it by: SB3 asserts, or stumbles
+        """
+        previous_buffer = vars(self).get("rollout_buffer")
+        try:
+            super()._setup_model()
+        except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+            if isinstance(error, (th.OutOfMemoryError, th.AcceleratorError)):
+                raise
+            if vars(self).get("rollout_buffer") is previous_buffer:
+                given = f"rollout_buffer_class={_name(self.rollout_buffer_class)}"
+                given += f" with rollout_buffer_kwargs={self.rollout_buffer_kwargs!r}"
+                allowed = "a subclass of Stable-Baselines3's RolloutBuffer, of DictRolloutBuffer for Dict observations"
+            else:
+                given = f"policy={self._policy_name()} with policy_kwargs={self.policy_kwargs!r}"
+                allowed = "MlpPolicy for vectors, CnnPolicy for images, MultiInputPolicy for Dict observations"
+            raise ValueError(
+                f"{given} is not allowed for observation_space={self.observation_space}, "
+                f"action_space={self.action_space}: it must be what takes these, such as {allowed} "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def _policy_name(self) -> str:
+        aliases = (alias for alias, policy_class in self.policy_aliases.items() if policy_class is self.policy_class)
+        return next(aliases, _name(self.policy_class))
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        As SB3, but a file is written whole or not at all: what was there before stays until then.
+
+        :param path: of the file, or an open file
+        :param exclude: attributes to leave out, besides those that always are
+        :param include: attributes to put in, of those that would be left out
+        :raises OSError: if it cannot be written
+        """
+        write = partial(super().save, exclude=exclude, include=include)
+        if isinstance(path, (str, Path)):
+            save_whole(path, write)
+        else:
+            write(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        As SB3: the model of a file, made anew.
+
+        :param path: of the file, ``.zip`` may be left out; or an open file
+        :param env: to train on in; None if it is to be watched only
+        :param device: "cpu", "cuda" or "auto"
+        :param custom_objects: attributes to put in place of those in the file, by name
+        :param print_system_info: whether to print on what the model was saved, and what this is
+        :param force_reset: whether ``learn`` resets the environments first
+        :param kwargs: attributes to change
+        :return: the model
+        :raises OSError: if the file cannot be read
+        :raises ValueError: if it is truncated, damaged or no model, or for an attribute that is out of range
+        """
+        check_device(device)
+        with loadable(path):
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
+    ) -> tuple[int, BaseCallback]:
+        try:
+            return super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+        except Exception as error:
+            more = None if self.env is None else explained(error, self.env, None)
+            if more is None:
+                raise
+            raise more from error
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_family", "_compiled"]
+        return [*super()._excluded_save_params(), "_family", "_compiled", "_compiled_evaluation"]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
@@ -154,6 +306,11 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         """The value of a schedule now. A callback may have put a plain number in its place."""
         return float(schedule(self._current_progress_remaining) if callable(schedule) else schedule)
 
+    def _log_ent_coef(self) -> None:
+        """Log the weight of the entropy, where it changes."""
+        if callable(self.ent_coef):
+            self.logger.record("train/ent_coef", self._at_present(self.ent_coef))
+
     def _joint(self, value: float | str | Schedule | None, per_dimension: float) -> float:
         """
         A quantity of the whole action, now.
@@ -163,10 +320,14 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         """
         return per_dimension * n_action_dims(self.action_space) if value is None else self._at_present(value)
 
-    def _actor_critic(self) -> ActorCritic:
-        """The policy as the core sees it. Made anew for each rollout and each update: a user may have replaced it."""
+    def _actor_critic(self, *, for_update: bool = False) -> ActorCritic:
+        """
+        The policy as the core sees it. Made anew for each rollout and each update: a user may have replaced it.
+
+        :param for_update: whether distribution parameters are needed only if the algorithm's updates need them
+        """
         if DirectActorCritic.understands(self.policy):
-            return DirectActorCritic(self.policy)
+            return DirectActorCritic(self.policy, with_params=self._needs_old_params or not for_update)
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
 
     def _minibatch_step(
@@ -181,17 +342,33 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param of: what else the form of the loss depends on: a compiled step is for one form
         :return: what makes a gradient step on a minibatch
         """
-        actor_critic = self._actor_critic()
+        actor_critic = self._actor_critic(for_update=True)
         loss = partial(minibatch_loss, actor_critic)
         if not self.torch_compile:
             return EagerStep(self.policy.optimizer, parameters, loss)
         form = (id(self.policy), id(self.policy.optimizer), tuple(map(id, parameters)), of)
         if self._compiled is None or self._compiled[0] != form:
-            self._compiled = (
-                form,
-                CompiledStep(self.policy, self.policy.optimizer, parameters, loss, announce=self.verbose >= 1),
+            step = CompiledStep(
+                self.policy,
+                self.policy.optimizer,
+                parameters,
+                loss,
+                any_size=self._rollouts_vary,
+                announce=self.verbose >= 1,
             )
+            self._compiled = (form, step)
         return self._compiled[1]
+
+    def _evaluate_actions(self, actor_critic: ActorCritic) -> Callable[[PyTorchObs, th.Tensor], Evaluation]:
+        """How to evaluate a rollout: by the policy, or what was compiled of it."""
+        if not self.torch_compile:
+            return actor_critic.evaluate_actions
+        assert isinstance(actor_critic, DirectActorCritic)
+        form = (id(self.policy), tuple(map(id, self.policy.parameters())))
+        if self._compiled_evaluation is None or self._compiled_evaluation[0] != form:
+            evaluation = CompiledEvaluation(actor_critic, any_size=self._rollouts_vary, announce=self.verbose >= 1)
+            self._compiled_evaluation = (form, evaluation)
+        return self._compiled_evaluation[1]
 
     def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
         """
@@ -237,6 +414,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     ) -> bool:
         if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.wants_every_step:
             is_full = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            if is_full:
+                raise_if_rollout_not_finite(rollout_buffer, rollout_buffer.advantages, self._last_obs)
             if is_full and self._needs_old_params:
                 assert isinstance(rollout_buffer, RolloutBuffer)
                 self._add_old_params(self._actor_critic(), rollout_buffer)
@@ -251,6 +430,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         timeouts: list[tuple[int, int, Any]] = []
         action_shape = (env.num_envs, *(self.action_space.shape or ()))
         is_box = isinstance(self.action_space, spaces.Box)
+        is_as_made = type(env) is DummyVecEnv  # a wrapper may change an observation and not the final one
         n_steps = 0
 
         callback.on_rollout_start()
@@ -279,6 +459,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             if dones.any():
                 for idx in dones.nonzero()[0]:
                     terminal_obs = infos[idx].get("terminal_observation")
+                    if is_as_made:
+                        raise_if_misshapen(terminal_obs, self.observation_space, int(idx))
                     if terminal_obs is not None and infos[idx].get("TimeLimit.truncated", False):
                         timeouts.append((n_steps, int(idx), terminal_obs))
 
@@ -291,9 +473,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
         with th.no_grad():
             self._evaluate_rollout(actor_critic, rollout_buffer, kept)
-            self._bootstrap_timeouts(actor_critic, rollout_buffer, timeouts)
             last_values = actor_critic.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-        raise_if_observations_not_finite(rollout_buffer, last_values, new_obs)
+            raise_if_rollout_not_finite(rollout_buffer, last_values.cpu().numpy(), new_obs)
+            self._bootstrap_timeouts(actor_critic, rollout_buffer, timeouts)
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
 
         callback.update_locals(locals())
@@ -328,8 +510,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             values, log_probs, params = (_env_by_env(parts) for parts in zip(*kept, strict=True))
         else:
             parts = []
+            evaluate_actions = self._evaluate_actions(actor_critic)
             for rows in chunks:
-                evaluation = actor_critic.evaluate_actions(obs_rows(observations, rows), actions[rows])
+                evaluation = evaluate_actions(obs_rows(observations, rows), actions[rows])
                 parts.append((evaluation.values, evaluation.log_prob, evaluation.params))
             values, log_probs, params = (th.cat(chunked) for chunked in zip(*parts, strict=True))
         if log_probs is None:
@@ -361,8 +544,14 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in final_obs[0]}
             else:
                 stacked = np.stack(final_obs)
-            values = actor_critic.values(self.policy.obs_to_tensor(stacked)[0])
-            rollout_buffer.rewards[list(steps), list(env_indices)] += self.gamma * values.cpu().numpy()
+            values = actor_critic.values(self.policy.obs_to_tensor(stacked)[0]).cpu().numpy()
+            raise_if_final_not_finite(values, stacked, steps, env_indices)
+            rollout_buffer.rewards[list(steps), list(env_indices)] += self.gamma * values
+
+
+def _name(factory: Any) -> str:
+    """Of a class, or of what a user has put in a class's place."""
+    return getattr(factory, "__name__", repr(factory))
 
 
 def _env_by_env(steps: Sequence[th.Tensor | None]) -> th.Tensor | None:

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch as th
 from torch import nn
 
-from sb3_ppo_ext.common.buffers import RolloutSamples
+from sb3_ppo_ext.common.buffers import RolloutSamples, take
+from sb3_ppo_ext.common.flat_adam import FlatAdam
 
 Coefficients = Mapping[str, float | th.Tensor]
 """Numbers that a loss asks for by name: floats, or scalars on the device where a graph is compiled."""
@@ -26,24 +27,28 @@ class NonFiniteError(ValueError):
 
 
 class MinibatchStep(Protocol):
-    """A gradient step on the loss of a minibatch. Between :meth:`load` and :meth:`store` it owns the parameters."""
+    """
+    A gradient step on the loss of a minibatch, to be made inside of ``with``: there it may own the parameters, and
+    afterwards the policy and its optimiser hold the result.
+    """
 
-    def load(self) -> None:
-        """Begin an update."""
+    def __enter__(self) -> object: ...
 
-    def __call__(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> Statistics:
+    def __call__(
+        self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]
+    ) -> Statistics:
         """
         One step. It is not made if the gradient is not finite.
 
-        :param rollout_data: the minibatch
+        :param rollout: the samples that the minibatch is cut out of
+        :param rows: which of them are the minibatch; None: all
         :param coefficients: what the loss asks for; ``max_grad_norm``, the largest norm of the gradient; and, if the
             step is not to be made where the statistic ``approx_kl`` is above it, ``kl_limit``
         :return: the statistics of the loss, and ``grad_norm``, the norm before clipping
         """
         ...
 
-    def store(self) -> None:
-        """End the update: the policy and its optimiser hold the result."""
+    def __exit__(self, *exception: object) -> None: ...
 
 
 class EagerStep:
@@ -64,23 +69,38 @@ class EagerStep:
         self._inputs = self._parameters if others else None  # naming all of them takes longer than naming none
         self._optimizer = optimizer
         self._minibatch_loss = minibatch_loss
+        self._flat: FlatAdam | None = None
 
-    def load(self) -> None:
+    def __enter__(self) -> object:
         use_fused_adam(self._optimizer)
         self._optimizer.zero_grad()  # a gradient left anywhere would be applied by every step
+        if FlatAdam.serves(self._optimizer, self._parameters):
+            assert isinstance(self._optimizer, th.optim.Adam)
+            self._flat = FlatAdam(self._optimizer, self._parameters)
+        return self
 
-    def store(self) -> None:
-        pass
+    def __exit__(self, *exception: object) -> None:
+        if self._flat is not None:
+            self._flat.restore()
+            self._flat = None
 
-    def __call__(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> Statistics:
+    def __call__(
+        self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]
+    ) -> Statistics:
+        rollout_data = rollout if rows is None else take(rollout, rows)
         loss, statistics = self._minibatch_loss(rollout_data, coefficients)
         if "kl_limit" in coefficients and statistics["approx_kl"].item() > coefficients["kl_limit"]:
             return statistics
-        for parameter in self._parameters:
-            parameter.grad = None
+        if self._flat is None:
+            for parameter in self._parameters:
+                parameter.grad = None
+        else:
+            self._flat.zero_grad()
         loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
         statistics["grad_norm"] = clip_and_step(
-            self._optimizer, self._parameters, max_grad_norm=coefficients["max_grad_norm"]
+            self._optimizer if self._flat is None else self._flat.adam,
+            self._parameters if self._flat is None else self._flat.parameters,
+            max_grad_norm=coefficients["max_grad_norm"],
         )
         return statistics
 
@@ -102,7 +122,7 @@ def clip_and_step(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]
 
     # The fused kernel divides the gradients by a number that it is given (it is made for loss scaling).
     grads = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
-    grad_norm = th.linalg.vector_norm(th.cat(grads))
+    grad_norm = th.linalg.vector_norm(grads[0] if len(grads) == 1 else th.cat(grads))
     optimizer.grad_scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)  # type: ignore[attr-defined]
     if grad_norm.device.type == "cuda":
         # It leaves everything as it is where this says so, and the host need not wait for the norm.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import explained_variance
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import ActorCritic, Evaluation
-from sb3_ppo_ext.common.buffers import RolloutSamples
+from sb3_ppo_ext.common.buffers import RolloutSamples, minibatches
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
 from sb3_ppo_ext.common.optimization import Coefficients, Statistics, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
@@ -55,7 +55,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         gae_lambda: float,
         clip_range_vf: float | str | Schedule | None,
         normalize_advantage: bool,
-        ent_coef: float,
+        ent_coef: float | str | Schedule,
         vf_coef: float,
         max_grad_norm: float,
         use_sde: bool,
@@ -73,7 +73,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate,  # type: ignore[arg-type]  # _validate turns a string into a schedule
+            learning_rate=learning_rate,
             n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
@@ -123,7 +123,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _coefficients(self) -> dict[str, float]:
         """The numbers in the loss that follow a schedule, at the present progress; they are logged by these names."""
-        return {} if self.clip_range_vf is None else {"clip_range_vf": self._at_present(self.clip_range_vf)}
+        scheduled = {} if self.clip_range_vf is None else {"clip_range_vf": self._at_present(self.clip_range_vf)}
+        if callable(self.ent_coef):
+            scheduled["ent_coef"] = self._at_present(self.ent_coef)
+        return scheduled
 
     def _kl_limit(self) -> float | None:
         """An update ends before the step of a minibatch whose ``approx_kl`` is above this; None: never."""
@@ -139,7 +142,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         scheduled = self._coefficients()
         coefficients = {
             **scheduled,
-            "ent_coef": float(self.ent_coef),
+            "ent_coef": self._at_present(self.ent_coef),
             "vf_coef": float(self.vf_coef),
             "max_grad_norm": float(self.max_grad_norm),
         }
@@ -154,21 +157,20 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         history: dict[str, list[th.Tensor]] = defaultdict(list)
         stopped_at: int | None = None
 
-        step.load()
-        for epoch in range(self.n_epochs):
-            for rollout_data in cast(Iterable[RolloutSamples], self.rollout_buffer.get(self.batch_size)):
-                statistics = step(rollout_data, coefficients)
-                if kl_limit is not None and statistics["approx_kl"].item() > kl_limit:
-                    stopped_at = epoch
-                    statistics.pop("grad_norm", None)  # of a step that was not made
-                for name, statistic in statistics.items():
-                    history[name].append(statistic)
+        with step:
+            for epoch in range(self.n_epochs):
+                for rollout, rows in minibatches(self.rollout_buffer, self.batch_size):
+                    statistics = step(rollout, rows, coefficients)
+                    if kl_limit is not None and statistics["approx_kl"].item() > kl_limit:
+                        stopped_at = epoch
+                        statistics.pop("grad_norm", None)  # of a step that was not made
+                    for name, statistic in statistics.items():
+                        history[name].append(statistic)
+                    if stopped_at is not None:
+                        break
+                self._n_updates += 1
                 if stopped_at is not None:
                     break
-            self._n_updates += 1
-            if stopped_at is not None:
-                break
-        step.store()
         self._project()
 
         self._log_update(history, scheduled, stopped_at)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
+import torch as th
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, get_device
 
 
-def check_int(name: str, value: object, *, minimum: int) -> None:
+def check_int(name: str, value: object, *, minimum: int, maximum: float = math.inf) -> None:
     """
     :param name: of the argument
     :param value: given
     :param minimum: the least that is allowed
-    :raises ValueError: unless ``value`` is an integer of at least ``minimum``
+    :param maximum: the most that is allowed
+    :raises ValueError: unless ``value`` is an integer from ``minimum`` to ``maximum``
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least {minimum}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not minimum <= int(value) <= maximum:
+        at_most = "" if maximum == math.inf else f" and at most {maximum}"
+        raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least {minimum}{at_most}")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -76,6 +80,51 @@ def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_device(device: object) -> None:
+    """
+    :param device: given
+    :raises ValueError: unless it is "auto", or names a device that torch can use. "cuda" is the CPU where there is no
+        GPU, as everywhere in SB3
+    """
+    try:
+        th.zeros(1, device=get_device(device)).item()  # type: ignore[arg-type]
+    except (AssertionError, RuntimeError, TypeError) as error:  # torch raises one or another, by device and build
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={device!r} is not allowed: it must be 'auto', 'cpu', 'cuda', or another that torch can use here "
+            f"({reason})"
+        ) from None
+
+
+def check_output(verbose: object, tensorboard_log: object) -> None:
+    """
+    :param verbose: given
+    :param tensorboard_log: given
+    :raises ValueError: unless ``verbose`` is an integer or a bool, and ``tensorboard_log`` a path or None
+    """
+    if not isinstance(verbose, Integral):
+        raise ValueError(f"verbose={verbose!r} is not allowed: it must be 0, 1 or 2")
+    if not (tensorboard_log is None or isinstance(tensorboard_log, (str, os.PathLike))):
+        raise ValueError(
+            f"tensorboard_log={tensorboard_log!r} is not allowed: it must be the path of a folder, or None"
+        )
+
+
+def as_number_or_schedule(name: str, value: float | str | Schedule) -> float | Schedule:
+    """
+    For what is a number as a rule, and is read and set as one: a number stays a number, anything else is a schedule.
+
+    :param name: of the argument
+    :param value: a number of at least 0, or what else :func:`as_schedule` takes
+    :return: the number, or the schedule
+    :raises ValueError: as by :func:`as_schedule`
+    """
+    if isinstance(value, str) or callable(value):
+        return as_schedule(name, value)
+    check_real(name, value, at_least=0.0)
+    return value
 
 
 def as_schedule(name: str, value: float | str | Schedule, *, may_be_zero: bool = False) -> FloatSchedule:

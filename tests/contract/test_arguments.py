@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import sb3_contrib
+import torch as th
+from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.buffers import DictRolloutBuffer
+from tests.algorithms import ALGORITHMS, ROLLOUT, parameters, small
+from tests.envs import BOX, ScriptedEnv
 
 SHARED: dict[str, tuple[Any, ...]] = {
     "learning_rate": (-1e-3, math.nan, math.inf, "lin_x", "exp_0.1", "lin_-1", True, lambda _: -1.0, lambda _: "a"),
     "gamma": (-0.1, 1.1, math.nan, "0.9"),
-    "ent_coef": (-0.1, math.nan, None),
+    "ent_coef": (-0.1, math.nan, math.inf, None, True, "auto", "lin_0", lambda _: -1.0),
     "sde_sample_freq": (-2, 1.5),
+    "seed": (-1, 1.5, 2**32, "0"),
+    "device": ("gpu", "", "meta", None, [], 1.5),
+    "verbose": ("1", None, 1.5),
+    "tensorboard_log": (3, True, [], b"logs"),
+    "torch_compile": (1, "yes", None),
 }
-ROLLOUT = {"n_steps": (0, -1, 2.5, "8", True, None), "gae_lambda": (-0.1, 1.1, math.nan)}
+OF_ROLLOUTS: dict[str, tuple[Any, ...]] = {
+    "n_steps": (0, -1, 2.5, "8", True, None),
+    "gae_lambda": (-0.1, 1.1, math.nan),
+}
 PROXIMAL: dict[str, tuple[Any, ...]] = {
     **SHARED,
-    **ROLLOUT,
+    **OF_ROLLOUTS,
     "batch_size": (0, 1, -64, 3.0),
     "n_epochs": (0, -1, 1.5),
     "clip_range_vf": (0.0, -0.2, "clip"),
@@ -50,7 +70,7 @@ BAD: dict[type, dict[str, tuple[Any, ...]]] = {
     },
     TRPO: {
         **SHARED,
-        **ROLLOUT,
+        **OF_ROLLOUTS,
         "batch_size": (0, -1, 1.5),
         "cg_max_steps": (0, 1.5),
         "cg_damping": (-0.1, math.nan),
@@ -63,6 +83,7 @@ BAD: dict[type, dict[str, tuple[Any, ...]]] = {
         "target_kl": (0.0, -0.01),
         "fvp_subsampling": (0, 1.5),
     },
+    REINFORCE: {n: values for n, values in SHARED.items() if n in inspect.signature(REINFORCE).parameters},
 }
 CASES = [
     pytest.param(algorithm, name, value, id=f"{algorithm.__name__}-{name}-{value!r:.20}")
@@ -75,11 +96,77 @@ CASES = [
 @pytest.mark.parametrize(("algorithm", "name", "value"), CASES)
 def test_bad_argument(algorithm: Any, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=r"is not allowed: ") as error:
-        algorithm("MlpPolicy", "CartPole-v1", device="cpu", **{name: value})
+        algorithm("MlpPolicy", "CartPole-v1", **{"device": "cpu", name: value})
     message = str(error.value)
     assert f"{name}=" in message
-    if not callable(value) and not isinstance(value, str):
+    if value in ([], None) or (not callable(value) and not isinstance(value, str)):
         assert repr(value) in message or f"{value:g}" in message
+
+
+# Built by SB3 from what the user gives, as are the environments
+WRONG: dict[str, tuple[Any, ...]] = {
+    "policy": (3, None, th.nn.Linear, "Mlp", "ActorCriticPolicy"),
+    "policy_kwargs": (
+        [1],
+        "net_arch",
+        {"net_ach": [4]},
+        {"net_arch": "64"},
+        {"net_arch": [-4]},
+        {"net_arch": [4.5]},
+        {"activation_fn": "relu"},
+        {"features_extractor_class": 3},
+        {"optimizer_kwargs": {"speed": 1}},
+        {"use_sde": True},
+    ),
+    "rollout_buffer_class": (3, "RolloutBuffer", object, ReplayBuffer, DictRolloutBuffer),
+    "rollout_buffer_kwargs": ([1], "size", {"size": 1}, {"gamma": 1.0}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [pytest.param(name, value, id=f"{name}-{value!r:.30}") for name, values in WRONG.items() for value in values],
+)
+def test_what_cannot_be_built(name: str, value: Any) -> None:
+    kwargs = {"policy": "MlpPolicy", "env": "CartPole-v1", "device": "cpu", name: value}
+    with pytest.raises(ValueError, match=r"is not allowed(: it must be one of 'MlpP| for observation_space=)") as error:
+        DualClipPPO(**kwargs)
+    assert f"{name}={getattr(value, '__name__', repr(value))}" in str(error.value)
+
+
+def test_the_fault_of_the_machine_is_no_bad_input() -> None:
+    class Large(th.nn.Module):
+        def __init__(self) -> None:
+            raise th.OutOfMemoryError("no memory is left")
+
+    with pytest.raises(th.OutOfMemoryError):
+        DualClipPPO("MlpPolicy", "CartPole-v1", device="cpu", policy_kwargs={"activation_fn": Large})
+
+
+@pytest.mark.parametrize("env", [None, 3, [], gym.make_vec("CartPole-v1", 2)], ids=["none", "number", "list", "gym"])
+def test_no_environment(env: Any) -> None:
+    with pytest.raises(ValueError, match=r"env=None is not allowed|The environment is of type .*not a Gymnasium"):
+        DualClipPPO("MlpPolicy", env, device="cpu")
+
+
+def test_an_environment_without_spaces() -> None:
+    class Forgets(gym.Env[Any, Any]):
+        pass
+
+    with pytest.raises(ValueError, match=r"observation_space=None is not supported: it must be Box"):
+        DualClipPPO("MlpPolicy", Forgets(), device="cpu")
+
+
+def test_what_sb3_takes_is_taken(tmp_path: Path) -> None:
+    """A GPU where there is none, a path object, a bool, a function in the place of a class."""
+
+    def policy(*args: Any, **kwargs: Any) -> ActorCriticPolicy:
+        return ActorCriticPolicy(*args, **{**kwargs, "net_arch": [4]})
+
+    kwargs: dict[str, Any] = {"tensorboard_log": tmp_path, "verbose": False, "n_steps": 8, "batch_size": 8}
+    model = DualClipPPO(policy, "CartPole-v1", device="cuda", **kwargs).learn(8)
+    assert model.device.type == ("cuda" if th.cuda.is_available() else "cpu")
+    assert list(tmp_path.glob("DualClipPPO_1/*"))
 
 
 def test_dual_clip_says_why() -> None:
@@ -106,6 +193,60 @@ def test_schedules_in_every_form() -> None:
     assert model._coefficients() == pytest.approx(
         {"clip_range": 0.2, "clip_range_high": 0.25, "clip_range_vf": 0.25, "dual_clip": 2.5}
     )
+
+
+class Records(BaseCallback):
+    """
+    What is logged as the weight of the entropy, after each update but the last.
+
+    :param ent_coef: to be set before the first update; None: left as it is
+    """
+
+    def __init__(self, ent_coef: Any = None) -> None:
+        super().__init__()
+        self.ent_coef = ent_coef
+        self.logged: list[float | None] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.ent_coef is not None:
+            self.model.ent_coef = self.ent_coef
+        if self.model._n_updates:
+            self.logged.append(self.logger.name_to_value.get("train/ent_coef"))
+
+
+def trained(algorithm: Any, ent_coef: Any, callback: Any = None) -> Any:
+    env = DummyVecEnv([lambda: ScriptedEnv(BOX, spaces.Box(-1.0, 1.0, (2,), np.float32), script=((4, True, False),))])
+    model = small(algorithm, "MlpPolicy", env, ent_coef=ent_coef, learning_rate=1e-2)
+    return model.learn(4 * ROLLOUT, callback=callback, log_interval=1000)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_weight_of_the_entropy_may_follow_a_schedule(algorithm: Any) -> None:
+    for ent_coef in ("lin_0.04", LinearSchedule(0.04, 0.0, 1.0), lambda progress: 0.04 * progress):
+        callback = Records()
+        model = trained(algorithm, ent_coef, callback)
+        assert callback.logged == pytest.approx([0.03, 0.02, 0.01])
+        assert model.ent_coef(0.25) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_weight_of_the_entropy_stays_a_number(algorithm: Any) -> None:
+    callback = Records()
+    number = trained(algorithm, 0.5, callback)
+    assert number.ent_coef == 0.5
+    assert callback.logged == [None] * 3  # it is no news
+    # A schedule that is always so, and a callback that sets it, are the same. And it matters.
+    by_schedule = trained(algorithm, ConstantSchedule(0.5))
+    by_callback = trained(algorithm, 0.0, Records(0.5))
+    for model in (by_schedule, by_callback):
+        assert all(map(th.equal, parameters(model), parameters(number)))
+    without = trained(algorithm, 0.0)
+    assert not all(map(th.equal, parameters(without), parameters(number)))
+    falling = trained(algorithm, "lin_0.5")
+    assert not all(map(th.equal, parameters(falling), parameters(number)))
 
 
 def test_a_schedule_never_sees_a_negative_progress() -> None:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper, subproc_vec_env
 
 from sb3_ppo_ext import TRPO
+from sb3_ppo_ext.common.buffers import RolloutBuffer
 from sb3_ppo_ext.common.optimization import NonFiniteError
 from tests.algorithms import ALGORITHMS, ROLLOUT, parameters, small
 from tests.envs import BOX, ScriptedEnv
@@ -47,6 +49,8 @@ class Breaks(ScriptedEnv):
                 os._exit(3)
             if self.mishap == "shape":
                 return np.zeros(7, np.float32), reward, terminated, truncated, info
+            if self.mishap.startswith("reward "):
+                return obs, float(self.mishap.removeprefix("reward ")), terminated, truncated, info
             number = float(self.mishap)
             if isinstance(obs, dict):
                 obs["bad"] = np.full_like(obs["bad"], number)
@@ -78,6 +82,7 @@ def breaking(algorithm: Any, obs_space: Any, action_space: Any, mishap: str, at:
     """A model whose second environment is about to break."""
     env = DummyVecEnv([partial(Breaks, obs_space, action_space, mishap)] * 2)
     policy = "MultiInputPolicy" if isinstance(obs_space, spaces.Dict) else "MlpPolicy"
+    policy = kwargs.pop("policy_class", policy)
     model = small(algorithm, policy, env, learning_rate=1e-2, **kwargs).learn(2 * ROLLOUT)
     env.envs[1].countdown = at
     return model
@@ -127,10 +132,211 @@ def test_an_environment_that_raises(algorithm: Any) -> None:
     fails(breaking(algorithm, BOX, BOX_ACTIONS, "raises"), OSError, "the simulator crashed")
 
 
+class Sb3Forward(ActorCriticPolicy):
+    """Overrides what SB3 calls, so SB3's methods are called."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class EveryStep(RolloutBuffer):
+    """Is filled as SB3 does it."""
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        super().add(*args, **kwargs)
+
+
+# How a rollout may come about
+WAYS: dict[str, dict[str, Any]] = {
+    "direct": {},
+    "policy_of_ones_own": {"policy_class": Sb3Forward},
+    "buffer_of_ones_own": {"rollout_buffer_class": EveryStep},
+}
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_an_observation_of_the_wrong_shape(algorithm: Any) -> None:
-    """SB3's vector of environments refuses it. (It takes one that numpy can broadcast, such as (1,) for (4,).)"""
-    fails(breaking(algorithm, BOX, BOX_ACTIONS, "shape"), ValueError, r"shape \(7,\) into shape \(4,\)")
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # SB3 computes with them first
+def test_a_reward_that_is_not_finite(algorithm: Any, number: str, way: str) -> None:
+    model = breaking(algorithm, BOX, BOX_ACTIONS, f"reward {number}", **ways(algorithm, way))
+    fails(model, NonFiniteError, "Rewards are not finite, first in step 2, environment 1 of the rollout")
+
+
+def ways(algorithm: Any, way: str) -> dict[str, Any]:
+    if algorithm.__name__ == "REINFORCE" and way == "buffer_of_ones_own":
+        pytest.skip("REINFORCE has a buffer of its own")
+    return WAYS[way]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_both_are_named(algorithm: Any) -> None:
+    """The one may be the reason for the other: whoever looks for it needs to know which came first."""
+    model = breaking(algorithm, BOX, BOX_ACTIONS, "reward nan", at=6)
+    model.env.envs[0].mishap, model.env.envs[0].countdown = "nan", 3
+    fails(
+        model,
+        NonFiniteError,
+        "Observations are not finite, first in step 3, environment 0; "
+        "Rewards are not finite, first in step 5, environment 1 of the rollout",
+    )
+
+
+class BadEnd(ScriptedEnv):
+    """The observation that a time limit ends the second episode with is not finite. Nothing is acted on it."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return (
+            np.full_like(obs, np.nan) if truncated and self._episode == 1 else obs,
+            reward,
+            terminated,
+            truncated,
+            info,
+        )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_final_observation_that_is_not_finite(algorithm: Any) -> None:
+    env = DummyVecEnv([lambda: BadEnd(BOX, BOX_ACTIONS, script=((3, False, True),))])
+    kwargs = {"bootstrap_timeouts": True} if algorithm.__name__ == "REINFORCE" else {}
+    model = small(algorithm, "MlpPolicy", env, learning_rate=1e-2, **kwargs)
+    fails(model, NonFiniteError, "Observations are not finite, first in what an episode ended with in step 5, environ")
+
+
+SHAPE = r"Environment 1 returned an observation of shape \(7,\), and its observation space is of shape \(4,\)"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_observation_of_the_wrong_shape(algorithm: Any, way: str) -> None:
+    model = breaking(algorithm, BOX, BOX_ACTIONS, "shape", **ways(algorithm, way))
+    fails(model, ValueError, SHAPE)
+
+
+class Misshapen(ScriptedEnv):
+    """All its observations are of another shape than its space."""
+
+    def __init__(self, shape: tuple[int, ...], obs_space: Any = BOX) -> None:
+        super().__init__(obs_space, BOX_ACTIONS)
+        self.shape = shape
+
+    def reset(self, **kwargs: Any) -> Any:
+        return self._wrong(super().reset(**kwargs)[0]), {}
+
+    def step(self, action: Any) -> Any:
+        obs, *rest = super().step(action)
+        return (self._wrong(obs), *rest)
+
+    def _wrong(self, obs: Any) -> Any:
+        wrong = np.zeros(self.shape, np.float32)
+        return {**obs, "bad": wrong} if isinstance(obs, dict) else wrong
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_first_observation_is_of_the_wrong_shape(algorithm: Any) -> None:
+    model = small(
+        algorithm, "MlpPolicy", DummyVecEnv([partial(ScriptedEnv, BOX, BOX_ACTIONS), partial(Misshapen, (7,))])
+    )
+    with pytest.raises(ValueError, match=SHAPE):
+        model.learn(1)
+    model = small(algorithm, "MultiInputPolicy", Misshapen((7,), DICT))
+    with pytest.raises(ValueError, match=r"Environment 0 returned .* of shape \(7,\) for 'bad', .* of shape \(4,\)"):
+        model.learn(1)
+
+
+class TakesAnything(DummyVecEnv):
+    """As vectors of environments do that look at nothing, when all environments are wrong in the same way."""
+
+    def _save_obs(self, env_idx: int, obs: Any) -> None:
+        self.wrong = obs
+
+    def _obs_from_buf(self) -> Any:
+        return np.stack([self.wrong] * self.num_envs)
+
+
+class StacksAsWorkersDo(DummyVecEnv):
+    """Puts observations together as SubprocVecEnv does, without its processes."""
+
+    def __init__(self, makers: Any) -> None:
+        super().__init__(makers)
+        self.given: list[Any] = [None] * self.num_envs
+
+    def _save_obs(self, env_idx: int, obs: Any) -> None:
+        self.given[env_idx] = obs
+
+    def _obs_from_buf(self) -> Any:
+        return subproc_vec_env._stack_obs(self.given, self.observation_space)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_observation_of_a_worker_is_of_the_wrong_shape(algorithm: Any) -> None:
+    env = StacksAsWorkersDo([partial(ScriptedEnv, BOX, BOX_ACTIONS), partial(Misshapen, (7,))])
+    with pytest.raises(ValueError, match=SHAPE):
+        small(algorithm, "MlpPolicy", env).learn(1)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_all_observations_are_of_the_wrong_shape(algorithm: Any) -> None:
+    model = small(algorithm, "MlpPolicy", TakesAnything([partial(Misshapen, (7,))] * 2))
+    with pytest.raises(ValueError, match=r"Each environment returned .* of shape \(7,\), .* of shape \(4,\)"):
+        model.learn(1)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("obs_space", [BOX, DICT], ids=["box", "dict"])
+def test_an_observation_that_numpy_broadcasts(algorithm: Any, obs_space: Any) -> None:
+    """
+    SB3's DummyVecEnv puts one number in the place of four without a word, and nobody sees what it was given (to ask the
+    environments would reset them once more and change what a seed gives) but for the final observation of an episode.
+    So it is seen before the first update, unless no episode ends before that. Within a wrapper it is not looked for:
+    one that changes observations may leave the final ones alone. ``gymnasium.make`` warns of it at once.
+    """
+    policy = "MultiInputPolicy" if isinstance(obs_space, spaces.Dict) else "MlpPolicy"
+    model = small(algorithm, policy, Misshapen((1,), obs_space))
+    before = parameters(model)
+    with pytest.raises(ValueError, match=r"Environment 0 returned .* of shape \(1,\).* of shape \(4,\)"):
+        model.learn(1)
+    assert all(map(th.equal, parameters(model), before))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4)])
+def test_what_has_the_right_size_is_taken(shape: tuple[int, ...]) -> None:
+    env = Misshapen(shape)
+    env._script = ((3, True, False),)  # SB3 would want the value of an observation that a time limit ends with
+    small(TRPO, "MlpPolicy", env).learn(ROLLOUT)
+
+
+class ForgetsTheFinalOne(VecEnvWrapper):
+    """Takes a part of the observations, but not of the final ones, which SB3 does not look at where nothing is cut."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env, observation_space=spaces.Box(-1.0, 1.0, (2,), np.float32))
+
+    def reset(self) -> Any:
+        return np.asarray(self.venv.reset())[:, :2]
+
+    def step_wait(self) -> Any:
+        obs, *rest = self.venv.step_wait()
+        return (np.asarray(obs)[:, :2], *rest)
+
+
+class TakesAPart(DummyVecEnv):
+    """The same without a wrapper."""
+
+    def __init__(self, makers: Any) -> None:
+        super().__init__(makers)
+        self.observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def _obs_from_buf(self) -> Any:
+        return np.asarray(super()._obs_from_buf())[:, :2]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("vec_env", [lambda makers: ForgetsTheFinalOne(DummyVecEnv(makers)), TakesAPart])
+def test_what_changes_observations_is_taken(algorithm: Any, vec_env: Any) -> None:
+    env = vec_env([lambda: ScriptedEnv(BOX, BOX_ACTIONS, script=((5, True, False),))])
+    small(algorithm, "MlpPolicy", env).learn(2 * ROLLOUT)
 
 
 def test_a_reward_that_is_not_a_number_of_any_kind() -> None:

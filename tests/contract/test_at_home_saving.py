@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import random
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 
@@ -32,11 +36,17 @@ SCHEDULES: dict[Any, dict[str, Any]] = {
         "clip_range_high": "lin_0.3",
         "clip_range_vf": "lin_0.5",
         "dual_clip": LinearSchedule(3.0, 2.0, 1.0),
+        "ent_coef": "lin_0.01",
         "policy_kwargs": {"critic_learning_rate": "lin_1e-3", "log_std_bounds": (-5.0, 2.0)},
     },
-    AdaptiveKLPPO: {"learning_rate": "lin_1e-3", "clip_range": "lin_0.3", "target_kl": LinearSchedule(0.1, 0.01, 1.0)},
-    TRPO: {"learning_rate": "lin_1e-3", "target_kl": "lin_0.1"},
-    REINFORCE: {"learning_rate": "lin_1e-3"},
+    AdaptiveKLPPO: {
+        "learning_rate": "lin_1e-3",
+        "clip_range": "lin_0.3",
+        "target_kl": LinearSchedule(0.1, 0.01, 1.0),
+        "ent_coef": "lin_0.01",
+    },
+    TRPO: {"learning_rate": "lin_1e-3", "target_kl": "lin_0.1", "ent_coef": "lin_0.01"},
+    REINFORCE: {"learning_rate": "lin_1e-3", "ent_coef": "lin_0.01"},
 }
 
 
@@ -84,6 +94,117 @@ def test_loaded_without_an_environment(algorithm: Any, tmp_path: Path) -> None:
     assert loaded.predict(BOX.sample())[0].shape == (2,)
     loaded.set_env(make())
     loaded.learn(ROLLOUT)
+
+
+def test_a_file_of_sb3(tmp_path: Path) -> None:
+    """SB3's PPO is an algorithm of this package with other defaults, so its files are read."""
+    theirs = PPO("MlpPolicy", make(), n_steps=ROLLOUT, batch_size=8, clip_range=0.3, device="cpu").learn(2 * ROLLOUT)
+    theirs.save(tmp_path / "model")
+    ours = DualClipPPO.load(tmp_path / "model", env=make(), device="cpu", dual_clip=None)
+    assert_same(ours, theirs)
+    assert ours.clip_range(1.0) == 0.3
+    ours.learn(2 * ROLLOUT)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_file_that_is_no_model_is_named(algorithm: Any, tmp_path: Path) -> None:
+    small(algorithm, "MlpPolicy", make()).save(tmp_path / "model")
+    whole = (tmp_path / "model.zip").read_bytes()
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("notes.txt", "no model")
+    path = tmp_path / "damaged.zip"
+    middle = len(whole) // 2
+    for content in (
+        b"",
+        b"no zip",
+        other.getvalue(),
+        whole[:-1000],
+        whole[:100],
+        whole[middle:],
+        whole[:-100] + b"?" * 100,
+    ):
+        path.write_bytes(content)
+        for source in (path, str(path), tmp_path / "damaged"):
+            with pytest.raises(ValueError, match=r"damaged.* cannot be loaded: it cannot be read, or is truncated or"):
+                algorithm.load(source, device="cpu")
+        with pytest.raises(ValueError, match=r"BytesIO.* cannot be loaded: it cannot be read, or is truncated or"):
+            algorithm.load(io.BytesIO(content), device="cpu")
+        assert path.read_bytes() == content
+    with pytest.raises(FileNotFoundError, match=r"nothing.zip"):
+        algorithm.load(tmp_path / "nothing", device="cpu")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        algorithm.load(tmp_path, device="cpu")
+    assert (tmp_path / "model.zip").read_bytes() == whole
+
+
+def test_a_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
+    model = small(DualClipPPO, "MlpPolicy", make()).learn(ROLLOUT)
+    model.save(tmp_path / "model.zip")
+    whole = (tmp_path / "model.zip").read_bytes()
+    rng = random.Random(0)
+    found = 0
+    for position in rng.sample(range(len(whole)), 60):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        (tmp_path / "model.zip").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            assert_same(DualClipPPO.load(tmp_path / "model.zip", device="cpu"), model)
+            continue
+        with pytest.raises(ValueError, match=r"model.zip cannot be loaded: it (is damaged \(in|cannot be read)"):
+            DualClipPPO.load(tmp_path / "model.zip", device="cpu")
+        found += 1
+    assert found > 40
+
+
+def test_a_file_that_was_open_stays_open(tmp_path: Path) -> None:
+    file = io.BytesIO(b"no zip")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        DualClipPPO.load(file, device="cpu")
+    assert not file.closed
+
+
+def test_what_is_not_the_files_fault_is_said_as_it_is(tmp_path: Path) -> None:
+    small(DualClipPPO, "MlpPolicy", make()).save(tmp_path / "model")
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        DualClipPPO.load(tmp_path / "model", env=make_vec_env("CartPole-v1"), device="cpu")
+    with pytest.raises(ValueError, match="device='gpu' is not allowed"):
+        DualClipPPO.load(tmp_path / "model", device="gpu")
+    with pytest.raises(TypeError, match="invalid type"):
+        DualClipPPO.load(3, device="cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["a", "a.zip", "a.b", "new/folder/a", "folder", "folder.zip", "folder.b"])
+def test_the_file_is_where_sb3_puts_it(name: str, tmp_path: Path) -> None:
+    found = []
+    for algorithm in (PPO, DualClipPPO):
+        root = tmp_path / algorithm.__name__
+        for folder in ("folder", "folder.zip", "folder.b"):
+            (root / folder).mkdir(parents=True)
+        model = algorithm("MlpPolicy", make(), n_steps=ROLLOUT, batch_size=8, device="cpu")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.save(root / name)
+        said = sorted(str(warning.message).replace(str(root), "") for warning in caught)
+        found.append((sorted(path.relative_to(root) for path in root.rglob("*")), said))
+        algorithm.load(next(path for path in root.rglob("*") if path.is_file()), device="cpu")
+    assert found[0] == found[1]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "target.zip").touch()
+    (tmp_path / "link.zip").symlink_to("target.zip")
+    small(DualClipPPO, "MlpPolicy", make()).save(tmp_path / "link")
+    assert (tmp_path / "link.zip").is_symlink()
+    DualClipPPO.load(tmp_path / "target", device="cpu")
+
+
+def test_include_and_exclude(tmp_path: Path) -> None:
+    small(DualClipPPO, "MlpPolicy", make()).save(tmp_path / "model", exclude=["gamma"], include=["rollout_buffer"])
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        attributes = json.loads(archive.read("data")).keys()
+    assert "gamma" not in attributes
+    assert "rollout_buffer" in attributes
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

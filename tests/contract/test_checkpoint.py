@@ -34,6 +34,7 @@ from sb3_ppo_ext.common.checkpoint import (
     resume,
     save_checkpoint,
 )
+from tests.algorithms import ALGORITHMS, small
 from tests.contract.test_resume import in_new_process, limited_walk
 
 N_STEPS = 8
@@ -164,11 +165,12 @@ def operations(monkeypatch: pytest.MonkeyPatch, killed_at: int | None = None) ->
     return done
 
 
-def test_on_the_disk_before_it_is_seen(tmp_path, monkeypatch):
+@pytest.mark.parametrize("save", [save_checkpoint, DualClipPPO.save])
+def test_on_the_disk_before_it_is_seen(save, tmp_path, monkeypatch):
     model = make_model()
     with monkeypatch.context() as context:
         done = operations(context)
-        save_checkpoint(model, tmp_path / "x.zip")
+        save(model, tmp_path / "x.zip")
     assert done[:2] == [("fsync", "x.zip.tmp"), ("replace", "x.zip.tmp")]
     assert done[-1] == ("fsync", tmp_path.name)
 
@@ -234,6 +236,32 @@ def test_a_full_disk_costs_one_checkpoint(full_disk, reason, written):
 
     model.learn(8, callback=SafeCheckpointCallback(1, written, keep_last=1), reset_num_timesteps=False)
     assert names(written) == {"rl_model_24_steps.zip"}
+
+
+@pytest.mark.parametrize(
+    ("full_disk", "reason"), [(disk_full_at_once, "No space left"), (disk_full_in_the_middle, "File too large")]
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_full_disk_leaves_the_model_that_was_saved(algorithm, full_disk, reason, tmp_path):
+    model = small(algorithm, "MlpPolicy", make_env(), policy_kwargs={"net_arch": [64]}).learn(1)
+    path = tmp_path / "model.zip"
+    model.save(path)
+    content = path.read_bytes()
+    assert len(content) > 25_000
+    model.learn(1)
+    for name in ("model", "other"):
+        with full_disk(), pytest.raises(OSError, match=reason):
+            model.save(tmp_path / name)
+        assert names(tmp_path) == {path.name}
+        assert path.read_bytes() == content
+    model.learn(1)
+    model.save(path)
+    assert equal(algorithm.load(path, device="cpu").policy, model.policy)
+
+
+def test_a_full_disk_is_said_of_an_open_file_too():
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as file:
+        make_model().save(file)
 
 
 def train_until_killed(folder: str) -> None:

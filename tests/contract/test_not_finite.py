@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import gymnasium as gym
@@ -15,22 +14,20 @@ from sb3_ppo_ext.common.optimization import NonFiniteError
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
 
 
-class BadReward(gym.RewardWrapper):
-    """One reward, the 100th, is not a number; then all are again."""
+class LargeReward(gym.RewardWrapper):
+    """The 100th reward is a number whose square is none."""
 
-    def __init__(self, env: gym.Env[Any, Any], reward: float) -> None:
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
-        self.bad = reward
         self.count = 0
 
     def reward(self, reward: Any) -> float:
         self.count += 1
-        return self.bad if self.count == 100 else float(reward)
+        return 1e30 if self.count == 100 else float(reward)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO])
-@pytest.mark.parametrize("reward", [math.nan, math.inf])
 @pytest.mark.parametrize(
     "torch_compile",
     [
@@ -41,8 +38,8 @@ class BadReward(gym.RewardWrapper):
         ),
     ],
 )
-def test_a_reward_that_is_not_finite(algorithm: Any, reward: float, torch_compile: bool) -> None:
-    model = algorithm("MlpPolicy", BadReward(gym.make("CartPole-v1"), reward), torch_compile=torch_compile, **SMALL)
+def test_a_loss_that_is_not_finite(algorithm: Any, torch_compile: bool) -> None:
+    model = algorithm("MlpPolicy", LargeReward(gym.make("CartPole-v1")), torch_compile=torch_compile, **SMALL)
     model.learn(64)
     with pytest.raises(NonFiniteError, match="value_loss=") as error:
         model.learn(64, reset_num_timesteps=False)

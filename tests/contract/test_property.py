@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from stable_baselines3.common import buffers as sb3
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_ppo_ext.common.buffers import DictRolloutBuffer, RolloutBuffer
 from sb3_ppo_ext.common.optimization import NonFiniteError
 from tests.algorithms import ALGORITHMS
 from tests.envs import BOX, DICT, ScriptedEnv
@@ -49,6 +53,13 @@ def schedule(low: float, high: float) -> st.SearchStrategy[Any]:
     )
 
 
+class EveryStep(RolloutBuffer):
+    """A buffer of a user's own, filled as SB3 does it."""
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        super().add(*args, **kwargs)
+
+
 BOOL = st.booleans()
 RATE = schedule(1e-5, 1e-2)
 POLICY_KWARGS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
@@ -78,7 +89,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "clip_range_high": st.one_of(schedule(0.05, 0.9), st.none()),
     "dual_clip": st.one_of(schedule(1.9, 5), st.none()),
     "normalize_advantage": BOOL,
-    "ent_coef": number(0, 0.1),
+    "ent_coef": st.one_of(number(0, 0.1), schedule(0, 0.1)),
     "vf_coef": number(0, 2),
     "max_grad_norm": st.one_of(number(0.1, 2), st.just(math.inf)),
     "use_sde": BOOL,
@@ -104,13 +115,15 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "discount_from": st.sampled_from(["present", "start"]),
     "bootstrap_timeouts": BOOL,
     "max_episode_steps": st.integers(4, 100),
-    "torch_compile": st.just(False),  # it takes seconds
+    "rollout_buffer_class": st.sampled_from([None, RolloutBuffer, DictRolloutBuffer, EveryStep, sb3.RolloutBuffer]),
+    "rollout_buffer_kwargs": st.sampled_from([None, {}, {"gae_lambda": 0.5}, {"size": 1}]),
+    "tensorboard_log": st.sampled_from([None, "logs", Path("more", "logs")]),
+    "policy_kwargs": POLICY_KWARGS,
+    "verbose": st.sampled_from([0, 1, 2, False]),
+    "device": st.sampled_from(["cpu", "auto", "cuda", "meta", th.device("cpu")]),
+    "torch_compile": st.just(False),
 }
-# Of SB3's constructors, and not looked at before its code uses them; and the environment, which is given.
-LEFT = {
-    "self", "env", "rollout_buffer_class", "rollout_buffer_kwargs", "tensorboard_log", "policy_kwargs", "verbose",
-    "device", "_init_setup_model",
-}  # fmt: skip
+LEFT = {"self", "env", "_init_setup_model"}
 ACTION_SPACES = [
     spaces.Box(-1.0, 1.0, (2,), np.float32),
     spaces.Box(-1.0, 1.0, (1,), np.float32),
@@ -124,12 +137,12 @@ ACTION_SPACES = [
 def arguments(algorithm: Any) -> st.SearchStrategy[dict[str, Any]]:
     names = [name for name in inspect.signature(algorithm.__init__).parameters if name not in LEFT]
     always = {"policy", "n_steps", "batch_size", "n_epochs", "episodes_per_env"}  # the defaults take long
+    given = {name: mostly(GOOD[name]) for name in names}
+    if "torch_compile" in given:  # to compile takes half a minute
+        given["torch_compile"] = given["torch_compile"].filter(lambda value: value is not True)
     return st.fixed_dictionaries(
-        {name: mostly(GOOD[name]) if name != "policy" else GOOD[name] for name in names if name in always},
-        optional={
-            **{name: mostly(GOOD[name]) for name in names if name not in always},
-            "policy_kwargs": POLICY_KWARGS,
-        },
+        {name: strategy for name, strategy in given.items() if name in always},
+        optional={name: strategy for name, strategy in given.items() if name not in always},
     )
 
 
@@ -142,7 +155,7 @@ def trains_or_says_value_error(algorithm: Any, kwargs: dict[str, Any], action_sp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # to warn is allowed
         try:
-            model = algorithm(env=env, device="cpu", **kwargs)
+            model = algorithm(env=env, **{"device": "cpu", **kwargs})
         except ValueError:
             event("refused")
             return
@@ -160,7 +173,9 @@ def trains_or_says_value_error(algorithm: Any, kwargs: dict[str, Any], action_sp
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_any_combination_of_arguments(algorithm: Any) -> None:
+def test_any_combination_of_arguments(algorithm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # any string is a folder for TensorBoard
+
     @settings(max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(kwargs=arguments(algorithm), action_space=st.sampled_from(ACTION_SPACES), n_envs=st.integers(1, 3))
     def check(kwargs: dict[str, Any], action_space: Any, n_envs: int) -> None:

@@ -252,7 +252,7 @@ def test_one_episode_is_enough_for(baseline: Any) -> None:
 
 
 def test_unsupported_action_space() -> None:
-    with pytest.raises(AssertionError, match="Tuple"):
+    with pytest.raises(ValueError, match="Tuple"):
         agent(scripted(BOX, spaces.Tuple((spaces.Discrete(2),))))
 
 
@@ -337,24 +337,23 @@ def test_callback_stops(stop_at: int) -> None:
 # --- Numbers that are not finite
 
 
-class BadReward(gym.Wrapper[Any, Any, Any, Any]):
-    """One bad reward at a step; the others as they are."""
+class LargeReward(gym.Wrapper[Any, Any, Any, Any]):
+    """One reward, at a step, that is too large to compute with; the others as they are."""
 
-    def __init__(self, env: gym.Env[Any, Any], reward: float, at: int) -> None:
+    def __init__(self, env: gym.Env[Any, Any], at: int) -> None:
         super().__init__(env)
-        self._reward, self._at = reward, at
+        self._at = at
 
     def step(self, action: Any) -> Any:
         obs, reward, *rest = super().step(action)
         self._at -= 1
-        return (obs, self._reward if self._at == 0 else reward, *rest)
+        return (obs, 1e38 if self._at == 0 else reward, *rest)
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, 1e38])
-def test_bad_reward_skips_the_update(reward: float, baseline: Any) -> None:
-    env = make_vec_env(lambda: BadReward(ScriptedEnv(BOX, spaces.Discrete(2)), reward, at=2), n_envs=2, seed=0)
+def test_a_gradient_that_is_not_finite_skips_the_update(baseline: Any) -> None:
+    env = make_vec_env(lambda: LargeReward(ScriptedEnv(BOX, spaces.Discrete(2)), at=2), n_envs=2, seed=0)
     model = agent(env, baseline=baseline, learning_rate=1e-2)
     before = parameters(model)
     with pytest.warns(UserWarning, match="REINFORCE left the policy as it was"):

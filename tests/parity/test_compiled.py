@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from torch._dynamo.utils import counters
 
-from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from tests.envs import BOX, DICT, ScriptedEnv
 
 # torch's own compiler uses a deprecated function of torch.
@@ -24,7 +24,13 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
     "box, clipped values, schedules": (
         DualClipPPO,
         TORQUES,
-        {"clip_range_vf": "lin_0.2", "learning_rate": "lin_1e-3", "clip_range": "lin_0.3", "clip_range_high": 0.4},
+        {
+            "clip_range_vf": "lin_0.2",
+            "learning_rate": "lin_1e-3",
+            "clip_range": "lin_0.3",
+            "clip_range_high": 0.4,
+            "ent_coef": "lin_0.01",
+        },
     ),
     "discrete, stopping": (DualClipPPO, spaces.Discrete(3), {"target_kl": 2e-4, "learning_rate": 1e-3, "n_epochs": 3}),
     "multi-discrete": (AdaptiveKLPPO, spaces.MultiDiscrete([3, 2]), {"ent_coef": 0.01}),
@@ -36,6 +42,7 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
         {"use_sde": True, "ent_coef": 0.01, "policy_kwargs": {"squash_output": True}},
     ),
     "trpo's critic": (TRPO, TORQUES, {"n_critic_updates": 2}),
+    "reinforce's critic": (REINFORCE, TORQUES, {"baseline": "value", "n_critic_updates": 2}),
     "dict with an image": (DualClipPPO, spaces.Discrete(3), {"obs_space": DICT}),
 }
 
@@ -46,7 +53,10 @@ def make_model(algorithm: Any, action_space: spaces.Space, **kwargs: Any) -> Any
     policy = "MultiInputPolicy" if isinstance(obs_space, spaces.Dict) else "MlpPolicy"
     if issubclass(algorithm, (DualClipPPO, AdaptiveKLPPO)):
         kwargs.setdefault("n_epochs", 1)
-    return algorithm(policy, env, **{**SMALL, **kwargs})
+    settings = {**SMALL, **kwargs}
+    if algorithm is REINFORCE:
+        del settings["n_steps"]
+    return algorithm(policy, env, **settings)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,7 +90,12 @@ def test_compiled_update_is_the_eager_one(case: str) -> None:
 def test_no_graph_is_compiled_after_the_first_update() -> None:
     """While schedules move, and through saving, loading and a changed learning rate."""
     model = make_model(
-        AdaptiveKLPPO, spaces.Discrete(3), learning_rate="lin_1e-3", clip_range="lin_0.2", torch_compile=True
+        AdaptiveKLPPO,
+        spaces.Discrete(3),
+        learning_rate="lin_1e-3",
+        clip_range="lin_0.2",
+        ent_coef="lin_0.01",
+        torch_compile=True,
     )
     model.learn(128)
     before = counters["stats"]["unique_graphs"]
@@ -89,6 +104,18 @@ def test_no_graph_is_compiled_after_the_first_update() -> None:
     model.lr_schedule = lambda _: 5e-4
     model.clip_range = 0.1
     model.learn(256, reset_num_timesteps=False)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_one_graph_serves_rollouts_of_all_sizes() -> None:
+    model = REINFORCE(
+        "MlpPolicy", "CartPole-v1", baseline="value", episodes_per_env=2, seed=0, device="cpu", torch_compile=True
+    )
+    model.learn(100)
+    before = counters["stats"]["unique_graphs"]
+    sizes = set()
+    model.learn(1500, callback=lambda variables, _: sizes.add(variables["self"].rollout_buffer.buffer_size) or True)
+    assert len(sizes) > 5
     assert counters["stats"]["unique_graphs"] == before
 
 

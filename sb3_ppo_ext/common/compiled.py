@@ -11,7 +11,7 @@ import shutil
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation
 from sb3_ppo_ext.common.buffers import RolloutSamples, take
+from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces, steps_made
 from sb3_ppo_ext.common.optimization import Coefficients, MinibatchLoss, Statistics
 
 _SERIAL = itertools.count()
@@ -59,12 +60,31 @@ def check_can_compile(policy: nn.Module, optimizer: th.optim.Optimizer) -> None:
         raise ValueError(f"{refused} without a C++ compiler: install g++ (Debian: apt install g++), or clang")
 
 
+class _Owned(NamedTuple):
+    """
+    What a compiled step changes, by parameter groups, in place.
+
+    :param thetas: parameters, flat
+    :param exp_avgs: Adam's first moments, flat
+    :param exp_avg_sqs: Adam's second moments, flat
+    :param clock: the number of steps t, beta1^t and beta2^t (a product a step is cheaper than a power). One tensor, as
+        the compiler of torch 2.13 loses what is written into a scalar on the CPU
+    :param learning_rates: one element each
+    """
+
+    thetas: list[th.Tensor]
+    exp_avgs: list[th.Tensor]
+    exp_avg_sqs: list[th.Tensor]
+    clock: th.Tensor
+    learning_rates: list[th.Tensor]
+
+
 class CompiledStep:
     """
     A gradient step of Adam on a minibatch loss, as one graph.
 
-    The parameters and Adam's moments live in flat tensors inside of ``with``; what may change from
-    update to update (learning rates, coefficients) enters as tensors, so that no new value is a new graph.
+    Inside of ``with``, parameters and moments are those of a :class:`FlatAdam`; what may change from update to update
+    (learning rates, coefficients) enters as tensors, so that no new value is a new graph.
 
     :param policy: that the loss calls
     :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
@@ -84,14 +104,12 @@ class CompiledStep:
         any_size: bool,
         announce: bool,
     ) -> None:
+        assert isinstance(optimizer, th.optim.Adam)
         self._announce = announce
         self._optimizer = optimizer
         self._module = _Loss(policy, minibatch_loss)
         self._parameters = list(parameters)
-        name_of = {id(p): name for name, p in self._module.named_parameters()}
-        self._names = [name_of[id(p)] for p in self._parameters]
-        self._shapes = [p.shape for p in self._parameters]
-        self._sizes = [p.numel() for p in self._parameters]
+        self._name_of = {id(p): name for name, p in self._module.named_parameters()}
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
         self._compiled = _compile(self._step, self._parameters[0].device)
@@ -101,49 +119,33 @@ class CompiledStep:
 
     def __enter__(self) -> object:
         """Take parameters, moments and learning rates from the policy and its optimiser."""
-        with th.no_grad():
-            states = [self._optimizer.state.get(p) or {} for p in self._parameters]
-            counts = {float(state["step"]) if state else 0.0 for state in states}
-            if len(counts) > 1:
-                raise ValueError(
-                    f"torch_compile=True is not allowed with an optimiser whose parameters have made different numbers "
-                    f"of steps ({sorted(counts)}); use torch_compile=False"
-                )
-            self._theta = th.cat([p.flatten() for p in self._parameters])
-            self._exp_avg = self._moment("exp_avg", states)
-            self._exp_avg_sq = self._moment("exp_avg_sq", states)
-            device = self._theta.device
-            count = counts.pop()
-            beta1, beta2 = self._betas
-            # The number of steps t, beta1^t and beta2^t: a product a step is cheaper than a power. Not a scalar each:
-            # the compiler of torch 2.13 loses what is written into a scalar on the CPU.
-            self._clock = th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=device)
-            lr_of = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
-            self._lr = th.cat([th.full((p.numel(),), lr_of[id(p)], device=device) for p in self._parameters])
-        return self
-
-    def _moment(self, name: str, states: list[Any]) -> th.Tensor:
-        return th.cat(
-            [
-                (state[name] if state else th.zeros_like(p)).flatten()
-                for p, state in zip(self._parameters, states, strict=True)
-            ]
+        counts = steps_made(self._optimizer, self._parameters)
+        if len(counts) > 1:
+            raise ValueError(
+                "torch_compile=True is not allowed with an optimiser whose parameters have made different numbers "
+                f"of steps ({sorted(counts)}); use torch_compile=False"
+            )
+        self._flat = FlatAdam(self._optimizer, self._parameters)
+        self._names = [[self._name_of[id(p)] for p in members] for members in self._flat.members]
+        self._shapes = [[p.shape for p in members] for members in self._flat.members]
+        states = [self._flat.adam.state[p] for p in self._flat.parameters]
+        device = self._parameters[0].device
+        count = counts.pop()
+        beta1, beta2 = self._betas
+        self._owned = _Owned(
+            thetas=[p.data for p in self._flat.parameters],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            clock=th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=device),
+            learning_rates=[th.tensor([group["lr"]], device=device) for group in self._flat.adam.param_groups],
         )
+        return self
 
     def __exit__(self, *exception: object) -> None:
         """Put parameters and moments back into the policy and its optimiser."""
-        with th.no_grad():
-            thetas, exp_avgs, exp_avg_sqs = (
-                [piece.view(shape) for piece, shape in zip(th.split(flat, self._sizes), self._shapes, strict=True)]
-                for flat in (self._theta, self._exp_avg, self._exp_avg_sq)
-            )
-            count = self._clock[0].float()
-            for p, theta, exp_avg, exp_avg_sq in zip(self._parameters, thetas, exp_avgs, exp_avg_sqs, strict=True):
-                p.copy_(theta)
-                state = self._optimizer.state[p]
-                state["step"] = count.clone()
-                state["exp_avg"] = exp_avg.clone()
-                state["exp_avg_sq"] = exp_avg_sq.clone()
+        for state in self._flat.adam.state.values():
+            state["step"].copy_(self._owned.clock[0])
+        self._flat.restore()
 
     def __call__(
         self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]
@@ -155,42 +157,32 @@ class CompiledStep:
         self._seen.add(size)
         minibatches = f"minibatches of {size}" if size else "minibatches"
         with _announced(f"the gradient step for {minibatches}", is_new and self._announce), th.no_grad():
-            statistics: Statistics = self._compiled(
-                self._theta,
-                self._exp_avg,
-                self._exp_avg_sq,
-                self._clock,
-                self._lr,
-                self._on_device(coefficients),
-                rollout,
-                rows,
-            )
+            statistics: Statistics = self._compiled(self._owned, self._on_device(coefficients), rollout, rows)
         return statistics
 
     def _on_device(self, coefficients: Mapping[str, float]) -> dict[str, th.Tensor]:
         """The numbers as tensors, so that a new value is not a new graph; moved once an update."""
         if coefficients is not self._numbers:
             self._numbers = coefficients
-            values = th.tensor(list(coefficients.values()), dtype=th.float32, device=self._theta.device)
+            values = th.tensor(list(coefficients.values()), dtype=th.float32, device=self._parameters[0].device)
             self._tensors = dict(zip(coefficients, values.unbind(), strict=True))
         return self._tensors
 
     def _step(
         self,
-        theta: th.Tensor,
-        exp_avg: th.Tensor,
-        exp_avg_sq: th.Tensor,
-        clock: th.Tensor,
-        lr: th.Tensor,
+        owned: _Owned,
         coefficients: Mapping[str, th.Tensor],
         rollout: RolloutSamples,
         rows: th.Tensor | None,
     ) -> Statistics:
         rollout_data = rollout if rows is None else take(rollout, rows)
 
-        def loss_of(flat: th.Tensor) -> tuple[th.Tensor, Statistics]:
-            pieces = th.split(flat, self._sizes)
-            swapped = {n: x.view(s) for n, x, s in zip(self._names, pieces, self._shapes, strict=True)}
+        def loss_of(thetas: list[th.Tensor]) -> tuple[th.Tensor, Statistics]:
+            swapped = {
+                name: piece
+                for theta, names, shapes in zip(thetas, self._names, self._shapes, strict=True)
+                for name, piece in zip(names, pieces(theta, shapes), strict=True)
+            }
             # A shared extractor has several names but is one object: one name is enough, and tying the others to it is
             # not undone in a compiled graph.
             result: tuple[th.Tensor, Statistics] = functional_call(
@@ -198,28 +190,33 @@ class CompiledStep:
             )
             return result
 
-        gradient: th.Tensor
+        gradients: list[th.Tensor]
         statistics: Statistics
-        gradient, statistics = grad(loss_of, has_aux=True)(theta)
-        norm = th.linalg.vector_norm(gradient)
+        gradients, statistics = grad(loss_of, has_aux=True)(owned.thetas)
+        norm = th.linalg.vector_norm(gradients[0] if len(gradients) == 1 else th.cat(gradients))
         statistics["grad_norm"] = norm
         takes_step = norm.isfinite()
         if "kl_limit" in coefficients:
             takes_step = takes_step & (statistics["approx_kl"] <= coefficients["kl_limit"])
-        gradient = gradient * (coefficients["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+        scale = (coefficients["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
 
         # Adam, as torch.optim.Adam computes it
         beta1, beta2 = self._betas
+        clock = owned.clock
         new_clock = th.stack((clock[0] + 1, clock[1] * beta1, clock[2] * beta2))
-        new_exp_avg = exp_avg.lerp(gradient, 1 - beta1)
-        new_exp_avg_sq = exp_avg_sq * beta2 + gradient * gradient * (1 - beta2)
         correction1 = (1 - new_clock[1]).reciprocal().float()
         correction2 = (1 - new_clock[2]).rsqrt().float()
-        new_theta = theta - lr * correction1 * new_exp_avg / (new_exp_avg_sq.sqrt() * correction2 + self._eps)
-
-        theta.copy_(th.where(takes_step, new_theta, theta))
-        exp_avg.copy_(th.where(takes_step, new_exp_avg, exp_avg))
-        exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
+        for theta, gradient, exp_avg, exp_avg_sq, learning_rate in zip(
+            owned.thetas, gradients, owned.exp_avgs, owned.exp_avg_sqs, owned.learning_rates, strict=True
+        ):
+            scaled = gradient * scale
+            new_exp_avg = exp_avg.lerp(scaled, 1 - beta1)
+            new_exp_avg_sq = exp_avg_sq * beta2 + scaled * scaled * (1 - beta2)
+            denominator = new_exp_avg_sq.sqrt() * correction2 + self._eps
+            new_theta = theta - learning_rate * correction1 * new_exp_avg / denominator
+            theta.copy_(th.where(takes_step, new_theta, theta))
+            exp_avg.copy_(th.where(takes_step, new_exp_avg, exp_avg))
+            exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
         clock.copy_(th.where(takes_step, new_clock, clock))
         return statistics
 

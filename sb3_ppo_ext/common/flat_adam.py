@@ -23,8 +23,8 @@ class FlatAdam:
     def __init__(self, optimizer: th.optim.Adam, parameters: Iterable[nn.Parameter]) -> None:
         self._optimizer = optimizer
         wanted = set(parameters)
-        self._members: list[list[nn.Parameter]] = []
         self._own: list[th.Tensor] = []
+        self.members: list[list[nn.Parameter]] = []
         self.parameters: list[nn.Parameter] = []
         groups = []
         for group in optimizer.param_groups:
@@ -34,17 +34,17 @@ class FlatAdam:
             flat = nn.Parameter(_flat([p.detach() for p in members]))
             flat.grad = th.zeros_like(flat)
             self._own += [p.data for p in members]
-            for p, data, grad in zip(members, _pieces(flat.data, members), _pieces(flat.grad, members), strict=True):
+            shapes = [p.shape for p in members]
+            for p, data, grad in zip(members, pieces(flat.data, shapes), pieces(flat.grad, shapes), strict=True):
                 p.data, p.grad = data, grad
-            self._members.append(members)
+            self.members.append(members)
             self.parameters.append(flat)
             groups.append({**group, "params": [flat]})
         self.adam = th.optim.Adam(groups)
-        for flat, members in zip(self.parameters, self._members, strict=True):
-            if members[0] in optimizer.state:
-                states = [optimizer.state[p] for p in members]
-                moments = {name: _flat([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")}
-                self.adam.state[flat] = {"step": states[0]["step"].clone(), **moments}
+        for flat, members in zip(self.parameters, self.members, strict=True):
+            states = [optimizer.state.get(p) or _first_state(p) for p in members]
+            moments = {name: _flat([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[flat] = {"step": states[0]["step"].clone(), **moments}
 
     @staticmethod
     def serves(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
@@ -61,8 +61,7 @@ class FlatAdam:
         # Without a gradient a parameter keeps its weight, where a flat one would still decay.
         if any(not group["fused"] or group["amsgrad"] or group["weight_decay"] for group in optimizer.param_groups):
             return False
-        counts = {float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0 for p in parameters}
-        return len(counts) == 1 and len({(p.device, p.dtype) for p in parameters}) == 1
+        return len(steps_made(optimizer, parameters)) == 1 and len({(p.device, p.dtype) for p in parameters}) == 1
 
     def zero_grad(self) -> None:
         for flat in self.parameters:
@@ -73,33 +72,53 @@ class FlatAdam:
         """Give the parameters their own memory back, and the moments to the optimiser."""
         own = iter(self._own)
         with th.no_grad():
-            for flat, members in zip(self.parameters, self._members, strict=True):
-                for p in members:
+            for flat, members in zip(self.parameters, self.members, strict=True):
+                state = self.adam.state[flat]
+                shapes = [p.shape for p in members]
+                moments = (pieces(state[name], shapes) for name in ("exp_avg", "exp_avg_sq"))
+                for p, exp_avg, exp_avg_sq in zip(members, *moments, strict=True):
                     p.data, p.grad = next(own).copy_(p.data), None
-                state = self.adam.state.get(flat)
-                if state:
-                    moments = (_pieces(state[name], members) for name in ("exp_avg", "exp_avg_sq"))
-                    for p, exp_avg, exp_avg_sq in zip(members, *moments, strict=True):
-                        self._optimizer.state[p] = {
-                            "step": state["step"].clone(),
-                            "exp_avg": th.empty_like(p).copy_(exp_avg),
-                            "exp_avg_sq": th.empty_like(p).copy_(exp_avg_sq),
-                        }
+                    self._optimizer.state[p] = {
+                        "step": state["step"].clone(),
+                        "exp_avg": th.empty_like(p).copy_(exp_avg),
+                        "exp_avg_sq": th.empty_like(p).copy_(exp_avg_sq),
+                    }
 
 
-def _is_convolution(p: th.Tensor) -> bool:
-    return p.dim() == 4 and p.device.type == "cpu"
+def steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> set[float]:
+    """
+    How many steps an Adam optimiser has made, of each parameter: one number as a rule.
+
+    :param optimizer: Adam
+    :param parameters: among the optimiser's
+    """
+    return {float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0 for p in parameters}
+
+
+def pieces(flat: th.Tensor, shapes: Sequence[th.Size]) -> Iterator[th.Tensor]:
+    """
+    Views of a flat tensor.
+
+    :param flat: shape ``(n,)``
+    :param shapes: of the tensors that it was made of, n elements in all
+    """
+    for piece, shape in zip(th.split(flat, [shape.numel() for shape in shapes]), shapes, strict=True):
+        if _is_convolution(shape, flat.device):
+            n_out, n_in, height, width = shape
+            yield piece.view(n_out, height, width, n_in).permute(0, 3, 1, 2)
+        else:
+            yield piece.view(shape)
 
 
 def _flat(tensors: Sequence[th.Tensor]) -> th.Tensor:
-    return th.cat([(x.permute(0, 2, 3, 1) if _is_convolution(x) else x).flatten() for x in tensors])
+    return th.cat([(x.permute(0, 2, 3, 1) if _is_convolution(x.shape, x.device) else x).flatten() for x in tensors])
 
 
-def _pieces(flat: th.Tensor, like: Sequence[th.Tensor]) -> Iterator[th.Tensor]:
-    """Views of a flat tensor, in the shapes of the tensors that it was made of."""
-    for piece, p in zip(th.split(flat, [p.numel() for p in like]), like, strict=True):
-        if _is_convolution(p):
-            n_out, n_in, height, width = p.shape
-            yield piece.view(n_out, height, width, n_in).permute(0, 3, 1, 2)
-        else:
-            yield piece.view(p.shape)
+def _is_convolution(shape: th.Size, device: th.device) -> bool:
+    return len(shape) == 4 and device.type == "cpu"
+
+
+def _first_state(p: nn.Parameter) -> dict[str, th.Tensor]:
+    """What Adam begins with."""
+    step = th.zeros((), dtype=th.float32, device=p.device)
+    return {"step": step, "exp_avg": th.zeros_like(p.data), "exp_avg_sq": th.zeros_like(p.data)}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import shutil
+import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +60,12 @@ def check_can_compile(policy: nn.Module, optimizer: th.optim.Optimizer) -> None:
     on_cpu = all(parameter.device.type == "cpu" for parameter in policy.parameters())
     if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
         raise ValueError(f"{refused} without a C++ compiler: install g++ (Debian: apt install g++), or clang")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    if on_cpu and " " in folder:
+        raise ValueError(
+            f"{refused} with a cache in {folder!r}: the compiler of torch cannot use a path with a space; set "
+            "TORCHINDUCTOR_CACHE_DIR to one without"
+        )
 
 
 class _Owned(NamedTuple):

@@ -23,7 +23,7 @@ help:
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
-	@echo "make clean    remove .venv and what the tools have left; logs/ stays"
+	@echo "make clean    remove .venv, $(SBX) and what the tools have left; logs/ stays"
 
 train: $(INSTALLED)
 	$(BIN)/sb3-ppo-ext train --algo $(ALGO) --env $(ENV) --seed $(SEED) $(if $(STEPS),-n $(STEPS)) \
@@ -43,7 +43,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SBX) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find sb3_ppo_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Where Python comes without ensurepip (Debian's python3 without python3-venv), its own pip fills the environment.

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import sb3_ppo_ext
@@ -25,12 +26,18 @@ _COMMANDS = {
     "record_video": "record a video of a trained agent",
     "record_training": "record a video of every checkpoint of a training",
 }
+# What rl_zoo3 lacks.
+_STUDY = "study"
 
 _HELP = f"""usage: sb3-ppo-ext [-h] [--version] <command> ...
 
 rl_zoo3's commands, which also know {", ".join(ALGORITHMS)}.
 
 {chr(10).join(f"  {command:<16} {what}" for command, what in _COMMANDS.items())}
+
+and, for a search with several processes:
+
+  {_STUDY:<16} search, look at what was found, train the best again, write it as YAML
 
 `sb3-ppo-ext <command> --help` lists a command's flags."""
 
@@ -47,14 +54,16 @@ def main() -> int:
     if command == "--version":
         print(f"sb3-ppo-ext {sb3_ppo_ext.__version__}")
         return 0
-    if command not in _COMMANDS:
+    if command not in (*_COMMANDS, _STUDY):
         if command:
-            nearest = difflib.get_close_matches(command, _COMMANDS, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(command, (*_COMMANDS, _STUDY), n=1, cutoff=0.0)[0]
             print(f"sb3-ppo-ext: there is no command '{command}'; the nearest is '{nearest}'\n", file=sys.stderr)
         print(_HELP, file=sys.stderr)
         return 2
 
     register()
+    if command == _STUDY:
+        return int(importlib.import_module("sb3_ppo_ext.zoo.study").main(arguments, _program(script)))
     with _replaced(sys, "argv", [f"sb3-ppo-ext {command}", *arguments]):
         if command == "train":
             _train(program=_program(script))
@@ -62,8 +71,10 @@ def main() -> int:
             _record_training()
         elif command == "record_video":
             runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+        elif command == "enjoy":
+            importlib.import_module("rl_zoo3.enjoy").enjoy()
         else:
-            getattr(importlib.import_module("rl_zoo3.enjoy" if command == "enjoy" else "rl_zoo3.plots"), command)()
+            getattr(_plots(), command)()
     return 0
 
 
@@ -99,6 +110,18 @@ def _train(program: list[str]) -> None:
     train = importlib.import_module("rl_zoo3.train")
     with _replaced(train, "ExperimentManager", partial(ZooExperimentManager, program=program)):
         train.train()
+
+
+def _plots() -> ModuleType:
+    """
+    :return: rl_zoo3's commands that plot, which need more than its others
+    """
+    try:
+        return importlib.import_module("rl_zoo3.plots")
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f'sb3-ppo-ext: the plots need {error.name}, which is missing: pip install "sb3-ppo-ext[plots]"'
+        ) from error
 
 
 def _record_training() -> None:

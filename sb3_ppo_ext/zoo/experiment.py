@@ -3,17 +3,20 @@
 import difflib
 import importlib
 import inspect
+import os
 import runpy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_ppo_ext.zoo.registration import ALGORITHMS, config_path
 from sb3_ppo_ext.zoo.summary import summary
+from sb3_ppo_ext.zoo.workers import process_name
 
 # What rl_zoo3 reads from an entry itself; `policy` and all other keys go to the algorithm's constructor.
 _ZOO_KEYS = {
@@ -53,6 +56,9 @@ class ZooExperimentManager(ExperimentManager):
         """
         if self.algo in ALGORITHMS:
             self._check_entry()
+        if self.storage and self.study_name and self.trial_id == 0:  # which rl_zoo3 takes for no trial
+            trial = self.load_trial(self.storage, self.study_name, 0)
+            self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         if self.algo in ALGORITHMS:
             self._check_keys(hyperparams)
@@ -89,6 +95,28 @@ class ZooExperimentManager(ExperimentManager):
         for key in ("n_timesteps", "policy"):
             if key not in hyperparams:
                 raise ValueError(f"{self.config}, {self.env_name.gym_id}: '{key}' is missing")
+
+    def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        """
+        Leave all of them to our constructors, which read numbers, rl_zoo3's strings and None, and refuse anything else.
+
+        :param hyperparams: of an entry
+        :return: the same
+        """
+        if self.algo in ALGORITHMS:
+            return hyperparams
+        return super()._preprocess_schedules(hyperparams)
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """
+        Note who runs a trial and for how long, for those who watch the study, then run it.
+
+        :param trial: of a study
+        :return: the mean reward of the last evaluation
+        """
+        trial.set_user_attr("budget", [self.n_timesteps, self.n_evaluations])
+        trial.set_user_attr("worker", process_name(os.getpid()))
+        return super().objective(trial)
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """

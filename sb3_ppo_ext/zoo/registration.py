@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, SAMPLERS
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "dual_clip_ppo": DualClipPPO,
@@ -17,9 +19,10 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
 
 def register() -> None:
     """
-    Make our algorithms known to rl_zoo3, in the dictionary that all of its modules share.
+    Make our algorithms and their search spaces known to rl_zoo3, in the dictionaries that all of its modules share.
 
-    Calling it again changes nothing, and an algorithm that rl_zoo3 already has is never replaced.
+    Calling it again changes nothing. An algorithm that rl_zoo3 already has is never replaced, nor is a sampler or a
+    converter: put your own there to search a space of your own.
     """
     for key, algorithm in ALGORITHMS.items():
         known = ALGOS.get(key, algorithm)
@@ -29,6 +32,9 @@ def register() -> None:
                 f"It is not replaced by {algorithm.__module__}.{algorithm.__qualname__}; remove one of the two."
             )
     ALGOS.update(ALGORITHMS)
+    for key in ALGORITHMS:
+        HYPERPARAMS_SAMPLER.setdefault(key, SAMPLERS[key])
+        HYPERPARAMS_CONVERTER.setdefault(key, CONVERTERS[key])
 
 
 def config_path(key: str) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
 N_EPISODES = 20
+RESULT = "final_evaluation.json"  # the same for a program, beside the configuration
 
 
 def summary(manager: ExperimentManager, model: BaseAlgorithm, program: Sequence[str]) -> str:
@@ -25,6 +27,8 @@ def summary(manager: ExperimentManager, model: BaseAlgorithm, program: Sequence[
     mean, std = _evaluate(manager, model)
     algo, env_id = manager.algo, manager.env_name.gym_id
     saved, details = Path(manager.save_path), Path(manager.params_path)
+    result = {"mean": mean, "std": std, "n_episodes": N_EPISODES, "num_timesteps": model.num_timesteps}
+    (details / RESULT).write_text(json.dumps(result))
     model_path = saved / f"{manager.env_name}.zip"
 
     actions = "deterministic" if manager.deterministic_eval else "sampled"

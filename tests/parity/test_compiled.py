@@ -165,7 +165,7 @@ def test_what_cannot_be_compiled_is_refused_before_training(monkeypatch: pytest.
             policy_kwargs={"optimizer_kwargs": {"amsgrad": True}},
         )
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/with a space")
-    with pytest.raises(ValueError, match="cache in '/with a space'.*set TORCHINDUCTOR_CACHE_DIR"):
+    with pytest.raises(ValueError, match=r"cache in '/with a space'.*set TORCHINDUCTOR_CACHE_DIR"):
         DualClipPPO("MlpPolicy", "CartPole-v1", device="cpu", torch_compile=True)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"without a C\+\+ compiler: install g\+\+"):

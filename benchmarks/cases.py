@@ -1,0 +1,243 @@
+"""What is compared with what, on which work, and which ratios are aimed at."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SBX_PYTHON = ROOT / ".venv-sbx" / "bin" / "python"
+IMAGES = "synthetic-images"
+
+OURS = {"dual_clip_ppo": "DualClipPPO", "adaptive_kl_ppo": "AdaptiveKLPPO", "trpo": "TRPO", "reinforce": "REINFORCE"}
+PEERS = {"sb3": "SB3 PPO", "sbx": "SBX PPO", "cleanrl": "CleanRL PPO", "contrib": "sb3-contrib TRPO"}
+PEERS_OF: dict[str, tuple[str, ...]] = {
+    "dual_clip_ppo": ("sb3", "sbx", "cleanrl"),
+    "adaptive_kl_ppo": ("sb3", "sbx", "cleanrl"),
+    "trpo": ("contrib",),
+    "reinforce": (),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    :param device: "cpu" or "cuda"
+    :param threads: of each side; on the CPU each is also held to as many cores
+    :param repeats: turns of each side
+    :param n_warm_up: iterations of each before them
+    :param cleanrl_script: path of CleanRL's script, if that is a peer
+    :param cleanrl_python: interpreter that can run it
+    """
+
+    device: str
+    threads: int
+    repeats: int
+    n_warm_up: int
+    cleanrl_script: str
+    cleanrl_python: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    :param env: id of the environment, or :data:`IMAGES`
+    :param n_envs: environments side by side
+    :param n_steps: steps of each in a rollout; 0: REINFORCE's number of episodes
+    :param batch_size: samples in a minibatch
+    :param n_epochs: passes over a rollout; of TRPO's critic
+    :param width: units in each of the two hidden layers; None: the policy's own architecture
+    """
+
+    env: str
+    n_envs: int
+    n_steps: int
+    batch_size: int
+    n_epochs: int
+    width: int | None = 64
+
+    def __str__(self) -> str:
+        width = "NatureCNN" if self.width is None else f"width {self.width}"
+        envs = f"{self.env}, {self.n_envs} env{'s' if self.n_envs > 1 else ''}"
+        if not self.n_steps:
+            return f"{envs} x 8 episodes, {width}"
+        return f"{envs} x {self.n_steps} steps, batch {self.batch_size}, {self.n_epochs} epochs, {width}"
+
+
+@dataclass(frozen=True)
+class Side:
+    """
+    :param who: a key of :data:`OURS` or :data:`PEERS`, or "environment": nothing but the steps of the environment
+    :param torch_compile: the switch of ours
+    :param fvp_subsampling: of our TRPO
+    """
+
+    who: str
+    torch_compile: bool = False
+    fvp_subsampling: int = 1
+
+    def __str__(self) -> str:
+        name = {**OURS, **PEERS}.get(self.who, "environment alone")
+        if self.fvp_subsampling != 1:
+            name += f", fvp_subsampling={self.fvp_subsampling}"
+        return f"{name}, compiled" if self.torch_compile else name
+
+
+ENVIRONMENT = Side("environment")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """
+    A ratio that is asked for.
+
+    :param workload: on what
+    :param ours: one side
+    :param peer: the other
+    :param least: the ratio to be reached; None: no goal
+    """
+
+    workload: Workload
+    ours: Side
+    peer: Side
+    least: float | None = None
+
+    def __str__(self) -> str:
+        with_what = "" if self.ours.fvp_subsampling == 1 else f" with fvp_subsampling={self.ours.fvp_subsampling}"
+        on_images = ", images" if self.workload.env == IMAGES else ""
+        return f"{OURS[self.ours.who]}{with_what} against {self.peer}{on_images}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """
+    :param title: of the page with the results
+    :param stem: name of its files, without suffix
+    :param cases: by workload, the sides in the order of their turns
+    :param goals: the ratios to be shown
+    :param axes: for a suite about growth: by what grows, the workload of each value. Its sides keep their processes,
+        and what torch has compiled, from one workload to the next
+    :param notes: to be printed under the tables
+    """
+
+    title: str
+    stem: str
+    cases: dict[Workload, list[Side]]
+    goals: Sequence[Goal] = ()
+    axes: dict[str, dict[int, Workload]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+_PPO_WORKLOADS = (
+    Workload("CartPole-v1", n_envs=8, n_steps=256, batch_size=256, n_epochs=10),
+    Workload("HalfCheetah-v5", n_envs=1, n_steps=2048, batch_size=64, n_epochs=10),
+    Workload("HalfCheetah-v5", n_envs=8, n_steps=256, batch_size=64, n_epochs=10),
+)
+_TRPO_WORKLOADS = (Workload("HalfCheetah-v5", n_envs=1, n_steps=2048, batch_size=128, n_epochs=10),)
+_IMAGE_WORKLOADS = (Workload(IMAGES, n_envs=8, n_steps=128, batch_size=256, n_epochs=4, width=None),)
+
+# Ours, the peer, the work, and the ratios aimed at: as it is, and with torch_compile.
+_GOALS = (
+    (Side("dual_clip_ppo"), Side("sb3"), _PPO_WORKLOADS, 1.5, 3.0),
+    (Side("dual_clip_ppo"), Side("sbx"), _PPO_WORKLOADS, 1.4, 2.5),
+    (Side("adaptive_kl_ppo"), Side("sb3"), _PPO_WORKLOADS, 1.4, 2.8),
+    (Side("trpo"), Side("contrib"), _TRPO_WORKLOADS, 1.6, 2.4),
+    (Side("trpo", fvp_subsampling=5), Side("contrib"), _TRPO_WORKLOADS, None, 2.8),
+    (Side("dual_clip_ppo"), Side("sb3"), _IMAGE_WORKLOADS, 1.0, 1.2),
+)
+
+
+def goals_suite(args: argparse.Namespace) -> Suite:
+    """
+    :param args: of the command line
+    :return: the ratios that are aimed at
+    """
+    goals, notes = [], []
+    for ours, peer, workloads, eager, compiled in _GOALS:
+        for workload in (_resized(workload, args) for workload in workloads):
+            if eager is not None:
+                goals.append(Goal(workload, ours, peer, eager))
+            goals.append(Goal(workload, replace(ours, torch_compile=True), peer, compiled))
+    if args.steps or args.n_epochs:
+        notes.append("**A trial**: `--steps` or `--n-epochs` is given, and the goals are not about that")
+    if not SBX_PYTHON.exists():
+        goals = [goal for goal in goals if goal.peer.who != "sbx"]
+        notes.append("SBX was not measured: it needs `.venv-sbx`, which `make sbx-env` makes")
+    cases: dict[Workload, list[Side]] = {}
+    for goal in goals:
+        sides = cases.setdefault(goal.workload, [])
+        sides += [side for side in (goal.ours, goal.peer) if side not in sides]
+    for sides in cases.values():
+        sides.append(ENVIRONMENT)
+    return Suite("Goals: steps per second against the peers", f"goals-{args.device}", cases, goals, notes=notes)
+
+
+def _resized(workload: Workload, args: argparse.Namespace) -> Workload:
+    """The workload, shorter: for a trial of the benchmark itself."""
+    n_steps = args.steps or workload.n_steps
+    batch_size = min(workload.batch_size, n_steps * workload.n_envs)
+    return replace(workload, n_steps=n_steps, batch_size=batch_size, n_epochs=args.n_epochs or workload.n_epochs)
+
+
+def growth_suite(args: argparse.Namespace) -> Suite:
+    """
+    :param args: of the command line
+    :return: one algorithm and its peer, as the work grows
+    """
+    n_steps = args.steps or 256
+    base = Workload(args.env or "HalfCheetah-v5", 8, n_steps, 64, args.n_epochs or 10)
+    axes = {
+        "environments": {
+            n: replace(base, n_envs=n, n_steps=max(8 * n_steps // n, 1)) for n in (1, 2, 4, 8, 16, 32, 64)
+        },
+        "batch size": {
+            n: replace(base, n_steps=2 * n_steps, batch_size=n)
+            for n in (64, 128, 256, 512, 1024, 2048, 4096)
+            if n <= 16 * n_steps
+        },
+        "width": {n: replace(base, width=n) for n in (64, 128, 256, 512, 1024)},
+    }
+    ours, peer = Side(args.algo), Side(args.peer)
+    sides = [ours, peer, replace(ours, torch_compile=True), ENVIRONMENT]
+    note = (
+        "A side keeps its process and what torch has compiled from one workload to the next, so compile times and "
+        "peak memory are not to be read from this run"
+    )
+    return Suite(
+        f"How cost grows: {ours} and {peer}",
+        f"growth-{args.algo}-{args.peer}-{args.device}",
+        {workload: sides for workloads in axes.values() for workload in workloads.values()},
+        axes=axes,
+        notes=[note],
+    )
+
+
+def single_suite(args: argparse.Namespace) -> Suite:
+    """
+    :param args: of the command line
+    :return: one workload
+    """
+    env = args.env or "HalfCheetah-v5"
+    workload = Workload(
+        env,
+        n_envs=args.n_envs,
+        n_steps=0 if args.algo == "reinforce" else args.steps or max(2048 // args.n_envs, 1),
+        batch_size=args.batch_size or (128 if args.algo == "trpo" else 64),
+        n_epochs=args.n_epochs or 10,
+        width=None if env == IMAGES else args.width,
+    )
+    ours = [Side(args.algo)]
+    if args.fvp_subsampling != 1:
+        ours.append(Side(args.algo, fvp_subsampling=args.fvp_subsampling))
+    if args.torch_compile:
+        ours += [replace(side, torch_compile=True) for side in ours]
+    peers = [] if args.peer is None else [Side(args.peer)]
+    size = f"{args.n_envs}x{workload.n_steps or 'episodes'}"
+    return Suite(
+        f"{OURS[args.algo]} against {peers[0]}" if peers else f"{OURS[args.algo]}, which has no peer",
+        "-".join([args.algo, env, size, *(peer.who for peer in peers), args.device]),
+        {workload: [ours[0], *peers, *ours[1:], ENVIRONMENT]},
+        [Goal(workload, side, peer) for side in ours for peer in peers],
+    )

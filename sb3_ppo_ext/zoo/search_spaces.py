@@ -1,0 +1,276 @@
+"""
+What an Optuna study of each of our algorithms searches.
+
+rl_zoo3 calls a sampler for each trial of a study, and a converter alone where it loads a trial: the converter makes of
+the numbers that were drawn the arguments that the sampler returned. As in rl_zoo3's own spaces, a trial's arguments
+take the place of the entry's; what a space leaves out stays as the entry has it.
+
+Each number is drawn from a range of its own, which no other number changes: Optuna's samplers learn best from those.
+Numbers that depend on each other are drawn as a factor (minibatches of a rollout, high over low clip range), so that no
+combination is a contradiction. A learning rate is constant, also where the entry has a schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from rl_zoo3.hyperparams_opt import convert_onpolicy_params
+
+Params = dict[str, Any]
+
+
+def _drawn(trial: optuna.Trial, convert: Callable[[Params], Params], params: Params) -> Params:
+    """
+    :param trial: that the numbers were drawn for
+    :param convert: the algorithm's converter
+    :param params: what was drawn
+    :return: the constructor's arguments; those that nobody can read off the trial are noted in it
+    """
+    hyperparams = convert(params)
+    for name in hyperparams.keys() - params.keys() - {"policy_kwargs"}:
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
+
+
+def _task(trial: optuna.Trial, n_envs: int) -> Params:
+    """
+    What every space has.
+
+    - ``one_minus_gamma``: the horizon is the task's, and what gamma is best for it nobody knows beforehand
+    - ``net_arch``: rl_zoo3's sizes, as far as [256, 256]; tanh follows each layer
+
+    :param trial: to draw for
+    :param n_envs: number of environments; kept with what was drawn, as a converter is given nothing else
+    """
+    return {
+        "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.1, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", ["tiny", "small", "medium"]),
+    }
+
+
+def _rollout(
+    trial: optuna.Trial, n_envs: int, batch_size_pow: tuple[int, int], n_minibatches_pow: tuple[int, int]
+) -> Params:
+    """
+    What every space has whose algorithm learns from a rollout of so many steps.
+
+    - ``batch_size_pow`` and ``n_minibatches_pow``: how much is collected before an update, and in how many gradient
+      steps it is seen. ``n_steps`` follows: a rollout of all environments is a whole number of minibatches, at least
+      one
+    - ``one_minus_gae_lambda``: bias against variance of the advantages
+
+    :param trial: to draw for
+    :param n_envs: number of environments
+    :param batch_size_pow: first and last power of two
+    :param n_minibatches_pow: first and last power of two
+    """
+    return {
+        **_task(trial, n_envs),
+        "batch_size_pow": trial.suggest_int("batch_size_pow", *batch_size_pow),
+        "n_minibatches_pow": trial.suggest_int("n_minibatches_pow", *n_minibatches_pow),
+        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 1e-3, 0.2, log=True),
+    }
+
+
+def convert_rollout_params(sampled_params: Params) -> Params:
+    """
+    The converter of AdaptiveKLPPO.
+
+    :param sampled_params: as drawn
+    :return: the constructor's arguments
+    """
+    hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
+    n_envs, n_minibatches = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_minibatches_pow")
+    batch_size = hyperparams["batch_size"]
+    whole = batch_size // math.gcd(batch_size, n_envs)  # the fewest steps of all environments without a remainder
+    hyperparams["n_steps"] = whole * math.ceil(n_minibatches * batch_size / (whole * n_envs))
+    return hyperparams
+
+
+def convert_dual_clip_ppo_params(sampled_params: Params) -> Params:
+    """
+    :param sampled_params: as drawn
+    :return: the constructor's arguments
+    """
+    hyperparams = convert_rollout_params(sampled_params)
+    hyperparams["clip_range_high"] = hyperparams["clip_range"] * hyperparams.pop("clip_range_ratio")
+    return hyperparams
+
+
+def sample_dual_clip_ppo_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]
+) -> Params:
+    """
+    Besides rollout, minibatches, gamma, lambda and network, which all spaces have:
+
+    - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
+    - ``clip_range``: where it ends
+    - ``clip_range_ratio``: of high to low clip range, from symmetric to twice as far up
+    - ``dual_clip``: from near the first clip to where it hardly ever acts; above 1 + clip_range_high for all of these
+
+    :param trial: to draw for
+    :param n_actions: not looked at
+    :param n_envs: number of environments
+    :param additional_args: not looked at
+    :return: the constructor's arguments
+    """
+    return _drawn(
+        trial,
+        convert_dual_clip_ppo_params,
+        {
+            **_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+            "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
+            "clip_range": trial.suggest_float("clip_range", 0.1, 0.4),
+            "clip_range_ratio": trial.suggest_float("clip_range_ratio", 1.0, 2.0),
+            "dual_clip": trial.suggest_float("dual_clip", 2.0, 6.0),
+        },
+    )
+
+
+def sample_adaptive_kl_ppo_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]
+) -> Params:
+    """
+    Besides rollout, minibatches, gamma, lambda and network, which all spaces have:
+
+    - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
+    - ``target_kl``: of the whole action, which an update aims at; the constructor's 0.01 for each action dimension lies
+      in this range up to 30 dimensions
+    - ``kl_coef``: at first. It adapts by a factor of two a rollout, which is slow where a training has few
+
+    The tolerance and the factor of the adaptation are left alone: the paper (Schulman et al. 2017, section 4) finds
+    that little depends on them.
+
+    :param trial: to draw for
+    :param n_actions: not looked at
+    :param n_envs: number of environments
+    :param additional_args: not looked at
+    :return: the constructor's arguments
+    """
+    return _drawn(
+        trial,
+        convert_rollout_params,
+        {
+            **_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+            "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
+            "target_kl": trial.suggest_float("target_kl", 0.003, 0.3, log=True),
+            "kl_coef": trial.suggest_float("kl_coef", 0.1, 10.0, log=True),
+        },
+    )
+
+
+def convert_trpo_params(sampled_params: Params) -> Params:
+    """
+    :param sampled_params: as drawn
+    :return: the constructor's arguments
+    """
+    hyperparams = convert_rollout_params(sampled_params)
+    # The critic's steps leave alone what the actor depends on: of shared features it would learn the last layers only.
+    hyperparams["policy_kwargs"]["share_features_extractor"] = False
+    return hyperparams
+
+
+def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]) -> Params:
+    """
+    Besides rollout, minibatches (here of the critic), gamma, lambda and network, which all spaces have:
+
+    - ``target_kl``: of the whole action, the size of a step; the constructor's 0.01 for each action dimension lies in
+      this range up to 30 dimensions
+    - ``cg_damping``: how far the step's direction goes from the natural gradient to the gradient; the constructor's 0.1
+      for each action dimension lies in this range up to 20 dimensions
+    - ``cg_max_steps``: how exactly that direction is solved for
+    - ``learning_rate``, ``n_critic_updates``: how well the critic fits, which the advantages depend on
+
+    The line search is left alone: it acts only on a step that the quadratic model misjudges.
+
+    :param trial: to draw for
+    :param n_actions: not looked at
+    :param n_envs: number of environments
+    :param additional_args: not looked at
+    :return: the constructor's arguments
+    """
+    return _drawn(
+        trial,
+        convert_trpo_params,
+        {
+            **_rollout(trial, n_envs, batch_size_pow=(6, 8), n_minibatches_pow=(3, 6)),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True),
+            "n_critic_updates": trial.suggest_int("n_critic_updates", 5, 30),
+            "target_kl": trial.suggest_float("target_kl", 0.003, 0.3, log=True),
+            "cg_damping": trial.suggest_float("cg_damping", 0.01, 2.0, log=True),
+            "cg_max_steps": trial.suggest_int("cg_max_steps", 5, 30),
+        },
+    )
+
+
+def convert_reinforce_params(sampled_params: Params) -> Params:
+    """
+    :param sampled_params: as drawn
+    :return: the constructor's arguments
+    """
+    hyperparams: Params = convert_onpolicy_params(
+        {**sampled_params, "one_minus_gae_lambda": 0.0, "activation_fn": "tanh"}
+    )
+    del hyperparams["gae_lambda"]  # its returns are complete
+    n_envs, n_episodes = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_episodes_pow")
+    hyperparams["episodes_per_env"] = math.ceil(n_episodes / n_envs)
+    hyperparams["policy_kwargs"]["share_features_extractor"] = False  # as for TRPO
+    if hyperparams["baseline"] != "value":
+        hyperparams["bootstrap_timeouts"] = False  # an entry that has it for its own baseline would contradict
+    return hyperparams
+
+
+def sample_reinforce_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]
+) -> Params:
+    """
+    Besides gamma and network, which all spaces have:
+
+    - ``n_episodes_pow``: episodes of a batch, over all environments: variance against number of updates. At least four,
+      so that a baseline has other episodes to be computed from
+    - ``learning_rate``: of the one step a batch makes, hence higher than PPO's
+    - ``ent_coef``: against a policy that stops exploring, which nothing else here bounds
+    - ``baseline``: "optimal" costs two more gradients an episode and "none" is never better, so the other three
+    - ``normalize_advantage``: one size of step for all scales of reward, or an unbiased gradient
+
+    The returns are those of the entry; "total" has the same mean as the rewards-to-go and more variance.
+
+    :param trial: to draw for
+    :param n_actions: not looked at
+    :param n_envs: number of environments
+    :param additional_args: not looked at
+    :return: the constructor's arguments
+    """
+    return _drawn(
+        trial,
+        convert_reinforce_params,
+        {
+            **_task(trial, n_envs),
+            "n_episodes_pow": trial.suggest_int("n_episodes_pow", 2, 6),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True),
+            "ent_coef": trial.suggest_float("ent_coef", 1e-5, 0.1, log=True),
+            "baseline": trial.suggest_categorical("baseline", ["mean", "leave_one_out", "value"]),
+            "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
+        },
+    )
+
+
+SAMPLERS: dict[str, Callable[..., Params]] = {
+    "dual_clip_ppo": sample_dual_clip_ppo_params,
+    "adaptive_kl_ppo": sample_adaptive_kl_ppo_params,
+    "trpo_ext": sample_trpo_params,
+    "reinforce": sample_reinforce_params,
+}
+
+CONVERTERS: dict[str, Callable[..., Params]] = {
+    "dual_clip_ppo": convert_dual_clip_ppo_params,
+    "adaptive_kl_ppo": convert_rollout_params,
+    "trpo_ext": convert_trpo_params,
+    "reinforce": convert_reinforce_params,
+}

@@ -1,0 +1,215 @@
+"""Several ``sb3-ppo-ext`` commands at a time, each in a process that can be killed without harm to the others."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+# The last two are imported by torch's optimisers and by rl_zoo3's report, when they are first needed.
+_IMPORTED = ["sb3_ppo_ext.zoo.cli", "rl_zoo3.train", "torch._dynamo", "pandas"]
+
+
+class Workers:
+    """
+    A number of slots, each with room for one process; for :func:`contextlib.closing`.
+
+    The processes are forked from a server that has torch and rl_zoo3 imported, so that a new one is there at once. Each
+    is the leader of a session: Ctrl-C in the terminal reaches this process alone, which then ends the others in order.
+
+    :param n_slots: how many processes run at a time
+    :param grace: seconds that an interrupted process has before it is killed
+    """
+
+    def __init__(self, n_slots: int, grace: float = 20.0) -> None:
+        self.slots: dict[int, BaseProcess | None] = dict.fromkeys(range(1, n_slots + 1))
+        self.grace = grace
+        for name, value in _ONE_THREAD.items():
+            os.environ.setdefault(name, value)
+        self._context: Any = multiprocessing.get_context("spawn")
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            self._context = multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload(_IMPORTED)
+
+    @property
+    def free(self) -> list[int]:
+        """The slots that have no process, in order."""
+        return [slot for slot, process in self.slots.items() if process is None]
+
+    @property
+    def running(self) -> dict[int, BaseProcess]:
+        """The processes by their slots."""
+        return {slot: process for slot, process in self.slots.items() if process is not None}
+
+    def start(self, slot: int, arguments: Sequence[str], log: Path) -> None:
+        """
+        :param slot: a free one
+        :param arguments: of ``sb3-ppo-ext``
+        :param log: what the process prints is added to this file
+        """
+        process = self._context.Process(target=_work, args=(list(arguments), str(log.resolve()), os.getcwd()))
+        with _without_interrupt():  # the server is started with the first process, and inherits what is blocked
+            process.start()
+        self.slots[slot] = process
+
+    def ended(self, timeout: float = 0.0) -> dict[int, int]:
+        """
+        Wait until a process ends, and free the slots of all that have.
+
+        :param timeout: seconds
+        :return: exit codes by slot; minus the number of a signal, if that has ended the process
+        """
+        multiprocessing.connection.wait([process.sentinel for process in self.running.values()], timeout)
+        codes: dict[int, int] = {}
+        for slot, process in self.running.items():
+            if not process.is_alive():
+                process.join()
+                assert process.exitcode is not None
+                codes[slot] = process.exitcode
+                self._kill(process)  # what it has started itself
+                self.slots[slot] = None
+        return codes
+
+    def close(self, interrupt: bool = True) -> None:
+        """
+        End all processes.
+
+        :param interrupt: as Ctrl-C would, before killing; a second Ctrl-C kills at once
+        """
+        try:
+            if interrupt:
+                for process in self.running.values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(_pid(process), signal.SIGINT)
+                deadline = time.monotonic() + self.grace
+                while self.running and time.monotonic() < deadline:
+                    self.ended(deadline - time.monotonic())
+        finally:
+            for slot, process in self.running.items():
+                self._kill(process)
+                process.join()
+                self.slots[slot] = None
+
+    @staticmethod
+    def _kill(process: BaseProcess) -> None:
+        """
+        :param process: to be killed with all that it has started
+        """
+        process.kill()
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(_pid(process), signal.SIGKILL)
+
+
+def process_name(pid: int) -> str:
+    """
+    :param pid: of a process on this machine
+    :return: ``host:pid:start``, which no other process ever has
+    """
+    return f"{socket.gethostname()}:{pid}:{_start_time(pid)}"
+
+
+def is_here(name: str) -> bool:
+    """
+    :param name: of a process
+    :return: whether it was started on this machine
+    """
+    return name.split(":")[0] == socket.gethostname()
+
+
+def is_alive(name: str) -> bool:
+    """
+    :param name: of a process on this machine
+    """
+    _, pid, start = name.split(":")
+    return start == _start_time(int(pid)) != "gone"
+
+
+def _start_time(pid: int) -> str:
+    """
+    :param pid: of a process on this machine
+    :return: when it was started, in units of the system's own and empty where the system does not tell; or "gone"
+    """
+    if os.name != "posix":
+        return ""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return "gone"
+        except PermissionError:
+            pass
+        return ""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    return "gone" if state in "ZX" else numbers[18]
+
+
+def _pid(process: BaseProcess) -> int:
+    """
+    :param process: one that was started
+    """
+    assert process.pid is not None
+    return process.pid
+
+
+@contextlib.contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(arguments: list[str], log: str, folder: str) -> None:
+    """
+    What a process does.
+
+    :param arguments: of ``sb3-ppo-ext``
+    :param log: absolute path of the file for its output
+    :param folder: that relative paths in the arguments start from
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    sys.argv = ["sb3-ppo-ext", *arguments]
+    sys.orig_argv = list(sys.argv)  # rl_zoo3 writes it into the study and beside a model
+    threading.Thread(target=_interrupt_with_parent, daemon=True).start()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    from sb3_ppo_ext.zoo.cli import main
+
+    print(f"\n$ sb3-ppo-ext {' '.join(arguments)}", flush=True)
+    sys.exit(main())
+
+
+def _interrupt_with_parent() -> None:
+    """If the process that started this one is killed, this one stops as with Ctrl-C."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)

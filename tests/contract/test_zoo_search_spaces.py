@@ -1,0 +1,298 @@
+"""Optuna studies by rl_zoo3: what is drawn can be built and loaded, what is bad is pruned; schedules from YAML."""
+
+import argparse
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+from rl_zoo3.callbacks import TrialEvalCallback
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_ext.zoo import ALGORITHMS, ZooExperimentManager, register
+from sb3_ppo_ext.zoo.cli import main
+from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, SAMPLERS
+
+ON_ROLLOUTS = [algo for algo in ALGORITHMS if algo != "reinforce"]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    register()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+
+
+def drawn(algo: str, n_trials: int, n_envs: int) -> Iterator[tuple[optuna.Trial, dict[str, Any]]]:
+    """Random trials, and what the sampler made of each."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=n_envs))
+    for _ in range(n_trials):
+        trial = study.ask()
+        yield trial, HYPERPARAMS_SAMPLER[algo](trial, 0, n_envs, {})
+
+
+def test_register_adds_our_spaces_and_replaces_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for spaces, ours in ((HYPERPARAMS_SAMPLER, SAMPLERS), (HYPERPARAMS_CONVERTER, CONVERTERS)):
+        for key in ALGORITHMS:
+            monkeypatch.delitem(spaces, key)
+        theirs = dict(spaces)
+        register()
+        register()
+        assert spaces == {**theirs, **ours}
+        assert set(ours) == set(ALGORITHMS)
+        monkeypatch.setitem(spaces, "trpo_ext", theirs["trpo"])  # a user's own
+        register()
+        assert spaces["trpo_ext"] is theirs["trpo"]
+
+
+@pytest.mark.parametrize("n_envs", [1, 6, 8])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_the_converter_gives_what_the_sampler_gave(algo: str, n_envs: int) -> None:
+    for trial, sampled in drawn(algo, 100, n_envs):
+        assert HYPERPARAMS_CONVERTER[algo](trial.params) == sampled
+        noted = trial.user_attrs
+        assert noted == {name: sampled[name] for name in noted}
+        assert set(sampled) <= set(noted) | set(trial.params) | {"policy_kwargs"}
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_space_is_small_and_the_same_in_every_trial(algo: str) -> None:
+    spaces = [trial.distributions for n_envs in (1, 8) for trial, _ in drawn(algo, 20, n_envs)]
+    for space in spaces:
+        assert space.pop("n_envs").single()  # given, not searched
+    assert 6 <= len(spaces[0]) <= 10
+    assert all(space == spaces[0] for space in spaces)
+
+
+@pytest.mark.parametrize("n_envs", [1, 6, 8, 1000])
+@pytest.mark.parametrize("algo", ON_ROLLOUTS)
+def test_a_rollout_is_whole_minibatches(algo: str, n_envs: int) -> None:
+    for trial, sampled in drawn(algo, 100, n_envs):
+        rollout, batch_size = sampled["n_steps"] * n_envs, sampled["batch_size"]
+        assert rollout % batch_size == 0
+        wanted = batch_size * 2 ** trial.params["n_minibatches_pow"]
+        assert wanted <= rollout < wanted + np.lcm(batch_size, n_envs)
+
+
+@pytest.mark.parametrize("n_envs", [1, 8])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_sample_is_accepted_by_the_constructor(algo: str, env_id: str, n_envs: int) -> None:
+    # Arguments of an entry that a sample might contradict; one that is there takes its place.
+    entry = {"bootstrap_timeouts": True} if algo == "reinforce" else {}
+    env = make_vec_env(env_id, n_envs)
+    for _, sampled in drawn(algo, 50, n_envs):
+        model = ALGORITHMS[algo]("MlpPolicy", env, device="cpu", **{**entry, **sampled})
+        for name in ("gamma", "n_steps", "batch_size", "episodes_per_env", "baseline"):
+            if name in sampled:
+                assert getattr(model, name) == sampled[name]
+    env.close()
+
+
+@pytest.mark.parametrize("algo", ["trpo_ext", "reinforce"])
+def test_a_critic_that_must_leave_the_actor_alone_has_features_of_its_own(algo: str) -> None:
+    for _, sampled in drawn(algo, 3, 1):
+        assert sampled["policy_kwargs"]["share_features_extractor"] is False
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_study_and_what_is_made_of_its_trials(
+    algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        common = ["--algo", algo, "--storage", "logs/study.log", "--study-name", "it", "--seed", "1", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["sb3-ppo-ext", "train", *common, *arguments])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    output = command(
+        *("-optimize", "-n", "400", "--n-trials", "2", "--n-startup-trials", "1", "--pruner", "none"),
+        *("--n-evaluations", "2", "--eval-episodes", "1", "--n-eval-envs", "2"),
+    )
+    assert "Number of finished trials:  2" in output
+    assert len(list(tmp_path.glob(f"logs/{algo}/report_*.csv"))) == 1
+    assert len(list(tmp_path.glob(f"logs/{algo}/report_*.pkl"))) == 1
+
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("logs/study.log"))
+    trials = optuna.load_study(study_name="it", storage=storage).trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    assert all(len(trial.intermediate_values) >= 2 for trial in trials)
+
+    for trial in trials:
+        command("-n", "1", "--trial-id", str(trial.number), "--eval-freq", "-1", "-params", "gamma:0.5")
+        run = max(tmp_path.glob(f"logs/{algo}/CartPole-v1_*"))
+        expected = {**CONVERTERS[algo](trial.params), "gamma": 0.5}  # the command line has the last word
+        config = yaml.unsafe_load((run / "CartPole-v1" / "config.yml").read_text())
+        assert {name: config[name] for name in expected} == expected
+        model = ALGORITHMS[algo].load(run / "CartPole-v1.zip", device="cpu")
+        assert {key: model.policy_kwargs[key] for key in expected["policy_kwargs"]} == expected["policy_kwargs"]
+
+
+class PruneAll(optuna.pruners.BasePruner):
+    """Prunes each trial at its first evaluation."""
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        return True
+
+
+def study_of(algo: str, env_id: str, folder: Path, n_timesteps: int, n_trials: int, n_envs: int = 1) -> optuna.Study:
+    """A study by rl_zoo3's objective, with small rollouts and a pruner that prunes all."""
+    manager = ZooExperimentManager(
+        argparse.Namespace(),
+        algo,
+        env_id,
+        str(folder),
+        n_timesteps=n_timesteps,
+        hyperparams={"n_envs": n_envs},
+        optimize_hyperparameters=True,
+        n_evaluations=10,
+        n_eval_episodes=1,
+        verbose=0,
+        device="cpu",
+    )
+    assert manager.setup_experiment() is None
+    study = optuna.create_study(direction="maximize", pruner=PruneAll())
+    for _ in range(n_trials):
+        small = {"n_episodes_pow": 2, "batch_size_pow": 7, "n_minibatches_pow": 3}
+        study.enqueue_trial(small)
+    with contextlib.redirect_stdout(None):
+        study.optimize(manager.objective, n_trials=n_trials)
+    return study
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_pruned_trial_ends_in_the_middle_of_a_rollout(
+    algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    monkeypatch.setattr(TrialEvalCallback, "_on_training_end", lambda self: steps.append(self.model.num_timesteps))
+    study = study_of(algo, "Pendulum-v1", tmp_path, n_timesteps=1000, n_trials=2, n_envs=2)
+    assert [trial.state for trial in study.trials] == [TrialState.PRUNED] * 2
+    assert steps == [100, 100]  # the first of ten evaluations; an episode has 200 steps of each of two environments
+
+
+class BreakingEnv(gym.Env[Any, Any]):
+    """
+    Episodes of ten steps.
+
+    :param breaks: "obs" or "reward" is NaN from the fifth step on
+    """
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, breaks: str) -> None:
+        self._breaks = breaks
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._steps += 1
+        broken = np.nan if self._steps >= 5 else 0.0
+        obs = np.full(2, broken if self._breaks == "obs" else 0.0, np.float32)
+        return obs, broken if self._breaks == "reward" else 1.0, self._steps == 10, False, {}
+
+
+for breaks in ("obs", "reward"):
+    gym.register(f"Breaking-{breaks}-v0", BreakingEnv, kwargs={"breaks": breaks})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("algo", "what"),
+    [*((algo, "obs") for algo in ALGORITHMS), ("dual_clip_ppo", "reward"), ("adaptive_kl_ppo", "reward")],
+)
+def test_a_trial_that_diverges_is_pruned_and_the_study_goes_on(algo: str, what: str, tmp_path: Path) -> None:
+    study = study_of(algo, f"Breaking-{what}-v0", tmp_path, n_timesteps=20_000, n_trials=2)
+    assert [trial.state for trial in study.trials] == [TrialState.PRUNED] * 2
+    assert not study.trials[0].intermediate_values  # no evaluation has come to it: it is the error that ended them
+
+
+# What may be a schedule, by the constructors' own word.
+SCHEDULES = [
+    (algo, parameter.name, "None" in parameter.annotation)
+    for algo, algorithm in ALGORITHMS.items()
+    for parameter in inspect.signature(algorithm).parameters.values()
+    if "Schedule" in parameter.annotation
+]
+
+
+class KeepsEnv(ZooExperimentManager):
+    """Its environment can be closed when the model is refused."""
+
+    def create_envs(self, *arguments: Any, **options: Any) -> VecEnv:
+        self.env: VecEnv = super().create_envs(*arguments, **options)
+        return self.env
+
+
+@contextlib.contextmanager
+def from_yaml(algo: str, folder: Path, entry: str) -> Iterator[Any]:
+    """The model that is built from an entry of a YAML file."""
+    path = folder / "mine.yml"
+    path.write_text(f"CartPole-v1: {{n_timesteps: 1, policy: MlpPolicy, {entry}}}")
+    manager = KeepsEnv(
+        argparse.Namespace(), algo, "CartPole-v1", str(folder), eval_freq=-1, config=str(path), verbose=0, device="cpu"
+    )
+    try:
+        experiment = manager.setup_experiment()
+        assert experiment is not None
+        yield experiment[0]
+    finally:
+        manager.env.close()
+
+
+def test_what_may_be_a_schedule_is_found() -> None:
+    assert {"learning_rate", "clip_range", "clip_range_vf", "clip_range_high", "dual_clip"} <= {
+        name for algo, name, _ in SCHEDULES if algo == "dual_clip_ppo"
+    }
+    assert {algo for algo, name, _ in SCHEDULES if name == "learning_rate"} == set(ALGORITHMS)
+
+
+@pytest.mark.parametrize(("algo", "name", "may_be_none"), SCHEDULES)
+def test_a_schedule_from_yaml(algo: str, name: str, may_be_none: bool, tmp_path: Path) -> None:
+    if name == "dual_clip":  # which must stay above 1 + clip_range
+        with pytest.raises(ValueError, match=r"dual_clip=0 .*progress 0"), from_yaml(algo, tmp_path, f"{name}: lin_4"):
+            pass
+    else:
+        with from_yaml(algo, tmp_path, f"{name}: lin_0.5") as model:
+            assert [getattr(model, name)(progress) for progress in (1.0, 0.5, 0.0)] == [0.5, 0.25, 0.0]
+    number = 4.0 if name == "dual_clip" else 0.75
+    with from_yaml(algo, tmp_path, f"{name}: {number}") as model:
+        value = getattr(model, name)
+        assert (value(0.5) if callable(value) else value) == number
+    if may_be_none:
+        with from_yaml(algo, tmp_path, f"{name}: null") as model:
+            assert getattr(model, name) is None
+    with pytest.raises(ValueError, match=rf"{name}='of_4' is not allowed"), from_yaml(algo, tmp_path, f"{name}: of_4"):
+        pass
+
+
+@pytest.mark.parametrize("command", ["plot_train", "all_plots", "plot_from_file"])
+def test_plots_say_what_to_install(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("rl_zoo3.plots")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "seaborn", None)
+    monkeypatch.setattr(sys, "argv", ["sb3-ppo-ext", command])
+    with pytest.raises(SystemExit, match=r'need seaborn, .*pip install "sb3-ppo-ext\[plots\]"'):
+        main()
+
+
+def test_the_extras_exist_that_messages_name() -> None:
+    extras = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert "\nplots = [" in extras
+    assert "\nzoo = [" in extras

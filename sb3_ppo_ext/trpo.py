@@ -109,7 +109,9 @@ class TRPO(OnPolicyAlgorithm):
     :param cg_residual_tol: relative residual ``|g - (F + cg_damping I) x| / |g|`` at which conjugate gradient stops
     :param accept_ratio: part of the predicted improvement that a step must make
     :param ent_coef: weight of the entropy in the objective; a number or a schedule
-    :param torch_compile: whether to compile the gradient step of the critic, see :class:`DualClipPPO`
+    :param torch_compile: whether to compile the gradient step of the critic and the evaluation of a rollout, see
+        :class:`DualClipPPO`. The Fisher-vector products stay as they are: on a graph that is kept they take less time
+        than a compiled product, which has to build it again (17-64-64-12 network, batch 2048: 1.5 against 2.3 ms)
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 

@@ -92,9 +92,10 @@ def fit_critic(
     :return: mean loss
     """
     set_critic_training_mode(policy, actor_parameters)
+    coefficients = {"max_grad_norm": math.inf}
     with step:
         history = [
-            step(rollout, rows, {"max_grad_norm": math.inf})["value_loss"]
+            step(rollout, rows, coefficients)["value_loss"]
             for _ in range(n_epochs)
             for rollout, rows in minibatches(rollout_buffer, batch_size)
         ]

@@ -214,9 +214,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 given = f"policy={self._policy_name()} with policy_kwargs={self.policy_kwargs!r}"
                 allowed = "MlpPolicy for vectors, CnnPolicy for images, MultiInputPolicy for Dict observations"
             raise ValueError(
-                f"{given} is not allowed for observation_space={self.observation_space}, "
-                f"action_space={self.action_space}: it must be what takes these, such as {allowed} "
-                f"({type(error).__name__}: {error})"
+                f"{given} is not allowed ({type(error).__name__}: {error}); it must be what takes "
+                f"observation_space={self.observation_space} and action_space={self.action_space}, such as {allowed}"
             ) from error
 
     def _policy_name(self) -> str:

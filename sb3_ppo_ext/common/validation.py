@@ -145,7 +145,9 @@ def as_schedule(name: str, value: float | str | Schedule, *, may_be_zero: bool =
         except ValueError:
             initial = math.nan
         if not 0.0 < initial < math.inf:
-            raise ValueError(f"{name}={value!r} is not allowed: a schedule's string is 'lin_' and a positive number")
+            raise ValueError(
+                f"{name}={value!r} is not allowed: it must be a number, a function, or 'lin_' and a positive number"
+            )
         return FloatSchedule(LinearSchedule(initial, 0.0, 1.0))
     if not callable(value):
         if may_be_zero:

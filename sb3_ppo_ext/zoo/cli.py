@@ -6,6 +6,7 @@ import importlib
 import runpy
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -65,17 +66,38 @@ def main() -> int:
     if command == _STUDY:
         return int(importlib.import_module("sb3_ppo_ext.zoo.study").main(arguments, _program(script)))
     with _replaced(sys, "argv", [f"sb3-ppo-ext {command}", *arguments]):
-        if command == "train":
-            _train(program=_program(script))
-        elif command == "record_training":
-            _record_training()
-        elif command == "record_video":
-            runpy.run_module("rl_zoo3.record_video", run_name="__main__")
-        elif command == "enjoy":
-            importlib.import_module("rl_zoo3.enjoy").enjoy()
-        else:
-            getattr(_plots(), command)()
+        try:
+            if command == "train":
+                _train(program=_program(script))
+            elif command == "record_training":
+                _record_training()
+            elif command == "record_video":
+                runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+            elif command == "enjoy":
+                importlib.import_module("rl_zoo3.enjoy").enjoy()
+            else:
+                getattr(_plots(), command)()
+        except (AssertionError, OSError, ValueError) as error:
+            if not _is_message(error):
+                raise
+            print(f"sb3-ppo-ext {command}: {error}", file=sys.stderr)
+            return 2
     return 0
+
+
+def _is_message(error: BaseException | None) -> bool:
+    """
+    Whether an error says all there is to say: rl_zoo3 or this package has raised it, and nothing of the user's own,
+    whose traceback is wanted.
+
+    :param error: raised by a command
+    """
+    while error is not None:
+        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+        if innermost.f_globals.get("__name__", "").split(".")[0] not in ("pathlib", "rl_zoo3", "sb3_ppo_ext", "yaml"):
+            return False
+        error = error.__cause__
+    return True
 
 
 def _program(script: str) -> list[str]:

@@ -34,6 +34,10 @@ _ZOO_KEYS = {
 _COMMAND_LINE_KEYS = {"device", "env", "seed", "tensorboard_log", "verbose"}
 
 
+class EntryError(ValueError):
+    """An entry or its file is wrong; the message names it."""
+
+
 class ZooExperimentManager(ExperimentManager):
     """
     Reads our algorithms' hyper-parameters from their own YAML files, unless the user names a file; checks them before
@@ -49,6 +53,18 @@ class ZooExperimentManager(ExperimentManager):
         self.program = program
         if not options.get("config") and self.algo in ALGORITHMS:
             self.config = str(config_path(self.algo))
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """
+        :return: the model and the hyper-parameters to be saved; None for a study
+        """
+        try:
+            return super().setup_experiment()
+        except EntryError:
+            raise
+        except ValueError as error:
+            task = f"{self.algo} on {self.env_name.gym_id}, {self.config}"
+            raise ValueError(f"{task}: {error}") from error
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
@@ -67,7 +83,10 @@ class ZooExperimentManager(ExperimentManager):
     def _check_entry(self) -> None:
         """Say so if the configuration has no entry for the environment."""
         if self.config.endswith((".yml", ".yaml")):
-            entries = yaml.safe_load(Path(self.config).read_text()) or {}
+            try:
+                entries = yaml.safe_load(Path(self.config).read_text()) or {}
+            except yaml.YAMLError as error:
+                raise EntryError(f"{self.config} is no YAML: {error}") from error
         elif self.config.endswith(".py"):
             entries = runpy.run_path(self.config)["hyperparams"]
         else:
@@ -78,23 +97,23 @@ class ZooExperimentManager(ExperimentManager):
             return
         message = f"{self.config} has no entry for {env_id}{_nearest(env_id, entries)}"
         if "default" not in entries or self._is_atari:
-            raise ValueError(message)
+            raise EntryError(message)
         print(message)
 
     def _check_keys(self, hyperparams: dict[str, Any]) -> None:
         """Refuse an entry with a key that nothing reads, or without one that rl_zoo3 cannot do without."""
         constructor = set(inspect.signature(ALGORITHMS[self.algo]).parameters) - {"_init_setup_model"}
         for key in hyperparams:
-            where = "--hyperparams" if key in (self.custom_hyperparams or {}) else self.config
+            where = "-params" if key in (self.custom_hyperparams or {}) else self.config
             where = f"{where}, {self.env_name.gym_id}"
             if key in _COMMAND_LINE_KEYS:
-                raise ValueError(f"{where}: '{key}' is set on the command line, with --{key.replace('_', '-')}")
+                raise EntryError(f"{where}: '{key}' is set on the command line, with --{key.replace('_', '-')}")
             if key not in constructor | _ZOO_KEYS:
                 known = (constructor | _ZOO_KEYS) - _COMMAND_LINE_KEYS
-                raise ValueError(f"{where}: unknown key '{key}'{_nearest(key, known)}")
+                raise EntryError(f"{where}: unknown key '{key}'{_nearest(key, known)}")
         for key in ("n_timesteps", "policy"):
             if key not in hyperparams:
-                raise ValueError(f"{self.config}, {self.env_name.gym_id}: '{key}' is missing")
+                raise EntryError(f"{self.config}, {self.env_name.gym_id}: '{key}' is missing")
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         """

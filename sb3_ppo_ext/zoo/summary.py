@@ -56,16 +56,29 @@ def summary(manager: ExperimentManager, model: BaseAlgorithm, program: Sequence[
         enjoy += ["--gym-packages", *manager.args.gym_packages]
     if run_id.isdigit():  # rl_zoo3 finds runs by number; one named with --uuid has none
         lines += ["", "Watch the agent:", f"  {shlex.join([*program, *enjoy])}"]
-    # The same command line again, from the model on; of two -i the last one counts.
     lines += [
         "",
         "Continue the training:",
-        f"  {shlex.join([*program, 'train', *sys.argv[1:], '-i', str(model_path)])}",
+        f"  {shlex.join([*program, 'train', *_without_trained_agent(sys.argv[1:]), '-i', str(model_path)])}",
     ]
     if manager.tensorboard_log:
         tensorboard = [str(Path(sys.executable).with_name("tensorboard")), "--logdir", manager.tensorboard_log]
         lines += ["", "Open TensorBoard:", f"  {shlex.join(tensorboard)}"]
     return "\n".join(lines)
+
+
+def _without_trained_agent(arguments: Sequence[str]) -> list[str]:
+    """
+    :param arguments: of ``train``
+    :return: the same without the model that the training started from
+    """
+    flags = ("-i", "--trained-agent")
+    kept = [argument for argument in arguments if not argument.startswith("--trained-agent=")]
+    return [
+        argument
+        for before, argument in zip(["", *kept], kept, strict=False)
+        if argument not in flags and before not in flags
+    ]
 
 
 def _evaluate(manager: ExperimentManager, model: BaseAlgorithm) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Workers:
         :param log: what the process prints is added to this file
         """
         process = self._context.Process(target=_work, args=(list(arguments), str(log.resolve()), os.getcwd()))
+        if hasattr(os, "fork"):
+            resource_tracker.ensure_running()  # starting it would let interrupts through again
         with _without_interrupt():  # the server is started with the first process, and inherits what is blocked
             process.start()
         self.slots[slot] = process

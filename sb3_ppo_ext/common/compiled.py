@@ -123,6 +123,7 @@ class CompiledStep:
         self._compiled = _compile(self._step, self._parameters[0].device)
         self._any_size = any_size
         self._seen: set[int] = set()
+        self.names: tuple[str, ...] = ()
         self._numbers: Mapping[str, float] | None = None
 
     def __enter__(self) -> object:
@@ -155,17 +156,19 @@ class CompiledStep:
             state["step"].copy_(self._owned.clock[0])
         self._flat.restore()
 
-    def __call__(
-        self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]
-    ) -> Statistics:
+    def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
         size = 0 if self._any_size else len(rollout.returns if rows is None else rows)
         if self._any_size:
             _let_rows_vary(rollout, rows)
+        numbers = self._on_device(coefficients)
         is_new = size not in self._seen
         self._seen.add(size)
         minibatches = f"minibatches of {size}" if size else "minibatches"
-        with _announced(f"the gradient step for {minibatches}", is_new and self._announce), th.no_grad():
-            statistics: Statistics = self._compiled(self._owned, self._on_device(coefficients), rollout, rows)
+        with th.no_grad():
+            if not self.names:  # which a compiled graph does not return
+                self.names = (*self._module(rollout if rows is None else take(rollout, rows), numbers)[1], "grad_norm")
+            with _announced(f"the gradient step for {minibatches}", is_new and self._announce):
+                statistics: th.Tensor = self._compiled(self._owned, numbers, rollout, rows)
         return statistics
 
     def _on_device(self, coefficients: Mapping[str, float]) -> dict[str, th.Tensor]:
@@ -182,7 +185,7 @@ class CompiledStep:
         coefficients: Mapping[str, th.Tensor],
         rollout: RolloutSamples,
         rows: th.Tensor | None,
-    ) -> Statistics:
+    ) -> th.Tensor:
         rollout_data = rollout if rows is None else take(rollout, rows)
 
         def loss_of(thetas: list[th.Tensor]) -> tuple[th.Tensor, Statistics]:
@@ -226,7 +229,7 @@ class CompiledStep:
             exp_avg.copy_(th.where(takes_step, new_exp_avg, exp_avg))
             exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
         clock.copy_(th.where(takes_step, new_clock, clock))
-        return statistics
+        return th.stack(list(statistics.values()))  # one tensor: to make and to keep one of each takes longer
 
 
 class CompiledEvaluation:

@@ -95,8 +95,8 @@ def fit_critic(
     coefficients = {"max_grad_norm": math.inf}
     with step:
         history = [
-            step(rollout, rows, coefficients)["value_loss"]
+            step(rollout, rows, coefficients)
             for _ in range(n_epochs)
             for rollout, rows in minibatches(rollout_buffer, batch_size)
         ]
-    return th.stack(history).mean().item()
+    return th.stack(history).mean(dim=0)[step.names.index("value_loss")].item()

@@ -32,11 +32,12 @@ class MinibatchStep(Protocol):
     afterwards the policy and its optimiser hold the result.
     """
 
+    names: tuple[str, ...]
+    """Of the statistics that a step gives, once it has been made."""
+
     def __enter__(self) -> object: ...
 
-    def __call__(
-        self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]
-    ) -> Statistics:
+    def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
         """
         One step. It is not made if the gradient is not finite.
 
@@ -44,7 +45,8 @@ class MinibatchStep(Protocol):
         :param rows: which of them are the minibatch; None: all
         :param coefficients: what the loss asks for; ``max_grad_norm``, the largest norm of the gradient; and, if the
             step is not to be made where the statistic ``approx_kl`` is above it, ``kl_limit``
-        :return: the statistics of the loss, and ``grad_norm``, the norm before clipping
+        :return: the statistics of the loss and ``grad_norm``, the norm before clipping (0 if no step was to be made),
+            in one tensor of shape ``(len(names),)``
         """
         ...
 
@@ -70,6 +72,7 @@ class EagerStep:
         self._optimizer = optimizer
         self._minibatch_loss = minibatch_loss
         self._flat: FlatAdam | None = None
+        self.names: tuple[str, ...] = ()
 
     def __enter__(self) -> object:
         use_fused_adam(self._optimizer)
@@ -84,25 +87,29 @@ class EagerStep:
             self._flat.restore()
             self._flat = None
 
-    def __call__(
-        self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]
-    ) -> Statistics:
+    def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
         rollout_data = rollout if rows is None else take(rollout, rows)
         loss, statistics = self._minibatch_loss(rollout_data, coefficients)
         if "kl_limit" in coefficients and statistics["approx_kl"].item() > coefficients["kl_limit"]:
-            return statistics
+            statistics["grad_norm"] = th.zeros_like(loss)
+        else:
+            statistics["grad_norm"] = self._make_step(loss, coefficients["max_grad_norm"])
+        self.names = tuple(statistics)
+        with th.no_grad():
+            return th.stack(list(statistics.values()))
+
+    def _make_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
         if self._flat is None:
             for parameter in self._parameters:
                 parameter.grad = None
         else:
             self._flat.zero_grad()
         loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
-        statistics["grad_norm"] = clip_and_step(
+        return clip_and_step(
             self._optimizer if self._flat is None else self._flat.adam,
             self._parameters if self._flat is None else self._flat.parameters,
-            max_grad_norm=coefficients["max_grad_norm"],
+            max_grad_norm=max_grad_norm,
         )
-        return statistics
 
 
 def clip_and_step(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float) -> th.Tensor:

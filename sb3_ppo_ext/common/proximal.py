@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch as th
@@ -154,26 +152,25 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             of=(tuple(coefficients), self.normalize_advantage),
         )
-        history: dict[str, list[th.Tensor]] = defaultdict(list)
+        history: list[th.Tensor] = []
         stopped_at: int | None = None
 
         with step:
             for epoch in range(self.n_epochs):
                 for rollout, rows in minibatches(self.rollout_buffer, self.batch_size):
-                    statistics = step(rollout, rows, coefficients)
-                    if kl_limit is not None and statistics["approx_kl"].item() > kl_limit:
+                    history.append(step(rollout, rows, coefficients))
+                    if kl_limit is not None and history[-1][step.names.index("approx_kl")].item() > kl_limit:
                         stopped_at = epoch
-                        statistics.pop("grad_norm", None)  # of a step that was not made
-                    for name, statistic in statistics.items():
-                        history[name].append(statistic)
-                    if stopped_at is not None:
                         break
                 self._n_updates += 1
                 if stopped_at is not None:
                     break
         self._project()
 
-        self._log_update(history, scheduled, stopped_at)
+        series = dict(zip(step.names, th.stack(history, dim=1).tolist(), strict=True))
+        if stopped_at is not None:
+            series["grad_norm"].pop()  # of a step that was not made
+        self._log_update(series, scheduled, stopped_at)
         self._after_update()
 
     def _minibatch_loss(
@@ -211,12 +208,11 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             values, rollout_data.old_values, rollout_data.returns, clip_range_vf=coefficients["clip_range_vf"]
         ).mean()
 
-    def _log_update(
-        self, history: dict[str, list[th.Tensor]], scheduled: dict[str, float], stopped_at: int | None
-    ) -> None:
+    def _log_update(self, series: dict[str, list[float]], scheduled: dict[str, float], stopped_at: int | None) -> None:
         """Log the mean of each statistic over all minibatches (of one that is called a maximum, the maximum)."""
-        series = {name: values.tolist() for name, values in zip(history, _to_host(history.values()), strict=True)}
         for name, values in series.items():
+            if not values:
+                continue
             self.logger.record(f"train/{name}", max(values) if name.endswith("_max") else sum(values) / len(values))
         buffer = self.rollout_buffer
         explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
@@ -231,10 +227,3 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             if self.verbose >= 1:
                 print(f"Update stopped early, at epoch {stopped_at} of {self.n_epochs}: the policy has moved too far")
         raise_if_not_finite(series)
-
-
-def _to_host(series: Iterable[list[th.Tensor]]) -> list[th.Tensor]:
-    """Lists of scalars as tensors on the host, moved there in one transfer."""
-    lists = list(series)
-    everything = th.stack([scalar for values in lists for scalar in values]).cpu()
-    return list(th.split(everything, [len(values) for values in lists]))

@@ -81,7 +81,7 @@ def main() -> int:
             if not _is_message(error):
                 raise
             print(f"sb3-ppo-ext {command}: {error}", file=sys.stderr)
-            return 2
+            return 1
     return 0
 
 

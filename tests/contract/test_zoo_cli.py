@@ -173,18 +173,18 @@ def said(output: str) -> str:
 
 def test_a_typo_is_named_with_its_file_and_the_right_key(command: Command) -> None:
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": {**ENTRY, "clip_rnage": 0.1}}))
-    output = command(*TRAIN, "-conf", "mine.yml", code=2)
+    output = command(*TRAIN, "-conf", "mine.yml", code=1)
     expected = "sb3-ppo-ext train: mine.yml, CartPole-v1: unknown key 'clip_rnage'; the nearest is 'clip_range'"
     assert said(output) == expected
     assert "Traceback" not in output
-    output = command(*TRAIN, "-params", "nenvs:3", code=2)
+    output = command(*TRAIN, "-params", "nenvs:3", code=1)
     assert said(output) == "sb3-ppo-ext train: -params, CartPole-v1: unknown key 'nenvs'; the nearest is 'n_envs'"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # rl_zoo3's monitor is left open
 def test_a_value_out_of_range_is_named_with_its_file(command: Command) -> None:
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": {**ENTRY, "gamma": 2}}))
-    output = said(command(*TRAIN, "-conf", "mine.yml", code=2))
+    output = said(command(*TRAIN, "-conf", "mine.yml", code=1))
     assert output.startswith("sb3-ppo-ext train: dual_clip_ppo on CartPole-v1, mine.yml: gamma=2 is not allowed")
 
 
@@ -192,7 +192,7 @@ def test_a_value_out_of_range_is_named_with_its_file(command: Command) -> None:
 def test_a_file_that_cannot_be_read_is_named(command: Command, content: str | None) -> None:
     if content is not None:
         Path("mine.yml").write_text(content)
-    output = command(*TRAIN, "-conf", "mine.yml", code=2)
+    output = command(*TRAIN, "-conf", "mine.yml", code=1)
     assert ("sb3-ppo-ext train: mine.yml is no YAML" if content else "No such file or directory: 'mine.yml'") in output
 
 
@@ -203,7 +203,7 @@ def test_the_traceback_of_the_users_own_code_is_kept(command: Command) -> None:
 
 
 def test_what_the_command_line_sets_is_not_set_in_an_entry(command: Command) -> None:
-    output = command(*TRAIN, "-params", "tensorboard_log:'logs'", code=2)
+    output = command(*TRAIN, "-params", "tensorboard_log:'logs'", code=1)
     assert "'tensorboard_log' is set on the command line, with --tensorboard-log" in said(output)
 
 
@@ -211,12 +211,12 @@ def test_what_the_command_line_sets_is_not_set_in_an_entry(command: Command) -> 
 def test_a_missing_key_is_named(command: Command, key: str) -> None:
     entry = {name: value for name, value in ENTRY.items() if name != key}
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": entry}))
-    assert f"mine.yml, CartPole-v1: '{key}' is missing" in said(command(*TRAIN, "-conf", "mine.yml", code=2))
+    assert f"mine.yml, CartPole-v1: '{key}' is missing" in said(command(*TRAIN, "-conf", "mine.yml", code=1))
 
 
 def test_an_environment_without_an_entry_is_named(command: Command) -> None:
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v0": ENTRY, "Pendulum-v1": ENTRY}))
-    output = said(command(*TRAIN, "-conf", "mine.yml", code=2))
+    output = said(command(*TRAIN, "-conf", "mine.yml", code=1))
     assert output == "sb3-ppo-ext train: mine.yml has no entry for CartPole-v1; the nearest is 'CartPole-v0'"
 
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v0": ENTRY, "default": ENTRY}))
@@ -226,9 +226,9 @@ def test_an_environment_without_an_entry_is_named(command: Command) -> None:
 
 
 def test_an_unknown_environment_and_an_agent_that_is_not_there_are_named(command: Command) -> None:
-    output = said(command("train", "--algo", "dual_clip_ppo", "--env", "CartPol-v1", code=2))
+    output = said(command("train", "--algo", "dual_clip_ppo", "--env", "CartPol-v1", code=1))
     assert output.startswith("sb3-ppo-ext train: CartPol-v1 not found")
-    output = said(command("enjoy", "--algo", "trpo_ext", "--env", "CartPole-v1", "-f", "logs", "--no-render", code=2))
+    output = said(command("enjoy", "--algo", "trpo_ext", "--env", "CartPole-v1", "-f", "logs", "--no-render", code=1))
     assert output.startswith("sb3-ppo-ext enjoy: The logs/trpo_ext folder was not found")
 
 

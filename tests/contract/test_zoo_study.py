@@ -355,7 +355,7 @@ def test_flags_that_train_does_not_know_and_trials_that_always_fail_end_the_sear
     output = command(*held.arguments(tmp_path, 2), "--smapler", "tpe", code=2)
     assert "the workers fail: sb3-ppo-ext train: error: unrecognized arguments: --smapler tpe" in output
     output = command(*held.arguments(tmp_path, 2, "--device", "none", "--workers", "1"), code=2)
-    assert "the workers fail: ValueError: " in output
+    assert "the workers fail: sb3-ppo-ext train: device='none' is not allowed" in output
     assert "worker-1.log" in output
     assert states() == {"FAIL": 4}
 

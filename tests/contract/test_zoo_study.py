@@ -1,6 +1,8 @@
 """``sb3-ppo-ext study``: searching, going on after an interruption, and what becomes of the best trials."""
 
+import contextlib
 import csv
+import multiprocessing.forkserver
 import os
 import re
 import shlex
@@ -376,3 +378,16 @@ def test_another_task_needs_another_study(command: Command, tmp_path: Path) -> N
 def test_numbers_are_numbers(command: Command, tmp_path: Path, flag: str, value: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         command(*held.arguments(tmp_path, 1), flag, value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the signal mask from /proc")
+def test_ctrl_c_does_not_reach_the_server_that_processes_are_forked_from(tmp_path: Path) -> None:
+    """In its first seconds it imports torch, and would end in a traceback of its own."""
+    with contextlib.closing(Workers(1)) as workers:
+        workers.start(1, ["--version"], tmp_path / "log")
+        server = vars(multiprocessing.forkserver._forkserver)["_forkserver_pid"]  # type: ignore[attr-defined]
+        status = Path(f"/proc/{server}/status").read_text()
+        while workers.running:
+            workers.ended(timeout=60)
+    blocked = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
+    assert blocked >> (signal.SIGINT - 1) & 1

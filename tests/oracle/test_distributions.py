@@ -183,3 +183,15 @@ def test_families_of_spaces() -> None:
     assert family_of_space(spaces.MultiBinary(4)) == Bernoulli(4)
     with pytest.raises(ValueError, match="action_space=MultiBinary"):
         family_of_space(spaces.MultiBinary([2, 2]))
+
+
+def test_one_standard_deviation_for_all_rows_is_a_special_case() -> None:
+    th.manual_seed(0)
+    mean = th.randn(5, 3, dtype=th.float64)
+    actions = th.randn(5, 3, dtype=th.float64)
+    log_std = th.tensor([-1.0, 0.3, 2.0], dtype=th.float64)
+    family = Gaussian(3)
+    log_prob, entropy = family.log_prob_and_entropy(mean, log_std, actions)
+    normal = th.distributions.Independent(th.distributions.Normal(mean, log_std.exp().expand_as(mean)), 1)
+    th.testing.assert_close(log_prob, normal.log_prob(actions), atol=1e-12, rtol=0.0)
+    th.testing.assert_close(entropy, normal.entropy(), atol=1e-12, rtol=0.0)

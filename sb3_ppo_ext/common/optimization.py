@@ -23,7 +23,7 @@ MinibatchLoss = Callable[[RolloutSamples, Coefficients], tuple[th.Tensor, Statis
 
 
 class NonFiniteError(ValueError):
-    """A loss or a gradient is NaN or infinite. The step was not made: the parameters are as they were before it."""
+    """A reward, an observation, a loss or a gradient is NaN or infinite. No step was made from it."""
 
 
 class MinibatchStep(Protocol):

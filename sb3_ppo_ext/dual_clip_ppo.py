@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -16,8 +16,6 @@ from sb3_ppo_ext.common.buffers import RolloutSamples
 from sb3_ppo_ext.common.optimization import Coefficients
 from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
 from sb3_ppo_ext.common.validation import as_schedule, check_real
-
-SelfDualClipPPO = TypeVar("SelfDualClipPPO", bound="DualClipPPO")
 
 
 class DualClipPPO(ProximalAlgorithm):

@@ -76,6 +76,22 @@ def _rollout(
     }
 
 
+def _proximal(trial: optuna.Trial, n_envs: int) -> Params:
+    """
+    What the spaces of both proximal policy optimisations have: rollout, minibatches, gamma, lambda and network; and
+
+    - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
+
+    :param trial: to draw for
+    :param n_envs: number of environments
+    """
+    return {
+        **_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+        "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
+    }
+
+
 def convert_rollout_params(sampled_params: Params) -> Params:
     """
     The converter of AdaptiveKLPPO.
@@ -105,10 +121,9 @@ def sample_dual_clip_ppo_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]
 ) -> Params:
     """
-    Besides rollout, minibatches, gamma, lambda and network, which all spaces have:
+    Besides what both proximal spaces have:
 
-    - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
-    - ``clip_range``: where it ends
+    - ``clip_range``: where an update ends
     - ``clip_range_ratio``: of high to low clip range, from symmetric to twice as far up
     - ``dual_clip``: from near the first clip to where it hardly ever acts; above 1 + clip_range_high for all of these
 
@@ -122,9 +137,7 @@ def sample_dual_clip_ppo_params(
         trial,
         convert_dual_clip_ppo_params,
         {
-            **_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
-            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
-            "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
+            **_proximal(trial, n_envs),
             "clip_range": trial.suggest_float("clip_range", 0.1, 0.4),
             "clip_range_ratio": trial.suggest_float("clip_range_ratio", 1.0, 2.0),
             "dual_clip": trial.suggest_float("dual_clip", 2.0, 6.0),
@@ -136,9 +149,8 @@ def sample_adaptive_kl_ppo_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]
 ) -> Params:
     """
-    Besides rollout, minibatches, gamma, lambda and network, which all spaces have:
+    Besides what both proximal spaces have:
 
-    - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
     - ``target_kl``: of the whole action, which an update aims at; the constructor's 0.01 for each action dimension lies
       in this range up to 30 dimensions
     - ``kl_coef``: at first. It adapts by a factor of two a rollout, which is slow where a training has few
@@ -156,9 +168,7 @@ def sample_adaptive_kl_ppo_params(
         trial,
         convert_rollout_params,
         {
-            **_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
-            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
-            "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
+            **_proximal(trial, n_envs),
             "target_kl": trial.suggest_float("target_kl", 0.003, 0.3, log=True),
             "kl_coef": trial.suggest_float("kl_coef", 0.1, 10.0, log=True),
         },

@@ -91,7 +91,9 @@ def test_train_and_every_command_that_it_prints(tmp_path: Path) -> None:
     assert "Episode Reward" in start([*watch, "--no-render", "-n", "300"], tmp_path)
 
     proceed = printed_command(output, "Continue the training:")
-    assert "Loading pretrained agent" in start(proceed, tmp_path)
+    continued = start(proceed, tmp_path)
+    assert "Loading pretrained agent" in continued
+    assert printed_command(continued, "Continue the training:").count("-i") == 1  # and not the one it started from
     assert (run.with_name("CartPole-v1_2") / "CartPole-v1.zip").is_file()
 
     tensorboard = printed_command(output, "Open TensorBoard:")

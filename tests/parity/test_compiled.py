@@ -126,6 +126,24 @@ def test_one_graph_serves_rollouts_of_all_sizes() -> None:
     assert counters["stats"]["unique_graphs"] == before
 
 
+def test_a_graph_is_used_for_the_sizes_only_that_it_is_for() -> None:
+    """The first rollout is one minibatch, of 4 samples; the second has 33, in minibatches of 32 and 1."""
+    script = ((4, True, False), (33, True, False))
+    models: list[Any] = []
+    for compiled in (False, True):
+        before = counters["stats"]["unique_graphs"]
+        env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES, script), seed=0)
+        kwargs: dict[str, Any] = {"baseline": "value", "episodes_per_env": 1, "batch_size": 32, "n_critic_updates": 2}
+        model = REINFORCE("MlpPolicy", env, seed=0, device="cpu", torch_compile=compiled, **kwargs)
+        np.random.seed(0)  # noqa: NPY002  # the minibatches
+        models.append(model.learn(37))
+    assert counters["stats"]["unique_graphs"] == before + 3  # the evaluation, the step, and the step for one sample
+    eager, compiled_model = models
+    assert eager._n_updates == compiled_model._n_updates == 2
+    for p, q in zip(eager.policy.parameters(), compiled_model.policy.parameters(), strict=True):
+        assert (p - q).abs().max().item() <= 1e-5
+
+
 def test_save_and_load_continue_compiled_as_eager(tmp_path: Any) -> None:
     """The optimiser's moments are back in the optimiser after each update, so that a saved model has them."""
     model = make_model(DualClipPPO, spaces.Discrete(3), torch_compile=True)

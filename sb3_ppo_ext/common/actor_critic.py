@@ -114,6 +114,7 @@ class DirectActorCritic:
         self.policy = policy
         self._with_params = with_params
         self.family: Family = family_of_space(policy.action_space, squash_output=policy.squash_output)
+        self._like = next(policy.parameters()).new_empty(0)  # dtype and device
         self._action_dist: Any = policy.action_dist  # SB3's types do not say what only gSDE's has
         self._is_gaussian = isinstance(policy.action_dist, sb3.DiagGaussianDistribution)
         self._is_sde = isinstance(policy.action_dist, sb3.StateDependentNoiseDistribution)
@@ -147,10 +148,33 @@ class DirectActorCritic:
         Draw an action for each observation: by the actor alone, or, where a second pass through the extractor would
         cost more than it saves, together with values and parameters.
         """
+        return self.act_by(obs, self.noise(_n_rows(obs)))
+
+    def noise(self, n: int) -> th.Tensor:
+        """
+        What :meth:`act_by` makes actions of: random numbers, drawn as SB3 draws them; for gSDE the exploration
+        matrices, drawn before and kept for many steps.
+
+        :param n: number of actions
+        """
+        if not self._is_sde:
+            return self.family.noise(n, self._like)
+        matrices: th.Tensor = self._action_dist.exploration_matrices
+        one_each = n > 1 and n == matrices.shape[0]
+        return (matrices if one_each else self._action_dist.exploration_mat).detach()
+
+    def act_by(self, obs: PyTorchObs, noise: th.Tensor) -> tuple[th.Tensor, Kept | None]:
+        """
+        :meth:`act`, a function of random numbers.
+
+        :param obs: a batch of observations
+        :param noise: from :meth:`noise`
+        """
         if self._shares_features:
             latent_pi, latent_vf = self._latents(self._preprocess(obs))
-            return self._sample(latent_pi), Kept(self._values(latent_vf), None, self._params(latent_pi))
-        return self._sample(self._latent_pi(self._preprocess(obs))), None
+            kept = Kept(self._values(latent_vf), None, self._params(latent_pi))
+            return self._drawn(latent_pi, noise), kept
+        return self._drawn(self._latent_pi(self._preprocess(obs)), noise), None
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
         latent_pi, latent_vf = self._latents(self._preprocess_batch(obs))
@@ -192,14 +216,15 @@ class DirectActorCritic:
             return th.cat((out, (variance + action_dist.epsilon).sqrt()), dim=1)
         return out
 
-    def _sample(self, latent_pi: th.Tensor) -> th.Tensor:
+    def _drawn(self, latent_pi: th.Tensor, noise: th.Tensor) -> th.Tensor:
         out = _apply(self._action_net, latent_pi)
         if self._is_gaussian:  # what the family draws, without assembling its parameters first
-            return out + th.randn_like(out) * self.policy.log_std.exp()
-        if self._is_sde:  # the noise is a matrix, drawn before and kept for many steps, times the features
-            noise: th.Tensor = self._action_dist.get_noise(latent_pi)
-            return out + noise if self._action_dist.bijector is None else (out + noise).tanh()
-        return self.family.sample(out)
+            return out + noise * self.policy.log_std.exp()
+        if self._is_sde:
+            features = latent_pi if noise.dim() == 2 else latent_pi.unsqueeze(dim=1)
+            action = out + (features @ noise).view_as(out)
+            return action if self._action_dist.bijector is None else action.tanh()
+        return self.family.draw(out, noise)
 
 
 Layer = Callable[[th.Tensor], th.Tensor]
@@ -237,6 +262,10 @@ def _channels_last(images: th.Tensor) -> th.Tensor:
     return images.contiguous(memory_format=th.channels_last) if images.device.type == "cpu" else images
 
 
+def _n_rows(obs: PyTorchObs) -> int:
+    return (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
+
+
 def _apply(layers: list[Layer], x: th.Tensor) -> th.Tensor:
     for layer in layers:
         x = layer(x)
@@ -271,7 +300,7 @@ def _unrolled(module: nn.Module) -> list[Layer]:
     if type(module) is nn.Linear:
         return [partial(_linear, module)]
     if type(module) is nn.Tanh:
-        return [_tanh]
+        return [th.tanh]
     return [module]
 
 
@@ -289,11 +318,6 @@ def _has_hooks(module: nn.Module) -> bool:
 def _linear(module: nn.Linear, x: th.Tensor) -> th.Tensor:
     # The parameters are looked up at the call, so that torch.func.functional_call can swap them.
     return F.linear(x, module.weight, module.bias)
-
-
-def _tanh(x: th.Tensor) -> th.Tensor:
-    # As the compiler of torch 2.13 writes it, a sigmoid takes a third of the time; the difference is at most 2e-7.
-    return 2.0 * th.sigmoid(2.0 * x) - 1.0 if th.compiler.is_compiling() else th.tanh(x)
 
 
 class SB3ActorCritic:

@@ -182,8 +182,10 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :param batch_size: samples in a minibatch; the last may be smaller
         :return: for each minibatch, shape ``(batch_size,)``
         """
-        rows = np.random.permutation(len(self.flat().returns))  # noqa: NPY002
-        return th.split(th.from_numpy(rows).to(self.device), batch_size)
+        rows = th.from_numpy(np.random.permutation(len(self.flat().returns)))  # noqa: NPY002
+        if self.device.type == "cuda":  # from where the host need not wait for it
+            rows = rows.pin_memory()
+        return th.split(rows.to(self.device, non_blocking=True), batch_size)
 
 
 class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[misc]

@@ -1,32 +1,37 @@
 """
-What ``torch_compile=True`` compiles: a gradient step (gradients, clipping of their norm and Adam, over flat parameters)
-and the evaluation of a rollout, each as one graph.
+What ``torch_compile=True`` compiles: the actor, the evaluation of a rollout, and a gradient step (gradients, clipping
+of their norm and Adam, over flat parameters), each as one program.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import hashlib
 import os
+import platform
 import shutil
 import tempfile
 import time
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch import nn
-from torch.func import functional_call, grad
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
+from torch.func import functional_call
+from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation
+from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept
 from sb3_ppo_ext.common.buffers import RolloutSamples, take
 from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces, steps_made
-from sb3_ppo_ext.common.optimization import Coefficients, MinibatchLoss, Statistics
+from sb3_ppo_ext.common.optimization import MinibatchLoss
 
-_SERIAL = itertools.count()
+Run = Callable[[list[th.Tensor]], list[th.Tensor]]
+"""A compiled program: flat tensors in, flat tensors out; it may write into what it is given."""
 
 
 def check_can_compile(policy: nn.Module, optimizer: th.optim.Optimizer) -> None:
@@ -60,12 +65,302 @@ def check_can_compile(policy: nn.Module, optimizer: th.optim.Optimizer) -> None:
     on_cpu = all(parameter.device.type == "cpu" for parameter in policy.parameters())
     if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
         raise ValueError(f"{refused} without a C++ compiler: install g++ (Debian: apt install g++), or clang")
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    folder = str(_cache_folder())
     if on_cpu and " " in folder:
         raise ValueError(
             f"{refused} with a cache in {folder!r}: the compiler of torch cannot use a path with a space; set "
             "TORCHINDUCTOR_CACHE_DIR to one without"
         )
+
+
+class Program:
+    """
+    A function of tensors, compiled for the shapes that it is called with.
+
+    On the CPU it becomes machine code without any Python around it (AOTInductor), which is kept for later runs beside
+    what torch itself keeps. On CUDA it is recorded as a CUDA graph, which reads and writes where it was recorded: what
+    is bound is copied there once, and :meth:`bind` says where that is.
+
+    :param function: of ``(fixed, batch, *more)``, tuples, dicts and lists of tensors; it gives a sequence of tensors,
+        and may write into ``fixed``
+    :param device: of all tensors
+    :param what: it is, in words
+    :param any_size: whether one program is to serve any number of rows, the first dimension of what is in ``batch``
+        and ``more``; it is a little slower, and not recorded
+    :param announce: whether to tell who is waiting that something is being compiled, and how long it took
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[th.Tensor]],
+        device: th.device,
+        *,
+        what: str,
+        any_size: bool,
+        announce: bool,
+    ) -> None:
+        self._function = function
+        self._device = device
+        self._what = what
+        self._any_size = any_size
+        self._announce = announce
+        self._is_recorded = _can_record(device) and not any_size
+        self._runs: dict[Hashable, Run] = {}
+        self._places: dict[Hashable, list[th.Tensor]] = {}
+
+    def bind(self, fixed: Any, batch: Any = ()) -> Any:
+        """
+        Set the first two arguments of the calls that follow.
+
+        :param fixed: tensors whose shapes never change
+        :param batch: tensors whose number of rows may
+        :return: ``fixed``, as tensors that the calls write into
+        """
+        leaves, self._structure = tree_flatten((fixed, batch))
+        self._n_fixed = len(tree_leaves(fixed))
+        self._bound_key = tuple(self._form(leaf, i >= self._n_fixed) for i, leaf in enumerate(leaves))
+        if self._is_recorded:
+            if self._bound_key not in self._places:
+                self._places[self._bound_key] = [th.empty_like(leaf) for leaf in leaves]
+            leaves = _copied(self._places[self._bound_key], leaves)
+        self._bound = leaves
+        return tree_unflatten(leaves, self._structure)[0]
+
+    def __call__(self, *more: Any) -> list[th.Tensor]:
+        """
+        :param more: the other arguments of the function
+        :return: what it gives
+        """
+        leaves = list(more) if all(isinstance(leaf, th.Tensor) for leaf in more) else tree_leaves(more)
+        key = self._bound_key, tuple([self._form(leaf, True) for leaf in leaves])
+        run = self._runs.get(key)
+        if run is None:
+            with _announced(self._what, self._announce):
+                run = self._runs[key] = self._compiled(more)
+        return run([*self._bound, *leaves])
+
+    def _form(self, tensor: th.Tensor, is_batch: bool) -> Hashable:
+        """What a program depends on; for any number of rows, whether there are several."""
+        shape = tensor.shape
+        if is_batch and self._any_size:
+            return (min(shape[0], 2), *shape[1:]), tensor.stride(), tensor.dtype
+        return shape, tensor.stride(), tensor.dtype
+
+    def _compiled(self, more: tuple[Any, ...]) -> Run:
+        leaves, structure = tree_flatten((*tree_unflatten(self._bound, self._structure), *more))
+        varies = [
+            self._any_size and i >= self._n_fixed and leaf.dim() > 0 and leaf.shape[0] > 1
+            for i, leaf in enumerate(leaves)
+        ]
+
+        def flat(*leaves: th.Tensor) -> list[th.Tensor]:
+            return list(self._function(*tree_unflatten(leaves, structure)))
+
+        with warnings.catch_warnings(), th.no_grad():
+            warnings.simplefilter("ignore")  # about torch's own code
+            graph = _traced(flat, leaves, any_size=any(varies), device=self._device)
+            constants = _lifted(graph)
+            if self._device.type == "cpu":
+                run = _machine_code(graph, [*leaves, *constants], [*varies, *(False for _ in constants)])
+            else:
+                compiled = th.compile(graph, fullgraph=True, dynamic=None if any(varies) else False)
+                run = th.no_grad()(lambda inputs: compiled(*inputs))
+            with_constants: Run = (lambda inputs: run([*inputs, *constants])) if constants else run
+            return _Recording(with_constants, leaves, len(self._bound)) if self._is_recorded else with_constants
+
+
+class _Recording:
+    """
+    A CUDA graph of a program.
+
+    :param run: the program
+    :param inputs: to record it with
+    :param n_bound: how many of these stay where they are; the others are copied at each call
+    """
+
+    def __init__(self, run: Run, inputs: list[th.Tensor], n_bound: int) -> None:
+        self._n_bound = n_bound
+        self._places = [leaf.clone() for leaf in inputs[n_bound:]]
+        inputs = [*inputs[:n_bound], *self._places]
+        before = [leaf.clone() for leaf in inputs]
+        self._outputs, self._replay = _recorded(run, inputs)
+        _copied(inputs, before)  # for the program was run
+
+    def __call__(self, inputs: list[th.Tensor]) -> list[th.Tensor]:
+        _copied(self._places, inputs[self._n_bound :])
+        self._replay()
+        return [output.clone() for output in self._outputs]
+
+
+def _can_record(device: th.device) -> bool:
+    return device.type == "cuda"
+
+
+def _recorded(run: Run, inputs: list[th.Tensor]) -> tuple[list[th.Tensor], Callable[[], None]]:
+    """
+    Run a program some times, and record one.
+
+    :param run: the program
+    :param inputs: that it reads and writes, then and in each replay
+    :return: what each replay writes its results into, and what replays it
+    """
+    stream = th.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(th.cuda.current_stream())
+    with th.cuda.stream(stream):  # what is set up at the first runs cannot be recorded
+        for _ in range(3):
+            run(inputs)
+    th.cuda.current_stream().wait_stream(stream)
+    graph = th.cuda.CUDAGraph()
+    with th.cuda.graph(graph):
+        outputs = run(inputs)
+    return list(outputs), graph.replay
+
+
+def _copied(places: list[th.Tensor], tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """The places, holding what the tensors hold."""
+    for place, tensor in zip(places, tensors, strict=True):
+        if place is not tensor:
+            place.copy_(tensor)
+    return places
+
+
+def _traced(
+    function: Callable[..., list[th.Tensor]], leaves: list[th.Tensor], *, any_size: bool, device: th.device
+) -> fx.GraphModule:
+    """
+    The operations that a function does, gradients among them.
+
+    :raises ValueError: if it does other things than operations on tensors
+    """
+    decompositions = {th.ops.aten.tanh.default: _tanh} if device.type == "cpu" else {}
+    try:
+        with fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return make_fx(
+                function,
+                decomposition_table=decompositions,
+                tracing_mode="symbolic" if any_size else "fake",
+                _allow_non_fake_inputs=True,
+            )(*leaves)
+    except Exception as error:
+        raise ValueError(
+            f"torch_compile=True is not allowed with this policy ({type(error).__name__}: {error}): what it computes "
+            "must be operations of torch on its inputs that are the same for all values of these; otherwise "
+            "torch_compile=False"
+        ) from error
+
+
+def _tanh(x: th.Tensor) -> th.Tensor:
+    # As the compiler of torch 2.13 writes it, a sigmoid takes a third of the time; the difference is at most 2e-7.
+    return 2.0 * th.sigmoid(2.0 * x) - 1.0
+
+
+def _lifted(graph: fx.GraphModule) -> list[th.Tensor]:
+    """
+    Make inputs of the tensors that a traced function has found elsewhere, so that what is written into them later is
+    seen.
+
+    :param graph: changed in place: they follow its other inputs
+    :return: the tensors
+    """
+    constants = []
+    last_input = graph.graph.find_nodes(op="placeholder")[-1]
+    for node in graph.graph.find_nodes(op="get_attr"):
+        constants.append(getattr(graph, str(node.target)).detach())
+        with graph.graph.inserting_after(last_input):
+            last_input = graph.graph.placeholder(f"constant_{len(constants)}")
+        last_input.meta = node.meta
+        node.replace_all_uses_with(last_input)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return constants
+
+
+def _machine_code(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
+    """
+    Compile a graph for the CPU, or take it from what was compiled before.
+
+    :param graph: its operations
+    :param inputs: an example of them
+    :param varies: those that may have any number of rows
+    """
+    path = _cache_folder() / "sb3_ppo_ext" / f"{_fingerprint(graph, inputs, varies)}.pt2"
+    if path.exists():
+        with contextlib.suppress(RuntimeError):  # it is not whole
+            return _loaded(path)
+    any_rows = tuple({0: th.export.Dim.DYNAMIC} if v else None for v in varies)
+    program = th.export.export(graph, tuple(inputs), dynamic_shapes=any_rows, strict=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        package = th._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name))
+        os.replace(package, path)
+    return _loaded(path)
+
+
+def _loaded(path: Path) -> Run:
+    package = th._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    run: Run = package.loader.run  # calling the package itself takes twice as long as a small network
+    return run
+
+
+def _cache_folder() -> Path:
+    """Where torch keeps what it has compiled."""
+    return Path(th._inductor.runtime.cache_dir_utils.cache_dir())
+
+
+def _fingerprint(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> str:
+    """Of all that the machine code depends on."""
+    forms = [
+        (tensor.dtype, tensor.shape[1:] if v else tensor.shape, tensor.stride(), v)
+        for tensor, v in zip(inputs, varies, strict=True)
+    ]
+    cpu = Path("/proc/cpuinfo")
+    flags = (
+        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
+    )
+    of_machine = (th.__version__, platform.platform(), platform.processor(), flags, th.get_num_threads())
+    return hashlib.sha256(repr((graph.code, forms, of_machine)).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _announced(what: str, announce: bool) -> Iterator[None]:
+    """
+    :param what: is compiled inside of the ``with`` block
+    :param announce: whether to say so, and how long it took
+    """
+    if announce:
+        print(f"Compiling {what} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    yield
+    if announce:
+        print(f"{time.perf_counter() - start:.1f} seconds")
+
+
+class _Swappable(nn.Module):
+    """A function of a policy as a module, so that ``functional_call`` can swap the policy's tensors."""
+
+    def __init__(self, policy: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.policy = policy
+        self._function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def tensors(self) -> dict[str, th.Tensor]:
+        """
+        Parameters and buffers. A tensor that two modules share has a name for each; one that is found twice because
+        its module is (a shared extractor), one name.
+        """
+        return {
+            f"{path}.{name}": tensor
+            for path, module in self.named_modules()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+        }
+
+    def call(self, tensors: Mapping[str, th.Tensor], *args: Any) -> Any:
+        """The function, by other tensors than the policy's."""
+        return functional_call(self, dict(tensors), args, tie_weights=False)
 
 
 class _Owned(NamedTuple):
@@ -89,17 +384,17 @@ class _Owned(NamedTuple):
 
 class CompiledStep:
     """
-    A gradient step of Adam on a minibatch loss, as one graph.
+    A gradient step of Adam on a minibatch loss, as one program.
 
     Inside of ``with``, parameters and moments are those of a :class:`FlatAdam`; what may change from update to update
-    (learning rates, coefficients) enters as tensors, so that no new value is a new graph.
+    (learning rates, coefficients) enters as tensors, so that no new value is a new program.
 
     :param policy: that the loss calls
     :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
     :param parameters: what is updated, among the policy's
     :param minibatch_loss: to be minimised
-    :param any_size: whether one graph is to serve rollouts and minibatches of any size; it is somewhat slower
-    :param announce: whether to tell who is waiting that a graph is being compiled, and how long it took
+    :param any_size: whether one program is to serve rollouts and minibatches of any size; it is a little slower
+    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
     """
 
     def __init__(
@@ -113,18 +408,16 @@ class CompiledStep:
         announce: bool,
     ) -> None:
         assert isinstance(optimizer, th.optim.Adam)
-        self._announce = announce
         self._optimizer = optimizer
-        self._module = _Loss(policy, minibatch_loss)
+        self._module = _Swappable(policy, minibatch_loss)
         self._parameters = list(parameters)
-        self._name_of = {id(p): name for name, p in self._module.named_parameters()}
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
-        self._compiled = _compile(self._step, self._parameters[0].device)
-        self._any_size = any_size
-        self._seen: set[int] = set()
+        self._device = self._parameters[0].device
+        self._program = Program(
+            self._step, self._device, what="the gradient step", any_size=any_size, announce=announce
+        )
         self.names: tuple[str, ...] = ()
-        self._numbers: Mapping[str, float] | None = None
 
     def __enter__(self) -> object:
         """Take parameters, moments and learning rates from the policy and its optimiser."""
@@ -135,75 +428,59 @@ class CompiledStep:
                 f"of steps ({sorted(counts)}); use torch_compile=False"
             )
         self._flat = FlatAdam(self._optimizer, self._parameters)
-        self._names = [[self._name_of[id(p)] for p in members] for members in self._flat.members]
-        self._shapes = [[p.shape for p in members] for members in self._flat.members]
-        states = [self._flat.adam.state[p] for p in self._flat.parameters]
-        device = self._parameters[0].device
         count = counts.pop()
         beta1, beta2 = self._betas
-        self._owned = _Owned(
+        states = [self._flat.adam.state[p] for p in self._flat.parameters]
+        owned = _Owned(
             thetas=[p.data for p in self._flat.parameters],
             exp_avgs=[state["exp_avg"] for state in states],
             exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            clock=th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=device),
-            learning_rates=[th.tensor([group["lr"]], device=device) for group in self._flat.adam.param_groups],
+            clock=th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=self._device),
+            learning_rates=[th.tensor([group["lr"]], device=self._device) for group in self._flat.adam.param_groups],
         )
+        updated = set(self._parameters)
+        others = {name: t.detach() for name, t in self._module.tensors().items() if t not in updated}
+        self._taken = self._fixed = owned, others
+        self._bound_to: tuple[object, object] = None, None
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Put parameters and moments back into the policy and its optimiser."""
+        _copied(tree_leaves(self._taken), tree_leaves(self._fixed))
+        clock = self._taken[0].clock
         for state in self._flat.adam.state.values():
-            state["step"].copy_(self._owned.clock[0])
+            state["step"].copy_(clock[0])
         self._flat.restore()
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        size = 0 if self._any_size else len(rollout.returns if rows is None else rows)
-        if self._any_size:
-            _let_rows_vary(rollout, rows)
-        numbers = self._on_device(coefficients)
-        is_new = size not in self._seen
-        self._seen.add(size)
-        minibatches = f"minibatches of {size}" if size else "minibatches"
-        with th.no_grad():
-            if not self.names:  # which a compiled graph does not return
-                self.names = (*self._module(rollout if rows is None else take(rollout, rows), numbers)[1], "grad_norm")
-            with _announced(f"the gradient step for {minibatches}", is_new and self._announce):
-                statistics: th.Tensor = self._compiled(self._owned, numbers, rollout, rows)
+        if self._bound_to[0] is not rollout or self._bound_to[1] is not coefficients:
+            self._bound_to = rollout, coefficients
+            self._coefficients = tuple(coefficients)
+            numbers = th.tensor(list(coefficients.values()), dtype=th.float32, device=self._device)
+            *self._fixed, _ = self._program.bind((*self._fixed, numbers), rollout)
+        (statistics,) = self._program() if rows is None else self._program(rows)
         return statistics
-
-    def _on_device(self, coefficients: Mapping[str, float]) -> dict[str, th.Tensor]:
-        """The numbers as tensors, so that a new value is not a new graph; moved once an update."""
-        if coefficients is not self._numbers:
-            self._numbers = coefficients
-            values = th.tensor(list(coefficients.values()), dtype=th.float32, device=self._parameters[0].device)
-            self._tensors = dict(zip(coefficients, values.unbind(), strict=True))
-        return self._tensors
 
     def _step(
         self,
-        owned: _Owned,
-        coefficients: Mapping[str, th.Tensor],
+        fixed: tuple[_Owned, dict[str, th.Tensor], th.Tensor],
         rollout: RolloutSamples,
-        rows: th.Tensor | None,
-    ) -> th.Tensor:
+        rows: th.Tensor | None = None,
+    ) -> list[th.Tensor]:
+        owned, others, numbers = fixed
+        coefficients = dict(zip(self._coefficients, numbers.unbind(), strict=True))
         rollout_data = rollout if rows is None else take(rollout, rows)
-
-        def loss_of(thetas: list[th.Tensor]) -> tuple[th.Tensor, Statistics]:
-            swapped = {
-                name: piece
-                for theta, names, shapes in zip(thetas, self._names, self._shapes, strict=True)
-                for name, piece in zip(names, pieces(theta, shapes), strict=True)
+        with th.enable_grad():
+            thetas = [theta.detach().requires_grad_() for theta in owned.thetas]
+            piece_of = {
+                id(p): piece
+                for theta, members in zip(thetas, self._flat.members, strict=True)
+                for p, piece in zip(members, pieces(theta, [p.shape for p in members]), strict=True)
             }
-            # A shared extractor has several names but is one object: one name is enough, and tying the others to it is
-            # not undone in a compiled graph.
-            result: tuple[th.Tensor, Statistics] = functional_call(
-                self._module, swapped, (rollout_data, coefficients), tie_weights=False
-            )
-            return result
-
-        gradients: list[th.Tensor]
-        statistics: Statistics
-        gradients, statistics = grad(loss_of, has_aux=True)(owned.thetas)
+            named = self._module.tensors().items()
+            updated = {name: piece_of[id(tensor)] for name, tensor in named if id(tensor) in piece_of}
+            loss, statistics = self._module.call({**updated, **others}, rollout_data, coefficients)
+            gradients = th.autograd.grad(loss, thetas, materialize_grads=True)
         norm = th.linalg.vector_norm(gradients[0] if len(gradients) == 1 else th.cat(gradients))
         statistics["grad_norm"] = norm
         takes_step = norm.isfinite()
@@ -229,93 +506,66 @@ class CompiledStep:
             exp_avg.copy_(th.where(takes_step, new_exp_avg, exp_avg))
             exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
         clock.copy_(th.where(takes_step, new_clock, clock))
-        return th.stack(list(statistics.values()))  # one tensor: to make and to keep one of each takes longer
+        self.names = tuple(statistics)
+        return [th.stack(list(statistics.values()))]  # to make and to keep one of each takes longer
+
+
+class CompiledActor:
+    """
+    ``act`` as one program.
+
+    :param actor_critic: the policy
+    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    """
+
+    def __init__(self, actor_critic: DirectActorCritic, *, announce: bool) -> None:
+        self._noise = actor_critic.noise
+        self._module = _Swappable(actor_critic.policy, actor_critic.act_by)
+        self._program = Program(
+            self._act, actor_critic.policy.device, what="the actor", any_size=False, announce=announce
+        )
+
+    def bind(self) -> None:
+        """Take the parameters from the policy."""
+        self._program.bind({name: tensor.detach() for name, tensor in self._module.tensors().items()})
+
+    def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
+        n = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        action, *kept = self._program(obs, self._noise(n))
+        return action, Kept(kept[0], None, kept[1]) if kept else None
+
+    def _act(self, tensors: Any, batch: Any, obs: PyTorchObs, noise: th.Tensor) -> list[th.Tensor]:
+        action, kept = self._module.call(tensors, obs, noise)
+        return [action] if kept is None else [action, kept.values, kept.params]
 
 
 class CompiledEvaluation:
     """
-    ``evaluate_actions`` without gradients, as one graph.
+    ``evaluate_actions`` without gradients and entropy, as one program.
 
     :param actor_critic: the policy
-    :param any_size: whether one graph is to serve batches of any size
-    :param announce: whether to tell who is waiting that a graph is being compiled, and how long it took
+    :param any_size: whether one program is to serve batches of any size
+    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
     """
 
     def __init__(self, actor_critic: DirectActorCritic, *, any_size: bool, announce: bool) -> None:
-        self._compiled = _compile(actor_critic.evaluate_actions, actor_critic.policy.device)
-        self._any_size = any_size
-        self._announce = announce
+        self._module = _Swappable(actor_critic.policy, actor_critic.evaluate_actions)
+        self._program = Program(
+            self._evaluate,
+            actor_critic.policy.device,
+            what="the evaluation of rollouts",
+            any_size=any_size,
+            announce=announce,
+        )
+
+    def bind(self) -> None:
+        """Take the parameters from the policy."""
+        self._program.bind({name: tensor.detach() for name, tensor in self._module.tensors().items()})
 
     def __call__(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
-        if self._any_size:
-            _let_rows_vary(obs, actions)
-        with _announced("the evaluation of rollouts", self._announce), th.no_grad():
-            evaluation: Evaluation = self._compiled(obs, actions)
-        self._announce = False
-        return evaluation
+        values, log_prob, params = self._program(obs, actions)
+        return Evaluation(values, log_prob, None, params)
 
-
-def _compile(method: Callable[..., Any], device: th.device) -> Callable[..., Any]:
-    return th.compile(
-        _with_own_code(method),
-        fullgraph=True,
-        dynamic=False,
-        options={
-            # Guards on all that the method reads cost more than what it does. Those on the sizes stay; the rest is the
-            # object's that the method is bound to, and another policy or another loss is another object.
-            "guard_filter_fn": _guards_on_sizes,
-            # What calls the kernels is compiled too: there are some thirty of them, of a few microseconds each.
-            "cpp_wrapper": device.type == "cpu",
-        },
-    )
-
-
-def _guards_on_sizes(guards: Any) -> list[bool]:
-    of_tensors: list[bool] = th.compiler.keep_tensor_guards_unsafe(guards)  # type: ignore[no-untyped-call]
-    return [keep or guard.guard_type == "SHAPE_ENV" for keep, guard in zip(of_tensors, guards, strict=True)]
-
-
-def _let_rows_vary(*structures: Any) -> None:
-    """Tell the compiler that the first dimension of all tensors in here is not always the same."""
-    for tensor in tree_leaves(structures):
-        if isinstance(tensor, th.Tensor):
-            th._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
-@contextlib.contextmanager
-def _announced(what: str, announce: bool) -> Iterator[None]:
-    """
-    :param what: is compiled inside of the ``with`` block
-    :param announce: whether to say so, and how long it took
-    """
-    if announce:
-        print(f"Compiling {what} ...", end=" ", flush=True)
-    start = time.perf_counter()
-    yield
-    if announce:
-        print(f"{time.perf_counter() - start:.1f} seconds")
-
-
-def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    The same method with a code object of its own. torch keeps compiled graphs by code object, so with few guards one
-    step would be given the graph of another.
-
-    :param method: bound to its object
-    """
-    function = method.__func__  # type: ignore[attr-defined]
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_SERIAL)}")
-    copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    return types.MethodType(copy, method.__self__)  # type: ignore[attr-defined]
-
-
-class _Loss(nn.Module):
-    """The policy as a part of its loss, so that ``functional_call`` can swap its parameters."""
-
-    def __init__(self, policy: nn.Module, minibatch_loss: MinibatchLoss) -> None:
-        super().__init__()
-        self.policy = policy
-        self._minibatch_loss = minibatch_loss
-
-    def forward(self, rollout_data: RolloutSamples, coefficients: Coefficients) -> tuple[th.Tensor, Statistics]:
-        return self._minibatch_loss(rollout_data, coefficients)
+    def _evaluate(self, tensors: Any, batch: Any, obs: PyTorchObs, actions: th.Tensor) -> list[th.Tensor]:
+        evaluation = self._module.call(tensors, obs, actions)
+        return [evaluation.values, evaluation.log_prob, evaluation.params]

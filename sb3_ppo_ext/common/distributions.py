@@ -44,14 +44,34 @@ class Family(ABC):
         """Number of independent dimensions of the action."""
 
     @abstractmethod
+    def noise(self, n: int, like: th.Tensor) -> th.Tensor:
+        """
+        What :meth:`draw` makes actions of: the random numbers that SB3 draws, in its order, so that a seed gives the
+        actions that it gives SB3.
+
+        :param n: number of actions
+        :param like: dtype and device of the numbers
+        :return: shape ``(n, n_numbers)``
+        """
+
+    @abstractmethod
+    def draw(self, params: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """
+        One action from each distribution, a function of random numbers.
+
+        :param params: shape ``(batch, n_params)``
+        :param noise: from :meth:`noise`, shape ``(batch, n_numbers)``
+        :return: actions, shape ``(batch, action_dim)``
+        """
+
     def sample(self, params: th.Tensor) -> th.Tensor:
         """
-        Draw one action from each distribution, by the same torch calls in the same order as SB3,
-        so that a seed draws the actions that SB3 draws.
+        Draw one action from each distribution.
 
         :param params: shape ``(batch, n_params)``
         :return: actions, shape ``(batch, action_dim)``
         """
+        return self.draw(params, self.noise(params.shape[0], params))
 
     @abstractmethod
     def mode(self, params: th.Tensor) -> th.Tensor:
@@ -122,9 +142,12 @@ class Gaussian(Family):
     def action_dim(self) -> int:
         return self.dim
 
-    def sample(self, params: th.Tensor) -> th.Tensor:
+    def noise(self, n: int, like: th.Tensor) -> th.Tensor:
+        return like.new_empty((n, self.dim)).normal_()
+
+    def draw(self, params: th.Tensor, noise: th.Tensor) -> th.Tensor:
         mean, std = params.chunk(2, dim=1)
-        return mean + th.randn_like(mean) * std
+        return mean + noise * std
 
     def mode(self, params: th.Tensor) -> th.Tensor:
         return params[:, : self.dim]
@@ -150,7 +173,7 @@ class Gaussian(Family):
         """
         z = (actions - mean) * (-log_std).exp()
         log_volume = log_std.sum() + self.dim * _HALF_LOG_2PI
-        return -0.5 * z.square().sum(dim=1) - log_volume, (log_volume + 0.5 * self.dim).expand(len(mean))
+        return -0.5 * z.square().sum(dim=1) - log_volume, (log_volume + 0.5 * self.dim).expand(mean.shape[0])
 
     def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
         mean, std = params.chunk(2, dim=1)
@@ -173,8 +196,8 @@ class SquashedGaussian(Gaussian):
     inside before ``tanh`` is inverted, and 1e-6 keeps the logarithm of the Jacobian finite.
     """
 
-    def sample(self, params: th.Tensor) -> th.Tensor:
-        return super().sample(params).tanh()
+    def draw(self, params: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        return super().draw(params, noise).tanh()
 
     def mode(self, params: th.Tensor) -> th.Tensor:
         return super().mode(params).tanh()
@@ -215,11 +238,17 @@ class Categorical(Family):
             return params.log_softmax(dim=1)
         return th.cat([logits.log_softmax(dim=1) for logits in self._split(params)], dim=1)
 
-    def sample(self, params: th.Tensor) -> th.Tensor:
-        # SB3's Categorical(logits=...) subtracts the logsumexp first: kept, so that the draws agree to the bit.
+    def noise(self, n: int, like: th.Tensor) -> th.Tensor:
+        draws = [like.new_empty((n, size)).exponential_() for size in self.sizes]
+        return draws[0] if len(draws) == 1 else th.cat(draws, dim=1)
+
+    def draw(self, params: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        # The first of exponential clocks, of rates p, to ring: as torch.multinomial draws one of each row, without its
+        # look at whether all of them are probabilities. SB3's Categorical(logits=...) subtracts the logsumexp first:
+        # kept, so that the draws agree to the bit.
         draws = [
-            th.multinomial((logits - logits.logsumexp(dim=1, keepdim=True)).softmax(dim=1), 1, replacement=True)
-            for logits in self._split(params)
+            ((logits - logits.logsumexp(dim=1, keepdim=True)).softmax(dim=1) / clocks).argmax(dim=1, keepdim=True)
+            for logits, clocks in zip(self._split(params), self._split(noise), strict=True)
         ]
         return draws[0] if len(draws) == 1 else th.cat(draws, dim=1)
 
@@ -269,8 +298,11 @@ class Bernoulli(Family):
     def action_dim(self) -> int:
         return self.dim
 
-    def sample(self, params: th.Tensor) -> th.Tensor:
-        return th.bernoulli(params.sigmoid())
+    def noise(self, n: int, like: th.Tensor) -> th.Tensor:
+        return like.new_empty((n, self.dim)).uniform_()
+
+    def draw(self, params: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        return (noise < params.sigmoid()).to(params.dtype)  # as torch.bernoulli on the CPU
 
     def mode(self, params: th.Tensor) -> th.Tensor:
         return params.sigmoid().round()

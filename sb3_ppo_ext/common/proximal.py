@@ -184,7 +184,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param coefficients: numbers in the loss
         :return: the loss, a scalar, and what to log of it
         """
-        if self.normalize_advantage and len(rollout_data.advantages) > 1:
+        if self.normalize_advantage and rollout_data.advantages.shape[0] > 1:
             advantages = rollout_data.advantages
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
             rollout_data = rollout_data._replace(advantages=advantages)

@@ -105,7 +105,7 @@ class Program:
         self._any_size = any_size
         self._announce = announce
         self._is_recorded = _can_record(device) and not any_size
-        self._runs: dict[Hashable, Run] = {}
+        self._runs: dict[Hashable, dict[Hashable, Run]] = {}  # by the form of what is bound, then of the rest
         self._places: dict[Hashable, list[th.Tensor]] = {}
 
     def bind(self, fixed: Any, batch: Any = ()) -> Any:
@@ -118,11 +118,12 @@ class Program:
         """
         leaves, self._structure = tree_flatten((fixed, batch))
         self._n_fixed = len(tree_leaves(fixed))
-        self._bound_key = tuple(self._form(leaf, i >= self._n_fixed) for i, leaf in enumerate(leaves))
+        forms = tuple(self._form(leaf, i >= self._n_fixed) for i, leaf in enumerate(leaves))
+        self._runs_of_bound = self._runs.setdefault(forms, {})
         if self._is_recorded:
-            if self._bound_key not in self._places:
-                self._places[self._bound_key] = [th.empty_like(leaf) for leaf in leaves]
-            leaves = _copied(self._places[self._bound_key], leaves)
+            if forms not in self._places:
+                self._places[forms] = [th.empty_like(leaf) for leaf in leaves]
+            leaves = _copied(self._places[forms], leaves)
         self._bound = leaves
         return tree_unflatten(leaves, self._structure)[0]
 
@@ -131,12 +132,12 @@ class Program:
         :param more: the other arguments of the function
         :return: what it gives
         """
-        leaves = list(more) if all(isinstance(leaf, th.Tensor) for leaf in more) else tree_leaves(more)
-        key = self._bound_key, tuple([self._form(leaf, True) for leaf in leaves])
-        run = self._runs.get(key)
+        leaves = tree_leaves(more) if any(isinstance(argument, dict) for argument in more) else more
+        forms = tuple([self._form(leaf, True) for leaf in leaves])
+        run = self._runs_of_bound.get(forms)
         if run is None:
             with _announced(self._what, self._announce):
-                run = self._runs[key] = self._compiled(more)
+                run = self._runs_of_bound[forms] = self._compiled(more)
         return run([*self._bound, *leaves])
 
     def _form(self, tensor: th.Tensor, is_batch: bool) -> Hashable:

@@ -26,9 +26,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept
-from sb3_ppo_ext.common.buffers import RolloutSamples, take
+from sb3_ppo_ext.common.buffers import RolloutSamples, obs_rows, take
 from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces, steps_made
 from sb3_ppo_ext.common.optimization import MinibatchLoss
+from sb3_ppo_ext.numerics import FisherVectorProduct
 
 Run = Callable[[list[th.Tensor]], list[th.Tensor]]
 """A compiled program: flat tensors in, flat tensors out; it may write into what it is given."""
@@ -359,6 +360,10 @@ class _Swappable(nn.Module):
             if tensor is not None
         }
 
+    def values(self) -> dict[str, th.Tensor]:
+        """The same without gradients."""
+        return {name: tensor.detach() for name, tensor in self.tensors().items()}
+
     def call(self, tensors: Mapping[str, th.Tensor], *args: Any) -> Any:
         """The function, by other tensors than the policy's."""
         return functional_call(self, dict(tensors), args, tie_weights=False)
@@ -528,7 +533,7 @@ class CompiledActor:
 
     def bind(self) -> None:
         """Take the parameters from the policy."""
-        self._program.bind({name: tensor.detach() for name, tensor in self._module.tensors().items()})
+        self._program.bind(self._module.values())
 
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         n = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
@@ -561,7 +566,7 @@ class CompiledEvaluation:
 
     def bind(self) -> None:
         """Take the parameters from the policy."""
-        self._program.bind({name: tensor.detach() for name, tensor in self._module.tensors().items()})
+        self._program.bind(self._module.values())
 
     def __call__(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
         values, log_prob, params = self._program(obs, actions)
@@ -570,3 +575,54 @@ class CompiledEvaluation:
     def _evaluate(self, tensors: Any, batch: Any, obs: PyTorchObs, actions: th.Tensor) -> list[th.Tensor]:
         evaluation = self._module.call(tensors, obs, actions)
         return [evaluation.values, evaluation.log_prob, evaluation.params]
+
+
+class CompiledFisherVectorProduct:
+    """
+    :class:`~sb3_ppo_ext.numerics.FisherVectorProduct` of the actor as one program. It builds the graph in each product
+    anew, which takes less time than the products of a graph that is kept.
+
+    :param actor_critic: the policy
+    :param parameters: theta, among the policy's
+    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    """
+
+    def __init__(self, actor_critic: DirectActorCritic, parameters: Sequence[nn.Parameter], *, announce: bool) -> None:
+        self._module = _Swappable(actor_critic.policy, actor_critic.params)
+        self._metric = actor_critic.family.fisher
+        self._parameters = list(parameters)
+        self._program = Program(
+            self._product, actor_critic.policy.device, what="the Fisher product", any_size=False, announce=announce
+        )
+
+    def of(
+        self, observations: PyTorchObs, chunks: Sequence[slice], *, damping: float
+    ) -> Callable[[th.Tensor], th.Tensor]:
+        """
+        By the present parameters.
+
+        :param observations: whose distributions it is the Fisher information of
+        :param chunks: ranges of them, to be multiplied one after the other
+        :param damping: multiple of the identity that is added
+        :return: ``v -> F v + damping * v``, v of shape ``(n,)``
+        """
+        self._program.bind(self._module.values())
+        n_rows = chunks[-1].stop
+        parts = [((rows.stop - rows.start) / n_rows, obs_rows(observations, rows)) for rows in chunks]
+
+        def product(v: th.Tensor) -> th.Tensor:
+            result = damping * v
+            for share, obs in parts:
+                result.add_(self._program(obs, v)[0], alpha=share)
+            return result
+
+        return product
+
+    def _product(self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, v: th.Tensor) -> list[th.Tensor]:
+        with th.enable_grad():
+            named = self._module.tensors()
+            leaves = {id(named[name]): tensors[name].detach().requires_grad_() for name in named}
+            swapped = {name: leaves[id(named[name])] for name in named}
+            outputs = self._module.call(swapped, obs)
+            theta = [leaves[id(p)] for p in self._parameters]
+            return [FisherVectorProduct(outputs, theta, self._metric)(v)]

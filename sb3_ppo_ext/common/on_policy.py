@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -52,6 +52,8 @@ from sb3_ppo_ext.common.validation import (
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Compiled = TypeVar("Compiled")
 
 Act = Callable[[PyTorchObs], tuple[th.Tensor, Kept | None]]
 EvaluateActions = Callable[[PyTorchObs, th.Tensor], Evaluation]
@@ -180,8 +182,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         self._validate()
         self._build()
         self._family = family_of_space(self.action_space, squash_output=self.policy.squash_output)
-        self._compiled: tuple[Hashable, CompiledStep] | None = None
-        self._compiled_rollout: tuple[Hashable, CompiledActor, CompiledEvaluation] | None = None
+        self._compiled: dict[str, tuple[Hashable, Any]] = {}
         if self.torch_compile:
             check_can_compile(self.policy, self.policy.optimizer)
         if self.verbose >= 1 and not DirectActorCritic.understands(self.policy):
@@ -286,7 +287,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             raise more from error
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_family", "_compiled", "_compiled_rollout"]
+        return [*super()._excluded_save_params(), "_family", "_compiled"]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
@@ -348,31 +349,45 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         loss = partial(minibatch_loss, actor_critic)
         if not self.torch_compile:
             return EagerStep(self.policy.optimizer, parameters, loss)
-        form = (id(self.policy), id(self.policy.optimizer), tuple(map(id, parameters)), of)
-        if self._compiled is None or self._compiled[0] != form:
-            step = CompiledStep(
+        optimizer = self.policy.optimizer
+        return self._kept(
+            "step",
+            (id(self.policy), id(optimizer), tuple(map(id, parameters)), of),
+            lambda: CompiledStep(
                 self.policy,
-                self.policy.optimizer,
+                optimizer,
                 parameters,
                 loss,
                 any_size=self._rollouts_vary,
                 announce=self.verbose >= 1,
-            )
-            self._compiled = (form, step)
-        return self._compiled[1]
+            ),
+        )
+
+    def _kept(self, name: str, form: Hashable, make: Callable[[], Compiled]) -> Compiled:
+        """
+        :param name: of something compiled
+        :param form: what it depends on, besides numbers
+        :param make: makes it
+        :return: what was made for this form before, or is made now
+        """
+        if name not in self._compiled or self._compiled[name][0] != form:
+            self._compiled[name] = form, make()
+        compiled: Compiled = self._compiled[name][1]
+        return compiled
 
     def _for_rollout(self, actor_critic: ActorCritic) -> tuple[Act, EvaluateActions]:
         """How to draw actions and to evaluate a rollout: by the policy, or what was compiled of it."""
         if not self.torch_compile:
             return actor_critic.act, actor_critic.evaluate_actions
         assert isinstance(actor_critic, DirectActorCritic)
+        direct, announce = actor_critic, self.verbose >= 1
         form = (id(self.policy), tuple(map(id, self.policy.parameters())))
-        if self._compiled_rollout is None or self._compiled_rollout[0] != form:
-            announce = self.verbose >= 1
-            actor = CompiledActor(actor_critic, announce=announce)
-            evaluation = CompiledEvaluation(actor_critic, any_size=self._rollouts_vary, announce=announce)
-            self._compiled_rollout = (form, actor, evaluation)
-        _, actor, evaluation = self._compiled_rollout
+        actor = self._kept("actor", form, lambda: CompiledActor(direct, announce=announce))
+        evaluation = self._kept(
+            "evaluation",
+            form,
+            lambda: CompiledEvaluation(direct, any_size=self._rollouts_vary, announce=announce),
+        )
         actor.bind()
         evaluation.bind()
         # Elsewhere than on the CPU a step waits for its actions anyway, and parameters might be replaced meanwhile.

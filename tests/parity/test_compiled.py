@@ -277,7 +277,7 @@ def test_a_recording_reads_and_writes_where_it_was_made(monkeypatch: pytest.Monk
         eager, compiled = trained_both_ways(DualClipPPO, TORQUES, **kwargs)
     agree_after_updates(eager, compiled, stops=False)
     agree_on_rollouts(compiled)
-    (runs,) = compiled._compiled[1]._program._runs.values()
+    (runs,) = compiled._compiled["step"][1]._program._runs.values()
     assert [type(run) for run in runs.values()] == [compiling._Recording] * (1 if batch_size == 32 else 2)
 
 
@@ -297,7 +297,7 @@ def test_the_minibatches_of_an_update_wait_for_nothing_on_cuda(
 ) -> None:
     model = make_model(algorithm, TORQUES, torch_compile=True, device="cuda", n_epochs=3)
     model.learn(128)
-    (runs,) = model._compiled[1]._program._runs.values()
+    (runs,) = model._compiled["step"][1]._program._runs.values()
     assert [type(run) for run in runs.values()] == [compiling._Recording]
     calls = []
 

@@ -74,7 +74,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param kl_coef_factor: by which beta changes; 1 holds it fixed
     :param kl_coef_min: lower bound of beta
     :param kl_coef_max: upper bound of beta
-    :param torch_compile: whether to compile the whole gradient step into one graph, see :class:`DualClipPPO`
+    :param torch_compile: whether to compile the gradient step and the rollout, see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 

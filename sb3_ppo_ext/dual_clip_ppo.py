@@ -63,8 +63,9 @@ class DualClipPPO(ProximalAlgorithm):
     :param dual_clip: c, the lower bound of the objective in units of ``A`` where ``A < 0``: a number above
         ``1 + clip_range_high``, a schedule, or None for PPO
     :param clip_range_high: how far the ratio may rise above 1; a number, a schedule, or None for ``clip_range``
-    :param torch_compile: whether to compile the whole gradient step into one graph, which takes a while once and then
-        a fraction of the time; with the Adam optimiser and a policy that overrides none of SB3's methods
+    :param torch_compile: whether to compile the whole gradient step, the evaluation of a rollout and, on the CPU, the
+        actor, which takes a while once and then a fraction of the time; with the Adam optimiser and a policy that
+        overrides none of SB3's methods
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 

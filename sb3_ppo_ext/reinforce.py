@@ -137,9 +137,9 @@ class REINFORCE(OnPolicyAlgorithm):
     :param n_critic_updates: passes of the critic over a batch, with ``baseline="value"``
     :param batch_size: samples in a minibatch of the critic, with ``baseline="value"``
     :param max_episode_steps: an episode that is longer is taken for one that never ends, which is an error
-    :param torch_compile: whether to compile the evaluation of a batch and, with ``baseline="value"``, the gradient step
-        of the critic, each into one graph for batches of any size; with the Adam optimiser and a policy that overrides
-        none of SB3's methods
+    :param torch_compile: whether to compile the actor, the evaluation of a batch and, with ``baseline="value"``, the
+        gradient step of the critic, for batches of any size; with the Adam optimiser and a policy that overrides none
+        of SB3's methods
     :raises ValueError: for an argument that is out of range or contradicts another, and for an episode that never ends
     """
 

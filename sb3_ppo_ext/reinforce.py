@@ -21,7 +21,7 @@ from sb3_ppo_ext.common.actor_critic import ActorCritic, Kept
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
 from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, reached
 from sb3_ppo_ext.common.episodes import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
-from sb3_ppo_ext.common.on_policy import ACTION_SPACES, EvaluateActions, OnPolicyAlgorithm
+from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
 from sb3_ppo_ext.common.optimization import clip_and_step, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
 from sb3_ppo_ext.numerics import flatten
@@ -295,15 +295,9 @@ class REINFORCE(OnPolicyAlgorithm):
             )
         return not running.any()
 
-    def _evaluate_rollout(
-        self,
-        actor_critic: ActorCritic,
-        evaluate_actions: EvaluateActions,
-        rollout_buffer: RolloutBuffer,
-        kept: list[Kept],
-    ) -> None:
+    def _evaluate_rollout(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, kept: list[Kept]) -> None:
         cast(EpisodeBuffer, rollout_buffer).close(self.episodes_per_env)
-        super()._evaluate_rollout(actor_critic, evaluate_actions, rollout_buffer, kept)
+        super()._evaluate_rollout(actor_critic, rollout_buffer, kept)
 
     def _bootstrap_timeouts(
         self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]

@@ -17,7 +17,7 @@ from torch import nn
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.compiled import CompiledFisherVectorProduct
+from sb3_ppo_ext.common.compiled import CompiledFisherVectorProduct, structure_of
 from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic
 from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
@@ -344,9 +344,9 @@ class TRPO(OnPolicyAlgorithm):
         damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
         if self.torch_compile:
             direct = cast(DirectActorCritic, actor_critic)
-            product = self._kept(
+            product: CompiledFisherVectorProduct = self._compiled.get(
                 "fisher",
-                (id(self.policy), tuple(map(id, parameters))),
+                (structure_of(self.policy), tuple(map(id, parameters))),
                 lambda: CompiledFisherVectorProduct(direct, parameters, announce=self.verbose >= 1),
             )
             return product.of(observations, chunks, damping=damping)

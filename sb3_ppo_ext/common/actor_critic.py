@@ -274,7 +274,7 @@ def _apply(layers: list[Layer], x: th.Tensor) -> th.Tensor:
 
 def _unrolled_extractor(policy: ActorCriticPolicy, extractor: nn.Module) -> list[Layer]:
     """A features extractor as a list of functions: of none, if the preprocessed observations are flat already."""
-    if _has_hooks(extractor):
+    if has_hooks(extractor):
         return [extractor]
     if type(extractor) is FlattenExtractor and len(policy.observation_space.shape or ()) == 1:
         return []
@@ -288,7 +288,7 @@ def _unrolled(module: nn.Module) -> list[Layer]:
     A module as a list of functions. Calling a torch module costs as much as a small layer's arithmetic; a linear layer
     or an activation without hooks is replaced by the function that it calls, anything else stays the module that it is.
     """
-    if _has_hooks(module):
+    if has_hooks(module):
         return [module]
     if type(module) is nn.Sequential:
         children = list(module)
@@ -306,11 +306,12 @@ def _unrolled(module: nn.Module) -> list[Layer]:
 
 def _may_overwrite(module: nn.Module, before: nn.Module | None) -> bool:
     """Whether a module is a ReLU whose input nobody else has: after a large convolution a copy is a matter of time."""
-    is_fresh = before is not None and type(before) in (nn.Conv2d, nn.Linear) and not _has_hooks(before)
-    return is_fresh and type(module) is nn.ReLU and not _has_hooks(module)
+    is_fresh = before is not None and type(before) in (nn.Conv2d, nn.Linear) and not has_hooks(before)
+    return is_fresh and type(module) is nn.ReLU and not has_hooks(module)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module does more than its class says."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 

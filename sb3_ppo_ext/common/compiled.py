@@ -7,71 +7,143 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import fx, nn
 from torch.func import functional_call
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept
+from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, has_hooks
 from sb3_ppo_ext.common.buffers import RolloutSamples, obs_rows, take
 from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces, steps_made
 from sb3_ppo_ext.common.optimization import MinibatchLoss
 from sb3_ppo_ext.numerics import FisherVectorProduct
 
+_REFUSED = "torch_compile=True is not allowed"
+
+Compiled = TypeVar("Compiled")
+
 Run = Callable[[list[th.Tensor]], list[th.Tensor]]
 """A compiled program: flat tensors in, flat tensors out; it may write into what it is given."""
 
 
-def check_can_compile(policy: nn.Module, optimizer: th.optim.Optimizer) -> None:
+def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None:
     """
     :param policy: to be updated
     :param optimizer: of its parameters
     :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
     """
-    refused = "torch_compile=True is not allowed"
-    if not DirectActorCritic.understands(policy):  # type: ignore[arg-type]
+    if not DirectActorCritic.understands(policy):
         raise ValueError(
-            f"{refused} with policy={type(policy).__name__}: it overrides methods of Stable-Baselines3's "
+            f"{_REFUSED} with policy={type(policy).__name__}: it overrides methods of Stable-Baselines3's "
             "ActorCriticPolicy; use one that overrides none, or torch_compile=False"
         )
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
         raise ValueError(
-            f"{refused} with batch normalisation, whose running statistics a compiled step cannot change; use "
+            f"{_REFUSED} with batch normalisation, whose running statistics a compiled step cannot change; use "
             "nn.LayerNorm or nn.GroupNorm, or torch_compile=False"
         )
-    plain = type(optimizer) is th.optim.Adam and all(
+    check_optimizer(optimizer)
+    if policy.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{_REFUSED} on device={str(policy.device)!r}: use cpu or cuda, or torch_compile=False")
+    if policy.device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError(f"{_REFUSED} without Triton, which compiles for the GPU: pip install triton")
+        return
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if not shutil.which(compiler):
+        raise ValueError(
+            f"{_REFUSED} without a C++ compiler, {compiler!r} was not found: install it (Debian: apt install g++), or "
+            "name another in the environment variable CXX"
+        )
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    if " " in folder:
+        raise ValueError(
+            f"{_REFUSED} with a cache in {folder!r}: the compiler of torch cannot use a path with a space; set "
+            "TORCHINDUCTOR_CACHE_DIR to one without"
+        )
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{_REFUSED} with a cache in {folder!r} ({error}); set TORCHINDUCTOR_CACHE_DIR") from error
+
+
+def check_optimizer(optimizer: th.optim.Optimizer) -> None:
+    """
+    :param optimizer: of what is to be updated by a :class:`CompiledStep`
+    :raises ValueError: if it does anything else than Adam
+    """
+    if type(optimizer) is th.optim.Adam and all(
         not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
         and group["betas"] == optimizer.param_groups[0]["betas"]
         and group["eps"] == optimizer.param_groups[0]["eps"]
         for group in optimizer.param_groups
+    ):
+        return
+    raise ValueError(
+        f"{_REFUSED} with optimizer_class={type(optimizer).__name__} as it is set: it must be "
+        "torch.optim.Adam without amsgrad, maximize and weight_decay, with the same betas and eps for all parameters"
     )
-    if not plain:
-        raise ValueError(
-            f"{refused} with optimizer_class={type(optimizer).__name__} as it is set: it must be torch.optim.Adam "
-            "without amsgrad, maximize and weight_decay, with the same betas and eps for all parameters"
+
+
+def structure_of(policy: nn.Module) -> Hashable:
+    """
+    What a program of a policy depends on, besides the values of its tensors: its modules and their settings, and which
+    tensors are parameters. What a module keeps in other ways (in a list, say) is not looked at.
+
+    :param policy: whose program it is
+    """
+    modules = list(policy.modules())[1:]
+    settings = tuple(
+        (
+            module,
+            has_hooks(module),
+            tuple((k, v) for k, v in vars(module).items() if type(v) in (bool, int, float, str)),
         )
-    on_cpu = all(parameter.device.type == "cpu" for parameter in policy.parameters())
-    if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
-        raise ValueError(f"{refused} without a C++ compiler: install g++ (Debian: apt install g++), or clang")
-    folder = str(_cache_folder())
-    if on_cpu and " " in folder:
-        raise ValueError(
-            f"{refused} with a cache in {folder!r}: the compiler of torch cannot use a path with a space; set "
-            "TORCHINDUCTOR_CACHE_DIR to one without"
-        )
+        for module in modules
+    )
+    return policy, settings, tuple(map(id, policy.parameters()))
+
+
+class Programs:
+    """What a model has compiled, by name. A copy of the model has nothing of it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Hashable, Any]] = {}
+
+    def get(self, name: str, form: Hashable, make: Callable[[], Compiled]) -> Compiled:
+        """
+        :param name: of something compiled
+        :param form: what it depends on, besides the values of tensors
+        :param make: makes it
+        :return: what was made for this form before, or is made now
+        """
+        if name not in self._kept or self._kept[name][0] != form:
+            self._kept[name] = form, make()
+        compiled: Compiled = self._kept[name][1]
+        return compiled
+
+    def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
+        return Programs, ()
 
 
 class Program:
@@ -89,6 +161,7 @@ class Program:
     :param any_size: whether one program is to serve any number of rows, the first dimension of what is in ``batch``
         and ``more``; it is a little slower, and not recorded
     :param announce: whether to tell who is waiting that something is being compiled, and how long it took
+    :param exact_tanh: whether ``tanh`` must be as accurate as torch has it; it takes three times as long
     """
 
     def __init__(
@@ -99,9 +172,11 @@ class Program:
         what: str,
         any_size: bool,
         announce: bool,
+        exact_tanh: bool = False,
     ) -> None:
         self._function = function
         self._device = device
+        self._decompositions = {} if exact_tanh or device.type != "cpu" else {th.ops.aten.tanh.default: _tanh}
         self._what = what
         self._any_size = any_size
         self._announce = announce
@@ -128,6 +203,10 @@ class Program:
         self._bound = leaves
         return tree_unflatten(leaves, self._structure)[0]
 
+    def unbind(self) -> None:
+        """Let go of what was bound."""
+        self._bound = []
+
     def __call__(self, *more: Any) -> list[th.Tensor]:
         """
         :param more: the other arguments of the function
@@ -138,37 +217,50 @@ class Program:
         run = self._runs_of_bound.get(forms)
         if run is None:
             with _announced(self._what, self._announce):
-                run = self._runs_of_bound[forms] = self._compiled(more)
+                return self._first_call(forms, more)
         return run([*self._bound, *leaves])
 
     def _form(self, tensor: th.Tensor, is_batch: bool) -> Hashable:
-        """What a program depends on; for any number of rows, whether there are several."""
+        """What a program depends on; where it is for any number of rows: 0, 1 or many, as torch tells them apart."""
         shape = tensor.shape
         if is_batch and self._any_size:
             return (min(shape[0], 2), *shape[1:]), tensor.stride(), tensor.dtype
         return shape, tensor.stride(), tensor.dtype
 
-    def _compiled(self, more: tuple[Any, ...]) -> Run:
-        leaves, structure = tree_flatten((*tree_unflatten(self._bound, self._structure), *more))
-        varies = [
-            self._any_size and i >= self._n_fixed and leaf.dim() > 0 and leaf.shape[0] > 1
-            for i, leaf in enumerate(leaves)
-        ]
+    def _first_call(self, forms: Hashable, more: tuple[Any, ...]) -> list[th.Tensor]:
+        bound = tree_unflatten(self._bound, self._structure)
+        leaves, structure = tree_flatten((*bound, *more))
+        varies = [self._any_size and i >= self._n_fixed and leaf.shape[0] > 1 for i, leaf in enumerate(leaves)]
 
         def flat(*leaves: th.Tensor) -> list[th.Tensor]:
             return list(self._function(*tree_unflatten(leaves, structure)))
 
-        with warnings.catch_warnings(), th.no_grad():
+        with th.no_grad():
+            graph, constants = _traced(flat, leaves, self._decompositions, any_size=any(varies))
+            if any(varies) and not _is_for_any_size(graph, varies):
+                raise ValueError(
+                    f"{_REFUSED} with this policy and batches of any size: what it computes depends on the number of "
+                    "rows. Where that is len(x), x.shape[0] may do; otherwise torch_compile=False"
+                )
+            run = self._built(graph, [*leaves, *constants], [*varies, *(False for _ in constants)])
+        if constants:
+            run = partial(_run_with, run, constants)
+        if self._is_recorded:
+            run = _Recording(run, leaves, self._n_fixed, len(self._bound))
+        self._runs_of_bound[forms] = run
+        return run(leaves)
+
+    def _built(self, graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch's own code
-            graph = _traced(flat, leaves, any_size=any(varies), device=self._device)
-            constants = _lifted(graph)
             if self._device.type == "cpu":
-                run = _machine_code(graph, [*leaves, *constants], [*varies, *(False for _ in constants)])
-            else:
-                compiled = th.compile(graph, fullgraph=True, dynamic=None if any(varies) else False)
-                run = th.no_grad()(lambda inputs: compiled(*inputs))
-            with_constants: Run = (lambda inputs: run([*inputs, *constants])) if constants else run
-            return _Recording(with_constants, leaves, len(self._bound)) if self._is_recorded else with_constants
+                return _machine_code(graph, inputs, varies)
+            compiled = th.compile(graph, fullgraph=True, dynamic=any(varies))
+            return th.no_grad()(lambda inputs: compiled(*inputs))
+
+
+def _run_with(run: Run, constants: list[th.Tensor], inputs: list[th.Tensor]) -> list[th.Tensor]:
+    return run([*inputs, *constants])
 
 
 class _Recording:
@@ -177,16 +269,20 @@ class _Recording:
 
     :param run: the program
     :param inputs: to record it with
-    :param n_bound: how many of these stay where they are; the others are copied at each call
+    :param n_fixed: how many of these, the first, it may write into
+    :param n_bound: how many stay where they are; the others are copied at each call
     """
 
-    def __init__(self, run: Run, inputs: list[th.Tensor], n_bound: int) -> None:
+    def __init__(self, run: Run, inputs: list[th.Tensor], n_fixed: int, n_bound: int) -> None:
+        self._run = run  # and with it what only the recording would not keep
         self._n_bound = n_bound
         self._places = [leaf.clone() for leaf in inputs[n_bound:]]
         inputs = [*inputs[:n_bound], *self._places]
-        before = [leaf.clone() for leaf in inputs]
-        self._outputs, self._replay = _recorded(run, inputs)
-        _copied(inputs, before)  # for the program was run
+        before = [leaf.clone() for leaf in inputs[:n_fixed]]
+        try:
+            self._outputs, self._replay = _recorded(run, inputs)
+        finally:
+            _copied(inputs[:n_fixed], before)  # the program was run, for its own sake
 
     def __call__(self, inputs: list[th.Tensor]) -> list[th.Tensor]:
         _copied(self._places, inputs[self._n_bound :])
@@ -206,15 +302,16 @@ def _recorded(run: Run, inputs: list[th.Tensor]) -> tuple[list[th.Tensor], Calla
     :param inputs: that it reads and writes, then and in each replay
     :return: what each replay writes its results into, and what replays it
     """
-    stream = th.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(th.cuda.current_stream())
-    with th.cuda.stream(stream):  # what is set up at the first runs cannot be recorded
-        for _ in range(3):
-            run(inputs)
-    th.cuda.current_stream().wait_stream(stream)
-    graph = th.cuda.CUDAGraph()
-    with th.cuda.graph(graph):
-        outputs = run(inputs)
+    with th.cuda.device(inputs[0].device):
+        stream = th.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(th.cuda.current_stream())
+        with th.cuda.stream(stream):  # what is set up at the first runs cannot be recorded
+            for _ in range(3):
+                run(inputs)
+        th.cuda.current_stream().wait_stream(stream)
+        graph = th.cuda.CUDAGraph()
+        with th.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = run(inputs)
     return list(outputs), graph.replay
 
 
@@ -227,54 +324,84 @@ def _copied(places: list[th.Tensor], tensors: Sequence[th.Tensor]) -> list[th.Te
 
 
 def _traced(
-    function: Callable[..., list[th.Tensor]], leaves: list[th.Tensor], *, any_size: bool, device: th.device
-) -> fx.GraphModule:
+    function: Callable[..., list[th.Tensor]],
+    leaves: list[th.Tensor],
+    decompositions: dict[Any, Callable[..., Any]],
+    *,
+    any_size: bool,
+) -> tuple[fx.GraphModule, list[th.Tensor]]:
     """
     The operations that a function does, gradients among them.
 
+    :return: a graph of them, and the tensors that the function has found elsewhere than in its arguments: further
+        inputs of the graph, so that what is written into them later is seen
     :raises ValueError: if it does other things than operations on tensors
     """
-    decompositions = {th.ops.aten.tanh.default: _tanh} if device.type == "cpu" else {}
     try:
-        with fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return make_fx(
+        with fx_config.patch(use_duck_shape=False), warnings.catch_warnings():  # type: ignore[attr-defined]
+            warnings.simplefilter("ignore")  # about torch's own code
+            graph = make_fx(
                 function,
                 decomposition_table=decompositions,
                 tracing_mode="symbolic" if any_size else "fake",
                 _allow_non_fake_inputs=True,
             )(*leaves)
+            return graph, _lifted(graph)
     except Exception as error:
         raise ValueError(
-            f"torch_compile=True is not allowed with this policy ({type(error).__name__}: {error}): what it computes "
-            "must be operations of torch on its inputs that are the same for all values of these; otherwise "
-            "torch_compile=False"
+            f"{_REFUSED} with this policy: what it computes must be operations of torch on its inputs, the same ones "
+            "for all values of these (no if, no .item() and no numpy on the way); otherwise torch_compile=False. "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
 
 
-def _tanh(x: th.Tensor) -> th.Tensor:
+def _tanh(x: th.Tensor) -> Any:
+    if x.dtype != th.float32:
+        return NotImplemented
     # As the compiler of torch 2.13 writes it, a sigmoid takes a third of the time; the difference is at most 2e-7.
     return 2.0 * th.sigmoid(2.0 * x) - 1.0
 
 
 def _lifted(graph: fx.GraphModule) -> list[th.Tensor]:
     """
-    Make inputs of the tensors that a traced function has found elsewhere, so that what is written into them later is
-    seen.
+    Make inputs of the tensors that a graph has as attributes.
 
     :param graph: changed in place: they follow its other inputs
     :return: the tensors
     """
-    constants = []
+    lifted: dict[str, fx.Node] = {}
     last_input = graph.graph.find_nodes(op="placeholder")[-1]
     for node in graph.graph.find_nodes(op="get_attr"):
-        constants.append(getattr(graph, str(node.target)).detach())
-        with graph.graph.inserting_after(last_input):
-            last_input = graph.graph.placeholder(f"constant_{len(constants)}")
-        last_input.meta = node.meta
-        node.replace_all_uses_with(last_input)
+        name = str(node.target)
+        if name not in lifted:
+            with graph.graph.inserting_after(last_input):
+                last_input = lifted[name] = graph.graph.placeholder(f"constant_{len(lifted)}")
+        node.replace_all_uses_with(lifted[name])
         graph.graph.erase_node(node)
     graph.recompile()
-    return constants
+    return [attrgetter(name)(graph).detach() for name in lifted]
+
+
+def _is_for_any_size(graph: fx.GraphModule, varies: list[bool]) -> bool:
+    """
+    Whether a graph that was traced with some number of rows is the same for others.
+
+    :param graph: traced with symbols for sizes
+    :param varies: which of its inputs have any number of rows
+    """
+    sizes = cast(ShapeEnv, graph.shape_env)
+    inputs = graph.graph.find_nodes(op="placeholder")
+    rows = [node.meta["val"].shape[0] for node, v in zip(inputs, varies, strict=False) if v]
+    if not all(isinstance(n, th.SymInt) for n in rows):
+        return False
+    symbols = {sizes.replace(n.node.expr) for n in rows}
+    conditions = [sizes.replace(guard.expr) for guard in sizes.guards]
+    return all(
+        str(condition.subs(dict.fromkeys(symbols, n))) == "True"
+        for n in (2, 3, 5, 64, 1000, 4097, 10**6)
+        for condition in conditions
+        if condition.free_symbols & symbols
+    ) and all(symbol.is_symbol for symbol in symbols)
 
 
 def _machine_code(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
@@ -286,9 +413,8 @@ def _machine_code(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[b
     :param varies: those that may have any number of rows
     """
     path = _cache_folder() / "sb3_ppo_ext" / f"{_fingerprint(graph, inputs, varies)}.pt2"
-    if path.exists():
-        with contextlib.suppress(RuntimeError):  # it is not whole
-            return _loaded(path)
+    if _is_whole(path):
+        return _loaded(path)
     any_rows = tuple({0: th.export.Dim.DYNAMIC} if v else None for v in varies)
     program = th.export.export(graph, tuple(inputs), dynamic_shapes=any_rows, strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,6 +422,14 @@ def _machine_code(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[b
         package = th._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name))
         os.replace(package, path)
     return _loaded(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as package:
+            return package.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _loaded(path: Path) -> Run:
@@ -330,9 +464,14 @@ def _announced(what: str, announce: bool) -> Iterator[None]:
     :param announce: whether to say so, and how long it took
     """
     if announce:
-        print(f"Compiling {what} ...", end=" ", flush=True)
+        print(f"Compiling {what}, for this run and later ones ...", end=" ", flush=True)
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except BaseException:
+        if announce:
+            print("failed")
+        raise
     if announce:
         print(f"{time.perf_counter() - start:.1f} seconds")
 
@@ -346,7 +485,12 @@ class _Swappable(nn.Module):
         self._function = function
 
     def forward(self, *args: Any) -> Any:
-        return self._function(*args)
+        before = self.tensors()
+        result = self._function(*args)
+        replaced = [name for name, tensor in self.tensors().items() if tensor is not before.get(name)]
+        if replaced:
+            raise TypeError(f"{replaced[0]} is replaced by another tensor; write into it instead")
+        return result
 
     def tensors(self) -> dict[str, th.Tensor]:
         """
@@ -359,10 +503,6 @@ class _Swappable(nn.Module):
             for name, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None
         }
-
-    def values(self) -> dict[str, th.Tensor]:
-        """The same without gradients."""
-        return {name: tensor.detach() for name, tensor in self.tensors().items()}
 
     def call(self, tensors: Mapping[str, th.Tensor], *args: Any) -> Any:
         """The function, by other tensors than the policy's."""
@@ -413,6 +553,7 @@ class CompiledStep:
         any_size: bool,
         announce: bool,
     ) -> None:
+        check_optimizer(optimizer)
         assert isinstance(optimizer, th.optim.Adam)
         self._optimizer = optimizer
         self._module = _Swappable(policy, minibatch_loss)
@@ -421,7 +562,12 @@ class CompiledStep:
         self._eps = optimizer.param_groups[0]["eps"]
         self._device = self._parameters[0].device
         self._program = Program(
-            self._step, self._device, what="the gradient step", any_size=any_size, announce=announce
+            self._step,
+            self._device,
+            what="the gradient step",
+            any_size=any_size,
+            announce=announce,
+            exact_tanh=_has_tanh_of_actions(policy),
         )
         self.names: tuple[str, ...] = ()
 
@@ -430,8 +576,8 @@ class CompiledStep:
         counts = steps_made(self._optimizer, self._parameters)
         if len(counts) > 1:
             raise ValueError(
-                "torch_compile=True is not allowed with an optimiser whose parameters have made different numbers "
-                f"of steps ({sorted(counts)}); use torch_compile=False"
+                f"{_REFUSED} with an optimiser whose parameters have made different numbers of steps "
+                f"({sorted(counts)}); use torch_compile=False"
             )
         self._flat = FlatAdam(self._optimizer, self._parameters)
         count = counts.pop()
@@ -445,7 +591,7 @@ class CompiledStep:
             learning_rates=[th.tensor([group["lr"]], device=self._device) for group in self._flat.adam.param_groups],
         )
         updated = set(self._parameters)
-        others = {name: t.detach() for name, t in self._module.tensors().items() if t not in updated}
+        others = {name: t for name, t in self._module.tensors().items() if t not in updated}
         self._taken = self._fixed = owned, others
         self._bound_to: tuple[object, object] = None, None
         return self
@@ -457,12 +603,17 @@ class CompiledStep:
         for state in self._flat.adam.state.values():
             state["step"].copy_(clock[0])
         self._flat.restore()
+        self._program.unbind()
+        del self._flat, self._taken, self._fixed, self._bound_to
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
         if self._bound_to[0] is not rollout or self._bound_to[1] is not coefficients:
             self._bound_to = rollout, coefficients
             self._coefficients = tuple(coefficients)
-            numbers = th.tensor(list(coefficients.values()), dtype=th.float32, device=self._device)
+            numbers = th.tensor(list(coefficients.values()), dtype=th.float32)
+            if self._device.type == "cuda":  # from where the host need not wait for it
+                numbers = numbers.pin_memory()
+            numbers = numbers.to(self._device, non_blocking=True)
             *self._fixed, _ = self._program.bind((*self._fixed, numbers), rollout)
         (statistics,) = self._program() if rows is None else self._program(rows)
         return statistics
@@ -516,6 +667,11 @@ class CompiledStep:
         return [th.stack(list(statistics.values()))]  # to make and to keep one of each takes longer
 
 
+def _has_tanh_of_actions(policy: nn.Module) -> bool:
+    # The Jacobian of a squashed action is 1 - tanh^2 + 1e-6: the last digits count.
+    return bool(getattr(policy, "squash_output", False))
+
+
 class CompiledActor:
     """
     ``act`` as one program.
@@ -528,12 +684,17 @@ class CompiledActor:
         self._noise = actor_critic.noise
         self._module = _Swappable(actor_critic.policy, actor_critic.act_by)
         self._program = Program(
-            self._act, actor_critic.policy.device, what="the actor", any_size=False, announce=announce
+            self._act,
+            actor_critic.policy.device,
+            what="the actor",
+            any_size=False,
+            announce=announce,
+            exact_tanh=_has_tanh_of_actions(actor_critic.policy),
         )
 
     def bind(self) -> None:
         """Take the parameters from the policy."""
-        self._program.bind(self._module.values())
+        self._program.bind(self._module.tensors())
 
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         n = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
@@ -562,11 +723,12 @@ class CompiledEvaluation:
             what="the evaluation of rollouts",
             any_size=any_size,
             announce=announce,
+            exact_tanh=_has_tanh_of_actions(actor_critic.policy),
         )
 
     def bind(self) -> None:
         """Take the parameters from the policy."""
-        self._program.bind(self._module.values())
+        self._program.bind(self._module.tensors())
 
     def __call__(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
         values, log_prob, params = self._program(obs, actions)
@@ -606,23 +768,30 @@ class CompiledFisherVectorProduct:
         :param damping: multiple of the identity that is added
         :return: ``v -> F v + damping * v``, v of shape ``(n,)``
         """
-        self._program.bind(self._module.values())
         n_rows = chunks[-1].stop
         parts = [((rows.stop - rows.start) / n_rows, obs_rows(observations, rows)) for rows in chunks]
+        tensors = self._module.tensors()
+        if len(parts) == 1:
+            self._program.bind(tensors, parts[0][1])
 
         def product(v: th.Tensor) -> th.Tensor:
             result = damping * v
             for share, obs in parts:
-                result.add_(self._program(obs, v)[0], alpha=share)
+                if len(parts) > 1:
+                    self._program.bind(tensors, obs)
+                result.add_(self._program(v)[0], alpha=share)
             return result
 
         return product
 
-    def _product(self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, v: th.Tensor) -> list[th.Tensor]:
+    def _product(self, tensors: dict[str, th.Tensor], obs: PyTorchObs, v: th.Tensor) -> list[th.Tensor]:
+        theta = set(map(id, self._parameters))
         with th.enable_grad():
             named = self._module.tensors()
-            leaves = {id(named[name]): tensors[name].detach().requires_grad_() for name in named}
-            swapped = {name: leaves[id(named[name])] for name in named}
-            outputs = self._module.call(swapped, obs)
-            theta = [leaves[id(p)] for p in self._parameters]
-            return [FisherVectorProduct(outputs, theta, self._metric)(v)]
+            leaf_of = {
+                id(named[name]): tensor.detach().requires_grad_() if id(named[name]) in theta else tensor
+                for name, tensor in tensors.items()
+            }
+            outputs = self._module.call({name: leaf_of[id(tensor)] for name, tensor in named.items()}, obs)
+            leaves = [leaf_of[id(p)] for p in self._parameters]
+            return [FisherVectorProduct(outputs, leaves, self._metric)(v)]

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -27,7 +27,14 @@ from torch import nn
 from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Evaluation, Kept, SB3ActorCritic
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
 from sb3_ppo_ext.common.checkpoint import loadable, save_whole
-from sb3_ppo_ext.common.compiled import CompiledActor, CompiledEvaluation, CompiledStep, check_can_compile
+from sb3_ppo_ext.common.compiled import (
+    CompiledActor,
+    CompiledEvaluation,
+    CompiledStep,
+    Programs,
+    check_can_compile,
+    structure_of,
+)
 from sb3_ppo_ext.common.dimensions import n_action_dims
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.mishaps import (
@@ -52,8 +59,6 @@ from sb3_ppo_ext.common.validation import (
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Compiled = TypeVar("Compiled")
 
 Act = Callable[[PyTorchObs], tuple[th.Tensor, Kept | None]]
 EvaluateActions = Callable[[PyTorchObs, th.Tensor], Evaluation]
@@ -182,7 +187,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         self._validate()
         self._build()
         self._family = family_of_space(self.action_space, squash_output=self.policy.squash_output)
-        self._compiled: dict[str, tuple[Hashable, Any]] = {}
+        self._compiled = Programs()
         if self.torch_compile:
             check_can_compile(self.policy, self.policy.optimizer)
         if self.verbose >= 1 and not DirectActorCritic.understands(self.policy):
@@ -349,10 +354,12 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         loss = partial(minibatch_loss, actor_critic)
         if not self.torch_compile:
             return EagerStep(self.policy.optimizer, parameters, loss)
+        check_can_compile(self.policy, self.policy.optimizer)  # a user may have replaced them
         optimizer = self.policy.optimizer
-        return self._kept(
+        settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
+        return self._compiled.get(
             "step",
-            (id(self.policy), id(optimizer), tuple(map(id, parameters)), of),
+            (structure_of(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), of),
             lambda: CompiledStep(
                 self.policy,
                 optimizer,
@@ -363,35 +370,31 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             ),
         )
 
-    def _kept(self, name: str, form: Hashable, make: Callable[[], Compiled]) -> Compiled:
-        """
-        :param name: of something compiled
-        :param form: what it depends on, besides numbers
-        :param make: makes it
-        :return: what was made for this form before, or is made now
-        """
-        if name not in self._compiled or self._compiled[name][0] != form:
-            self._compiled[name] = form, make()
-        compiled: Compiled = self._compiled[name][1]
-        return compiled
-
-    def _for_rollout(self, actor_critic: ActorCritic) -> tuple[Act, EvaluateActions]:
-        """How to draw actions and to evaluate a rollout: by the policy, or what was compiled of it."""
-        if not self.torch_compile:
-            return actor_critic.act, actor_critic.evaluate_actions
-        assert isinstance(actor_critic, DirectActorCritic)
-        direct, announce = actor_critic, self.verbose >= 1
-        form = (id(self.policy), tuple(map(id, self.policy.parameters())))
-        actor = self._kept("actor", form, lambda: CompiledActor(direct, announce=announce))
-        evaluation = self._kept(
-            "evaluation",
-            form,
-            lambda: CompiledEvaluation(direct, any_size=self._rollouts_vary, announce=announce),
+    def _act(self, actor_critic: ActorCritic) -> Act:
+        """How to draw actions: by the policy, or what was compiled of it."""
+        # Elsewhere than on the CPU a step waits for its actions anyway.
+        if not self.torch_compile or self.device.type != "cpu":
+            return actor_critic.act
+        check_can_compile(self.policy, self.policy.optimizer)
+        direct = cast(DirectActorCritic, actor_critic)
+        actor = self._compiled.get(
+            "actor", structure_of(self.policy), lambda: CompiledActor(direct, announce=self.verbose >= 1)
         )
         actor.bind()
+        return actor.act
+
+    def _evaluate_actions(self, actor_critic: ActorCritic) -> EvaluateActions:
+        """How to evaluate a rollout: by the policy, or what was compiled of it."""
+        if not self.torch_compile:
+            return actor_critic.evaluate_actions
+        direct = cast(DirectActorCritic, actor_critic)
+        evaluation = self._compiled.get(
+            "evaluation",
+            structure_of(self.policy),
+            lambda: CompiledEvaluation(direct, any_size=self._rollouts_vary, announce=self.verbose >= 1),
+        )
         evaluation.bind()
-        # Elsewhere than on the CPU a step waits for its actions anyway, and parameters might be replaced meanwhile.
-        return actor.act if self.device.type == "cpu" else actor_critic.act, evaluation
+        return evaluation
 
     def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
         """
@@ -448,7 +451,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         assert self._last_episode_starts is not None
         actor_critic = self._actor_critic()
         self.policy.set_training_mode(False)
-        act, evaluate_actions = self._for_rollout(actor_critic)
         rollout_buffer.reset()
         kept: list[Kept] = []
         timeouts: list[tuple[int, int, Any]] = []
@@ -460,6 +462,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         callback.on_rollout_start()
         if self.use_sde:  # after the callback, so that one that saves the random state saves it before this draw
             self.policy.reset_noise(env.num_envs)
+        act = self._act(actor_critic)
 
         while True:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -496,7 +499,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 break
 
         with th.no_grad():
-            self._evaluate_rollout(actor_critic, evaluate_actions, rollout_buffer, kept)
+            self._evaluate_rollout(actor_critic, rollout_buffer, kept)
             last_values = actor_critic.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
             raise_if_rollout_not_finite(rollout_buffer, last_values.cpu().numpy(), new_obs)
             self._bootstrap_timeouts(actor_critic, rollout_buffer, timeouts)
@@ -521,18 +524,11 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         rows = max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // size))
         return (slice(start, min(start + rows, n_samples)) for start in range(0, n_samples, rows))
 
-    def _evaluate_rollout(
-        self,
-        actor_critic: ActorCritic,
-        evaluate_actions: EvaluateActions,
-        rollout_buffer: RolloutBuffer,
-        kept: list[Kept],
-    ) -> None:
+    def _evaluate_rollout(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, kept: list[Kept]) -> None:
         """
         Put values, log-probabilities and distribution parameters of all steps into the buffer.
 
         :param actor_critic: the policy
-        :param evaluate_actions: how it evaluates actions
         :param rollout_buffer: holding the transitions
         :param kept: what the steps already yielded, one a step, or empty
         """
@@ -542,6 +538,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             values, log_probs, params = (_env_by_env(parts) for parts in zip(*kept, strict=True))
         else:
             parts = []
+            evaluate_actions = self._evaluate_actions(actor_critic)
             for rows in chunks:
                 evaluation = evaluate_actions(obs_rows(observations, rows), actions[rows])
                 parts.append((evaluation.values, evaluation.log_prob, evaluation.params))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -146,7 +147,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         }
         kl_limit = self._kl_limit()
         if kl_limit is not None:
-            coefficients["kl_limit"] = kl_limit
+            coefficients["kl_limit"] = kl_limit = float(np.float32(kl_limit))  # as what it is compared with
         step = self._minibatch_step(
             self._minibatch_loss,
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],

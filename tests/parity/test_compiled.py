@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,13 +65,13 @@ def make_model(algorithm: Any, action_space: spaces.Space, **kwargs: Any) -> Any
 def programs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is compiled, as it is."""
     made: list[str] = []
-    compiled = compiling.Program._compiled
+    built = compiling.Program._built
 
-    def noted(self: compiling.Program, more: tuple[Any, ...]) -> compiling.Run:
+    def noted(self: compiling.Program, *args: Any) -> compiling.Run:
         made.append(self._what)
-        return compiled(self, more)
+        return built(self, *args)
 
-    monkeypatch.setattr(compiling.Program, "_compiled", noted)
+    monkeypatch.setattr(compiling.Program, "_built", noted)
     return made
 
 
@@ -124,7 +125,8 @@ def agree_after_updates(eager: Any, compiled: Any, *, stops: bool) -> None:
 def agree_on_rollouts(model: Any) -> None:
     """Actions, from the same random numbers, and what is evaluated of them."""
     eager = model._actor_critic()
-    act, evaluate_actions = model._for_rollout(eager)
+    model.policy.set_training_mode(False)
+    act, evaluate_actions = model._act(eager), model._evaluate_actions(eager)
     obs = obs_as_tensor(model.env.reset(), model.device)
     results = []
     for function in (eager.act, act):
@@ -190,9 +192,14 @@ def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tm
     files = list(tmp_path.glob("sb3_ppo_ext/*"))
     assert len(files) == 2
     for file in files:
-        file.write_bytes(file.read_bytes()[:1000])
-    assert doubled(2) == [3.0, 3.0]
-    assert len(compiled) == 3
+        whole = file.read_bytes()
+        middle = len(whole) // 2  # in the machine code, which would be run
+        for damaged in (whole[:1000], b"", whole[:middle] + bytes(99) + whole[middle + 99 :]):
+            file.write_bytes(damaged)
+            n_compiled = len(compiled)
+            assert doubled(2) == [3.0, 3.0]
+            assert doubled(3) == [3.0, 3.0, 3.0]
+            assert len(compiled) == n_compiled + 1
 
 
 def test_one_program_serves_rollouts_of_all_sizes(programs: list[str]) -> None:
@@ -228,8 +235,11 @@ def test_a_program_is_used_for_the_sizes_only_that_it_is_for(programs: list[str]
     agree_after_updates(*models, stops=False)
 
 
-class Offset(BaseFeaturesExtractor):
-    """Has a tensor that is neither a parameter nor a buffer, and one of two layers' own."""
+class Extractor(BaseFeaturesExtractor):
+    """
+    Has what networks may have: a tensor that is neither a parameter nor a buffer, a parameter of two layers, a buffer
+    that is written into, one that is no float, and a number.
+    """
 
     def __init__(self, observation_space: Any) -> None:
         super().__init__(observation_space, features_dim=4)
@@ -237,22 +247,122 @@ class Offset(BaseFeaturesExtractor):
         self.first, self.second = th.nn.Linear(n, 4), th.nn.Linear(n, 4)
         self.second.weight = self.first.weight
         self.offset = th.zeros(n)
+        self.scale = 1.0
+        self.mean: th.Tensor
+        self.order: th.Tensor
+        self.register_buffer("mean", th.zeros(n))
+        self.register_buffer("order", th.arange(n - 1, -1, -1))
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        return self.first(observations + self.offset).relu() * self.second(observations).sigmoid()
+        x = self.scale * observations[:, self.order] + self.offset
+        if self.training:
+            self.mean.lerp_(x.mean(dim=0), 0.1)
+        x = x - self.mean
+        return self.first(x).relu() * self.second(x).sigmoid()
 
 
-def test_tensors_that_a_network_keeps_for_itself_or_shares() -> None:
-    kwargs: dict[str, Any] = {"policy_kwargs": {"features_extractor_class": Offset}}
-    models = [make_model(DualClipPPO, TORQUES, torch_compile=compiled, **kwargs) for compiled in (False, True)]
+@pytest.mark.parametrize("algorithm", [DualClipPPO, TRPO])
+def test_what_a_network_keeps_shares_or_changes(algorithm: Any) -> None:
+    kwargs: dict[str, Any] = {"policy_kwargs": {"features_extractor_class": Extractor}, "verbose": 0}
+    models = [make_model(algorithm, TORQUES, torch_compile=compiled, **kwargs) for compiled in (False, True)]
     for model in models:
         th.manual_seed(0)
-        for offset in (0.0, 0.5):
+        for offset, scale in ((0.0, 1.0), (0.5, 1.0), (0.5, 2.0)):
             model.policy.features_extractor.offset.fill_(offset)
+            model.policy.features_extractor.scale = scale
             np.random.seed(0)  # noqa: NPY002  # the minibatches
             with same_batch():
                 model.learn(128)
-    agree_after_updates(*models, stops=False)
+    eager, compiled = models
+    agree_after_updates(eager, compiled, stops=False)
+    agree_on_rollouts(compiled)
+    mean = compiled.policy.features_extractor.mean
+    assert mean.any() == (
+        algorithm is DualClipPPO
+    )  # TRPO evaluates, and the critic's pass shares the actor's extractor
+    th.testing.assert_close(mean, eager.policy.features_extractor.mean)
+
+
+def test_what_is_replaced_is_seen() -> None:
+    model = make_model(DualClipPPO, TORQUES, torch_compile=True)
+    model.learn(128)
+    model.policy.mlp_extractor.policy_net[1] = th.nn.ReLU()
+    agree_on_rollouts(model)
+    parameters = th.nn.utils.parameters_to_vector(model.policy.parameters())
+    act = model._act(model._actor_critic())
+    th.nn.utils.vector_to_parameters(2.0 * parameters.detach(), model.policy.parameters())  # by other memory
+    obs = obs_as_tensor(model.env.reset(), model.device)
+    th.manual_seed(0)
+    expected, _ = model._actor_critic().act(obs)
+    th.manual_seed(0)
+    th.testing.assert_close(act(obs)[0], expected)
+    model.policy.optimizer.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="without amsgrad, maximize and weight_decay"):
+        model.learn(128)
+
+
+def test_a_copy_of_a_model_compiles_for_itself() -> None:
+    model = make_model(DualClipPPO, TORQUES, torch_compile=True)
+    model.learn(128)
+    other = copy.deepcopy(model)
+    for one in (model, other):
+        np.random.seed(0)  # noqa: NPY002  # the minibatches
+        one.set_random_seed(0)
+        one.learn(128)
+    for p, q in zip(model.policy.parameters(), other.policy.parameters(), strict=True):
+        assert th.equal(p, q)
+
+
+def test_saturated_actions() -> None:
+    """Where the Jacobian of a squashed action is nearly zero, the last digits of tanh count."""
+    kwargs = {"use_sde": True, "policy_kwargs": {"squash_output": True, "log_std_init": 1.0}}
+    model = make_model(TRPO, TORQUES, torch_compile=True, **kwargs)
+    model.learn(128)
+    assert model.logger.name_to_value["train/policy_objective"] == pytest.approx(0.0, abs=1e-6)
+
+
+class Refused(BaseFeaturesExtractor):
+    """:param how: what it does that cannot be compiled"""
+
+    def __init__(self, observation_space: Any, how: str) -> None:
+        super().__init__(observation_space, features_dim=observation_space.shape[0])
+        self.how = how
+        self.weight = th.nn.Parameter(th.ones(()))
+        self.mean: th.Tensor
+        self.register_buffer("mean", th.zeros(()))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        if self.how == "if":
+            return x * self.weight if x.sum() > 0 else -x * self.weight
+        if self.how == "replaced":
+            self.mean = 0.9 * self.mean + 0.1 * x.mean().detach()
+            return (x - self.mean) * self.weight
+        if self.how == "len":
+            return x.reshape(len(x), -1) * self.weight
+        return x * self.weight if x.shape[0] > 20 else 2.0 * x * self.weight
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("if", "the same ones for all values of these"),
+        ("replaced", "mean is replaced by another tensor"),
+        ("len", "x.shape\\[0\\] may do"),
+        ("rows", "depends on the number of rows"),
+    ],
+)
+def test_a_network_that_cannot_be_compiled_is_refused_before_training(how: str, message: str) -> None:
+    env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES, ((9, True, False),)), seed=0)
+    policy_kwargs: dict[str, Any] = {
+        "features_extractor_class": Refused,
+        "features_extractor_kwargs": {"how": how},
+        "share_features_extractor": False,
+    }
+    model = REINFORCE("MlpPolicy", env, baseline="value", policy_kwargs=policy_kwargs, torch_compile=True, device="cpu")
+    before = [p.clone() for p in model.policy.parameters()]
+    with pytest.raises(ValueError, match=f"torch_compile=True is not allowed with this policy.*{message}"):
+        model.learn(100)
+    assert all(map(th.equal, before, model.policy.parameters()))
 
 
 def rerun(run: compiling.Run, inputs: list[th.Tensor]) -> tuple[list[th.Tensor], Callable[[], None]]:
@@ -277,8 +387,30 @@ def test_a_recording_reads_and_writes_where_it_was_made(monkeypatch: pytest.Monk
         eager, compiled = trained_both_ways(DualClipPPO, TORQUES, **kwargs)
     agree_after_updates(eager, compiled, stops=False)
     agree_on_rollouts(compiled)
-    (runs,) = compiled._compiled["step"][1]._program._runs.values()
+    (runs,) = compiled._compiled._kept["step"][1]._program._runs.values()
     assert [type(run) for run in runs.values()] == [compiling._Recording] * (1 if batch_size == 32 else 2)
+
+
+def test_an_interrupted_recording_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(run: compiling.Run, inputs: list[th.Tensor]) -> Any:
+        run(inputs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiling, "_can_record", lambda device: True)
+    model = make_model(DualClipPPO, TORQUES, torch_compile=True)
+    before = [p.clone() for p in model.policy.parameters()]
+    train = model.train
+
+    def train_interrupted() -> None:
+        monkeypatch.setattr(compiling, "_recorded", interrupted)
+        train()
+
+    model.train = train_interrupted
+    monkeypatch.setattr(compiling, "_recorded", rerun)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(128)
+    assert all(map(th.equal, before, model.policy.parameters()))
+    assert {state["step"].item() for state in model.policy.optimizer.state.values()} == {0.0}
 
 
 @pytest.mark.gpu
@@ -297,7 +429,7 @@ def test_the_minibatches_of_an_update_wait_for_nothing_on_cuda(
 ) -> None:
     model = make_model(algorithm, TORQUES, torch_compile=True, device="cuda", n_epochs=3)
     model.learn(128)
-    (runs,) = model._compiled["step"][1]._program._runs.values()
+    (runs,) = model._compiled._kept["step"][1]._program._runs.values()
     assert [type(run) for run in runs.values()] == [compiling._Recording]
     calls = []
 
@@ -368,5 +500,5 @@ def test_what_cannot_be_compiled_is_refused_before_training(monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"cache in '/with a space'.*set TORCHINDUCTOR_CACHE_DIR"):
         DualClipPPO("MlpPolicy", "CartPole-v1", device="cpu", torch_compile=True)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"without a C\+\+ compiler: install g\+\+"):
+    with pytest.raises(ValueError, match=r"without a C\+\+ compiler, 'g\+\+' was not found: install it"):
         DualClipPPO("MlpPolicy", "CartPole-v1", device="cpu", torch_compile=True)

@@ -50,7 +50,7 @@ def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None
     """
     :param policy: to be updated
     :param optimizer: of its parameters
-    :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
+    :raises ValueError: if ``torch_compile=True`` cannot be had of these, saying what to change
     """
     if not DirectActorCritic.understands(policy):
         raise ValueError(
@@ -62,10 +62,27 @@ def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None
             f"{_REFUSED} with batch normalisation, whose running statistics a compiled step cannot change; use "
             "nn.LayerNorm or nn.GroupNorm, or torch_compile=False"
         )
-    check_optimizer(optimizer)
-    if policy.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{_REFUSED} on device={str(policy.device)!r}: use cpu or cuda, or torch_compile=False")
-    if policy.device.type == "cuda":
+    plain = type(optimizer) is th.optim.Adam and all(
+        not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
+        and group["betas"] == optimizer.param_groups[0]["betas"]
+        and group["eps"] == optimizer.param_groups[0]["eps"]
+        for group in optimizer.param_groups
+    )
+    if not plain:
+        raise ValueError(
+            f"{_REFUSED} with optimizer_class={type(optimizer).__name__} as it is set: it must be torch.optim.Adam "
+            "without amsgrad, maximize and weight_decay, with the same betas and eps for all parameters"
+        )
+
+
+def check_compiler(device: th.device) -> None:
+    """
+    :param device: of the policy
+    :raises ValueError: if nothing can be compiled for it here, saying what to change
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{_REFUSED} on device={str(device)!r}: use cpu or cuda, or torch_compile=False")
+    if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise ValueError(f"{_REFUSED} without Triton, which compiles for the GPU: pip install triton")
         return
@@ -85,24 +102,6 @@ def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{_REFUSED} with a cache in {folder!r} ({error}); set TORCHINDUCTOR_CACHE_DIR") from error
-
-
-def check_optimizer(optimizer: th.optim.Optimizer) -> None:
-    """
-    :param optimizer: of what is to be updated by a :class:`CompiledStep`
-    :raises ValueError: if it does anything else than Adam
-    """
-    if type(optimizer) is th.optim.Adam and all(
-        not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
-        and group["betas"] == optimizer.param_groups[0]["betas"]
-        and group["eps"] == optimizer.param_groups[0]["eps"]
-        for group in optimizer.param_groups
-    ):
-        return
-    raise ValueError(
-        f"{_REFUSED} with optimizer_class={type(optimizer).__name__} as it is set: it must be "
-        "torch.optim.Adam without amsgrad, maximize and weight_decay, with the same betas and eps for all parameters"
-    )
 
 
 def structure_of(policy: nn.Module) -> Hashable:
@@ -553,7 +552,6 @@ class CompiledStep:
         any_size: bool,
         announce: bool,
     ) -> None:
-        check_optimizer(optimizer)
         assert isinstance(optimizer, th.optim.Adam)
         self._optimizer = optimizer
         self._module = _Swappable(policy, minibatch_loss)

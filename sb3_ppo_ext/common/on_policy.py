@@ -33,6 +33,7 @@ from sb3_ppo_ext.common.compiled import (
     CompiledStep,
     Programs,
     check_can_compile,
+    check_compiler,
     structure_of,
 )
 from sb3_ppo_ext.common.dimensions import n_action_dims
@@ -190,6 +191,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         self._compiled = Programs()
         if self.torch_compile:
             check_can_compile(self.policy, self.policy.optimizer)
+            check_compiler(self.device)
         if self.verbose >= 1 and not DirectActorCritic.understands(self.policy):
             print(
                 f"{type(self.policy).__name__} overrides methods of Stable-Baselines3's policy: it is trained through "

@@ -92,7 +92,10 @@ def steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]
     :param optimizer: Adam
     :param parameters: among the optimiser's
     """
-    return {float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0 for p in parameters}
+    parameters = list(parameters)
+    steps = [th.as_tensor(optimizer.state[p]["step"]) for p in parameters if p in optimizer.state]
+    counts = set(th.stack(steps).tolist()) if steps else set()  # read at once: on a GPU each time is a wait
+    return counts if len(steps) == len(parameters) else counts | {0.0}
 
 
 def pieces(flat: th.Tensor, shapes: Sequence[th.Size]) -> Iterator[th.Tensor]:

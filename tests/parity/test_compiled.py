@@ -413,6 +413,22 @@ def test_an_interrupted_recording_leaves_the_model_as_it_was(monkeypatch: pytest
     assert {state["step"].item() for state in model.policy.optimizer.state.values()} == {0.0}
 
 
+@pytest.mark.parametrize("case", ["box, clipped values, schedules", "trpo's critic", "reinforce's critic"])
+def test_the_compiler_for_gpus_takes_what_is_traced(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its way but its last part, which writes the kernels."""
+
+    def compiled_in_part(graph: th.fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> compiling.Run:
+        compiled = th.compile(graph, fullgraph=True, dynamic=any(varies), backend="aot_eager")
+        return th.no_grad()(lambda inputs: compiled(*inputs))
+
+    monkeypatch.setattr(compiling, "_machine_code", compiled_in_part)
+    algorithm, action_space, kwargs = CASES[case]
+    with same_batch():
+        eager, compiled = trained_both_ways(algorithm, action_space, **kwargs)
+    agree_after_updates(eager, compiled, stops=False)
+    agree_on_rollouts(compiled)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_is_eager_on_cuda(case: str) -> None:

@@ -226,6 +226,7 @@ class Program:
             return (min(shape[0], 2), *shape[1:]), tensor.stride(), tensor.dtype
         return shape, tensor.stride(), tensor.dtype
 
+    @th.no_grad()
     def _first_call(self, forms: Hashable, more: tuple[Any, ...]) -> list[th.Tensor]:
         bound = tree_unflatten(self._bound, self._structure)
         leaves, structure = tree_flatten((*bound, *more))
@@ -234,14 +235,13 @@ class Program:
         def flat(*leaves: th.Tensor) -> list[th.Tensor]:
             return list(self._function(*tree_unflatten(leaves, structure)))
 
-        with th.no_grad():
-            graph, constants = _traced(flat, leaves, self._decompositions, any_size=any(varies))
-            if any(varies) and not _is_for_any_size(graph, varies):
-                raise ValueError(
-                    f"{_REFUSED} with this policy and batches of any size: what it computes depends on the number of "
-                    "rows. Where that is len(x), x.shape[0] may do; otherwise torch_compile=False"
-                )
-            run = self._built(graph, [*leaves, *constants], [*varies, *(False for _ in constants)])
+        graph, constants = _traced(flat, leaves, self._decompositions, any_size=any(varies))
+        if any(varies) and not _is_for_any_size(graph, varies):
+            raise ValueError(
+                f"{_REFUSED} with this policy and batches of any size: what it computes depends on the number of "
+                "rows. Where that is len(x), x.shape[0] may do; otherwise torch_compile=False"
+            )
+        run = self._built(graph, [*leaves, *constants], [*varies, *(False for _ in constants)])
         if constants:
             run = partial(_run_with, run, constants)
         if self._is_recorded:
@@ -314,6 +314,7 @@ def _recorded(run: Run, inputs: list[th.Tensor]) -> tuple[list[th.Tensor], Calla
     return list(outputs), graph.replay
 
 
+@th.no_grad()
 def _copied(places: list[th.Tensor], tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
     """The places, holding what the tensors hold."""
     for place, tensor in zip(places, tensors, strict=True):

@@ -202,6 +202,17 @@ def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tm
             assert len(compiled) == n_compiled + 1
 
 
+@pytest.mark.parametrize("any_size", [False, True])
+def test_what_is_given_in_another_form_is_not_misread(any_size: bool) -> None:
+    program = compiling.Program(
+        lambda fixed, batch, x: [fixed[0] + 2.0 * x], th.device("cpu"), what="", any_size=any_size, announce=False
+    )
+    program.bind([th.ones(4)])
+    x = th.arange(12.0).view(3, 4)
+    for given in (x, x[:2], x[:1]) if any_size else (x, x.double(), x.t().contiguous().t()):
+        th.testing.assert_close(program(given), [1.0 + 2.0 * given])
+
+
 def test_one_program_serves_rollouts_of_all_sizes(programs: list[str]) -> None:
     model: Any = REINFORCE(
         "MlpPolicy", "CartPole-v1", baseline="value", episodes_per_env=2, seed=0, device="cpu", torch_compile=True
@@ -267,9 +278,11 @@ def test_what_a_network_keeps_shares_or_changes(algorithm: Any) -> None:
     models = [make_model(algorithm, TORQUES, torch_compile=compiled, **kwargs) for compiled in (False, True)]
     for model in models:
         th.manual_seed(0)
-        for offset, scale in ((0.0, 1.0), (0.5, 1.0), (0.5, 2.0)):
-            model.policy.features_extractor.offset.fill_(offset)
-            model.policy.features_extractor.scale = scale
+        extractor = model.policy.features_extractor
+        for offset, scale, is_sorted in ((0.0, 1.0, False), (0.5, 1.0, False), (0.5, 2.0, False), (0.5, 2.0, True)):
+            extractor.offset.fill_(offset)
+            extractor.scale = scale
+            extractor.order = th.arange(len(extractor.mean)) if is_sorted else extractor.order
             np.random.seed(0)  # noqa: NPY002  # the minibatches
             with same_batch():
                 model.learn(128)
@@ -286,7 +299,7 @@ def test_what_a_network_keeps_shares_or_changes(algorithm: Any) -> None:
 def test_what_is_replaced_is_seen() -> None:
     model = make_model(DualClipPPO, TORQUES, torch_compile=True)
     model.learn(128)
-    model.policy.mlp_extractor.policy_net[1] = th.nn.ReLU()
+    model.policy.mlp_extractor.policy_net[1] = th.nn.Sigmoid()  # which has no more to itself than Tanh
     agree_on_rollouts(model)
     parameters = th.nn.utils.parameters_to_vector(model.policy.parameters())
     act = model._act(model._actor_critic())

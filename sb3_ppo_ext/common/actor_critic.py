@@ -148,7 +148,7 @@ class DirectActorCritic:
         Draw an action for each observation: by the actor alone, or, where a second pass through the extractor would
         cost more than it saves, together with values and parameters.
         """
-        return self.act_by(obs, self.noise(_n_rows(obs)))
+        return self.act_by(obs, self.noise(n_rows(obs)))
 
     def noise(self, n: int) -> th.Tensor:
         """
@@ -262,7 +262,8 @@ def _channels_last(images: th.Tensor) -> th.Tensor:
     return images.contiguous(memory_format=th.channels_last) if images.device.type == "cpu" else images
 
 
-def _n_rows(obs: PyTorchObs) -> int:
+def n_rows(obs: PyTorchObs) -> int:
+    """The number of observations in a batch of them."""
     return (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import fx, nn
 from torch.func import functional_call
@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, has_hooks
+from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, has_hooks, n_rows
 from sb3_ppo_ext.common.buffers import RolloutSamples, obs_rows, take
 from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces, steps_made
 from sb3_ppo_ext.common.optimization import MinibatchLoss
@@ -451,7 +451,9 @@ def _fingerprint(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bo
     ]
     cpu = Path("/proc/cpuinfo")
     flags = (
-        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
+        next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+        if cpu.exists()
+        else ""
     )
     of_machine = (th.__version__, platform.platform(), platform.processor(), flags, th.get_num_threads())
     return hashlib.sha256(repr((graph.code, forms, of_machine)).encode()).hexdigest()
@@ -671,7 +673,31 @@ def _has_tanh_of_actions(policy: nn.Module) -> bool:
     return bool(getattr(policy, "squash_output", False))
 
 
-class CompiledActor:
+class _OfRollouts:
+    """A method of a :class:`DirectActorCritic` as a program of the policy's tensors."""
+
+    def __init__(
+        self, policy: ActorCriticPolicy, method: Callable[..., Any], *, what: str, any_size: bool, announce: bool
+    ) -> None:
+        self._module = _Swappable(policy, method)
+        self._program = Program(
+            self._results,
+            policy.device,
+            what=what,
+            any_size=any_size,
+            announce=announce,
+            exact_tanh=_has_tanh_of_actions(policy),
+        )
+
+    def bind(self) -> None:
+        """Take the parameters from the policy."""
+        self._program.bind(self._module.tensors())
+
+    def _results(self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, other: th.Tensor) -> list[th.Tensor]:
+        raise NotImplementedError
+
+
+class CompiledActor(_OfRollouts):
     """
     ``act`` as one program.
 
@@ -680,32 +706,19 @@ class CompiledActor:
     """
 
     def __init__(self, actor_critic: DirectActorCritic, *, announce: bool) -> None:
+        super().__init__(actor_critic.policy, actor_critic.act_by, what="the actor", any_size=False, announce=announce)
         self._noise = actor_critic.noise
-        self._module = _Swappable(actor_critic.policy, actor_critic.act_by)
-        self._program = Program(
-            self._act,
-            actor_critic.policy.device,
-            what="the actor",
-            any_size=False,
-            announce=announce,
-            exact_tanh=_has_tanh_of_actions(actor_critic.policy),
-        )
-
-    def bind(self) -> None:
-        """Take the parameters from the policy."""
-        self._program.bind(self._module.tensors())
 
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
-        n = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-        action, *kept = self._program(obs, self._noise(n))
+        action, *kept = self._program(obs, self._noise(n_rows(obs)))
         return action, Kept(kept[0], None, kept[1]) if kept else None
 
-    def _act(self, tensors: Any, batch: Any, obs: PyTorchObs, noise: th.Tensor) -> list[th.Tensor]:
+    def _results(self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, noise: th.Tensor) -> list[th.Tensor]:
         action, kept = self._module.call(tensors, obs, noise)
         return [action] if kept is None else [action, kept.values, kept.params]
 
 
-class CompiledEvaluation:
+class CompiledEvaluation(_OfRollouts):
     """
     ``evaluate_actions`` without gradients and entropy, as one program.
 
@@ -715,25 +728,21 @@ class CompiledEvaluation:
     """
 
     def __init__(self, actor_critic: DirectActorCritic, *, any_size: bool, announce: bool) -> None:
-        self._module = _Swappable(actor_critic.policy, actor_critic.evaluate_actions)
-        self._program = Program(
-            self._evaluate,
-            actor_critic.policy.device,
+        super().__init__(
+            actor_critic.policy,
+            actor_critic.evaluate_actions,
             what="the evaluation of rollouts",
             any_size=any_size,
             announce=announce,
-            exact_tanh=_has_tanh_of_actions(actor_critic.policy),
         )
-
-    def bind(self) -> None:
-        """Take the parameters from the policy."""
-        self._program.bind(self._module.tensors())
 
     def __call__(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
         values, log_prob, params = self._program(obs, actions)
         return Evaluation(values, log_prob, None, params)
 
-    def _evaluate(self, tensors: Any, batch: Any, obs: PyTorchObs, actions: th.Tensor) -> list[th.Tensor]:
+    def _results(
+        self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, actions: th.Tensor
+    ) -> list[th.Tensor]:
         evaluation = self._module.call(tensors, obs, actions)
         return [evaluation.values, evaluation.log_prob, evaluation.params]
 
@@ -767,8 +776,7 @@ class CompiledFisherVectorProduct:
         :param damping: multiple of the identity that is added
         :return: ``v -> F v + damping * v``, v of shape ``(n,)``
         """
-        n_rows = chunks[-1].stop
-        parts = [((rows.stop - rows.start) / n_rows, obs_rows(observations, rows)) for rows in chunks]
+        parts = [((rows.stop - rows.start) / chunks[-1].stop, obs_rows(observations, rows)) for rows in chunks]
         tensors = self._module.tensors()
         if len(parts) == 1:
             self._program.bind(tensors, parts[0][1])

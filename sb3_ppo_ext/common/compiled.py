@@ -32,10 +32,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, has_hooks, n_rows
+from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, n_rows
 from sb3_ppo_ext.common.buffers import RolloutSamples, obs_rows, take
 from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces, steps_made
 from sb3_ppo_ext.common.optimization import MinibatchLoss
+from sb3_ppo_ext.common.purity import has_hooks
 from sb3_ppo_ext.numerics import FisherVectorProduct
 
 _REFUSED = "torch_compile=True is not allowed"
@@ -52,7 +53,7 @@ def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None
     :param optimizer: of its parameters
     :raises ValueError: if ``torch_compile=True`` cannot be had of these, saying what to change
     """
-    if not DirectActorCritic.understands(policy):
+    if not DirectActorCritic.supports(policy):
         raise ValueError(
             f"{_REFUSED} with policy={type(policy).__name__}: it overrides methods of Stable-Baselines3's "
             "ActorCriticPolicy; use one that overrides none, or torch_compile=False"

@@ -80,24 +80,24 @@ def test_what_it_would_do_differently_it_does_not_serve(settings: dict[str, Any]
     network = make_network()
     optimizer = th.optim.Adam(network.parameters(), **settings)
     use_fused_adam(optimizer)
-    assert not FlatAdam.serves(optimizer, list(network.parameters()))
+    assert not FlatAdam.supports(optimizer, list(network.parameters()))
 
 
-def test_it_serves_no_other_optimizer_no_hooks_and_no_counts_that_differ() -> None:
+def test_it_supports_no_other_optimizer_no_hooks_and_no_counts_that_differ() -> None:
     network = make_network()
     parameters = list(network.parameters())
-    assert not FlatAdam.serves(th.optim.RMSprop(parameters), parameters)
-    assert not FlatAdam.serves(th.optim.AdamW(parameters, fused=True), parameters)
+    assert not FlatAdam.supports(th.optim.RMSprop(parameters), parameters)
+    assert not FlatAdam.supports(th.optim.AdamW(parameters, fused=True), parameters)
 
     optimizer = make_optimizer(network)
-    assert FlatAdam.serves(optimizer, parameters)
+    assert FlatAdam.supports(optimizer, parameters)
     hook = optimizer.register_step_post_hook(lambda *_: None)
-    assert not FlatAdam.serves(optimizer, parameters)
+    assert not FlatAdam.supports(optimizer, parameters)
     hook.remove()
-    assert FlatAdam.serves(optimizer, parameters)
+    assert FlatAdam.supports(optimizer, parameters)
     parameters[0].grad = th.ones_like(parameters[0])
     optimizer.step()
-    assert not FlatAdam.serves(optimizer, parameters)
+    assert not FlatAdam.supports(optimizer, parameters)
 
 
 def test_an_update_that_is_interrupted_leaves_a_whole_policy() -> None:

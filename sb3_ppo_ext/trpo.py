@@ -128,6 +128,7 @@ class TRPO(OnPolicyAlgorithm):
 
     _needs_old_params: ClassVar[bool] = True
     _reads: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
+    _other_names: ClassVar[dict[str, str]] = {"sub_sampling_factor": "fvp_subsampling"}
 
     def __init__(
         self,
@@ -232,8 +233,6 @@ class TRPO(OnPolicyAlgorithm):
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
         adapted = super()._adapted(origin, attributes)
-        if "sub_sampling_factor" in attributes:
-            adapted["fvp_subsampling"] = attributes["sub_sampling_factor"]
         if origin == _OF_CONTRIB:
             action_space = unpickled(attributes, "action_space")
             # sb3-contrib's KL divergence is the mean over the dimensions of an action, of a MultiDiscrete the sum.

@@ -104,7 +104,7 @@ def _check_settings(env: VecEnv, state: dict[str, Any]) -> None:
             f"it was trained in the wrappers {saved_names}, outermost first, and this one is in {given_names}"
         )
     differing = [
-        f"{wrapper} had {name}={value!r} and has {name}={here[name]!r}"
+        f"{name} of {wrapper} was {value!r} in the training, and is {here[name]!r} here"
         for (wrapper, settings), (_, here) in zip(saved, given, strict=True)
         for name, value in settings.items()
         if here[name] != value

@@ -153,10 +153,18 @@ def opened(path: str | Path | io.BufferedIOBase) -> Iterator[io.BufferedIOBase]:
         damage = damage_of(file)
         if damage is None:
             raise
-        raise ValueError(f"{path} cannot be loaded: {damage}") from error
+        raise ValueError(f"{name_of_file(path)} cannot be loaded: {damage}") from error
     finally:
         if file is not path:
             file.close()
+
+
+def name_of_file(path: object) -> object:
+    """
+    :param path: of a file, or an open file
+    :return: what to call it in a message
+    """
+    return getattr(path, "name", path) if isinstance(path, io.IOBase) else path
 
 
 def damage_of(file: Path | ReadableFile) -> str | None:

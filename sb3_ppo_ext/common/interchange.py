@@ -10,7 +10,7 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import json_to_data
 
-from sb3_ppo_ext.common.files import ReadableFile
+from sb3_ppo_ext.common.files import ReadableFile, name_of_file
 
 # The member of a model file that names its algorithm. SB3 passes over it.
 ALGORITHM = "_algorithm"
@@ -105,10 +105,10 @@ def check_origin(origin: str, algorithm: type[BaseAlgorithm], also: Collection[s
     :param origin: the algorithm whose model a file is
     :param algorithm: the class that is to load it
     :param also: other algorithms whose files that takes
-    :param path: of the file
+    :param path: of the file, or the open file
     :raises ValueError: if that would make a model that is half of one and half of the other
     """
-    name = name_of(algorithm)
+    name, path = name_of(algorithm), name_of_file(path)
     if origin == name or origin in also or "." not in origin + name:  # two classes of the user's own
         return
     if origin == "sb3_contrib.MaskablePPO":

@@ -102,6 +102,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     # Other algorithms whose files are loaded, by the names that are imported.
     _reads: ClassVar[tuple[str, ...]] = ()
 
+    # What an attribute is called in other algorithms' files, or was called in earlier ones, and what it is called.
+    _other_names: ClassVar[dict[str, str]] = {}
+
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
     _needs_old_params: ClassVar[bool] = False
 
@@ -295,7 +298,10 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             check_origin(origin, cls, cls._reads, path)
             kept = {name: value for name, value in attributes_of(file).items() if name not in replaced}
             kwargs = cls._adapted(origin, kept) | kwargs
-            return super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            model = super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        for name in cls._other_names:
+            vars(model).pop(name, None)
+        return model
 
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -305,10 +311,11 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param origin: the algorithm whose model it is
         :param attributes: in the file, as :func:`attributes_of` gives them, without those that the user replaces
         """
+        adapted = {name: attributes[other] for other, name in cls._other_names.items() if other in attributes}
         buffer_class = attributes.get("rollout_buffer_class")
         if isinstance(buffer_class, dict) and str(buffer_class.get("__module__")).startswith("sb3_contrib."):
-            return {"rollout_buffer_class": None}  # it is filled by an algorithm of its own
-        return {}
+            adapted["rollout_buffer_class"] = None  # it is filled by an algorithm of its own
+        return adapted
 
     def _check_compilable(self) -> None:
         """

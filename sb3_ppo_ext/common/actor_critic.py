@@ -69,10 +69,13 @@ class ActorCritic(Protocol):
     """A policy as the core sees it. Observations are tensors (or dicts of them) as ``obs_as_tensor`` makes them."""
 
     policy: ActorCriticPolicy
-    family: Family | None
-    """The formulas of its distributions; None for a distribution of the user's own."""
     is_pure: bool
     """Whether a rollout may be evaluated after it is full: nothing that a pass computes depends on other passes."""
+
+    @property
+    def family(self) -> Family | None:
+        """The formulas of its distributions; None for a distribution of the user's own."""
+        ...
 
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         """

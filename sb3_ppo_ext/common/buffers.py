@@ -1,4 +1,4 @@
-"""SB3's rollout buffers, filled with transitions step by step, and with what the policy says of them once, at the end."""
+"""SB3's rollout buffers: transitions are added step by step, what the policy says of them once, at the end."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     A rollout buffer that also holds the distribution parameters of each step, ``distribution_params``, shape
     ``(n_steps, n_envs, n_params)``. Takes the arguments of SB3's.
 
-    It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once. Its arrays keep the shape
-    ``(n_steps, n_envs, ...)``; :meth:`get` moves a flat copy of them to the device once, and cuts its minibatches out
-    of that.
+    It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once.
+    Its arrays keep the shape ``(n_steps, n_envs, ...)``; :meth:`get` moves a flat copy of them to the device once, and
+    cuts its minibatches out of that.
     """
 
     observations: Any  # an array, or for Dict observations a dict of arrays

@@ -34,11 +34,10 @@ def set_critic_training_mode(policy: ActorCriticPolicy, actor_parameters: Sequen
             module.train(True)
     # What has no parameters belongs to the critic if it is in its networks and not in the actor's.
     extractor = policy.mlp_extractor
-    of_actors_networks = _modules_of(
-        policy.pi_features_extractor, policy.action_net, getattr(extractor, "policy_net", None)
-    )
-    for module in _modules_of(policy.vf_features_extractor, policy.value_net, getattr(extractor, "value_net", None)):
-        if not set(module.parameters()) & of_actor and not _modules_of(module) & of_actors_networks:
+    policy_net, value_net = (getattr(extractor, name, None) for name in ("policy_net", "value_net"))
+    actors = _modules_of(policy.pi_features_extractor, policy.action_net, policy_net)
+    for module in _modules_of(policy.vf_features_extractor, policy.value_net, value_net):
+        if not set(module.parameters()) & of_actor and not _modules_of(module) & actors:
             module.train(True)
 
 

@@ -72,11 +72,11 @@ class FlatAdam:
         if len(in_groups) != len(set(in_groups)) or not {id(p) for p in parameters} <= set(in_groups):
             return False
         # A backward pass may be made twice, and a hook must run once.
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):  # type: ignore[attr-defined]
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
             return False
         return len({(p.device, p.dtype) for p in parameters}) == 1
 
-    def __contains__(self, parameter: nn.Parameter) -> bool:
+    def __contains__(self, parameter: th.Tensor) -> bool:
         return id(parameter) in self._ids
 
     def zero_grad(self) -> None:
@@ -86,7 +86,7 @@ class FlatAdam:
         self._versions = [flat.grad._version for flat in self.parameters if flat.grad is not None]
 
     def all_have_gradients(self) -> bool:
-        """Whether the backward pass since :meth:`zero_grad` has reached every parameter: each adds to its piece once."""
+        """Whether the backward pass since :meth:`zero_grad` reached every parameter: each adds to its piece once."""
         return all(
             flat.grad is not None and flat.grad._version - version == len(members)
             for flat, version, members in zip(self.parameters, self._versions, self.members, strict=True)
@@ -97,6 +97,7 @@ class FlatAdam:
         own = iter(self._own)
         with th.no_grad():
             for flat, members in zip(self.parameters, self.members, strict=True):
+                assert flat.grad is not None
                 state = self.adam.state[flat]
                 shapes = [p.shape for p in members]
                 of_members = (pieces(x, shapes) for x in (state["exp_avg"], state["exp_avg_sq"], flat.grad))

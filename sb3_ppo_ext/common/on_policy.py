@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -422,29 +422,28 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         self,
         minibatch_loss: Callable[[ActorCritic, RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]],
         parameters: Sequence[nn.Parameter],
-        of: Hashable = None,
+        coefficients: Sequence[str] = (),
     ) -> MinibatchStep:
         """
         :param minibatch_loss: to be minimised, given the policy
         :param parameters: what is updated, among the policy's
-        :param of: what else the form of the loss depends on: a compiled step is for one form
+        :param coefficients: the names of those that the loss will be given: a compiled step is for the same ones
         :return: what makes a gradient step on a minibatch
         """
         actor_critic = self._actor_critic(for_update=True)
-        loss = partial(minibatch_loss, actor_critic)
         if not self.torch_compile:
-            return EagerStep(self.policy.optimizer, parameters, loss)
+            return EagerStep(self.policy.optimizer, parameters, partial(minibatch_loss, actor_critic))
         check_can_compile(self.policy, self.policy.optimizer)  # a user may have replaced them
         optimizer = self.policy.optimizer
         settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
         return self._compiled.get(
             "step",
-            (structure_of(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), of),
+            (structure_of(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), tuple(coefficients)),
             lambda: CompiledStep(
-                self.policy,
+                cast(DirectActorCritic, actor_critic),
                 optimizer,
                 parameters,
-                loss,
+                minibatch_loss,
                 any_size=self._rollouts_vary,
                 announce=self.verbose >= 1,
             ),
@@ -622,8 +621,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             assert isinstance(rollout_buffer, RolloutBuffer)
             if len(steps) != rollout_buffer.buffer_size:
                 raise ValueError(
-                    f"The policy was called {len(steps)} times in a rollout of {rollout_buffer.buffer_size} steps, so the "
-                    "parameters of the distributions that acted are not known. Let callbacks use policy.predict()"
+                    f"The policy was called {len(steps)} times in a rollout of {rollout_buffer.buffer_size} steps, so "
+                    "that the parameters of the distributions that acted are not known. Let callbacks use "
+                    "policy.predict() instead"
                 )
             params = _env_by_env(steps)
             assert params is not None

@@ -101,6 +101,7 @@ class EagerStep:
     def _make_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
         if self._may_be_flat:
             if self._flat is None:
+                assert isinstance(self._optimizer, th.optim.Adam)
                 self._flat = FlatAdam(self._optimizer, reached(loss, self._parameters))
                 self._outside = [p for p in self._parameters if p not in self._flat]
             self._flat.zero_grad()

@@ -80,6 +80,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     """
 
     _needs_old_params: ClassVar[bool] = True
+    _none_is_default: ClassVar[tuple[str, ...]] = ("clip_range", "target_kl")
 
     def __init__(
         self,

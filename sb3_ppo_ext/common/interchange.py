@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import zipfile
 from collections.abc import Collection
 from typing import Any
 
+import cloudpickle  # type: ignore[import-untyped]
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.save_util import json_to_data
 
 from sb3_ppo_ext.common.files import ReadableFile, name_of_file
 
@@ -77,7 +78,24 @@ def unpickled(attributes: dict[str, Any], name: str) -> Any:
     :param name: of one of them
     :return: its value
     """
-    return json_to_data(json.dumps({name: attributes[name]}))[name]
+    value = attributes[name]
+    if isinstance(value, dict) and ":serialized:" in value:
+        return cloudpickle.loads(base64.b64decode(value[":serialized:"]))
+    return value
+
+
+def why_missing(attributes: dict[str, Any], name: str) -> Exception | None:
+    """
+    :param attributes: as :func:`attributes_of` gives them
+    :param name: of what may be among them
+    :return: why it cannot be imported here; None if it can be, or there is none
+    """
+    if name in attributes:
+        try:
+            unpickled(attributes, name)
+        except (ImportError, AttributeError) as error:
+            return error
+    return None
 
 
 def origin_of(file: ReadableFile, replaced: Collection[str] = ()) -> str:

@@ -40,7 +40,7 @@ from sb3_ppo_ext.common.compiled import (
 from sb3_ppo_ext.common.dimensions import n_action_dims
 from sb3_ppo_ext.common.distributions import Family, family_of_policy, params_of
 from sb3_ppo_ext.common.files import opened, save_whole
-from sb3_ppo_ext.common.interchange import ALGORITHM, attributes_of, check_origin, name_of, origin_of
+from sb3_ppo_ext.common.interchange import ALGORITHM, attributes_of, check_origin, name_of, origin_of, why_missing
 from sb3_ppo_ext.common.mishaps import (
     explained,
     raise_if_misshapen,
@@ -101,6 +101,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     # Other algorithms whose files are loaded, by the names that are imported.
     _reads: ClassVar[tuple[str, ...]] = ()
+
+    # Arguments that may be None here, and may not in SB3's or sb3-contrib's algorithm that takes them.
+    _none_is_default: ClassVar[tuple[str, ...]] = ()
 
     # What an attribute is called in other algorithms' files, or was called in earlier ones, and what it is called.
     _other_names: ClassVar[dict[str, str]] = {}
@@ -293,11 +296,23 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         """
         check_device(device)
         with opened(path) as file:
-            replaced = (custom_objects or {}).keys() | kwargs.keys()
+            custom_objects = custom_objects or {}
+            replaced = custom_objects.keys() | kwargs.keys()
             origin = origin_of(file, replaced)
             check_origin(origin, cls, cls._reads, path)
-            kept = {name: value for name, value in attributes_of(file).items() if name not in replaced}
-            kwargs = cls._adapted(origin, kept) | kwargs
+            attributes = attributes_of(file)
+            missing = why_missing(attributes, "rollout_buffer_class")
+            if missing is not None and "rollout_buffer_class" not in replaced:  # only learning needs it
+                custom_objects = {**custom_objects, "rollout_buffer_class": None, "rollout_buffer_kwargs": {}}
+                warnings.warn(
+                    f"The rollout_buffer_class of {path} was left out ({missing}). To train on, give it again: "
+                    "load(..., custom_objects={'rollout_buffer_class': ...})",
+                    stacklevel=2,
+                )
+            adapted = cls._adapted(origin, {name: v for name, v in attributes.items() if name not in replaced})
+            for name in {"rollout_buffer_class", *cls._none_is_default} & custom_objects.keys() - attributes.keys():
+                adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
+            kwargs = adapted | kwargs
             model = super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         for name in cls._other_names:
             vars(model).pop(name, None)
@@ -341,9 +356,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         excluded = [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow"]
-        # What is left out is the default of the class that loads it. SB3 and sb3-contrib take no None for these, and
-        # their own buffer.
-        excluded += [name for name in ("clip_range", "target_kl", "cg_damping") if vars(self).get(name, 0) is None]
+        # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
+        excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
         if self.rollout_buffer_class is buffer_class_for(self.observation_space):
             excluded.append("rollout_buffer_class")
         return excluded

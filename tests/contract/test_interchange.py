@@ -293,3 +293,7 @@ def test_what_is_none_is_none_again(tmp_path):
         small(algorithm, "MlpPolicy", make()).save(tmp_path / "model")
         loaded = algorithm.load(tmp_path / "model", device="cpu")
         assert [getattr(loaded, name) for name in names] == [None] * len(names)
+        numbers = dict.fromkeys(names, 0.5)
+        for arguments in ({"custom_objects": numbers}, numbers):
+            loaded = algorithm.load(tmp_path / "model", device="cpu", **arguments)
+            assert [loaded._joint(getattr(loaded, name), math.nan) for name in names] == [0.5] * len(names)

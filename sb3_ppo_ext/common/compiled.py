@@ -77,6 +77,12 @@ def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None
             f"{_REFUSED} with hooks on the gradients of parameters, which a program would not run: remove them, or use "
             "torch_compile=False"
         )
+    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if len(in_groups) != len(set(in_groups)) or not {id(p) for p in policy.parameters()} <= set(in_groups):
+        raise ValueError(
+            f"{_REFUSED} with an optimiser that has a parameter of the policy twice or not at all: make it of "
+            "policy.parameters() anew, or use torch_compile=False"
+        )
     plain = type(optimizer) is th.optim.Adam and all(
         not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
         and group["betas"] == optimizer.param_groups[0]["betas"]

@@ -44,6 +44,7 @@ from sb3_ppo_ext.common.mishaps import (
     raise_if_rollout_not_finite,
 )
 from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
+from sb3_ppo_ext.common.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
 from sb3_ppo_ext.common.problem import check_spaces
 from sb3_ppo_ext.common.purity import impurity
@@ -194,6 +195,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             check_can_compile(self.policy, self.policy.optimizer)
             check_compiler(self.device)
         self._has_said_why_slow = False
+        self._policy_changes_in_rollouts = False
         buffer = self.rollout_buffer
         if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
             print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
@@ -291,7 +293,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             raise more from error
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow"]
+        return [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
@@ -397,7 +399,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     def _act(self, actor_critic: ActorCritic) -> Act:
         """How to draw actions: by the policy, or what was compiled of it."""
         # Elsewhere than on the CPU a step waits for its actions anyway.
-        if not self.torch_compile or self.device.type != "cpu":
+        if not self.torch_compile or not actor_critic.is_pure or self.device.type != "cpu":
             return actor_critic.act
         check_can_compile(self.policy, self.policy.optimizer)
         direct = cast(DirectActorCritic, actor_critic)
@@ -472,16 +474,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
         assert self._last_obs is not None, "No previous observation was provided"
         assert self._last_episode_starts is not None
-        actor_critic = self._actor_critic()
-        if isinstance(actor_critic, DirectActorCritic) and not actor_critic.is_pure:
-            self._say_why_slow(
-                f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
-                "so by its attribute is_pure = True; if not, this is needed"
-            )
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         kept: list[Kept] = []
-        timeouts = Timeouts(actor_critic, rollout_buffer)
         action_shape = (env.num_envs, *(self.action_space.shape or ()))
         is_box = isinstance(self.action_space, spaces.Box)
         is_as_made = type(env) is DummyVecEnv  # a wrapper may change an observation and not the final one
@@ -490,6 +485,15 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         callback.on_rollout_start()
         if self.use_sde:  # after the callback, so that one that saves the random state saves it before this draw
             self.policy.reset_noise(env.num_envs)
+        actor_critic = self._actor_critic()
+        if isinstance(actor_critic, DirectActorCritic) and not actor_critic.is_pure:
+            self._say_why_slow(
+                f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
+                "so by its attribute is_pure = True; if not, this is needed"
+            )
+        actor_critic.is_pure &= not self._policy_changes_in_rollouts
+        watch = ParameterWatch(self.policy) if actor_critic.is_pure else None
+        timeouts = Timeouts(actor_critic, rollout_buffer)
         act = self._act(actor_critic)
 
         while True:
@@ -526,14 +530,31 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
+            if watch is not None and watch.is_touched() and watch.has_changed():
+                # By a callback. The steps so far are evaluated by the policy that made them, each later one at once.
+                with th.no_grad(), watch.as_at_first():
+                    kept = kept or self._evaluate_steps(actor_critic, rollout_buffer)
+                    timeouts.evaluate(self._chunks)
+                actor_critic.is_pure, watch, act = False, None, actor_critic.act
+                self._policy_changes_in_rollouts = True
             if self._rollout_is_complete(n_steps, n_rollout_steps, dones):
                 break
+
+        if watch is not None and watch.has_changed():
+            self._policy_changes_in_rollouts = True
+            warnings.warn(
+                "The parameters of the policy were changed while it collected a rollout, in a way that is seen only at "
+                "the end of it (by .data). The log-probabilities of this one rollout are those of the changed policy; "
+                "from the next rollout on each step is evaluated at once",
+                stacklevel=2,
+            )
 
         with th.no_grad():
             self._evaluate_rollout(actor_critic, rollout_buffer, kept)
             values = actor_critic.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
             raise_if_rollout_not_finite(rollout_buffer, values.cpu().numpy(), new_obs)
-            timeouts.bootstrap(self.gamma, self._chunks(len(timeouts)))
+            timeouts.evaluate(self._chunks)
+            timeouts.bootstrap(self.gamma)
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
 
         callback.update_locals(locals())
@@ -618,6 +639,17 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         assert values is not None
         assert log_probs is not None
         rollout_buffer.set_evaluation(values, log_probs, params)
+
+    def _evaluate_steps(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer) -> list[Kept]:
+        """Values and distribution parameters of the steps that a rollout has so far, for each."""
+        observations, actions = rollout_buffer.inputs_so_far()
+        chunks = [
+            actor_critic.evaluate_actions(obs_rows(observations, rows), actions[rows])
+            for rows in self._chunks(len(actions))
+        ]
+        values = th.split(th.cat([chunk.values for chunk in chunks]), self.n_envs)
+        params = th.split(th.cat([chunk.params for chunk in chunks]), self.n_envs)
+        return [Kept(of_values, None, of_params) for of_values, of_params in zip(values, params, strict=True)]
 
     def _check_params(self, of_params: th.Tensor, log_probs: th.Tensor) -> None:
         """

@@ -82,6 +82,8 @@ class EagerStep:
         use_fused_adam(self._optimizer)
         self._optimizer.zero_grad()  # a gradient left anywhere would be applied by every step
         self._may_be_flat = FlatAdam.supports(self._optimizer, self._parameters)
+        in_groups = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
+        self._clips_in_place = sorted(in_groups) != sorted(set(in_groups) | set(map(id, self._parameters)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -113,7 +115,9 @@ class EagerStep:
             self._may_be_flat = False
         self._optimizer.zero_grad()
         loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
-        return clip_and_step(self._optimizer, self._parameters, max_grad_norm=max_grad_norm)
+        return clip_and_step(
+            self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
+        )
 
     def _leave_flat(self) -> None:
         if self._flat is not None:
@@ -136,16 +140,20 @@ def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Pa
     return [parameter for parameter, grad in zip(candidates, grads, strict=True) if grad is not None]
 
 
-def clip_and_step(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float) -> th.Tensor:
+def clip_and_step(
+    optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float, in_place: bool = False
+) -> th.Tensor:
     """
     Clip the gradients that are there, and make the optimiser's step, unless they are not finite.
 
     :param optimizer: of the parameters
     :param parameters: whose joint gradient norm is clipped
     :param max_grad_norm: the largest norm that is let through
+    :param in_place: whether the gradients must be clipped before the step: the optimiser's own kernel, which does both,
+        would clip those of a parameter twice that two groups have, and not those that it does not have
     :return: the norm before clipping, a scalar on the parameters' device
     """
-    if not all(group.get("fused") for group in optimizer.param_groups):
+    if in_place or not all(group.get("fused") for group in optimizer.param_groups):
         grad_norm: th.Tensor = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if math.isfinite(grad_norm.item()):
             optimizer.step()

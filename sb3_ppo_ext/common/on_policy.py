@@ -192,7 +192,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         self._check_family()
         self._compiled = Programs()
         if self.torch_compile:
-            check_can_compile(self.policy, self.policy.optimizer)
+            check_can_compile(self._actor_critic(), self.policy.optimizer)
             check_compiler(self.device)
         self._has_said_why_slow = False
         self._policy_changes_in_rollouts = False
@@ -380,7 +380,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         actor_critic = self._actor_critic(for_update=True)
         if not self.torch_compile:
             return EagerStep(self.policy.optimizer, parameters, partial(minibatch_loss, actor_critic))
-        check_can_compile(self.policy, self.policy.optimizer)  # a user may have replaced them
+        check_can_compile(actor_critic, self.policy.optimizer)  # a user may have replaced them
         optimizer = self.policy.optimizer
         settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
         return self._compiled.get(
@@ -401,7 +401,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         # Elsewhere than on the CPU a step waits for its actions anyway.
         if not self.torch_compile or not actor_critic.is_pure or self.device.type != "cpu":
             return actor_critic.act
-        check_can_compile(self.policy, self.policy.optimizer)
         direct = cast(DirectActorCritic, actor_critic)
         actor = self._compiled.get(
             "actor", structure_of(self.policy), lambda: CompiledActor(direct, announce=self.verbose >= 1)
@@ -491,6 +490,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
                 "so by its attribute is_pure = True; if not, this is needed"
             )
+        if self.torch_compile:
+            check_can_compile(actor_critic, self.policy.optimizer)
         actor_critic.is_pure &= not self._policy_changes_in_rollouts
         watch = ParameterWatch(self.policy) if actor_critic.is_pure else None
         timeouts = Timeouts(actor_critic, rollout_buffer)

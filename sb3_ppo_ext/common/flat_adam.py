@@ -96,12 +96,15 @@ class FlatAdam:
         """Give the parameters their own memory back, and the moments to the optimiser."""
         own = iter(self._own)
         with th.no_grad():
-            for flat, members in zip(self.parameters, self.members, strict=True):
+            for flat, members, count in zip(self.parameters, self.members, self.steps, strict=True):
                 state = self.adam.state[flat]
                 shapes = [p.shape for p in members]
                 moments = (pieces(state[name], shapes) for name in ("exp_avg", "exp_avg_sq"))
+                has_made_steps = state["step"].item() != count
                 for p, exp_avg, exp_avg_sq in zip(members, *moments, strict=True):
                     p.data = next(own).copy_(p.data)
+                    if not has_made_steps:
+                        continue
                     self._optimizer.state[p] = {
                         "step": state["step"].clone(),
                         "exp_avg": th.empty_like(p).copy_(exp_avg),

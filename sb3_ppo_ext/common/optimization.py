@@ -103,13 +103,9 @@ class EagerStep:
     def _make_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
         if self._may_be_flat:
             if self._flat is None:
-                assert isinstance(self._optimizer, th.optim.Adam)
-                self._flat = FlatAdam(self._optimizer, reached(loss, self._parameters))
-                self._outside = [p for p in self._parameters if p not in self._flat]
-            self._flat.zero_grad()
-            # The graph is kept for the case that it has to be asked once more, by which parameters it reaches.
-            loss.backward(inputs=self._inputs, retain_graph=True)  # type: ignore[no-untyped-call]
-            if self._flat.all_have_gradients() and all(p.grad is None for p in self._outside):
+                self._make_flat(self._parameters)
+            if self._has_flat_gradients(loss):
+                assert self._flat is not None
                 return clip_and_step(self._flat.adam, self._flat.parameters, max_grad_norm=max_grad_norm)
             self._leave_flat()
             self._may_be_flat = False
@@ -119,10 +115,36 @@ class EagerStep:
             self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
         )
 
+    def _make_flat(self, parameters: Sequence[nn.Parameter]) -> None:
+        assert isinstance(self._optimizer, th.optim.Adam)
+        self._flat = FlatAdam(self._optimizer, parameters)
+        self._outside = [p for p in self._parameters if p not in self._flat]
+        self._has_made_flat_steps = False
+
     def _leave_flat(self) -> None:
         if self._flat is not None:
             self._flat.restore()
             self._flat = None
+
+    def _has_flat_gradients(self, loss: th.Tensor) -> bool:
+        """
+        Make a backward pass into the flat gradients.
+
+        :return: whether it reached all that is flat and nothing else, so that the flat step is the step
+        """
+        assert self._flat is not None
+        self._flat.zero_grad()
+        # The graph is kept for the case that it is asked again.
+        loss.backward(inputs=self._inputs, retain_graph=True)  # type: ignore[no-untyped-call]
+        if self._flat.all_have_gradients() and not any(p.grad is not None for p in self._outside):
+            self._has_made_flat_steps = True
+            return True
+        if self._has_made_flat_steps or self._outside:
+            return False
+        self._leave_flat()  # and begin anew with what takes part
+        self._optimizer.zero_grad()
+        self._make_flat(reached(loss, self._parameters))
+        return self._has_flat_gradients(loss)
 
 
 def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -163,7 +163,9 @@ def raise_if_not_finite(history: Mapping[str, Sequence[float]]) -> None:
         if n_made == 0:
             steps = "No step of this update was made: the policy is as it was before it"
         elif n_made == len(due):
-            steps = f"The gradients were finite: all {n_made} steps of this update were made, and the policy has changed"
+            steps = (
+                f"The gradients were finite: all {n_made} steps of this update were made, and the policy has changed"
+            )
         else:
             steps = (
                 f"The {len(due) - n_made} steps with such a gradient were not made; the other {n_made} of this update "

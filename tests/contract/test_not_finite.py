@@ -76,7 +76,9 @@ def test_it_is_said_whether_the_policy_has_changed() -> None:
     assert moved == 0.0
 
     message, moved = update_that_fails(always=False, batch_size=4, n_epochs=1)
-    found = re.search(r"The (\d+) steps with such a gradient were not made; the other (\d+) of this update were", message)
+    found = re.search(
+        r"The (\d+) steps with such a gradient were not made; the other (\d+) of this update were", message
+    )
     assert found is not None, message
     assert int(found[1]) + int(found[2]) == 16
     assert "the policy has changed" in message
@@ -85,9 +87,11 @@ def test_it_is_said_whether_the_policy_has_changed() -> None:
 
 def test_it_is_said_if_all_gradients_were_finite() -> None:
     """A statistic without a weight in the loss may be infinite alone."""
-    with pytest.raises(NonFiniteError, match=r"minibatch 1 .*: entropy_loss=-inf\. The gradients were finite: all 2 steps"):
+    with pytest.raises(
+        NonFiniteError, match=r"minibatch 1 .*: entropy_loss=-inf\. The gradients were finite: all 2 steps"
+    ):
         raise_if_not_finite({"entropy_loss": [1.0, -math.inf], "grad_norm": [0.5, 0.5]})
-    with pytest.raises(NonFiniteError, match="The 1 steps .* not made; the other 1 of this update were"):
+    with pytest.raises(NonFiniteError, match=r"The 1 steps .* not made; the other 1 of this update were"):
         raise_if_not_finite({"approx_kl": [0.0, math.nan, 2.0], "grad_norm": [0.5, math.nan]})  # stopped at the third
     raise_if_not_finite({"approx_kl": [0.0], "grad_norm": []})
 

@@ -33,9 +33,7 @@ class Case(NamedTuple):
 CASES = {
     "one of four": Case(Categorical((4,)), {1: -math.inf}, Categorical((3,))),
     "all but one": Case(Categorical((3,)), {0: -math.inf, 2: -math.inf}, Categorical((1,))),
-    "several variables": Case(
-        Categorical((3, 2, 4)), dict.fromkeys((0, 3, 6, 7), -math.inf), Categorical((2, 1, 2))
-    ),
+    "several variables": Case(Categorical((3, 2, 4)), dict.fromkeys((0, 3, 6, 7), -math.inf), Categorical((2, 1, 2))),
     "a one": Case(Bernoulli(3), {1: -math.inf}, Bernoulli(2)),
     "a zero": Case(Bernoulli(3), {2: math.inf}, Bernoulli(2)),
     "a one and a zero": Case(Bernoulli(4), {0: math.inf, 3: -math.inf}, Bernoulli(2)),
@@ -251,3 +249,28 @@ def test_binary_actions_of_any_type(dtype: th.dtype) -> None:
     params = th.tensor([[0.5, -2.0], [1.0, 3.0]])
     expected = th.distributions.Bernoulli(logits=params).log_prob(actions.float()).sum(dim=1)
     th.testing.assert_close(Bernoulli(2).log_prob(params, actions.to(dtype)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled() -> None:
+    """What a compiler makes of them differs in the last bits at most."""
+    case, binary = CASES["several variables"], CASES["a one and a zero"]
+    inputs = [params_of_case(c, seed).detach().float().requires_grad_() for c in (case, binary) for seed in (1, 2)]
+    actions = [th.tensor(allowed_actions(c)[:1]).expand(BATCH, -1).float() for c in (case, binary)]
+
+    def total(p: th.Tensor, q: th.Tensor, binary_p: th.Tensor, binary_q: th.Tensor) -> th.Tensor:
+        parts = []
+        for family, one, other, action in (
+            (case.family, p, q, actions[0]),
+            (binary.family, binary_p, binary_q, actions[1]),
+        ):
+            entropy = family.entropy(one)
+            assert entropy is not None
+            parts += [entropy, 3.0 * family.kl(one, other), 5.0 * family.log_prob(other, action)]
+        return th.stack(parts)
+
+    expected = total(*inputs)
+    found = th.compile(total, backend="aot_eager_decomp_partition")(*inputs)  # all but the code generation
+    th.testing.assert_close(found, expected)
+    of_found, of_expected = (th.autograd.grad(result.sum(), inputs) for result in (found, expected))
+    th.testing.assert_close(of_found, of_expected)

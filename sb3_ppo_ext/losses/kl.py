@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch as th
 
-from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, check_scalar, zero_outside
+from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, prepared
 from sb3_ppo_ext.losses.ratios import log_ratio
 
 
@@ -75,7 +75,7 @@ def kl_k3(
     :return: elementwise; 0 with gradient 0 where the mask excludes
     :raises ValueError: if the shapes differ, or ``max_log_ratio`` is a number that is not > 0
     """
-    check_scalar("max_log_ratio", max_log_ratio, exclusive=True)
+    max_log_ratio = checked_scalar("max_log_ratio", max_log_ratio, optional=True, exclusive=True)
     log_ratios = _log_ratio(log_prob, old_log_prob, mask)
     if max_log_ratio is not None:
         log_ratios = log_ratios.clamp(max=max_log_ratio)
@@ -100,5 +100,5 @@ def kl_abs(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | No
 
 def _log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
-    log_prob, old_log_prob = zero_outside(mask, log_prob, old_log_prob)
+    log_prob, old_log_prob = prepared(mask, log_prob, old_log_prob)
     return log_ratio(log_prob, old_log_prob, max_log_ratio=None)

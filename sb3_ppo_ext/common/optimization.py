@@ -23,7 +23,10 @@ MinibatchLoss = Callable[[RolloutSamples, Coefficients], tuple[th.Tensor, Statis
 
 
 class NonFiniteError(ValueError):
-    """A reward, an observation, a loss or a gradient is NaN or infinite. No step was made from it."""
+    """
+    A reward, an observation, a loss or a gradient is NaN or infinite. No step was made along a gradient that is; the
+    message says whether other steps of the same update were made.
+    """
 
 
 class MinibatchStep(Protocol):
@@ -198,8 +201,9 @@ def clip_and_step(
 
 def raise_if_not_finite(history: Mapping[str, Sequence[float]]) -> None:
     """
-    :param history: statistics of an update, one number a minibatch
-    :raises NonFiniteError: naming those that are NaN or infinite, and the first minibatch
+    :param history: statistics of an update, one number a minibatch; of ``grad_norm``, one for each step that was due
+    :raises NonFiniteError: naming those that are NaN or infinite and the first minibatch, and saying how many steps
+        were made all the same
     """
     first = {
         name: next(i for i, value in enumerate(series) if not math.isfinite(value))
@@ -208,10 +212,22 @@ def raise_if_not_finite(history: Mapping[str, Sequence[float]]) -> None:
     }
     if first:
         names = ", ".join(f"{name}={history[name][i]}" for name, i in first.items())
+        due = history["grad_norm"]
+        n_made = sum(map(math.isfinite, due))
+        if n_made == 0:
+            steps = "No step of this update was made: the policy is as it was before it"
+        elif n_made == len(due):
+            steps = (
+                f"The gradients were finite: all {n_made} steps of this update were made, and the policy has changed"
+            )
+        else:
+            steps = (
+                f"The {len(due) - n_made} steps with such a gradient were not made; the other {n_made} of this update "
+                "were, and the policy has changed"
+            )
         raise NonFiniteError(
-            f"Not finite, first in minibatch {min(first.values())} of the update: {names}. Steps with such a gradient "
-            "were not made and the parameters are as they were before them. Look for NaN or infinite rewards and "
-            "observations, and for a learning rate that is too large"
+            f"Not finite, first in minibatch {min(first.values())} of the update: {names}. {steps}. Look for NaN or "
+            "infinite rewards and observations, and for a learning rate that is too large"
         )
 
 

@@ -188,6 +188,8 @@ def _with_real_values(place: Place) -> optuna.Study:
         params: dict[str, Any] = {}
         distributions: dict[str, BaseDistribution] = {}
         for key, distribution in trial.distributions.items():
+            if distribution.single():
+                continue
             name, value = real(key, trial.params[key])
             if isinstance(distribution, (IntDistribution, FloatDistribution)):
                 low, high = sorted(real(key, bound)[1] for bound in (distribution.low, distribution.high))
@@ -239,7 +241,6 @@ def _plots(place: Place, evaluation: Sequence[str]) -> tuple[Path, Path]:
                 parts.append(f"<h2>{heading}</h2><p>{html.escape(str(error))}</p>")
                 continue
             figure.update_layout(title=None, showlegend=True)
-            plt.gcf().suptitle("")
             if name == "intermediate_values":
                 figure.update_xaxes(title="Steps")
                 plt.gca().set_xlabel("Steps")

@@ -205,11 +205,19 @@ def _number(text: str, least: int) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """
+        :param message: what is wrong, which the usage would hide
+        """
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
+
+
 def _parser(algorithms: Sequence[str]) -> argparse.ArgumentParser:
     """
     :param algorithms: keys of those that have a search space
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "sb3-ppo-ext study", description="Search for hyper-parameters, and look at what was found.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -57,8 +57,8 @@ class Candidate:
 
     @property
     def std(self) -> float:
-        """Across seeds, of the sample."""
-        return float(np.std(list(self.results.values()), ddof=1)) if len(self.results) > 1 else float("nan")
+        """Across seeds, of the sample; there must be two."""
+        return float(np.std(list(self.results.values()), ddof=1))
 
     def key(self, seed: int) -> str:
         """
@@ -239,6 +239,8 @@ def _figures(candidate: Candidate) -> str:
     """
     :param candidate: that was trained
     """
+    if len(candidate.results) == 1:
+        return f"{candidate.mean:.2f} on one seed"
     return f"{candidate.mean:.2f} +/- {candidate.std:.2f} across {len(candidate.results)} seeds"
 
 
@@ -252,7 +254,8 @@ def table(candidates: Sequence[Candidate]) -> list[str]:
     for candidate in candidates:
         value = "-" if candidate.study_value is None else f"{candidate.study_value:.2f}"
         each = " ".join(f"{candidate.results[seed]:.1f}" for seed in sorted(candidate.results))
-        mean, std = (f"{candidate.mean:.2f}", f"{candidate.std:.2f}") if candidate.results else ("-", "-")
+        mean = f"{candidate.mean:.2f}" if candidate.results else "-"
+        std = f"{candidate.std:.2f}" if len(candidate.results) > 1 else "-"
         lines += [f"  {_name(candidate):<12} {value:>12} {mean:>10} {std:>8}   {each}"]
     return lines
 

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from sb3_ppo_ext.zoo.storage import StudyError, storage_errors
 from sb3_ppo_ext.zoo.study import FINISHED, INTERRUPTED, Place, create
@@ -47,7 +48,7 @@ class Search:
         self.trials = place.trials()
         self.known = {trial.number: trial.state for trial in self.trials}
         self.unclaimed: dict[int, float] = {}
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False)  # what errors say may have brackets
 
     @property
     def finished(self) -> int:
@@ -129,7 +130,7 @@ class Search:
             step = f"{n_timesteps * len(seen) // n_evaluations:,} of {n_timesteps:,}"
             last = f"{seen[-1]:.2f} ({len(seen)} of {n_evaluations})" if seen else "-"
             table.add_row(str(slot), str(trial.number), step, last, _seconds(trial))
-        return Group(self.summary(), table)
+        return Group(Text(self.summary()), table)
 
 
 def _seconds(trial: FrozenTrial) -> str:
@@ -166,7 +167,8 @@ def run(options: argparse.Namespace, train_arguments: Sequence[str], again: Sequ
     :param again: this command
     :return: the exit code
     """
-    conf_file = str(Path(options.conf_file).resolve()) if options.conf_file else ""
+    is_file = options.conf_file.endswith((".py", ".yaml", ".yml"))  # or else a module
+    conf_file = str(Path(options.conf_file).resolve()) if is_file else options.conf_file
     task = Task(**{**{name: getattr(options, name) for name in Task.__annotations__}, "conf_file": conf_file})
     task.entry()  # refuses what no trial could be started from
     how = []

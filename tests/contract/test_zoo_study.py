@@ -152,6 +152,9 @@ def test_trials_that_other_processes_run_count_before_they_end(command: Command,
     trial.set_user_attr("worker", process_name(os.getpid()))
     with closing(Workers(1)) as workers:
         search = Search(place, 1, workers)
+        with search.console.capture() as said:
+            search.say("failed with tensor([[nan]])")
+        assert said.get() == "failed with tensor([[nan]])\n"
         search.look()
         assert search.running_elsewhere() == 1
         threading.Timer(2.0, place.study.tell, (trial, 1.0)).start()
@@ -485,6 +488,38 @@ def test_what_an_entry_says_of_its_policy_stays(command: Command, tmp_path: Path
         assert policy_kwargs.pop("net_arch") == {"pi": [hidden], "vf": [8]}
         assert policy_kwargs.pop("activation_fn").__name__ == "ReLU"
         assert policy_kwargs == kept
+
+
+@pytest.mark.parametrize("config", ["pyconf.py", "pyconf"])
+def test_an_entry_may_be_python_that_yaml_cannot_say(
+    command: Command, tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file or a module as a configuration, with a class of its own and a schedule."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pyconf", raising=False)
+    source = """
+from tests.contract import held
+
+class Local(held.Marker):
+    pass
+
+kwargs = dict(features_extractor_class=Local, features_extractor_kwargs=dict(marker="marker"))
+hyperparams = {held.ENV: {**held.ENTRY, "clip_range": lambda progress: 0.1, "policy_kwargs": kwargs}}
+"""
+    Path("pyconf.py").write_text(source)
+    command(*[config if word == "held.yml" else word for word in held.arguments(tmp_path, 1)])
+    command("study", "evaluate", "--seeds", "1", "--device", "cpu")
+    assert len(rows()) == 2
+    assert len(set(Path("marker").read_text().split())) == 3
+    output = command("study", "export", "-o", "it.yml", code=2)
+    assert not Path("it.yml").exists()
+    assert "YAML cannot say the entry (" in output
+    train = shlex.split(output.split("train with it by ")[1])
+    command(*train[1:], "--eval-freq", "-1", "--device", "cpu", "--seed", "1000")
+    files = list((FOLDER / "evaluation").glob(f"0_*/**/{held.ENV}.zip"))
+    files += [Path(f"logs/{held.ALGO}/{held.ENV}_1/{held.ENV}.zip")]
+    evaluated, again = (DualClipPPO.load(file, device="cpu").policy for file in files)
+    assert [one.tolist() for one in evaluated.parameters()] == [one.tolist() for one in again.parameters()]
 
 
 def test_what_was_trained_again_is_in_the_storage(command: Command, tmp_path: Path) -> None:

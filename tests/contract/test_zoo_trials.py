@@ -1,4 +1,4 @@
-"""What a trial of a study trains, and what becomes of errors, of what callbacks raise and of trials that are not there."""
+"""What a trial of a study trains, and what becomes of errors, of what callbacks raise and of unknown trials."""
 
 import argparse
 import contextlib

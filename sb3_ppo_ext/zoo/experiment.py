@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from sb3_ppo_ext.common.checkpoint import load_vec_normalize
 from sb3_ppo_ext.zoo.arguments import nearest, whole_number
 from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, not_inherited
-from sb3_ppo_ext.zoo.registration import ALGORITHMS, config_path
+from sb3_ppo_ext.zoo.registration import ALGORITHMS
 from sb3_ppo_ext.zoo.summary import summary
 from sb3_ppo_ext.zoo.workers import process_name
 
@@ -58,9 +58,8 @@ class EntryError(ValueError):
 
 class ZooExperimentManager(ExperimentManager):
     """
-    Reads our algorithms' hyper-parameters from their own YAML files, unless the user names a file; checks them before
-    anything is built from them; goes on with a trained agent where it stopped; ends in order if it is interrupted;
-    evaluates and sums up after a training.
+    Checks hyper-parameters before anything is built from them; goes on with a trained agent where it stopped; ends in
+    order if it is interrupted; evaluates and sums up after a training.
 
     :param arguments: those of :class:`rl_zoo3.exp_manager.ExperimentManager`
     :param program: how to start ``sb3-ppo-ext``, for the commands in the closing summary
@@ -81,8 +80,6 @@ class ZooExperimentManager(ExperimentManager):
         self.stopped_at_once = False
         self.asked_for: int | None = None  # steps, if that is not where the training ends
         self._has_folder = False
-        if not options.get("config") and self.algo in ALGORITHMS:
-            self.config = str(config_path(self.algo))
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """
@@ -148,11 +145,10 @@ class ZooExperimentManager(ExperimentManager):
         normalized, source = None, agent
         with contextlib.suppress(ValueError):  # no model file; loading the agent will say so
             normalized = load_vec_normalize(agent, env)  # a checkpoint of SafeCheckpointCallback
-        checkpoint = re.fullmatch(r"(.*)_(\d+_steps)\.zip", agent.name)
-        for file in (
-            agent.with_name(f"{checkpoint[1]}_vecnormalize_{checkpoint[2]}.pkl" if checkpoint else ""),
-            agent.parent / self.env_name / "vecnormalize.pkl",
-        ):
+        files = [agent.parent / self.env_name / "vecnormalize.pkl"]
+        if re.search(r"_\d+_steps\.zip$", agent.name):  # a checkpoint of SB3's callback
+            files.insert(0, agent.with_name(re.sub(r"_(\d+_steps)\.zip$", r"_vecnormalize_\1.pkl", agent.name)))
+        for file in files:
             if normalized is None and file.is_file():
                 normalized, source = VecNormalize.load(str(file), env), file
         if bool(self.normalize) != (normalized is not None):

@@ -3,6 +3,7 @@ How the command ``sb3-ppo-ext`` begins and ends. A module beside the package, wh
 takes seconds to import, may lack what ``[zoo]`` adds, and can be interrupted.
 """
 
+import os
 import signal
 import sys
 
@@ -11,9 +12,9 @@ def main() -> int:
     """
     :return: the exit code
     """
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_default:  # an exception would be a traceback out of the middle of an import
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a background process of a script
+    if not is_ignored:  # an exception would be a traceback out of the middle of an import
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         from sb3_ppo_ext.zoo.cli import main as command
     except ModuleNotFoundError as error:
@@ -22,7 +23,7 @@ def main() -> int:
         print(f'sb3-ppo-ext: {error.name} is missing: pip install "sb3-ppo-ext[zoo]"', file=sys.stderr)
         return 1
     code = command()
-    if is_default:  # all is said and saved
+    if not is_ignored:  # all is said and saved
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return code
 

@@ -91,14 +91,16 @@ class ZooExperimentManager(ExperimentManager):
             self.interrupts.check()
         except EntryError:
             raise
-        except (AssertionError, NotImplementedError, ValueError) as error:
-            if not str(error):
+        except Exception as error:
+            if self.interrupts.count:  # the environments, say, have got it too
+                raise KeyboardInterrupt from error
+            if not isinstance(error, (AssertionError, NotImplementedError, ValueError)) or not str(error):
                 raise
             task = f"{self.algo} on {self.env_name.gym_id}, {self.config}"
             raise ValueError(f"{task}: {error}") from error
         finally:
-            if experiment is None and self._has_folder:  # `enjoy` would look there first, and find no agent
-                shutil.rmtree(self.save_path, ignore_errors=True)
+            if experiment is None:
+                self._remove_folder()
         return experiment
 
     def create_log_folder(self) -> None:
@@ -113,6 +115,11 @@ class ZooExperimentManager(ExperimentManager):
         self._has_folder = True
         self.params_path = f"{self.save_path}/{self.env_name}"
         super().create_log_folder()  # type: ignore[no-untyped-call]
+
+    def _remove_folder(self) -> None:
+        """Where there will be no agent, there shall be no folder for it: `enjoy` looks into the newest."""
+        if self._has_folder:
+            shutil.rmtree(self.save_path, ignore_errors=True)
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """
@@ -294,6 +301,8 @@ class ZooExperimentManager(ExperimentManager):
             model.learn(n_timesteps - done, **kwargs, **options)
 
         self.callbacks.append(StopIfInterrupted(self.interrupts))
+        if self.interrupts.count:
+            self._remove_folder()
         self.interrupts.check()
         try:
             with self.interrupts.stage():

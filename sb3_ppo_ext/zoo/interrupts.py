@@ -6,8 +6,10 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -31,17 +33,24 @@ class Interrupts:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Inside of the ``with`` block, Ctrl-C is handled here; unless it is ignored, or somebody else's."""
+        """Inside of the ``with`` block, Ctrl-C is handled here; unless it is ignored, as in a background process."""
         before = signal.getsignal(signal.SIGINT)
-        ours = before in (signal.SIG_DFL, signal.default_int_handler)
-        if not ours or threading.current_thread() is not threading.main_thread():
+        if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
             yield
             return
+        hook = sys.unraisablehook
+
+        def without_interrupts(unraisable: Any) -> None:
+            if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+                hook(unraisable)  # else it came where no exception can leave; it is counted, and looked at later
+
+        sys.unraisablehook = without_interrupts
         signal.signal(signal.SIGINT, self._handle)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+            sys.unraisablehook = hook
 
     def _handle(self, signal_number: int, frame: FrameType | None) -> None:
         self.count += 1
@@ -108,6 +117,7 @@ def not_inherited() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # starting it lets interrupts through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

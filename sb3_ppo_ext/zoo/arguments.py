@@ -59,6 +59,8 @@ class Parser(argparse.ArgumentParser):
                 options.update(default=None, help=f"RL algorithm; default: {DEFAULT_ALGORITHM}")
         elif options.get("type") is int:
             options["type"] = partial(whole_number, minimum=1) if _COUNTS & set(flags) else whole_number
+            if "--seed" in flags:
+                options["type"] = _seed
         elif str(options.get("default")).rstrip("/") == "rl-trained-agents":  # a folder of rl_zoo3's repository
             options["default"] = LOG_FOLDER
         elif options.get("action") is utils.StoreDict:
@@ -143,12 +145,23 @@ def whole_number(text: object, minimum: float = -math.inf) -> int:
         number = Decimal(str(text))  # which reads all of these, and exactly
     except InvalidOperation:
         number = Decimal("nan")
-    if not (abs(number) < 1e18 and number == int(number) and number >= minimum):
+    if not (number.is_finite() and abs(number) < 1e18 and number == int(number) and number >= minimum):
         least = "" if minimum == -math.inf else f" of at least {minimum}"
         raise argparse.ArgumentTypeError(
             f"{text!r} is not allowed: it must be a whole number{least}, such as 1000 or 1e3"
         )
     return int(number)
+
+
+def _seed(text: str) -> int:
+    """
+    :param text: of a seed
+    :return: the seed; one below 0 is drawn by rl_zoo3
+    """
+    seed = whole_number(text)
+    if seed >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be below 2**32")
+    return seed
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

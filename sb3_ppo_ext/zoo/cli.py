@@ -46,6 +46,8 @@ _STUDY = "study"
 # the modules that read files and build networks, too.
 _MESSAGES = (AssertionError, ImportError, NotImplementedError, OSError, ValueError, gym.error.Error)
 _MODULES = {
+    "_frozen_importlib",
+    "_frozen_importlib_external",
     "contextlib",
     "functools",
     "gymnasium",

@@ -12,12 +12,12 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ppo_ext import DualClipPPO
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
 from tests.parity.reference import PlainPPO
+from tests.parity.smooth import SmoothCNN, SmoothCombined
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You have specified a mini-batch size", "ignore:batch_size=50 does not divide"
@@ -35,25 +35,6 @@ TOLERANCE = 5e-6
 
 def scripted(obs_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Any:
     return partial(ScriptedEnv, obs_space, action_space)
-
-
-def without_kinks(network: th.nn.Module) -> None:
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, th.nn.ReLU):
-                setattr(module, name, th.nn.Tanh())
-
-
-class SmoothCNN(NatureCNN):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        without_kinks(self)
-
-
-class SmoothCombined(CombinedExtractor):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        without_kinks(self)
 
 
 SMOOTH_CNN = {"features_extractor_class": SmoothCNN}

@@ -31,16 +31,8 @@ class LargeReward(gym.RewardWrapper):
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO])
-@pytest.mark.parametrize(
-    "torch_compile",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("torch_compile", [False, True])
+@pytest.mark.usefixtures("without_compiler")
 def test_a_loss_that_is_not_finite(algorithm: Any, torch_compile: bool) -> None:
     model = algorithm("MlpPolicy", LargeReward(gym.make("CartPole-v1")), torch_compile=torch_compile, **SMALL)
     model.learn(64)

@@ -6,6 +6,7 @@ import io
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -48,12 +49,12 @@ from sb3_ppo_ext.common.mishaps import (
 )
 from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
 from sb3_ppo_ext.common.parameter_watch import ParameterWatch
-from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
-from sb3_ppo_ext.common.problem import check_spaces
+from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy, check_policy_class, keywords_of
+from sb3_ppo_ext.common.problem import check_env, check_no_masks, check_spaces, fitting_policies
 from sb3_ppo_ext.common.purity import impurity
 from sb3_ppo_ext.common.timeouts import Timeouts
 from sb3_ppo_ext.common.validation import (
-    as_number_or_schedule,
+    ArgumentError,
     as_schedule,
     check_bool,
     check_device,
@@ -61,6 +62,8 @@ from sb3_ppo_ext.common.validation import (
     check_one_of,
     check_output,
     check_real,
+    did_you_mean,
+    value_at,
 )
 
 if TYPE_CHECKING:
@@ -97,7 +100,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
 
-    ent_coef: float | Schedule  # type: ignore[assignment]
+    learning_rate: float | str | Schedule  # type: ignore[assignment]
+    ent_coef: float | str | Schedule  # type: ignore[assignment]
     torch_compile: bool = False
 
     # Other algorithms whose files are loaded, by the names that are imported.
@@ -130,7 +134,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_device(device)
         if env is not None:
             env = maybe_make_env(env, verbose)
-            if isinstance(env, (gym.Env, VecEnv)):  # SB3 adapts or refuses what is neither
+            check_env(env)
+            if isinstance(env, (gym.Env, VecEnv)):  # SB3 adapts an environment of OpenAI Gym
                 check_spaces(env, use_sde=use_sde)
         super().__init__(
             policy,  # type: ignore[arg-type]
@@ -141,20 +146,27 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             device=device,
             **kwargs,
         )
+        if self.env is not None:
+            check_no_masks(self.env)
+        if "cuda" in str(device) and self.device.type != "cuda":
+            warnings.warn(f"device={str(device)!r}: torch finds no CUDA here, so the CPU is used", stacklevel=2)
 
     def _validate(self) -> None:
         """
-        Check the hyper-parameters, and turn what may be a schedule into one. Called before anything is built, for a
-        new model and for one that is loaded.
+        Check the hyper-parameters. Called before anything is built, for a new model and for one that is loaded.
+
+        An attribute keeps what the user gave, be it a number, a function or the RL Zoo's string; :meth:`_at_present`
+        reads it. Only the learning rate has a schedule beside it, ``lr_schedule``, and only the clip ranges become
+        schedules themselves, because SB3 has it so.
 
         :raises ValueError: naming the argument, its value and what is allowed
         """
         # The RL Zoo loads a trained agent with a learning rate of 0.
-        self.learning_rate = as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
+        as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
         check_int("n_steps", self.n_steps, minimum=1)
         check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
         check_real("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0)
-        self.ent_coef = as_number_or_schedule("ent_coef", self.ent_coef)
+        as_schedule("ent_coef", self.ent_coef, may_be_zero=True)
         check_bool("use_sde", self.use_sde)
         check_bool("torch_compile", self.torch_compile)
         check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
@@ -165,7 +177,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         serves = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
         if self._needs_old_params and not serves:
             name = getattr(buffer_class, "__name__", repr(buffer_class))
-            raise ValueError(
+            raise ArgumentError(
                 f"rollout_buffer_class={name} is not allowed: {type(self).__name__} keeps the parameters of the action "
                 "distributions in the buffer, which must be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer"
             )
@@ -182,7 +194,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             return
         n_samples = self.n_steps * self.n_envs
         if normalize_advantage and n_samples < 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"n_steps={self.n_steps} with {self.n_envs} environment(s) is not allowed: the advantages of a "
                 "rollout of one sample cannot be normalised; n_steps * n_envs must be at least 2"
             )
@@ -196,7 +208,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         if not hasattr(self, "observation_space"):  # what a loaded model has from its file
-            raise ValueError("env=None is not allowed: it must be an environment, a vector of them, or the id of one")
+            raise ArgumentError(
+                "env=None is not allowed: it must be an environment, a vector of them, or the id of one"
+            )
         if self.rollout_buffer_class in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
             self.rollout_buffer_class = buffer_class_for(self.observation_space)  # which derives from SB3's
         self._validate()
@@ -213,28 +227,75 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_one_of("policy", policy_name, list(self.policy_aliases))
         return super()._get_policy_from_name(policy_name)
 
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
+
     def _build(self) -> None:
         """
-        Make the rollout buffer and the policy, SB3's or the user's.
+        As SB3's ``_setup_model``, piece by piece, so that an error is put down to the piece that it comes from.
 
-        :raises ValueError: if one of them refuses its arguments, whatever it says it by: SB3 asserts, or stumbles
+        :raises ArgumentError: if one of them refuses its arguments, whatever it says it by: SB3 asserts, or stumbles
         """
-        previous_buffer = vars(self).get("rollout_buffer")
+        self._setup_lr_schedule()
         try:
-            super()._setup_model()
+            self.set_random_seed(self.seed)
+        except (AttributeError, NotImplementedError) as error:
+            raise ArgumentError(
+                f"seed={self.seed!r} is not allowed with this vector of environments, {_name(type(self.env))}: its "
+                f"seed() does not work ({type(error).__name__}: {error}); it must be None, or seed() must work"
+            ) from error
+
+        buffer_class, buffer_kwargs = cast(Any, self.rollout_buffer_class), self.rollout_buffer_kwargs
+        with self._refusal(
+            f"rollout_buffer_class={_name(buffer_class)} with rollout_buffer_kwargs={buffer_kwargs!r}",
+            "a subclass of Stable-Baselines3's RolloutBuffer, of DictRolloutBuffer for Dict observations",
+            lambda: keywords_of(buffer_class),
+        ):
+            self.rollout_buffer = buffer_class(
+                self.n_steps,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                gamma=self.gamma,
+                gae_lambda=self.gae_lambda,
+                n_envs=self.n_envs,
+                **buffer_kwargs,
+            )
+
+        policy_class, policy_kwargs = cast(Any, self.policy_class), self.policy_kwargs
+        given = f"policy={self._policy_name()}"
+        check_policy_class(policy_class, given)
+        with self._refusal(
+            f"{given} with policy_kwargs={policy_kwargs!r}",
+            fitting_policies(self.observation_space),
+            lambda: keywords_of(policy_class, *policy_kwargs.values()),
+        ):
+            policy = policy_class(
+                self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **policy_kwargs
+            )
+            self.policy = policy.to(self.device)
+            check_policy_class(type(policy), given)  # of a function in a class's place, what it returns
+            self._maybe_recommend_cpu()
+
+    @contextmanager
+    def _refusal(self, given: str, allowed: str, keywords: Callable[[], set[str]]) -> Iterator[None]:
+        """
+        :param given: what is being built, as the user gave it
+        :param allowed: what is as a rule
+        :param keywords: gives the names of the arguments that there are
+        :raises ArgumentError: in place of an error by which a constructor shows that it cannot take its arguments
+        """
+        try:
+            yield
+        except ArgumentError:
+            raise
         except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
             if isinstance(error, (th.OutOfMemoryError, th.AcceleratorError)):
                 raise
-            if vars(self).get("rollout_buffer") is previous_buffer:
-                given = f"rollout_buffer_class={_name(self.rollout_buffer_class)}"
-                given += f" with rollout_buffer_kwargs={self.rollout_buffer_kwargs!r}"
-                allowed = "a subclass of Stable-Baselines3's RolloutBuffer, of DictRolloutBuffer for Dict observations"
-            else:
-                given = f"policy={self._policy_name()} with policy_kwargs={self.policy_kwargs!r}"
-                allowed = "MlpPolicy for vectors, CnnPolicy for images, MultiInputPolicy for Dict observations"
-            raise ValueError(
+            raise ArgumentError(
                 f"{given} is not allowed ({type(error).__name__}: {error}); it must be what takes "
                 f"observation_space={self.observation_space} and action_space={self.action_space}, such as {allowed}"
+                f"{did_you_mean(error, keywords)}"
             ) from error
 
     def _policy_name(self) -> str:
@@ -348,6 +409,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         self._check_compilable()
+        if self.env is not None:  # set_env() may have changed it
+            check_no_masks(self.env)
         try:
             return super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         except Exception as error:
@@ -381,13 +444,12 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             self.policy.project()
 
     def _at_present(self, schedule: float | str | Schedule) -> float:
-        """The value of a schedule now. A callback may have put a plain number in its place."""
-        return float(schedule(self._current_progress_remaining) if callable(schedule) else schedule)
+        """The present value of a hyper-parameter: of what the user gave, or a callback has put in its place."""
+        return value_at(schedule, self._current_progress_remaining)
 
     def _log_ent_coef(self) -> None:
-        """Log the weight of the entropy, where it changes."""
-        if callable(self.ent_coef):
-            self.logger.record("train/ent_coef", self._at_present(self.ent_coef))
+        """Log the weight of the entropy."""
+        self.logger.record("train/ent_coef", self._at_present(self.ent_coef))
 
     def _joint(self, value: float | str | Schedule | None, per_dimension: float) -> float:
         """

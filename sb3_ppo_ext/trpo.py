@@ -113,7 +113,9 @@ class TRPO(OnPolicyAlgorithm):
         use all
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
-    :param policy_kwargs: arguments for the policy
+    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
+        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
+        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param verbose: 0 silent, 1 information, 2 details
     :param seed: of all random generators
     :param device: "cpu", "cuda" or "auto"
@@ -219,7 +221,7 @@ class TRPO(OnPolicyAlgorithm):
         check_int("fvp_subsampling", self.fvp_subsampling, minimum=1)
         check_bool("normalize_advantage", self.normalize_advantage)
         if self.target_kl is not None:
-            self.target_kl = as_schedule("target_kl", self.target_kl)
+            as_schedule("target_kl", self.target_kl)
 
     def _setup_model(self) -> None:
         super()._setup_model()

@@ -146,6 +146,22 @@ class RolloutBuffer(sb3.RolloutBuffer):
             self._flat_inputs = self._flat_obs(), self._to_flat(actions)
         return self._flat_inputs
 
+    def inputs_so_far(self) -> tuple[PyTorchObs, th.Tensor]:
+        """
+        The observations and actions of the steps that have been added, on the device, step by step.
+
+        :return: observations, and actions of shape ``(n_steps * n_envs, action_dim)``
+        """
+
+        def step_by_step(array: np.ndarray) -> th.Tensor:
+            return self.to_torch(array[: self.pos].reshape(-1, *array.shape[2:]))
+
+        observations = self.observations
+        if isinstance(observations, dict):
+            of_keys: PyTorchObs = {key: step_by_step(array) for key, array in observations.items()}
+            return of_keys, step_by_step(self.actions.astype(np.float32, copy=False))
+        return step_by_step(observations), step_by_step(self.actions.astype(np.float32, copy=False))
+
     def flat(self) -> RolloutSamples:
         """
         The whole rollout on the device, in the order of :meth:`flat_inputs`.

@@ -123,10 +123,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
 
     def _coefficients(self) -> dict[str, float]:
-        """The numbers in the loss that follow a schedule, at the present progress; they are logged by these names."""
-        scheduled = {} if self.clip_range_vf is None else {"clip_range_vf": self._at_present(self.clip_range_vf)}
-        if callable(self.ent_coef):
-            scheduled["ent_coef"] = self._at_present(self.ent_coef)
+        """The numbers in the loss that may follow a schedule, at the present progress; logged by these names."""
+        scheduled = {"ent_coef": self._at_present(self.ent_coef)}
+        if self.clip_range_vf is not None:
+            scheduled["clip_range_vf"] = self._at_present(self.clip_range_vf)
         return scheduled
 
     def _kl_limit(self) -> float | None:
@@ -143,7 +143,6 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         scheduled = self._coefficients()
         coefficients = {
             **scheduled,
-            "ent_coef": self._at_present(self.ent_coef),
             "vf_coef": float(self.vf_coef),
             "max_grad_norm": float(self.max_grad_norm),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -45,27 +45,35 @@ class Timeouts:
             is_dict = isinstance(final_obs, dict)
             self._final_obs.append({k: np.array(x) for k, x in final_obs.items()} if is_dict else np.array(final_obs))
         else:
-            self._values.append(self._evaluated([final_obs], slice(len(self) - 1, len(self))))
+            self._values.append(self._evaluated([final_obs], len(self) - 1))
 
-    def bootstrap(self, gamma: float, chunks: Iterable[slice]) -> None:
+    def evaluate(self, chunks: Callable[[int], Iterable[slice]]) -> None:
+        """
+        Evaluate the final observations that have not been evaluated yet.
+
+        :param chunks: cuts so many observations into ranges, to be evaluated together
+        """
+        first = len(self) - len(self._final_obs)
+        for chunk in chunks(len(self._final_obs)):
+            self._values.append(self._evaluated(self._final_obs[chunk], first + chunk.start))
+        self._final_obs = []
+
+    def bootstrap(self, gamma: float) -> None:
         """
         Add the discounted value of the final observation to the last reward of each of the episodes.
 
         :param gamma: discount factor
-        :param chunks: ranges of the episodes, to be evaluated together
         """
-        if self._actor_critic.is_pure:
-            self._values = [self._evaluated(self._final_obs[chunk], chunk) for chunk in chunks]
         if self._values:
             self._rollout_buffer.rewards[self._steps, self._env_indices] += gamma * np.concatenate(self._values)
 
     @th.no_grad()
-    def _evaluated(self, final_obs: list[Any], chunk: slice) -> np.ndarray:
+    def _evaluated(self, final_obs: list[Any], first: int) -> np.ndarray:
         if isinstance(final_obs[0], dict):
             stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in final_obs[0]}
         else:
             stacked = np.stack(final_obs)
         policy = self._actor_critic.policy
         values: np.ndarray = self._actor_critic.values(policy.obs_to_tensor(stacked)[0]).cpu().numpy()
-        raise_if_final_not_finite(values, stacked, self._steps[chunk], self._env_indices[chunk])
+        raise_if_final_not_finite(values, stacked, self._steps[first:], self._env_indices[first:])
         return values

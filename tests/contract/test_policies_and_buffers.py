@@ -98,6 +98,8 @@ def test_sb3s_own_policies_are_used_directly() -> None:
     model = DualClipPPO(ActorCriticPolicy, "CartPole-v1", device="cpu")
     assert DirectActorCritic.supports(model.policy)
     model = DualClipPPO(OwnNetworks, "CartPole-v1", device="cpu")
+    assert not DirectActorCritic.supports(model.policy)
+    model.policy.mlp_extractor.is_pure = True  # type: ignore[assignment]
     assert DirectActorCritic.supports(model.policy)
     for policy in (ScalesLogits, ShiftsValues, OverridesGetDistribution):
         model = DualClipPPO(policy, "CartPole-v1", device="cpu")

@@ -217,6 +217,7 @@ def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
     model = MaskablePPO("MlpPolicy", env, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
     model.learn(16)
     model.save(tmp_path / "model")
+    unmasked = ScriptedEnv(env.observation_space, env.action_space)
     for by in PROXIMAL:
         with pytest.raises(
             ValueError, match=r"model of sb3_contrib.MaskablePPO, whose masks.*custom_objects"
@@ -224,7 +225,7 @@ def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
             by.load(tmp_path / "model", device="cpu")
         call = str(refusal.value).rpartition("custom_objects=")[2].rstrip(")")
         custom_objects = eval(call, {by.__name__: by})
-        loaded = by.load(tmp_path / "model", env=env, device="cpu", custom_objects=custom_objects)
+        loaded = by.load(tmp_path / "model", env=unmasked, device="cpu", custom_objects=custom_objects)
         assert_same_policy(loaded, model)
         loaded.learn(16, reset_num_timesteps=False)
         loaded.save(tmp_path / "ours")
@@ -235,10 +236,10 @@ def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
     assert_same_policy(DualClipPPO.load(tmp_path / "checkpoint", device="cpu", custom_objects=custom_objects), model)
 
     for algorithm in ALGORITHMS:
-        ours = small(algorithm, "MlpPolicy", env)
+        ours = small(algorithm, "MlpPolicy", unmasked)
         load_weights(tmp_path / "model.zip", ours.policy)
         assert_same_policy(ours, model)
-        ours = small(algorithm, "MlpPolicy", env)
+        ours = small(algorithm, "MlpPolicy", unmasked)
         ours.set_parameters(tmp_path / "model")
         assert_same_policy(ours, model)
 

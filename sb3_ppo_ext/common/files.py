@@ -62,10 +62,13 @@ def write_whole(path: Path, content: memoryview) -> None:
     :raises OSError: if it cannot be written
     """
     path = Path(os.path.realpath(path))
-    replaced = _writable(path)
-    if replaced is not None and not stat.S_ISREG(replaced.st_mode):
-        path.write_bytes(content)  # a device or a pipe is not to be replaced by a file
-        return
+    replaced = None
+    with contextlib.suppress(FileNotFoundError):
+        replaced = path.stat()
+        if not stat.S_ISREG(replaced.st_mode):
+            path.write_bytes(content)  # a device or a pipe is not to be replaced by a file
+            return
+        path.open("r+b").close()  # an error where it must not be written to
     _remove_leftovers(path.parent)
     temporary, file = _new_temporary(path.parent)
     try:
@@ -87,19 +90,6 @@ def write_whole(path: Path, content: memoryview) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _writable(path: Path) -> os.stat_result | None:
-    """
-    What is at a path; None if nothing is.
-
-    :raises OSError: if it must not be written to
-    """
-    try:
-        with path.open("r+b", buffering=0) as file:
-            return os.fstat(file.fileno())
-    except FileNotFoundError:
-        return None
 
 
 def _take_over_permissions(path: Path, replaced: os.stat_result) -> None:

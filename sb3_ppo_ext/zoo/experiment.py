@@ -83,6 +83,7 @@ class ZooExperimentManager(ExperimentManager):
         self.stopped_at_once = False
         self.asked_for: int | None = None  # steps, if that is not where the training ends
         self._has_folder = False
+        self._envs: list[VecEnv] = []
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """
@@ -103,7 +104,7 @@ class ZooExperimentManager(ExperimentManager):
             raise ValueError(f"{task}: {error}") from error
         finally:
             if experiment is None:
-                self._remove_folder()
+                self._clean_up()
         return experiment
 
     def create_log_folder(self) -> None:
@@ -119,8 +120,14 @@ class ZooExperimentManager(ExperimentManager):
         self.params_path = f"{self.save_path}/{self.env_name}"
         super().create_log_folder()  # type: ignore[no-untyped-call]
 
-    def _remove_folder(self) -> None:
-        """Where there will be no agent, there shall be no folder for it: `enjoy` looks into the newest."""
+    def _clean_up(self) -> None:
+        """
+        Of a training that does not take place. `enjoy` looks into the newest folder, which must not be one without an
+        agent.
+        """
+        for env in self._envs:
+            with contextlib.suppress(Exception):
+                env.close()
         if self._has_folder:
             shutil.rmtree(self.save_path, ignore_errors=True)
 
@@ -134,7 +141,8 @@ class ZooExperimentManager(ExperimentManager):
         self.interrupts.check()
         in_processes = self.vec_env_class is not DummyVecEnv
         with not_inherited() if in_processes else contextlib.nullcontext():
-            return super().create_envs(n_envs, eval_env, no_log)
+            self._envs.append(super().create_envs(n_envs, eval_env, no_log))
+        return self._envs[-1]
 
     def create_callbacks(self) -> None:
         """As rl_zoo3; but a checkpoint of an agent that sees normalised observations comes with their statistics."""
@@ -341,7 +349,7 @@ class ZooExperimentManager(ExperimentManager):
 
         self.callbacks.append(StopIfInterrupted(self.interrupts))
         if self.interrupts.count:
-            self._remove_folder()
+            self._clean_up()
         self.interrupts.check()
         try:
             with self.interrupts.stage():

@@ -10,6 +10,7 @@ import runpy
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pprint import pprint
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,7 +27,9 @@ from sb3_ppo_ext.common.checkpoint import load_vec_normalize
 from sb3_ppo_ext.zoo.arguments import nearest, whole_number
 from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, not_inherited
 from sb3_ppo_ext.zoo.registration import ALGORITHMS
+from sb3_ppo_ext.zoo.storage import StudyError, complete_trial, load_study, open_storage
 from sb3_ppo_ext.zoo.summary import summary
+from sb3_ppo_ext.zoo.trials import merged, run_trial
 from sb3_ppo_ext.zoo.workers import process_name
 
 # What rl_zoo3 reads from an entry itself; `policy` and all other keys go to the algorithm's constructor.
@@ -211,10 +214,16 @@ class ZooExperimentManager(ExperimentManager):
         """
         self.interrupts.check()
         self._check_entry()
-        if self.storage and self.study_name and self.trial_id == 0:  # which rl_zoo3 takes for no trial
-            trial = self.load_trial(self.storage, self.study_name, 0)
-            self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
+        trial_id, self.trial_id = self.trial_id, None  # rl_zoo3 would replace policy_kwargs, and take 0 for no trial
         hyperparams, saved_hyperparams = super().read_hyperparameters()
+        if trial_id is not None:
+            if not self.storage or not self.study_name:
+                raise EntryError(f"--trial-id {trial_id} needs --storage and --study-name, which say of which study")
+            drawn = self.load_trial(self.storage, self.study_name, trial_id)
+            hyperparams = merged(merged(hyperparams, drawn), self.custom_hyperparams or {})
+            saved_hyperparams = {name: hyperparams[name] for name in sorted(hyperparams)}
+            print(f"With what was drawn for trial {trial_id} of study {self.study_name}:")
+            pprint(saved_hyperparams)
         self._check_keys(hyperparams)
         for key, value in hyperparams.items():
             if isinstance(value, str) and _NUMBER.fullmatch(value):
@@ -227,6 +236,24 @@ class ZooExperimentManager(ExperimentManager):
                 except argparse.ArgumentTypeError as error:
                     raise EntryError(f"{self._where(key)}: {key}={error}") from None
         return hyperparams, saved_hyperparams
+
+    def load_trial(
+        self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
+    ) -> dict[str, Any]:
+        """
+        :param storage: a path that ends in ``.log``, or a database's URL
+        :param study_name: the study's
+        :param trial_id: the trial's number; the best, if None
+        :param convert: make hyper-parameters of what was drawn
+        :return: what was drawn for the trial
+        """
+        try:
+            study = load_study(storage, open_storage(storage, create=False), study_name)
+            if trial_id is not None:
+                complete_trial(study, trial_id)
+        except StudyError as error:
+            raise EntryError(str(error)) from None
+        return dict(super().load_trial(storage, study_name, trial_id, convert))
 
     def _where(self, key: str) -> str:
         """
@@ -289,6 +316,18 @@ class ZooExperimentManager(ExperimentManager):
         if self.algo in ALGORITHMS:
             return hyperparams
         return super()._preprocess_schedules(hyperparams)
+
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
+        """
+        Evaluate in the environment that is trained in, also where the entry says ``env_kwargs``.
+
+        :param hyperparams: of an entry
+        :return: as of :class:`rl_zoo3.exp_manager.ExperimentManager`
+        """
+        preprocessed = super()._preprocess_hyperparams(hyperparams)
+        if not self._eval_env_kwargs_args:
+            self.eval_env_kwargs = self.env_kwargs
+        return preprocessed
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
@@ -363,7 +402,7 @@ class ZooExperimentManager(ExperimentManager):
         """
         trial.set_user_attr("budget", [self.n_timesteps, self.n_evaluations])
         trial.set_user_attr("worker", process_name(os.getpid()))
-        return super().objective(trial)
+        return run_trial(self, trial)
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """

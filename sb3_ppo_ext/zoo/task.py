@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium as gym
 import torch as th
 
+from sb3_ppo_ext.zoo.arguments import Parser
 from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
 from sb3_ppo_ext.zoo.storage import StudyError
 from sb3_ppo_ext.zoo.trials import evaluated
@@ -99,7 +100,7 @@ def train_parser() -> argparse.ArgumentParser:
     class FoundError(Exception):
         """Holds the parser."""
 
-    class Parser(argparse.ArgumentParser):
+    class TrainParser(Parser):
         def parse_args(self, *_: Any) -> Any:  # type: ignore[override]
             raise FoundError(self)
 
@@ -107,7 +108,7 @@ def train_parser() -> argparse.ArgumentParser:
             raise StudyError(message)
 
     their_globals = vars(importlib.import_module("rl_zoo3.train"))
-    ours = {**their_globals, "argparse": SimpleNamespace(ArgumentParser=Parser)}
+    ours = {**their_globals, "argparse": SimpleNamespace(ArgumentParser=TrainParser)}
     try:
         FunctionType(their_globals["train"].__code__, ours)()
     except FoundError as found:
@@ -121,13 +122,7 @@ def parse_train(arguments: Sequence[str]) -> argparse.Namespace:
     :param arguments: of ``train``
     :return: what they say
     """
-    try:
-        known, unknown = train_parser().parse_known_args(arguments)
-    except StudyError:
-        raise
-    except Exception as error:  # whatever Python says of the values of -params and its like
-        given = " ".join(arguments)
-        raise StudyError(f"KEY:VALUE is expected, where VALUE is Python: {given} ({type(error).__name__})") from error
+    known, unknown = train_parser().parse_known_args(arguments)
     if unknown:
         raise StudyError(f"there is no flag {' '.join(unknown)}, neither here nor of `train`")
     return known

@@ -14,6 +14,7 @@ from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import Evaluation
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
 from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION
+from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.optimization import Coefficients
 from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
 from sb3_ppo_ext.common.validation import as_schedule, check_real
@@ -175,7 +176,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     def _policy_loss(
         self, evaluation: Evaluation, rollout_data: RolloutSamples, coefficients: Coefficients
     ) -> PolicyLoss:
-        kl = self._family.kl(rollout_data.old_params, evaluation.params)
+        kl = cast(Family, self._family).kl(rollout_data.old_params, evaluation.params)
         kl_coef = coefficients["kl_coef"]
         if self.clip_range is None:
             loss, diagnostics = losses.kl_penalized_surrogate_loss(
@@ -213,12 +214,13 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         """Mean KL(old || new) over the whole rollout, by the present parameters."""
         self.policy.set_training_mode(False)  # as it was when the rollout was collected
         actor_critic = self._actor_critic()
+        family = cast(Family, actor_critic.family)
         rollout = cast(RolloutBuffer, self.rollout_buffer).flat()
         with th.no_grad():
             total = 0.0
             for rows in self._chunks(len(rollout.old_params)):
                 params = actor_critic.params(obs_rows(rollout.observations, rows))
-                total += self._family.kl(rollout.old_params[rows], params).sum().item()
+                total += family.kl(rollout.old_params[rows], params).sum().item()
         return total / len(rollout.old_params)
 
     def learn(

@@ -19,10 +19,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import ActorCritic, Kept
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, reached
+from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.episodes import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.optimization import clip_and_step, use_fused_adam
+from sb3_ppo_ext.common.optimization import clip_and_step, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
 from sb3_ppo_ext.numerics import flatten
 
@@ -299,11 +299,9 @@ class REINFORCE(OnPolicyAlgorithm):
         cast(EpisodeBuffer, rollout_buffer).close(self.episodes_per_env)
         super()._evaluate_rollout(actor_critic, rollout_buffer, kept)
 
-    def _bootstrap_timeouts(
-        self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
-    ) -> None:
-        if self.bootstrap_timeouts:
-            super()._bootstrap_timeouts(actor_critic, rollout_buffer, timeouts)
+    @property
+    def _bootstraps_timeouts(self) -> bool:
+        return self.bootstrap_timeouts
 
     def train(self) -> None:
         """Update the policy from the episodes in the buffer: one step of the actor, then epochs of the critic."""
@@ -318,7 +316,11 @@ class REINFORCE(OnPolicyAlgorithm):
         if self._policy_step(actor_critic, rollout, weights):
             self._project()
             if self.baseline == "value":
+                of_actor = [(p, p.grad) for p in self.policy.parameters() if p.grad is not None]
                 self._fit_critic(actor_critic, buffer)
+                for parameter, gradient in of_actor:
+                    parameter.grad = gradient  # for whoever logs it; the next update does not read it
+            update_statistics(self.policy, rollout.observations, len(weights), self.batch_size)
         else:
             warnings.warn("REINFORCE left the policy as it was in this update: not a finite gradient", stacklevel=2)
 
@@ -400,8 +402,8 @@ class REINFORCE(OnPolicyAlgorithm):
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         total = [th.zeros_like(p) for p in parameters]
         for chunk in self._chunks(len(rows)):
-            params = actor_critic.params(obs_rows(rollout.observations, rows[chunk]))
-            log_prob = self._family.log_prob(params, rollout.actions[rows[chunk]])
+            obs = obs_rows(rollout.observations, rows[chunk])
+            log_prob = actor_critic.evaluate_actor(obs, rollout.actions[rows[chunk]]).log_prob
             grads = th.autograd.grad(log_prob.dot(weights[chunk]), parameters, materialize_grads=True)
             total = [t + g for t, g in zip(total, grads, strict=True)]
         return flatten(total)
@@ -417,9 +419,8 @@ class REINFORCE(OnPolicyAlgorithm):
         ent_coef = self._at_present(self.ent_coef)
         self.policy.optimizer.zero_grad()
         for rows in self._chunks(len(weights)):
-            params = actor_critic.params(obs_rows(rollout.observations, rows))
-            log_prob = self._family.log_prob(params, rollout.actions[rows])
-            entropy = self._family.entropy(params)
+            obs = obs_rows(rollout.observations, rows)
+            log_prob, entropy, _ = actor_critic.evaluate_actor(obs, rollout.actions[rows])
             chunk_loss = losses.reinforce_loss(log_prob, weights[rows]).sum()
             if entropy is None:
                 # Estimated by the actions. The gradient of the estimate has the mean 0; with their scores it has not.
@@ -434,7 +435,6 @@ class REINFORCE(OnPolicyAlgorithm):
         grad_norm = clip_and_step(
             self.policy.optimizer, self.policy.parameters(), max_grad_norm=self.max_grad_norm
         ).item()
-        self.policy.optimizer.zero_grad()  # or the steps of the critic would take it again
         self.logger.record("train/policy_gradient_loss", policy_loss.item() / self._n_episodes)
         self.logger.record("train/entropy_loss", -entropy_sum.item() / len(weights))
         self.logger.record("train/grad_norm", grad_norm)
@@ -443,8 +443,8 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _fit_critic(self, actor_critic: ActorCritic, buffer: EpisodeBuffer) -> None:
         rollout = buffer.flat()
-        first = obs_rows(rollout.observations, slice(0, 1))
-        actor_parameters = reached(actor_critic.params(first), self.policy.parameters())
+        first = actor_critic.evaluate_actor(obs_rows(rollout.observations, slice(0, 1)), rollout.actions[:1])
+        actor_parameters = reached(first.log_prob, self.policy.parameters())
         value_loss = fit_critic(
             self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters)),
             self.policy,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch as th
@@ -15,11 +15,12 @@ from stable_baselines3.common.utils import explained_variance
 from torch import nn
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic
+from sb3_ppo_ext.common.actor_critic import ActorCritic, ActorEvaluation, DirectActorCritic
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
 from sb3_ppo_ext.common.compiled import CompiledFisherVectorProduct, structure_of
-from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic
+from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
+from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
@@ -28,6 +29,7 @@ from sb3_ppo_ext.numerics import (
     backtracking_line_search,
     conjugate_gradient,
     flatten,
+    unflatten_like,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class PolicyStep(NamedTuple):
     :param actual_improvement: of the objective by the last step tried
     :param cg_steps: steps of conjugate gradient
     :param cg_residual: its relative residual
+    :param gradients: of minus the objective before the step, one for each parameter of the actor
     """
 
     status: str
@@ -60,6 +63,7 @@ class PolicyStep(NamedTuple):
     actual_improvement: float = 0.0
     cg_steps: int = 0
     cg_residual: float = 0.0
+    gradients: Sequence[th.Tensor] = ()
 
 
 class TRPO(OnPolicyAlgorithm):
@@ -76,7 +80,8 @@ class TRPO(OnPolicyAlgorithm):
     sb3-contrib averages both over the action dimensions: its numbers, times the number of dimensions, are these.
 
     The policy's step is made in evaluation mode (dropout off, batch statistics fixed): the trust region is around the
-    policy that collected the rollout.
+    policy that collected the rollout. Layers that keep statistics in training mode (batch normalisation, a running
+    normaliser) see the rollout once, after the step.
 
     The arguments up to ``_init_setup_model`` are in the order of :class:`sb3_contrib.TRPO`.
 
@@ -241,6 +246,9 @@ class TRPO(OnPolicyAlgorithm):
                 batch_size=self.batch_size,
             )
             self.logger.record("train/value_loss", value_loss)
+        update_statistics(self.policy, rollout.observations, len(rollout.returns), self.batch_size)
+        for parameter, gradient in zip(actor_parameters, step.gradients, strict=True):
+            parameter.grad = gradient  # of the loss, for whoever logs it; the next update does not read it
         self._n_updates += 1
         self._log_update(step)
 
@@ -253,10 +261,11 @@ class TRPO(OnPolicyAlgorithm):
         :return: what became of it, and the parameters that the actor depends on
         """
         gradient, objective, parameters = self._objective_gradient(actor_critic, rollout)
+        of_loss = unflatten_like(-gradient, parameters)
         if not (math.isfinite(objective) and bool(gradient.isfinite().all())):
-            return PolicyStep("non_finite", objective), parameters
+            return PolicyStep("non_finite", objective, gradients=of_loss), parameters
         if not bool(gradient.any()):
-            return PolicyStep("zero_gradient", objective), parameters
+            return PolicyStep("zero_gradient", objective, gradients=of_loss), parameters
 
         fisher_vector_product = self._fisher_vector_product(actor_critic, rollout, parameters)
         direction, cg_steps, cg_residual, cg_status = conjugate_gradient(
@@ -268,7 +277,7 @@ class TRPO(OnPolicyAlgorithm):
         curvature = direction.dot(gradient).item()
         if not 0.0 < curvature < math.inf:
             status = "non_finite" if cg_status == "non_finite" else "not_positive_definite"
-            return PolicyStep(status, objective, cg_steps=cg_steps, cg_residual=cg_residual), parameters
+            return PolicyStep(status, objective, 0.0, 0.0, 0.0, 0.0, cg_steps, cg_residual, of_loss), parameters
         full_step = math.sqrt(2.0 * target_kl / curvature) * direction
 
         search = backtracking_line_search(
@@ -291,18 +300,16 @@ class TRPO(OnPolicyAlgorithm):
             actual_improvement=search.improvement,
             cg_steps=cg_steps,
             cg_residual=cg_residual,
+            gradients=of_loss,
         )
         return step, parameters
 
-    def _objective(
-        self, params: th.Tensor, actions: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor
-    ) -> th.Tensor:
+    def _objective(self, actor: ActorEvaluation, old_log_prob: th.Tensor, advantages: th.Tensor) -> th.Tensor:
         """The objective of each sample: ``r A``, and the entropy if it has a weight."""
-        log_prob = self._family.log_prob(params, actions)
+        log_prob, entropy, _ = actor
         objective = -losses.surrogate_loss(log_prob, old_log_prob, advantages).loss
         ent_coef = self._at_present(self.ent_coef)
         if ent_coef > 0.0:
-            entropy = self._family.entropy(params)
             if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
                 entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
             objective = objective + ent_coef * entropy
@@ -321,13 +328,9 @@ class TRPO(OnPolicyAlgorithm):
         total: dict[nn.Parameter, th.Tensor] = {}
         objective = 0.0
         for rows in self._chunks(n_samples):
-            params = actor_critic.params(obs_rows(rollout.observations, rows))
-            chunk_objective = (
-                self._objective(
-                    params, rollout.actions[rows], rollout.old_log_prob[rows], rollout.advantages[rows]
-                ).sum()
-                / n_samples
-            )
+            actor = actor_critic.evaluate_actor(obs_rows(rollout.observations, rows), rollout.actions[rows])
+            objectives = self._objective(actor, rollout.old_log_prob[rows], rollout.advantages[rows])
+            chunk_objective = objectives.sum() / n_samples
             grads = th.autograd.grad(chunk_objective, candidates, allow_unused=True)
             for parameter, grad in zip(candidates, grads, strict=True):
                 if grad is not None:
@@ -342,6 +345,7 @@ class TRPO(OnPolicyAlgorithm):
         n_rows = len(range(0, len(rollout.advantages), self.fvp_subsampling))
         chunks = list(self._chunks(n_rows))
         damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
+        family = cast(Family, actor_critic.family)
         if self.torch_compile:
             direct = cast(DirectActorCritic, actor_critic)
             product: CompiledFisherVectorProduct = self._compiled.get(
@@ -352,12 +356,12 @@ class TRPO(OnPolicyAlgorithm):
             return product.of(observations, chunks, damping=damping)
         if len(chunks) == 1:
             outputs = actor_critic.params(observations)
-            return FisherVectorProduct(outputs, parameters, self._family.fisher, damping=damping)
+            return FisherVectorProduct(outputs, parameters, family.fisher, damping=damping)
         return ChunkedFisherVectorProduct(
             lambda rows: actor_critic.params(obs_rows(observations, rows)),
             n_rows,
             parameters,
-            self._family.fisher,
+            family.fisher,
             chunk_size=chunks[0].stop,
             damping=damping,
         )
@@ -365,17 +369,14 @@ class TRPO(OnPolicyAlgorithm):
     def _objective_and_kl(self, actor_critic: ActorCritic, rollout: RolloutSamples) -> tuple[th.Tensor, th.Tensor]:
         """Mean objective and mean KL(old || new) by the present parameters, put back within their bounds first."""
         self._project()
+        family = cast(Family, actor_critic.family)
         n_samples = len(rollout.advantages)
         objective = kl = th.zeros((), device=rollout.advantages.device)
         for rows in self._chunks(n_samples):
-            params = actor_critic.params(obs_rows(rollout.observations, rows))
-            objective = (
-                objective
-                + self._objective(
-                    params, rollout.actions[rows], rollout.old_log_prob[rows], rollout.advantages[rows]
-                ).sum()
-            )
-            kl = kl + self._family.kl(rollout.old_params[rows], params).sum()
+            actor = actor_critic.evaluate_actor(obs_rows(rollout.observations, rows), rollout.actions[rows])
+            objectives = self._objective(actor, rollout.old_log_prob[rows], rollout.advantages[rows])
+            objective = objective + objectives.sum()
+            kl = kl + family.kl(rollout.old_params[rows], actor.params).sum()
         return objective / n_samples, kl / n_samples
 
     def _log_update(self, step: PolicyStep) -> None:

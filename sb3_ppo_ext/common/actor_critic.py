@@ -16,7 +16,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
-from sb3_ppo_ext.common.distributions import Family, Gaussian, family_of_space, params_of
+from sb3_ppo_ext.common.distributions import Family, Gaussian, family_of_policy, family_of_space, params_of
+from sb3_ppo_ext.common.purity import has_hooks, impurity
 
 
 class Evaluation(NamedTuple):
@@ -30,6 +31,20 @@ class Evaluation(NamedTuple):
     """
 
     values: th.Tensor
+    log_prob: th.Tensor
+    entropy: th.Tensor | None
+    params: th.Tensor
+
+
+class ActorEvaluation(NamedTuple):
+    """
+    What the present actor says of a batch of actions.
+
+    :param log_prob: log-probability of the actions, shape ``(batch,)``
+    :param entropy: shape ``(batch,)``; ``None`` where there is no closed form
+    :param params: distribution parameters, shape ``(batch, n_params)``, or ``(batch, 0)`` if nobody wants them
+    """
+
     log_prob: th.Tensor
     entropy: th.Tensor | None
     params: th.Tensor
@@ -54,7 +69,13 @@ class ActorCritic(Protocol):
     """A policy as the core sees it. Observations are tensors (or dicts of them) as ``obs_as_tensor`` makes them."""
 
     policy: ActorCriticPolicy
-    family: Family
+    is_pure: bool
+    """Whether a rollout may be evaluated after it is full: nothing that a pass computes depends on other passes."""
+
+    @property
+    def family(self) -> Family | None:
+        """The formulas of its distributions; None for a distribution of the user's own."""
+        ...
 
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         """
@@ -67,6 +88,15 @@ class ActorCritic(Protocol):
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
         """
+        :param obs: a batch of observations
+        :param actions: shape ``(batch, action_dim)``, as the rollout buffer holds them
+        """
+        ...
+
+    def evaluate_actor(self, obs: PyTorchObs, actions: th.Tensor) -> ActorEvaluation:
+        """
+        :meth:`evaluate_actions` without the values.
+
         :param obs: a batch of observations
         :param actions: shape ``(batch, action_dim)``, as the rollout buffer holds them
         """
@@ -86,8 +116,11 @@ class DirectActorCritic:
     Runs the networks of an SB3 policy directly, and draws actions with the same torch calls as SB3, but builds no
     distribution object and computes only what is asked for: an action costs a pass through the actor alone.
 
-    Only for a policy that :meth:`understands`. It owns nothing and is made anew for each rollout and each update, so a
+    Only for a policy that it :meth:`supports`. It owns nothing and is made anew for each rollout and each update, so a
     layer that a user replaces is seen.
+
+    Where a network is not known to be pure (see :mod:`sb3_ppo_ext.common.purity`), the pass that draws an action also
+    gives the value and the distribution, as in SB3; and the passes through each module are as many as SB3 makes.
 
     :param policy: the policy
     :param with_params: whether :meth:`evaluate_actions` also gives the distribution parameters
@@ -102,13 +135,6 @@ class DirectActorCritic:
         "_get_action_dist_from_latent",
         "reset_noise",
     )
-    _DISTRIBUTIONS = (
-        sb3.DiagGaussianDistribution,
-        sb3.StateDependentNoiseDistribution,
-        sb3.CategoricalDistribution,
-        sb3.MultiCategoricalDistribution,
-        sb3.BernoulliDistribution,
-    )
 
     def __init__(self, policy: ActorCriticPolicy, *, with_params: bool = True) -> None:
         self.policy = policy
@@ -120,9 +146,9 @@ class DirectActorCritic:
         self._is_sde = isinstance(policy.action_dist, sb3.StateDependentNoiseDistribution)
         self._preprocess = _preprocessor(policy.observation_space, policy.normalize_images)
         self._preprocess_batch = _preprocessor(policy.observation_space, policy.normalize_images, for_batches=True)
-        self._shares_features = policy.share_features_extractor and any(
-            True for _ in policy.features_extractor.parameters()
-        )
+        self.is_pure = impurity(policy) is None
+        shares_features = policy.share_features_extractor and any(True for _ in policy.features_extractor.parameters())
+        self._evaluates_each_step = shares_features or not self.is_pure
         mlp: Any = policy.mlp_extractor
         is_plain = type(mlp) is MlpExtractor
         self._actor = _unrolled_extractor(policy, policy.pi_features_extractor)
@@ -133,22 +159,44 @@ class DirectActorCritic:
         self._value_net = _unrolled(policy.value_net)
 
     @classmethod
-    def understands(cls, policy: BasePolicy) -> bool:
-        """Whether the policy computes actions and values by SB3's own methods, overriding none of them."""
-        return (
-            isinstance(policy, ActorCriticPolicy)
-            and type(policy.action_dist) in cls._DISTRIBUTIONS
-            and all(getattr(type(policy), name) is getattr(ActorCriticPolicy, name) for name in cls._CALLS)
-            and not any(name in vars(policy) for name in cls._CALLS)
-        )
+    def supports(cls, policy: BasePolicy) -> bool:
+        """Whether calling the networks of a policy one by one does all that SB3's own methods do, overriding none."""
+        return cls.refusal(policy) is None
+
+    @classmethod
+    def refusal(cls, policy: BasePolicy) -> str | None:
+        """
+        :param policy: to be run
+        :return: why the networks must be run by the policy's methods, as the end of a sentence; None if they need not
+        """
+        if not isinstance(policy, ActorCriticPolicy):
+            return "is no actor-critic policy of Stable-Baselines3"
+        if any(
+            name in vars(policy) or getattr(type(policy), name) is not getattr(ActorCriticPolicy, name)
+            for name in cls._CALLS
+        ):
+            return "overrides methods of Stable-Baselines3's ActorCriticPolicy"
+        if type(policy.action_dist) not in _SB3_DISTRIBUTIONS:
+            return f"has a distribution of its own, {type(policy.action_dist).__name__}"
+        if has_hooks(policy) or has_hooks(policy.mlp_extractor):
+            return "has hooks on itself or on its mlp_extractor"
+        extractor = policy.mlp_extractor
+        if type(extractor) is not MlpExtractor and getattr(extractor, "is_pure", False) is not True:
+            return f"has an mlp_extractor of its own, {type(extractor).__name__}, that is not declared pure"
+        return None
 
     @th.inference_mode()
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         """
-        Draw an action for each observation: by the actor alone, or, where a second pass through the extractor would
-        cost more than it saves, together with values and parameters.
+        Draw an action for each observation: by the actor alone, or together with values and parameters, where a second
+        pass through the extractor would cost more than it saves, or would not give the same.
         """
-        return self.act_by(obs, self.noise(n_rows(obs)))
+        if self.is_pure:
+            return self.act_by(obs, self.noise(n_rows(obs)))
+        latent_pi, latent_vf = self._latents(self._preprocess(obs))  # which may draw random numbers before the action
+        out = _apply(self._action_net, latent_pi)
+        kept = Kept(self._values(latent_vf), None, self._params_by(latent_pi, out))
+        return self._drawn_by(latent_pi, out, self.noise(n_rows(obs))), kept
 
     def noise(self, n: int) -> th.Tensor:
         """
@@ -170,7 +218,7 @@ class DirectActorCritic:
         :param obs: a batch of observations
         :param noise: from :meth:`noise`
         """
-        if self._shares_features:
+        if self._evaluates_each_step:
             latent_pi, latent_vf = self._latents(self._preprocess(obs))
             kept = Kept(self._values(latent_vf), None, self._params(latent_pi))
             return self._drawn(latent_pi, noise), kept
@@ -186,6 +234,10 @@ class DirectActorCritic:
             return Evaluation(values, log_prob, entropy, mean[:, :0])
         params = self._params(latent_pi)
         return Evaluation(values, self.family.log_prob(params, actions), self.family.entropy(params), params)
+
+    def evaluate_actor(self, obs: PyTorchObs, actions: th.Tensor) -> ActorEvaluation:
+        params = self.params(obs)
+        return ActorEvaluation(self.family.log_prob(params, actions), self.family.entropy(params), params)
 
     def params(self, obs: PyTorchObs) -> th.Tensor:
         return self._params(self._latent_pi(self._preprocess_batch(obs)))
@@ -206,7 +258,9 @@ class DirectActorCritic:
         return _apply(self._value_net, latent_vf).flatten()
 
     def _params(self, latent_pi: th.Tensor) -> th.Tensor:
-        out = _apply(self._action_net, latent_pi)
+        return self._params_by(latent_pi, _apply(self._action_net, latent_pi))
+
+    def _params_by(self, latent_pi: th.Tensor, out: th.Tensor) -> th.Tensor:
         if self._is_gaussian:
             return th.cat((out, self.policy.log_std.exp().expand_as(out)), dim=1)
         if self._is_sde:
@@ -217,7 +271,9 @@ class DirectActorCritic:
         return out
 
     def _drawn(self, latent_pi: th.Tensor, noise: th.Tensor) -> th.Tensor:
-        out = _apply(self._action_net, latent_pi)
+        return self._drawn_by(latent_pi, _apply(self._action_net, latent_pi), noise)
+
+    def _drawn_by(self, latent_pi: th.Tensor, out: th.Tensor, noise: th.Tensor) -> th.Tensor:
         if self._is_gaussian:  # what the family draws, without assembling its parameters first
             return out + noise * self.policy.log_std.exp()
         if self._is_sde:
@@ -228,6 +284,15 @@ class DirectActorCritic:
 
 
 Layer = Callable[[th.Tensor], th.Tensor]
+
+
+_SB3_DISTRIBUTIONS = (
+    sb3.DiagGaussianDistribution,
+    sb3.StateDependentNoiseDistribution,
+    sb3.CategoricalDistribution,
+    sb3.MultiCategoricalDistribution,
+    sb3.BernoulliDistribution,
+)
 
 
 def _preprocessor(
@@ -311,12 +376,6 @@ def _may_overwrite(module: nn.Module, before: nn.Module | None) -> bool:
     return is_fresh and type(module) is nn.ReLU and not has_hooks(module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module does more than its class says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
 def _linear(module: nn.Linear, x: th.Tensor) -> th.Tensor:
     # The parameters are looked up at the call, so that torch.func.functional_call can swap them.
     return F.linear(x, module.weight, module.bias)
@@ -324,30 +383,41 @@ def _linear(module: nn.Linear, x: th.Tensor) -> th.Tensor:
 
 class SB3ActorCritic:
     """
-    Asks a policy by SB3's public methods only. For a policy of the user's own that overrides some of them.
+    Asks a policy by SB3's public methods only, as many times as SB3 does. For a policy of the user's own that overrides
+    some of them, has a distribution of its own or has hooks.
 
     :param policy: the policy
-    :param with_params: whether :meth:`evaluate_actions` also asks for the distribution parameters, which takes a
-        further pass through the actor
+    :param with_params: whether the distribution parameters are wanted, of the pass that gives the log-probability too
     """
+
+    is_pure = False
 
     def __init__(self, policy: ActorCriticPolicy, *, with_params: bool) -> None:
         self.policy = policy
-        self.family: Family = family_of_space(policy.action_space, squash_output=policy.squash_output)
+        self.family: Family | None = family_of_policy(policy)
         self._with_params = with_params
         self._is_discrete = isinstance(policy.action_space, spaces.Discrete)
 
     @th.no_grad()
     def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
         actions, values, log_prob = self.policy(obs)
-        return actions, Kept(values.flatten(), log_prob, None)
+        return actions, Kept(
+            values.flatten(), log_prob, self._params_of_last_pass(log_prob) if self._with_params else None
+        )
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
         if self._is_discrete:
             actions = actions.long().flatten()
         values, log_prob, entropy = self.policy.evaluate_actions(obs, actions)
-        params = self.params(obs) if self._with_params else log_prob.new_empty((len(log_prob), 0))
-        return Evaluation(values.flatten(), log_prob, entropy, params)
+        return Evaluation(values.flatten(), log_prob, entropy, self._params_of_last_pass(log_prob))
+
+    def evaluate_actor(self, obs: PyTorchObs, actions: th.Tensor) -> ActorEvaluation:
+        _, log_prob, entropy, params = self.evaluate_actions(obs, actions)
+        return ActorEvaluation(log_prob, entropy, params)
+
+    def _params_of_last_pass(self, log_prob: th.Tensor) -> th.Tensor:
+        # SB3's policies have one distribution object, which each pass sets anew.
+        return params_of(self.policy.action_dist) if self._with_params else log_prob.new_empty((len(log_prob), 0))
 
     def params(self, obs: PyTorchObs) -> th.Tensor:
         return params_of(self.policy.get_distribution(obs))

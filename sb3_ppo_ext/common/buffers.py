@@ -1,4 +1,4 @@
-"""SB3's rollout buffers, filled in two strokes: transitions step by step, what the policy says of them all at once."""
+"""SB3's rollout buffers: transitions are added step by step, what the policy says of them once, at the end."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     A rollout buffer that also holds the distribution parameters of each step, ``distribution_params``, shape
     ``(n_steps, n_envs, n_params)``. Takes the arguments of SB3's.
 
-    It is filled by :meth:`add_transition` at every step and :meth:`set_evaluation` once. Its arrays keep the shape
-    ``(n_steps, n_envs, ...)``; :meth:`get` moves a flat copy of them to the device once, and cuts its minibatches out
-    of that.
+    It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once.
+    Its arrays keep the shape ``(n_steps, n_envs, ...)``; :meth:`get` moves a flat copy of them to the device once, and
+    cuts its minibatches out of that.
     """
 
     observations: Any  # an array, or for Dict observations a dict of arrays
@@ -54,6 +54,12 @@ class RolloutBuffer(sb3.RolloutBuffer):
         super().reset()
         n_params = family_of_space(self.action_space).n_params
         self.distribution_params = np.zeros((self.buffer_size, self.n_envs, n_params), dtype=np.float32)
+        if isinstance(self.action_space, spaces.Box) and not np.issubdtype(self.actions.dtype, np.floating):
+            self.actions = self.actions.astype(np.float32)  # integers would not be the actions that were drawn
+        self.forget_flat()
+
+    def forget_flat(self) -> None:
+        """Let go of what was made of the arrays, as they may have changed."""
         self._flat_inputs: tuple[PyTorchObs, th.Tensor] | None = None
         self._flat: RolloutSamples | None = None
 
@@ -62,21 +68,26 @@ class RolloutBuffer(sb3.RolloutBuffer):
         """Whether a derived buffer has an :meth:`add` of its own, which is then called at every step, as by SB3."""
         return type(self).add not in (sb3.RolloutBuffer.add, sb3.DictRolloutBuffer.add)
 
-    def add_transition(self, obs: Any, action: np.ndarray, reward: np.ndarray, episode_start: np.ndarray) -> None:
+    def add_observation(self, obs: Any, episode_start: np.ndarray) -> None:
         """
-        Add one step of all environments; what the policy says of it follows with :meth:`set_evaluation`.
+        Add what all environments are about to act on; :meth:`add_transition` completes the step.
 
-        :param obs: the observations that were acted on
-        :param action: shape ``(n_envs, action_dim)`` or what reshapes to it
-        :param reward: shape ``(n_envs,)``
+        :param obs: the observations
         :param episode_start: whether the observation is the first of an episode, shape ``(n_envs,)``
         """
-        pos = self.pos
-        self._store_obs(pos, obs)
-        self.actions[pos] = action.reshape(self.n_envs, self.action_dim)
-        self.rewards[pos] = reward
-        self.episode_starts[pos] = episode_start
-        self.pos = pos + 1
+        self._store_obs(self.pos, obs)
+        self.episode_starts[self.pos] = episode_start
+
+    def add_transition(self, action: np.ndarray, reward: np.ndarray) -> None:
+        """
+        Complete one step of all environments; what the policy says of it follows with :meth:`set_evaluation`.
+
+        :param action: shape ``(n_envs, action_dim)`` or what reshapes to it
+        :param reward: shape ``(n_envs,)``
+        """
+        self.actions[self.pos] = action.reshape(self.n_envs, self.action_dim)
+        self.rewards[self.pos] = reward
+        self.pos += 1
         self.full = self.pos == self.buffer_size
 
     def _store_obs(self, pos: int, obs: np.ndarray) -> None:
@@ -121,6 +132,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
             gae_lambda=self.gae_lambda,
         )
         self.returns = self.advantages + self.values
+        self._flat = None
 
     def flat_inputs(self) -> tuple[PyTorchObs, th.Tensor]:
         """
@@ -133,6 +145,22 @@ class RolloutBuffer(sb3.RolloutBuffer):
             actions = self.actions.astype(np.float32, copy=False)  # as SB3: MultiBinary's int8 could not be trained on
             self._flat_inputs = self._flat_obs(), self._to_flat(actions)
         return self._flat_inputs
+
+    def inputs_so_far(self) -> tuple[PyTorchObs, th.Tensor]:
+        """
+        The observations and actions of the steps that have been added, on the device, step by step.
+
+        :return: observations, and actions of shape ``(n_steps * n_envs, action_dim)``
+        """
+
+        def step_by_step(array: np.ndarray) -> th.Tensor:
+            return self.to_torch(array[: self.pos].reshape(-1, *array.shape[2:]))
+
+        observations = self.observations
+        if isinstance(observations, dict):
+            of_keys: PyTorchObs = {key: step_by_step(array) for key, array in observations.items()}
+            return of_keys, step_by_step(self.actions.astype(np.float32, copy=False))
+        return step_by_step(observations), step_by_step(self.actions.astype(np.float32, copy=False))
 
     def flat(self) -> RolloutSamples:
         """

@@ -25,7 +25,7 @@ Callbacks are the caller's: what they count and what they found best so far (``E
 patience of ``StopTrainingOnNoModelImprovement``) begins anew with each start, as it does in SB3.
 
 A checkpoint is a model file: ``load`` reads it as it reads what ``save`` wrote. It also holds ``vecnormalize.pkl``,
-which :meth:`stable_baselines3.common.vec_env.VecNormalize.load` reads once it is extracted from the zip archive.
+which :func:`load_vec_normalize` reads for a model that is loaded to be watched, or to be trained in other environments.
 Loading a model or resuming from it runs code that the file may contain; :func:`load_weights` does not.
 """
 
@@ -238,6 +238,39 @@ def resume(
     return model
 
 
+def load_vec_normalize(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize | None:
+    """
+    The ``VecNormalize`` that a checkpoint holds, with its statistics and its settings, around other environments: what
+    :meth:`stable_baselines3.common.vec_env.VecNormalize.load` does with a file of its own. Like that, it runs code that
+    the file may contain.
+
+    :param path: of the checkpoint; ``.zip`` may be left out
+    :param venv: the environments, not normalised yet
+    :return: the wrapper; None if the training had none
+    :raises OSError: if the file cannot be read
+    :raises ValueError: if it is damaged, or if its statistics do not fit the environments
+    """
+    if _has_vec_normalize(venv):
+        raise ValueError("venv is not allowed: it is in a VecNormalize already, and would be normalised twice")
+    path = Path(path)
+    with open_path(path, "r", suffix="zip") as file:
+        damage = _damage(file)
+        if damage is not None:
+            raise ValueError(f"{path} has no VecNormalize that can be read: {damage}")
+        with zipfile.ZipFile(file) as archive:
+            if _VEC_NORMALIZE not in archive.namelist():
+                return None
+            vec_normalize: VecNormalize = pickle.loads(archive.read(_VEC_NORMALIZE))
+    try:
+        vec_normalize.set_venv(venv)
+    except AssertionError:
+        raise ValueError(
+            f"the VecNormalize of {path} does not fit: it is for observations in "
+            f"{vec_normalize.observation_space}, and the environments have {venv.observation_space}"
+        ) from None
+    return vec_normalize
+
+
 def load_weights(path: str | os.PathLike[str], policy: nn.Module) -> None:
     """
     Load the weights of a policy from a model file without running code that the file may contain: only ``policy.pth``
@@ -412,6 +445,10 @@ def _vec_wrappers(env: VecEnv) -> list[tuple[VecEnvWrapper, str, tuple[str, ...]
                 result.append((env, wrapper_class.__name__, present))
         env = env.venv
     return result
+
+
+def _has_vec_normalize(env: VecEnv) -> bool:
+    return any(isinstance(wrapper, VecNormalize) for wrapper, _, _ in _vec_wrappers(env))
 
 
 def _has(env: VecEnv, name: str) -> bool:

@@ -32,10 +32,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, has_hooks, n_rows
+from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, n_rows
 from sb3_ppo_ext.common.buffers import RolloutSamples, obs_rows, take
-from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces, steps_made
-from sb3_ppo_ext.common.optimization import MinibatchLoss
+from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces
+from sb3_ppo_ext.common.live import LiveView, has_changed, is_number, noted_by
+from sb3_ppo_ext.common.optimization import Coefficients, Statistics, reached
+from sb3_ppo_ext.common.purity import has_hooks, impurity
 from sb3_ppo_ext.numerics import FisherVectorProduct
 
 _REFUSED = "torch_compile=True is not allowed"
@@ -52,15 +54,34 @@ def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None
     :param optimizer: of its parameters
     :raises ValueError: if ``torch_compile=True`` cannot be had of these, saying what to change
     """
-    if not DirectActorCritic.understands(policy):
+    refusal = DirectActorCritic.refusal(policy)
+    if refusal is not None:
         raise ValueError(
-            f"{_REFUSED} with policy={type(policy).__name__}: it overrides methods of Stable-Baselines3's "
-            "ActorCriticPolicy; use one that overrides none, or torch_compile=False"
+            f"{_REFUSED} with policy={type(policy).__name__}: it {refusal}; use one of Stable-Baselines3's policies as "
+            "it is, or torch_compile=False"
         )
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
         raise ValueError(
             f"{_REFUSED} with batch normalisation, whose running statistics a compiled step cannot change; use "
             "nn.LayerNorm or nn.GroupNorm, or torch_compile=False"
+        )
+    assert isinstance(policy, ActorCriticPolicy)
+    reason = impurity(policy)
+    if reason is not None:
+        raise ValueError(
+            f"{_REFUSED} with policy={type(policy).__name__}: {reason}, and a program would do once what it does at "
+            "each call. If the module is pure, say so by its attribute is_pure = True; otherwise torch_compile=False"
+        )
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters()):
+        raise ValueError(
+            f"{_REFUSED} with hooks on the gradients of parameters, which a program would not run: remove them, or use "
+            "torch_compile=False"
+        )
+    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if len(in_groups) != len(set(in_groups)) or not {id(p) for p in policy.parameters()} <= set(in_groups):
+        raise ValueError(
+            f"{_REFUSED} with an optimiser that has a parameter of the policy twice or not at all: make it of "
+            "policy.parameters() anew, or use torch_compile=False"
         )
     plain = type(optimizer) is th.optim.Adam and all(
         not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
@@ -159,7 +180,8 @@ class Program:
     :param what: it is, in words
     :param any_size: whether one program is to serve any number of rows, the first dimension of what is in ``batch``
         and ``more``; it is a little slower, and not recorded
-    :param announce: whether to tell who is waiting that something is being compiled, and how long it took
+    :param announce: whether to tell who is waiting that something is being compiled, and how long it took; who has a
+        progress bar is told in any case
     :param exact_tanh: whether ``tanh`` must be as accurate as torch has it; it takes three times as long
     """
 
@@ -215,8 +237,7 @@ class Program:
         forms = tuple([self._form(leaf, True) for leaf in leaves])
         run = self._runs_of_bound.get(forms)
         if run is None:
-            with _announced(self._what, self._announce):
-                return self._first_call(forms, more)
+            return self._first_call(forms, more)
         return run([*self._bound, *leaves])
 
     def _form(self, tensor: th.Tensor, is_batch: bool) -> Hashable:
@@ -241,13 +262,17 @@ class Program:
                 f"{_REFUSED} with this policy and batches of any size: what it computes depends on the number of "
                 "rows. Where that is len(x), x.shape[0] may do; otherwise torch_compile=False"
             )
-        run = self._built(graph, [*leaves, *constants], [*varies, *(False for _ in constants)])
-        if constants:
-            run = partial(_run_with, run, constants)
-        if self._is_recorded:
-            run = _Recording(run, leaves, self._n_fixed, len(self._bound))
+        inputs, varies = [*leaves, *constants], [*varies, *(False for _ in constants)]
+        is_kept = self._device.type == "cpu" and _place(graph, inputs, varies).exists()
+        with _announced(self._what, (self._announce or _is_bar_shown()) and not is_kept):
+            run = self._built(graph, inputs, varies)
+            if constants:
+                run = partial(_run_with, run, constants)
+            if self._is_recorded:
+                run = _Recording(run, leaves, self._n_fixed, len(self._bound))
+            result = run(leaves)
         self._runs_of_bound[forms] = run
-        return run(leaves)
+        return result
 
     def _built(self, graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
         with warnings.catch_warnings():
@@ -412,7 +437,7 @@ def _machine_code(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[b
     :param inputs: an example of them
     :param varies: those that may have any number of rows
     """
-    path = _cache_folder() / "sb3_ppo_ext" / f"{_fingerprint(graph, inputs, varies)}.pt2"
+    path = _place(graph, inputs, varies)
     if _is_whole(path):
         return _loaded(path)
     any_rows = tuple({0: th.export.Dim.DYNAMIC} if v else None for v in varies)
@@ -422,6 +447,11 @@ def _machine_code(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[b
         package = th._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name))
         os.replace(package, path)
     return _loaded(path)
+
+
+def _place(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Path:
+    """Where the machine code of a graph is kept."""
+    return _cache_folder() / "sb3_ppo_ext" / f"{_fingerprint(graph, inputs, varies)}.pt2"
 
 
 def _is_whole(path: Path) -> bool:
@@ -466,16 +496,25 @@ def _announced(what: str, announce: bool) -> Iterator[None]:
     :param announce: whether to say so, and how long it took
     """
     if announce:
-        print(f"Compiling {what}, for this run and later ones ...", end=" ", flush=True)
+        _say(f"Compiling {what}, for this run and later ones; this may take up to a minute")
     start = time.perf_counter()
-    try:
-        yield
-    except BaseException:
-        if announce:
-            print("failed")
-        raise
+    yield
     if announce:
-        print(f"{time.perf_counter() - start:.1f} seconds")
+        _say(f"Compiled {what} in {time.perf_counter() - start:.1f} seconds")
+
+
+def _is_bar_shown() -> bool:
+    """Whether a progress bar stands still meanwhile, which needs to be explained whatever ``verbose`` is."""
+    tqdm = sys.modules.get("tqdm")
+    return tqdm is not None and len(getattr(tqdm.tqdm, "_instances", ())) > 0
+
+
+def _say(text: str) -> None:
+    """Print a line, above a progress bar if there is one."""
+    if _is_bar_shown():
+        sys.modules["tqdm"].tqdm.write(text)
+    else:
+        print(text, flush=True)
 
 
 class _Swappable(nn.Module):
@@ -513,21 +552,27 @@ class _Swappable(nn.Module):
 
 class _Owned(NamedTuple):
     """
-    What a compiled step changes, by parameter groups, in place.
+    What a compiled step changes, in place; one of each for each flat tensor of a :class:`FlatAdam`.
 
-    :param thetas: parameters, flat
-    :param exp_avgs: Adam's first moments, flat
-    :param exp_avg_sqs: Adam's second moments, flat
-    :param clock: the number of steps t, beta1^t and beta2^t (a product a step is cheaper than a power). One tensor, as
+    :param thetas: parameters
+    :param gradients: of the last step, clipped
+    :param exp_avgs: Adam's first moments
+    :param exp_avg_sqs: Adam's second moments
+    :param clocks: the number of steps t, beta1^t and beta2^t (a product a step is cheaper than a power). One tensor, as
         the compiler of torch 2.13 loses what is written into a scalar on the CPU
     :param learning_rates: one element each
     """
 
     thetas: list[th.Tensor]
+    gradients: list[th.Tensor]
     exp_avgs: list[th.Tensor]
     exp_avg_sqs: list[th.Tensor]
-    clock: th.Tensor
+    clocks: list[th.Tensor]
     learning_rates: list[th.Tensor]
+
+
+LossOfPolicy = Callable[..., tuple[th.Tensor, Statistics]]
+"""The loss of a minibatch, called with the policy, the minibatch and coefficients; or a method of that kind."""
 
 
 class CompiledStep:
@@ -535,83 +580,149 @@ class CompiledStep:
     A gradient step of Adam on a minibatch loss, as one program.
 
     Inside of ``with``, parameters and moments are those of a :class:`FlatAdam`; what may change from update to update
-    (learning rates, coefficients) enters as tensors, so that no new value is a new program.
+    (learning rates, coefficients, numbers of the algorithm) enters as tensors, so that no new value is a new program.
 
-    :param policy: that the loss calls
+    :param actor_critic: the policy that the loss is of
     :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
-    :param parameters: what is updated, among the policy's
-    :param minibatch_loss: to be minimised
+    :param parameters: candidates for what is updated; it is those that the loss depends on
+    :param loss: to be minimised; if it is a method, what it reads of its object is seen by a :class:`LiveView`
     :param any_size: whether one program is to serve rollouts and minibatches of any size; it is a little slower
     :param announce: whether to tell who is waiting that it is being compiled, and how long it took
     """
 
     def __init__(
         self,
-        policy: nn.Module,
+        actor_critic: DirectActorCritic,
         optimizer: th.optim.Optimizer,
         parameters: Sequence[nn.Parameter],
-        minibatch_loss: MinibatchLoss,
+        loss: LossOfPolicy,
         *,
         any_size: bool,
         announce: bool,
     ) -> None:
         assert isinstance(optimizer, th.optim.Adam)
+        self._actor_critic = actor_critic
         self._optimizer = optimizer
-        self._module = _Swappable(policy, minibatch_loss)
-        self._parameters = list(parameters)
+        self._candidates = list(parameters)
+        self._owner = getattr(loss, "__self__", None)
+        self._loss: LossOfPolicy = getattr(loss, "__func__", loss)
+        self._any_size = any_size
+        self._announce = announce
+        self._module = _Swappable(actor_critic.policy, self._compute_loss)
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
-        self._device = self._parameters[0].device
-        self._program = Program(
-            self._step,
-            self._device,
-            what="the gradient step",
-            any_size=any_size,
-            announce=announce,
-            exact_tanh=_has_tanh_of_actions(policy),
-        )
+        self._device = self._candidates[0].device
+        self._flat: FlatAdam | None = None
+        self._may_have_live_numbers = True
+        self._forget_program()
         self.names: tuple[str, ...] = ()
 
+    def _forget_program(self) -> None:
+        self._program: Program | None = None
+        self._live_numbers: tuple[str, ...] = ()
+        self._noted: dict[str, Any] = {}
+
+    def _compute_loss(
+        self, rollout_data: RolloutSamples, coefficients: Coefficients, numbers: Mapping[str, th.Tensor]
+    ) -> tuple[th.Tensor, Statistics]:
+        """The loss, the owner's numbers being tensors; what else it reads of its owner is noted."""
+        if self._owner is None:
+            return self._loss(self._actor_critic, rollout_data, coefficients)
+        self._view = LiveView(self._owner, numbers)
+        return self._loss(self._view, self._actor_critic, rollout_data, coefficients)
+
     def __enter__(self) -> object:
-        """Take parameters, moments and learning rates from the policy and its optimiser."""
-        counts = steps_made(self._optimizer, self._parameters)
-        if len(counts) > 1:
-            raise ValueError(
-                f"{_REFUSED} with an optimiser whose parameters have made different numbers of steps "
-                f"({sorted(counts)}); use torch_compile=False"
-            )
-        self._flat = FlatAdam(self._optimizer, self._parameters)
-        count = counts.pop()
-        beta1, beta2 = self._betas
-        states = [self._flat.adam.state[p] for p in self._flat.parameters]
-        owned = _Owned(
-            thetas=[p.data for p in self._flat.parameters],
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            clock=th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=self._device),
-            learning_rates=[th.tensor([group["lr"]], device=self._device) for group in self._flat.adam.param_groups],
-        )
-        updated = set(self._parameters)
-        others = {name: t for name, t in self._module.tensors().items() if t not in updated}
-        self._taken = self._fixed = owned, others
+        if self._owner is not None and has_changed(self._owner, self._noted):
+            self._forget_program()
         self._bound_to: tuple[object, object] = None, None
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Put parameters and moments back into the policy and its optimiser."""
+        if self._flat is None:
+            return
         _copied(tree_leaves(self._taken), tree_leaves(self._fixed))
-        clock = self._taken[0].clock
-        for state in self._flat.adam.state.values():
-            state["step"].copy_(clock[0])
+        for flat, clock in zip(self._flat.parameters, self._taken[0].clocks, strict=True):
+            self._flat.adam.state[flat]["step"].copy_(clock[0])
         self._flat.restore()
-        self._program.unbind()
-        del self._flat, self._taken, self._fixed, self._bound_to
+        if self._program is not None:
+            self._program.unbind()
+        self._flat = None
+        del self._taken, self._fixed, self._bound_to
+
+    def _prepare(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> None:
+        """
+        Compute the loss once as it is, to learn which parameters it depends on and which attributes it reads.
+
+        :param rollout_data: a minibatch
+        :param coefficients: of the loss
+        """
+        as_tensors = {name: th.tensor(value, device=self._device) for name, value in coefficients.items()}
+        buffers = list(self._actor_critic.policy.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with th.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            try:
+                loss, _ = self._compute_loss(rollout_data, as_tensors, {})
+            except ValueError as error:
+                raise ValueError(f"{_REFUSED}: {error}; or torch_compile=False") from error
+            finally:
+                _copied(buffers, before)
+        self._updated = reached(loss, self._candidates)
+        noted = {} if self._owner is None else noted_by(self._view)
+        is_live = {name: self._may_have_live_numbers and is_number(value) for name, value in noted.items()}
+        self._live_numbers = tuple(name for name in noted if is_live[name])
+        self._noted = {name: value for name, value in noted.items() if not is_live[name]}
+        self._program = Program(
+            self._step,
+            self._device,
+            what="the gradient step",
+            any_size=self._any_size,
+            announce=self._announce,
+            exact_tanh=_has_tanh_of_actions(self._actor_critic.policy),
+        )
+
+    def _take(self) -> None:
+        """Take parameters, moments and learning rates from the policy and its optimiser."""
+        self._flat = FlatAdam(self._optimizer, self._updated)
+        beta1, beta2 = self._betas
+        states = [self._flat.adam.state[p] for p in self._flat.parameters]
+        owned = _Owned(
+            thetas=[p.data for p in self._flat.parameters],
+            gradients=[cast(th.Tensor, p.grad) for p in self._flat.parameters],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            clocks=[
+                th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=self._device)
+                for count in self._flat.steps
+            ],
+            learning_rates=[th.tensor([group["lr"]], device=self._device) for group in self._flat.adam.param_groups],
+        )
+        others = {name: t for name, t in self._module.tensors().items() if t not in self._flat}
+        self._taken = self._fixed = owned, others
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
+        try:
+            return self._call(rollout, rows, coefficients)
+        except ValueError:
+            if not self._live_numbers:
+                raise
+        # It may be that a number decides what is computed: a program is then for one value of it.
+        self._may_have_live_numbers = False
+        self._forget_program()
+        self._bound_to = None, None
+        return self._call(rollout, rows, coefficients)
+
+    def _call(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
+        if self._program is None:
+            self._prepare(rollout if rows is None else take(rollout, rows), coefficients)
+        assert self._program is not None
+        if self._flat is None:
+            self._take()
         if self._bound_to[0] is not rollout or self._bound_to[1] is not coefficients:
             self._bound_to = rollout, coefficients
             self._coefficients = tuple(coefficients)
-            numbers = th.tensor(list(coefficients.values()), dtype=th.float32)
+            values = [*coefficients.values(), *(float(getattr(self._owner, name)) for name in self._live_numbers)]
+            numbers = th.tensor(values, dtype=th.float32)
             if self._device.type == "cuda":  # from where the host need not wait for it
                 numbers = numbers.pin_memory()
             numbers = numbers.to(self._device, non_blocking=True)
@@ -626,7 +737,10 @@ class CompiledStep:
         rows: th.Tensor | None = None,
     ) -> list[th.Tensor]:
         owned, others, numbers = fixed
-        coefficients = dict(zip(self._coefficients, numbers.unbind(), strict=True))
+        assert self._flat is not None
+        named_numbers = dict(zip((*self._coefficients, *self._live_numbers), numbers.unbind(), strict=True))
+        coefficients = {name: named_numbers[name] for name in self._coefficients}
+        live_numbers = {name: named_numbers[name] for name in self._live_numbers}
         rollout_data = rollout if rows is None else take(rollout, rows)
         with th.enable_grad():
             thetas = [theta.detach().requires_grad_() for theta in owned.thetas]
@@ -637,8 +751,8 @@ class CompiledStep:
             }
             named = self._module.tensors().items()
             updated = {name: piece_of[id(tensor)] for name, tensor in named if id(tensor) in piece_of}
-            loss, statistics = self._module.call({**updated, **others}, rollout_data, coefficients)
-            gradients = th.autograd.grad(loss, thetas, materialize_grads=True)
+            loss, statistics = self._module.call({**updated, **others}, rollout_data, coefficients, live_numbers)
+            gradients = th.autograd.grad(loss, thetas)
         norm = th.linalg.vector_norm(gradients[0] if len(gradients) == 1 else th.cat(gradients))
         statistics["grad_norm"] = norm
         takes_step = norm.isfinite()
@@ -648,22 +762,29 @@ class CompiledStep:
 
         # Adam, as torch.optim.Adam computes it
         beta1, beta2 = self._betas
-        clock = owned.clock
-        new_clock = th.stack((clock[0] + 1, clock[1] * beta1, clock[2] * beta2))
-        correction1 = (1 - new_clock[1]).reciprocal().float()
-        correction2 = (1 - new_clock[2]).rsqrt().float()
-        for theta, gradient, exp_avg, exp_avg_sq, learning_rate in zip(
-            owned.thetas, gradients, owned.exp_avgs, owned.exp_avg_sqs, owned.learning_rates, strict=True
+        for theta, gradient, last_gradient, exp_avg, exp_avg_sq, clock, learning_rate in zip(
+            owned.thetas,
+            gradients,
+            owned.gradients,
+            owned.exp_avgs,
+            owned.exp_avg_sqs,
+            owned.clocks,
+            owned.learning_rates,
+            strict=True,
         ):
+            new_clock = th.stack((clock[0] + 1, clock[1] * beta1, clock[2] * beta2))
+            correction1 = (1 - new_clock[1]).reciprocal().float()
+            correction2 = (1 - new_clock[2]).rsqrt().float()
             scaled = gradient * scale
             new_exp_avg = exp_avg.lerp(scaled, 1 - beta1)
             new_exp_avg_sq = exp_avg_sq * beta2 + scaled * scaled * (1 - beta2)
             denominator = new_exp_avg_sq.sqrt() * correction2 + self._eps
             new_theta = theta - learning_rate * correction1 * new_exp_avg / denominator
+            last_gradient.copy_(th.where(takes_step, scaled, last_gradient))
             theta.copy_(th.where(takes_step, new_theta, theta))
             exp_avg.copy_(th.where(takes_step, new_exp_avg, exp_avg))
             exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
-        clock.copy_(th.where(takes_step, new_clock, clock))
+            clock.copy_(th.where(takes_step, new_clock, clock))
         self.names = tuple(statistics)
         return [th.stack(list(statistics.values()))]  # to make and to keep one of each takes longer
 

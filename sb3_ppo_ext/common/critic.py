@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.actor_critic import ActorCritic
-from sb3_ppo_ext.common.buffers import RolloutSamples, minibatches
+from sb3_ppo_ext.common.buffers import RolloutSamples, minibatches, obs_rows
 from sb3_ppo_ext.common.optimization import Coefficients, MinibatchStep, Statistics
+from sb3_ppo_ext.common.purity import keeps_statistics
 
 
-def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """
-    The parameters that a tensor depends on, by its autograd graph.
-
-    :param output: with its graph, which is kept
-    :param parameters: candidates
-    :return: those of them that require grad and that the graph reaches, in their order
-    """
-    candidates = [parameter for parameter in parameters if parameter.requires_grad]
-    grads = th.autograd.grad(output.sum(), candidates, retain_graph=True, allow_unused=True)
-    return [parameter for parameter, grad in zip(candidates, grads, strict=True) if grad is not None]
-
-
-def set_critic_training_mode(policy: nn.Module, actor_parameters: Sequence[nn.Parameter]) -> None:
+def set_critic_training_mode(policy: ActorCriticPolicy, actor_parameters: Sequence[nn.Parameter]) -> None:
     """
     Put what belongs to the critic alone in training mode, the rest in evaluation mode: batch statistics that an actor
     shares would change its actions.
@@ -42,6 +32,36 @@ def set_critic_training_mode(policy: nn.Module, actor_parameters: Sequence[nn.Pa
         parameters = set(module.parameters())
         if parameters and not parameters & of_actor:
             module.train(True)
+    # What has no parameters belongs to the critic if it is in its networks and not in the actor's.
+    extractor = policy.mlp_extractor
+    policy_net, value_net = (getattr(extractor, name, None) for name in ("policy_net", "value_net"))
+    actors = _modules_of(policy.pi_features_extractor, policy.action_net, policy_net)
+    for module in _modules_of(policy.vf_features_extractor, policy.value_net, value_net):
+        if not set(module.parameters()) & of_actor and not _modules_of(module) & actors:
+            module.train(True)
+
+
+def _modules_of(*networks: nn.Module | None) -> set[nn.Module]:
+    return {module for network in networks if network is not None for module in network.modules()}
+
+
+@th.no_grad()
+def update_statistics(policy: ActorCriticPolicy, observations: PyTorchObs, n_samples: int, batch_size: int) -> None:
+    """
+    Let the layers of an actor that keep statistics in training mode see a rollout, once. For algorithms whose actor
+    makes its step in evaluation mode.
+
+    :param policy: actor and critic
+    :param observations: of the rollout
+    :param n_samples: their number
+    :param batch_size: largest number of them in one pass
+    """
+    if not keeps_statistics(policy):
+        return
+    policy.set_training_mode(True)
+    for rows in th.arange(n_samples).tensor_split(-(-n_samples // batch_size)):
+        policy.get_distribution(obs_rows(observations, rows.to(policy.device)))
+    policy.set_training_mode(False)
 
 
 def critic_parameters(policy: nn.Module, actor_parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -72,7 +92,7 @@ def critic_loss(
 
 def fit_critic(
     step: MinibatchStep,
-    policy: nn.Module,
+    policy: ActorCriticPolicy,
     actor_parameters: Sequence[nn.Parameter],
     rollout_buffer: RolloutBuffer,
     *,

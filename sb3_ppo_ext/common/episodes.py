@@ -31,10 +31,10 @@ class EpisodeBuffer(RolloutBuffer):
     those steps out.
     """
 
-    def add_transition(self, obs: Any, action: np.ndarray, reward: np.ndarray, episode_start: np.ndarray) -> None:
+    def add_observation(self, obs: Any, episode_start: np.ndarray) -> None:
         if self.pos == self.buffer_size:
             self._resize(2 * self.buffer_size)
-        super().add_transition(obs, action, reward, episode_start)
+        super().add_observation(obs, episode_start)
 
     def close(self, episodes_per_env: int) -> None:
         """

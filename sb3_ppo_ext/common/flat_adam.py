@@ -1,8 +1,9 @@
-"""Adam on parameters that lie side by side: a step is a few operations, not a few for each parameter."""
+"""Adam on parameters that lie side by side: a step takes a few operations, not a few for each parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -10,13 +11,15 @@ from torch import nn
 
 class FlatAdam:
     """
-    The parameters of an Adam optimiser, their gradients and moments, in one tensor each for a parameter group.
+    The parameters of an Adam optimiser, their gradients and moments, in one tensor each. A parameter group has one such
+    tensor, or several where its parameters have made different numbers of steps.
 
     From construction to :meth:`restore` the parameters are views of :attr:`parameters`, and backward passes add to
-    their gradients in place; :attr:`adam` makes the steps. Then they have their own memory again, and the optimiser
-    has the moments. Convolution weights lie channels last, which is what the CPU's convolutions compute with.
+    their gradients in place; :attr:`adam` makes the steps. Then they have their own memory again, with the gradient of
+    the last step, and the optimiser has the moments. Convolution weights lie channels last, which is what the CPU's
+    convolutions compute with.
 
-    :param optimizer: as :meth:`serves` wants it; it is left alone until :meth:`restore`
+    :param optimizer: as :meth:`supports` wants it; it is left alone until :meth:`restore`
     :param parameters: what is to be updated, among the optimiser's
     """
 
@@ -26,58 +29,81 @@ class FlatAdam:
         self._own: list[th.Tensor] = []
         self.members: list[list[nn.Parameter]] = []
         self.parameters: list[nn.Parameter] = []
-        groups = []
+        self.steps: list[float] = []
+        groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
-            members = [p for p in group["params"] if p in wanted]
-            if not members:
-                continue
-            flat = nn.Parameter(_flat([p.detach() for p in members]))
-            flat.grad = th.zeros_like(flat)
-            self._own += [p.data for p in members]
-            shapes = [p.shape for p in members]
-            for p, data, grad in zip(members, pieces(flat.data, shapes), pieces(flat.grad, shapes), strict=True):
-                p.data, p.grad = data, grad
-            self.members.append(members)
-            self.parameters.append(flat)
-            groups.append({**group, "params": [flat]})
-        self.adam = th.optim.Adam(groups)
+            in_group = [p for p in group["params"] if p in wanted]
+            counts = steps_made(optimizer, in_group)
+            for count in sorted(set(counts)):
+                members = [p for p, c in zip(in_group, counts, strict=True) if c == count]
+                flat = nn.Parameter(_flat([p.detach() for p in members]))
+                flat.grad = th.zeros_like(flat)
+                self._own += [p.data for p in members]
+                shapes = [p.shape for p in members]
+                for p, data, grad in zip(members, pieces(flat.data, shapes), pieces(flat.grad, shapes), strict=True):
+                    p.data, p.grad = data, grad
+                self.members.append(members)
+                self.parameters.append(flat)
+                self.steps.append(count)
+                groups.append({**group, "params": [flat]})
+        self.adam = th.optim.Adam(groups) if groups else th.optim.Adam([nn.Parameter(th.empty(0))])
         for flat, members in zip(self.parameters, self.members, strict=True):
             states = [optimizer.state.get(p) or _first_state(p) for p in members]
             moments = {name: _flat([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")}
             self.adam.state[flat] = {"step": states[0]["step"].clone(), **moments}
+        self._ids = {id(p) for members in self.members for p in members}
 
     @staticmethod
-    def serves(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+    def supports(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
         """
         Whether a flat step does to each parameter what the optimiser would do.
 
         :param optimizer: any
-        :param parameters: what is to be updated, among the optimiser's
+        :param parameters: what is to be updated
         """
         if type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):
             return False
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return False
-        # Without a gradient a parameter keeps its weight, where a flat one would still decay.
+        # A coupled weight decay would be added to gradients that are not there.
         if any(not group["fused"] or group["amsgrad"] or group["weight_decay"] for group in optimizer.param_groups):
             return False
-        return len(steps_made(optimizer, parameters)) == 1 and len({(p.device, p.dtype) for p in parameters}) == 1
+        in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if len(in_groups) != len(set(in_groups)) or not {id(p) for p in parameters} <= set(in_groups):
+            return False
+        # A backward pass may be made twice, and a hook must run once.
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+            return False
+        return len({(p.device, p.dtype) for p in parameters}) == 1
+
+    def __contains__(self, parameter: th.Tensor) -> bool:
+        return id(parameter) in self._ids
 
     def zero_grad(self) -> None:
         for flat in self.parameters:
             assert flat.grad is not None
             flat.grad.zero_()
+        self._versions = [flat.grad._version for flat in self.parameters if flat.grad is not None]
+
+    def all_have_gradients(self) -> bool:
+        """Whether the backward pass since :meth:`zero_grad` reached every parameter: each adds to its piece once."""
+        return all(
+            flat.grad is not None and flat.grad._version - version == len(members)
+            for flat, version, members in zip(self.parameters, self._versions, self.members, strict=True)
+        )
 
     def restore(self) -> None:
         """Give the parameters their own memory back, and the moments to the optimiser."""
         own = iter(self._own)
         with th.no_grad():
             for flat, members in zip(self.parameters, self.members, strict=True):
+                assert flat.grad is not None
                 state = self.adam.state[flat]
                 shapes = [p.shape for p in members]
-                moments = (pieces(state[name], shapes) for name in ("exp_avg", "exp_avg_sq"))
-                for p, exp_avg, exp_avg_sq in zip(members, *moments, strict=True):
-                    p.data, p.grad = next(own).copy_(p.data), None
+                of_members = (pieces(x, shapes) for x in (state["exp_avg"], state["exp_avg_sq"], flat.grad))
+                for p, exp_avg, exp_avg_sq, grad in zip(members, *of_members, strict=True):
+                    p.data = next(own).copy_(p.data)
+                    p.grad = th.empty_like(p).copy_(grad)
                     self._optimizer.state[p] = {
                         "step": state["step"].clone(),
                         "exp_avg": th.empty_like(p).copy_(exp_avg),
@@ -85,17 +111,18 @@ class FlatAdam:
                     }
 
 
-def steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> set[float]:
+def steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[float]:
     """
-    How many steps an Adam optimiser has made, of each parameter: one number as a rule.
+    How many steps an Adam optimiser has made, of each parameter.
 
     :param optimizer: Adam
     :param parameters: among the optimiser's
     """
-    parameters = list(parameters)
-    steps = [th.as_tensor(optimizer.state[p]["step"]) for p in parameters if p in optimizer.state]
-    counts = set(th.stack(steps).tolist()) if steps else set()  # read at once: on a GPU each time is a wait
-    return counts if len(steps) == len(parameters) else counts | {0.0}
+    steps = [th.as_tensor(optimizer.state[p]["step"] if p in optimizer.state else 0.0) for p in parameters]
+    if len({step.device for step in steps}) > 1:
+        steps = [step.cpu() for step in steps]
+    counts: list[float] = th.stack(steps).float().tolist() if steps else []  # read at once: on a GPU each is a wait
+    return counts
 
 
 def pieces(flat: th.Tensor, shapes: Sequence[th.Size]) -> Iterator[th.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ppo_ext.common.optimization import NonFiniteError
@@ -17,11 +18,17 @@ from sb3_ppo_ext.common.optimization import NonFiniteError
 
 def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
     """
-    :param error: raised while a rollout was collected, or the environments were reset for it
+    What is known about an error besides its own message. What a callback raises is the user's and is left alone; so is
+    everything of which another reason than the one found here is possible, but for a note.
+
+    :param error: raised while a rollout was collected, or the environments were reset for it; a note may be added to it
     :param env: the training environment
     :param obs: that were acted on; None if there are none yet
-    :return: an error that says more, to be raised from it; None if it says enough itself
+    :return: an error that says more, to be raised from it; None if it is to be raised itself
     """
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(code in _CALLBACK_CODES for code in codes):
+        return None
     if isinstance(error, (EOFError, ConnectionError)):
         ended = _ended_workers(env)
         if ended:
@@ -30,13 +37,45 @@ def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
                 "killed it, -9 often for want of memory. The model is as it was before this rollout: make the "
                 "environment anew, give it to set_env() and go on"
             )
-    misshapen = _refused_observation(error) or _misshapen_batch(obs, env)
+    misshapen = _refused_observation(error)
     if misshapen:
         return ValueError(misshapen)
+    if isinstance(error, NonFiniteError):
+        return None
+    misshapen = _misshapen_batch(obs, env)
+    if misshapen:
+        if type(error) in _ERRORS_OF_TORCH and not any(code in _VEC_ENV_CODES for code in codes):
+            return ValueError(misshapen)
+        _add_note(error, misshapen)
     where = _not_finite(obs, axes=("environment",))
-    if where and not isinstance(error, NonFiniteError):
-        return NonFiniteError(_not_finite_message({"Observations": where}))
+    if where:
+        message = _not_finite_message({"Observations": where})
+        if type(error) in _ERRORS_OF_TORCH and any("torch/distributions" in code.co_filename for code in codes):
+            return NonFiniteError(message)
+        _add_note(error, message)
     return None
+
+
+_ERRORS_OF_TORCH = (RuntimeError, ValueError, IndexError, TypeError)
+_CALLBACK_CODES = {
+    method.__code__
+    for method in (
+        BaseCallback.init_callback,
+        BaseCallback.on_training_start,
+        BaseCallback.on_rollout_start,
+        BaseCallback.update_locals,
+        BaseCallback.on_step,
+        BaseCallback.on_rollout_end,
+    )
+}
+_VEC_ENV_CODES = {VecEnv.step.__code__}
+
+
+def _add_note(error: Exception, note: str) -> None:
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # before Python 3.11, which shows them
+        vars(error).setdefault("__notes__", []).append(note)
 
 
 def raise_if_rollout_not_finite(rollout_buffer: RolloutBuffer, of_values: np.ndarray, last_obs: Any) -> None:

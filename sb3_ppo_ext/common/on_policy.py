@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -37,16 +37,18 @@ from sb3_ppo_ext.common.compiled import (
     structure_of,
 )
 from sb3_ppo_ext.common.dimensions import n_action_dims
-from sb3_ppo_ext.common.distributions import family_of_space
+from sb3_ppo_ext.common.distributions import Family, family_of_policy, params_of
 from sb3_ppo_ext.common.mishaps import (
     explained,
-    raise_if_final_not_finite,
     raise_if_misshapen,
     raise_if_rollout_not_finite,
 )
 from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
+from sb3_ppo_ext.common.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
 from sb3_ppo_ext.common.problem import check_spaces
+from sb3_ppo_ext.common.purity import impurity
+from sb3_ppo_ext.common.timeouts import Timeouts
 from sb3_ppo_ext.common.validation import (
     as_number_or_schedule,
     as_schedule,
@@ -187,16 +189,13 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             self.rollout_buffer_class = buffer_class_for(self.observation_space)  # which derives from SB3's
         self._validate()
         self._build()
-        self._family = family_of_space(self.action_space, squash_output=self.policy.squash_output)
+        self._check_family()
         self._compiled = Programs()
         if self.torch_compile:
             check_can_compile(self.policy, self.policy.optimizer)
             check_compiler(self.device)
-        if self.verbose >= 1 and not DirectActorCritic.understands(self.policy):
-            print(
-                f"{type(self.policy).__name__} overrides methods of Stable-Baselines3's policy: it is trained through "
-                "those methods, which is slower"
-            )
+        self._has_said_why_slow = False
+        self._policy_changes_in_rollouts = False
         buffer = self.rollout_buffer
         if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
             print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
@@ -294,7 +293,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             raise more from error
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_family", "_compiled"]
+        return [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
@@ -330,43 +329,68 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         """
         return per_dimension * n_action_dims(self.action_space) if value is None else self._at_present(value)
 
+    @property
+    def _family(self) -> Family | None:
+        """The formulas of the policy's distributions; None for a distribution of the user's own."""
+        return family_of_policy(self.policy)
+
+    def _check_family(self) -> None:
+        """
+        :raises ValueError: if the updates need the KL divergence of a distribution that has no formula for it
+        """
+        if self._needs_old_params and self._family is None:
+            raise ValueError(
+                f"policy={self._policy_name()} is not allowed: {type(self).__name__} needs the exact KL divergence of "
+                f"its distributions, and {type(self.policy.action_dist).__name__} has formulas of its own; it must be "
+                "one of stable_baselines3.common.distributions, or derive from one without overriding its formulas. "
+                "DualClipPPO and REINFORCE learn with any distribution"
+            )
+
     def _actor_critic(self, *, for_update: bool = False) -> ActorCritic:
         """
         The policy as the core sees it. Made anew for each rollout and each update: a user may have replaced it.
 
         :param for_update: whether distribution parameters are needed only if the algorithm's updates need them
         """
-        if DirectActorCritic.understands(self.policy):
+        self._check_family()
+        refusal = DirectActorCritic.refusal(self.policy)
+        if refusal is None:
             return DirectActorCritic(self.policy, with_params=self._needs_old_params or not for_update)
+        self._say_why_slow(f"{type(self.policy).__name__} {refusal}: it acts and is trained through its own methods")
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
+
+    def _say_why_slow(self, reason: str) -> None:
+        """Say once why the fast way is not taken, to those who want to be told."""
+        if self.verbose >= 1 and not self._has_said_why_slow:
+            print(f"{reason}, which is slower")
+        self._has_said_why_slow = True
 
     def _minibatch_step(
         self,
         minibatch_loss: Callable[[ActorCritic, RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]],
         parameters: Sequence[nn.Parameter],
-        of: Hashable = None,
+        coefficients: Sequence[str] = (),
     ) -> MinibatchStep:
         """
         :param minibatch_loss: to be minimised, given the policy
         :param parameters: what is updated, among the policy's
-        :param of: what else the form of the loss depends on: a compiled step is for one form
+        :param coefficients: the names of those that the loss will be given: a compiled step is for the same ones
         :return: what makes a gradient step on a minibatch
         """
         actor_critic = self._actor_critic(for_update=True)
-        loss = partial(minibatch_loss, actor_critic)
         if not self.torch_compile:
-            return EagerStep(self.policy.optimizer, parameters, loss)
+            return EagerStep(self.policy.optimizer, parameters, partial(minibatch_loss, actor_critic))
         check_can_compile(self.policy, self.policy.optimizer)  # a user may have replaced them
         optimizer = self.policy.optimizer
         settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
         return self._compiled.get(
             "step",
-            (structure_of(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), of),
+            (structure_of(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), tuple(coefficients)),
             lambda: CompiledStep(
-                self.policy,
+                cast(DirectActorCritic, actor_critic),
                 optimizer,
                 parameters,
-                loss,
+                minibatch_loss,
                 any_size=self._rollouts_vary,
                 announce=self.verbose >= 1,
             ),
@@ -375,7 +399,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     def _act(self, actor_critic: ActorCritic) -> Act:
         """How to draw actions: by the policy, or what was compiled of it."""
         # Elsewhere than on the CPU a step waits for its actions anyway.
-        if not self.torch_compile or self.device.type != "cpu":
+        if not self.torch_compile or not actor_critic.is_pure or self.device.type != "cpu":
             return actor_critic.act
         check_can_compile(self.policy, self.policy.optimizer)
         direct = cast(DirectActorCritic, actor_critic)
@@ -397,6 +421,11 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         )
         evaluation.bind()
         return evaluation
+
+    @property
+    def _bootstraps_timeouts(self) -> bool:
+        """Whether the value of what would have followed is added where a time limit ends an episode."""
+        return True
 
     def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
         """
@@ -441,21 +470,13 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         n_rollout_steps: int,
     ) -> bool:
         if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.wants_every_step:
-            is_full = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-            if is_full:
-                raise_if_rollout_not_finite(rollout_buffer, rollout_buffer.advantages, self._last_obs)
-            if is_full and self._needs_old_params:
-                assert isinstance(rollout_buffer, RolloutBuffer)
-                self._add_old_params(self._actor_critic(), rollout_buffer)
-            return is_full
+            return self._collect_as_sb3(env, callback, rollout_buffer, n_rollout_steps)
 
         assert self._last_obs is not None, "No previous observation was provided"
         assert self._last_episode_starts is not None
-        actor_critic = self._actor_critic()
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         kept: list[Kept] = []
-        timeouts: list[tuple[int, int, Any]] = []
         action_shape = (env.num_envs, *(self.action_space.shape or ()))
         is_box = isinstance(self.action_space, spaces.Box)
         is_as_made = type(env) is DummyVecEnv  # a wrapper may change an observation and not the final one
@@ -464,6 +485,15 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         callback.on_rollout_start()
         if self.use_sde:  # after the callback, so that one that saves the random state saves it before this draw
             self.policy.reset_noise(env.num_envs)
+        actor_critic = self._actor_critic()
+        if isinstance(actor_critic, DirectActorCritic) and not actor_critic.is_pure:
+            self._say_why_slow(
+                f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
+                "so by its attribute is_pure = True; if not, this is needed"
+            )
+        actor_critic.is_pure &= not self._policy_changes_in_rollouts
+        watch = ParameterWatch(self.policy) if actor_critic.is_pure else None
+        timeouts = Timeouts(actor_critic, rollout_buffer)
         act = self._act(actor_critic)
 
         while True:
@@ -476,6 +506,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 kept.append(yielded)
             actions = action_tensor.cpu().numpy().reshape(action_shape)
             clipped_actions = self._to_env(actions) if is_box else actions
+            # Now, as an environment may write its next observation into the same array.
+            rollout_buffer.add_observation(self._last_obs, self._last_episode_starts)
 
             new_obs, rewards, dones, infos = env.step(clipped_actions)
 
@@ -490,25 +522,78 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                     terminal_obs = infos[idx].get("terminal_observation")
                     if is_as_made:
                         raise_if_misshapen(terminal_obs, self.observation_space, int(idx))
-                    if terminal_obs is not None and infos[idx].get("TimeLimit.truncated", False):
-                        timeouts.append((n_steps, int(idx), terminal_obs))
+                    is_cut = terminal_obs is not None and infos[idx].get("TimeLimit.truncated", False)
+                    if is_cut and self._bootstraps_timeouts:
+                        timeouts.add(n_steps, int(idx), terminal_obs)
 
-            rollout_buffer.add_transition(self._last_obs, actions, rewards, self._last_episode_starts)
+            rollout_buffer.add_transition(actions, rewards)
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
+            if watch is not None and watch.is_touched() and watch.has_changed():
+                # By a callback. The steps so far are evaluated by the policy that made them, each later one at once.
+                with th.no_grad(), watch.as_at_first():
+                    kept = kept or self._evaluate_steps(actor_critic, rollout_buffer)
+                    timeouts.evaluate(self._chunks)
+                actor_critic.is_pure, watch, act = False, None, actor_critic.act
+                self._policy_changes_in_rollouts = True
             if self._rollout_is_complete(n_steps, n_rollout_steps, dones):
                 break
 
+        if watch is not None and watch.has_changed():
+            self._policy_changes_in_rollouts = True
+            warnings.warn(
+                "The parameters of the policy were changed while it collected a rollout, in a way that is seen only at "
+                "the end of it (by .data). The log-probabilities of this one rollout are those of the changed policy; "
+                "from the next rollout on each step is evaluated at once",
+                stacklevel=2,
+            )
+
         with th.no_grad():
             self._evaluate_rollout(actor_critic, rollout_buffer, kept)
-            last_values = actor_critic.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-            raise_if_rollout_not_finite(rollout_buffer, last_values.cpu().numpy(), new_obs)
-            self._bootstrap_timeouts(actor_critic, rollout_buffer, timeouts)
-        rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+            values = actor_critic.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+            raise_if_rollout_not_finite(rollout_buffer, values.cpu().numpy(), new_obs)
+            timeouts.evaluate(self._chunks)
+            timeouts.bootstrap(self.gamma)
+        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
+        rollout_buffer.forget_flat()  # a callback may have edited any of its arrays
+        return True
+
+    def _collect_as_sb3(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: sb3_buffers.RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        """Collect by SB3's own method, which gives a buffer of the user's own each step when it is made."""
+        steps: list[th.Tensor] = []
+        policy = self.policy
+        if self._needs_old_params:
+            self._check_family()
+            hook = policy.register_forward_hook(lambda *_: steps.append(params_of(policy.action_dist)))
+        try:
+            is_full = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        finally:
+            if self._needs_old_params:
+                hook.remove()
+        if not is_full:
+            return False
+        raise_if_rollout_not_finite(rollout_buffer, rollout_buffer.advantages, self._last_obs)
+        if self._needs_old_params:
+            assert isinstance(rollout_buffer, RolloutBuffer)
+            if len(steps) != rollout_buffer.buffer_size:
+                raise ValueError(
+                    f"The policy was called {len(steps)} times in a rollout of {rollout_buffer.buffer_size} steps, so "
+                    "that the parameters of the distributions that acted are not known. Let callbacks use "
+                    "policy.predict() instead"
+                )
+            params = _env_by_env(steps)
+            assert params is not None
+            rollout_buffer.set_params(params)
         return True
 
     def _to_env(self, actions: np.ndarray) -> np.ndarray:
@@ -535,48 +620,51 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param kept: what the steps already yielded, one a step, or empty
         """
         observations, actions = rollout_buffer.flat_inputs()
-        chunks = list(self._chunks(len(actions)))
         if kept:
             values, log_probs, params = (_env_by_env(parts) for parts in zip(*kept, strict=True))
         else:
             parts = []
             evaluate_actions = self._evaluate_actions(actor_critic)
-            for rows in chunks:
+            for rows in self._chunks(len(actions)):
                 evaluation = evaluate_actions(obs_rows(observations, rows), actions[rows])
                 parts.append((evaluation.values, evaluation.log_prob, evaluation.params))
             values, log_probs, params = (th.cat(chunked) for chunked in zip(*parts, strict=True))
-        if log_probs is None:
-            assert params is not None
-            log_probs = actor_critic.family.log_prob(params, actions)
-        assert values is not None
-        rollout_buffer.set_evaluation(values, log_probs, params)
-        if params is None and self._needs_old_params:
-            self._add_old_params(actor_critic, rollout_buffer)
-
-    def _add_old_params(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer) -> None:
-        """Put the parameters of the distributions that drew the actions into the buffer, where nothing else did."""
-        observations, actions = rollout_buffer.flat_inputs()
-        with th.no_grad():
-            chunks = [actor_critic.params(obs_rows(observations, rows)) for rows in self._chunks(len(actions))]
-        rollout_buffer.set_params(th.cat(chunks))
-
-    def _bootstrap_timeouts(
-        self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
-    ) -> None:
-        """
-        Add the discounted value of the final observation to the last reward of each episode that a time limit cut.
-
-        :param timeouts: step, environment and final observation of each
-        """
-        for chunk in self._chunks(len(timeouts)):
-            steps, env_indices, final_obs = zip(*timeouts[chunk], strict=True)
-            if isinstance(final_obs[0], dict):
-                stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in final_obs[0]}
+        if kept and params is not None:
+            assert actor_critic.family is not None
+            of_params = actor_critic.family.log_prob(params, actions)
+            if log_probs is None:
+                log_probs = of_params
             else:
-                stacked = np.stack(final_obs)
-            values = actor_critic.values(self.policy.obs_to_tensor(stacked)[0]).cpu().numpy()
-            raise_if_final_not_finite(values, stacked, steps, env_indices)
-            rollout_buffer.rewards[list(steps), list(env_indices)] += self.gamma * values
+                self._check_params(of_params, log_probs)
+        assert values is not None
+        assert log_probs is not None
+        rollout_buffer.set_evaluation(values, log_probs, params)
+
+    def _evaluate_steps(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer) -> list[Kept]:
+        """Values and distribution parameters of the steps that a rollout has so far, for each."""
+        observations, actions = rollout_buffer.inputs_so_far()
+        chunks = [
+            actor_critic.evaluate_actions(obs_rows(observations, rows), actions[rows])
+            for rows in self._chunks(len(actions))
+        ]
+        values = th.split(th.cat([chunk.values for chunk in chunks]), self.n_envs)
+        params = th.split(th.cat([chunk.params for chunk in chunks]), self.n_envs)
+        return [Kept(of_values, None, of_params) for of_values, of_params in zip(values, params, strict=True)]
+
+    def _check_params(self, of_params: th.Tensor, log_probs: th.Tensor) -> None:
+        """
+        :param of_params: log-probabilities of the actions by the parameters of the policy's distributions
+        :param log_probs: by the policy itself
+        :raises ValueError: if they are not of the same distributions
+        """
+        # Rounding alone makes them differ for single actions, at the end of a squashed range.
+        differs = (of_params - log_probs).abs() > 0.01 * (1.0 + log_probs.abs())
+        if differs.float().mean() > 0.5:
+            raise ValueError(
+                f"policy={self._policy_name()} is not allowed: its log-probabilities are not those of its action_dist "
+                f"(a {type(self.policy.action_dist).__name__}), whose exact KL divergence {type(self).__name__} needs. "
+                "No update was made. DualClipPPO and REINFORCE learn with any distribution"
+            )
 
 
 def _name(factory: Any) -> str:

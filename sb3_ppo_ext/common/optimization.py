@@ -57,8 +57,12 @@ class EagerStep:
     """
     A step by torch's own means.
 
+    Parameters, gradients and moments lie side by side (:class:`FlatAdam`) where the optimiser allows it and as long as
+    the same parameters take part in each minibatch. As in SB3, a parameter without a gradient is left alone, with its
+    moments; so as soon as other parameters take part, the rest of the update is made tensor by tensor.
+
     :param optimizer: of the policy
-    :param parameters: what is updated, among what the optimiser has
+    :param parameters: what is updated; their gradients are clipped together
     :param minibatch_loss: to be minimised
     """
 
@@ -77,15 +81,13 @@ class EagerStep:
     def __enter__(self) -> object:
         use_fused_adam(self._optimizer)
         self._optimizer.zero_grad()  # a gradient left anywhere would be applied by every step
-        if FlatAdam.serves(self._optimizer, self._parameters):
-            assert isinstance(self._optimizer, th.optim.Adam)
-            self._flat = FlatAdam(self._optimizer, self._parameters)
+        self._may_be_flat = FlatAdam.supports(self._optimizer, self._parameters)
+        in_groups = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
+        self._clips_in_place = sorted(in_groups) != sorted(set(in_groups) | set(map(id, self._parameters)))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._flat is not None:
-            self._flat.restore()
-            self._flat = None
+        self._leave_flat()
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
         rollout_data = rollout if rows is None else take(rollout, rows)
@@ -99,29 +101,59 @@ class EagerStep:
             return th.stack(list(statistics.values()))
 
     def _make_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
-        if self._flat is None:
-            for parameter in self._parameters:
-                parameter.grad = None
-        else:
+        if self._may_be_flat:
+            if self._flat is None:
+                assert isinstance(self._optimizer, th.optim.Adam)
+                self._flat = FlatAdam(self._optimizer, reached(loss, self._parameters))
+                self._outside = [p for p in self._parameters if p not in self._flat]
             self._flat.zero_grad()
+            # The graph is kept for the case that it has to be asked once more, by which parameters it reaches.
+            loss.backward(inputs=self._inputs, retain_graph=True)  # type: ignore[no-untyped-call]
+            if self._flat.all_have_gradients() and all(p.grad is None for p in self._outside):
+                return clip_and_step(self._flat.adam, self._flat.parameters, max_grad_norm=max_grad_norm)
+            self._leave_flat()
+            self._may_be_flat = False
+        self._optimizer.zero_grad()
         loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
         return clip_and_step(
-            self._optimizer if self._flat is None else self._flat.adam,
-            self._parameters if self._flat is None else self._flat.parameters,
-            max_grad_norm=max_grad_norm,
+            self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
         )
 
+    def _leave_flat(self) -> None:
+        if self._flat is not None:
+            self._flat.restore()
+            self._flat = None
 
-def clip_and_step(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float) -> th.Tensor:
+
+def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """
+    The parameters that a tensor depends on, by its autograd graph.
+
+    :param output: with its graph, which is kept
+    :param parameters: candidates
+    :return: those of them that require grad and that the graph reaches, in their order
+    """
+    candidates = [parameter for parameter in parameters if parameter.requires_grad]
+    if not candidates or not output.requires_grad:
+        return []
+    grads = th.autograd.grad(output.sum(), candidates, retain_graph=True, allow_unused=True)
+    return [parameter for parameter, grad in zip(candidates, grads, strict=True) if grad is not None]
+
+
+def clip_and_step(
+    optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float, in_place: bool = False
+) -> th.Tensor:
     """
     Clip the gradients that are there, and make the optimiser's step, unless they are not finite.
 
     :param optimizer: of the parameters
     :param parameters: whose joint gradient norm is clipped
     :param max_grad_norm: the largest norm that is let through
+    :param in_place: whether the gradients must be clipped before the step: the optimiser's own kernel, which does both,
+        would clip those of a parameter twice that two groups have, and not those that it does not have
     :return: the norm before clipping, a scalar on the parameters' device
     """
-    if not all(group.get("fused") for group in optimizer.param_groups):
+    if in_place or not all(group.get("fused") for group in optimizer.param_groups):
         grad_norm: th.Tensor = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if math.isfinite(grad_norm.item()):
             optimizer.step()

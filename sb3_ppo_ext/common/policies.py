@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
-from sb3_ppo_ext.common.critic import reached
+from sb3_ppo_ext.common.optimization import reached
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 
@@ -70,7 +70,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     def _split_optimizer(self, learning_rate: float) -> None:
         """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
         actor_critic: ActorCritic = (
-            DirectActorCritic(self) if DirectActorCritic.understands(self) else SB3ActorCritic(self, with_params=False)
+            DirectActorCritic(self) if DirectActorCritic.supports(self) else SB3ActorCritic(self, with_params=False)
         )
         obs, _ = self.obs_to_tensor(_zeros(self.observation_space))
         was_training = self.training

@@ -151,7 +151,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         step = self._minibatch_step(
             self._minibatch_loss,
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
-            of=(tuple(coefficients), self.normalize_advantage),
+            coefficients=tuple(coefficients),
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -30,6 +31,7 @@ from sb3_ppo_ext import TRPO, DualClipPPO
 from sb3_ppo_ext.common.checkpoint import (
     SafeCheckpointCallback,
     latest_checkpoint,
+    load_vec_normalize,
     load_weights,
     resume,
     save_checkpoint,
@@ -385,6 +387,45 @@ def test_training_goes_on_past_a_damaged_file(written):
     assert names(written) == {"rl_model_16_steps.zip", "rl_model_1000_steps.zip"}
     with pytest.warns(UserWarning, match=r"rl_model_1000_steps.zip was passed over"):
         assert latest_checkpoint(written) == written / "rl_model_16_steps.zip"
+
+
+# The statistics alone.
+
+
+def test_the_statistics_around_other_environments(tmp_path):
+    model = make_model()
+    model.learn(16)
+    trained = model.get_vec_normalize_env()
+    assert trained is not None
+    trained.clip_obs = 2.0
+    save_checkpoint(model, tmp_path / "a.zip")
+    for name in ("a.zip", "a"):
+        other = load_vec_normalize(tmp_path / name, DummyVecEnv([limited_walk] * 3))
+        assert other is not None
+        assert other.num_envs == 3
+        assert other.clip_obs == 2.0
+        assert other.obs_rms.count == trained.obs_rms.count > 16
+        np.testing.assert_array_equal(other.obs_rms.mean, trained.obs_rms.mean)
+        assert other.ret_rms.var == trained.ret_rms.var
+        assert other.reset().shape == (3, 3)
+
+
+def test_a_file_without_statistics_gives_none(tmp_path):
+    make_model().save(tmp_path / "model")  # which SB3 does not put them into
+    assert load_vec_normalize(tmp_path / "model", DummyVecEnv([limited_walk])) is None
+
+
+def test_statistics_that_cannot_be_taken_are_refused(written):
+    path = written / "rl_model_8_steps.zip"
+    with pytest.raises(ValueError, match="normalised twice"):
+        load_vec_normalize(path, make_env())
+    with pytest.raises(ValueError, match=r"rl_model_8_steps.zip does not fit.*\(3,\).*\(4,\)"):
+        load_vec_normalize(path, DummyVecEnv([lambda: gym.make("CartPole-v1")]))
+    (written / "short.zip").write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"short.zip has no VecNormalize that can be read"):
+        load_vec_normalize(written / "short.zip", DummyVecEnv([limited_walk]))
+    with pytest.raises(FileNotFoundError):
+        load_vec_normalize(written / "nothing", DummyVecEnv([limited_walk]))
 
 
 # Weights alone.

@@ -252,6 +252,8 @@ class Extractor(BaseFeaturesExtractor):
     that is written into, one that is no float, and a number.
     """
 
+    is_pure = True
+
     def __init__(self, observation_space: Any) -> None:
         super().__init__(observation_space, features_dim=4)
         n = observation_space.shape[0]
@@ -336,6 +338,8 @@ def test_saturated_actions() -> None:
 
 class Refused(BaseFeaturesExtractor):
     """:param how: what it does that cannot be compiled"""
+
+    is_pure = True
 
     def __init__(self, observation_space: Any, how: str) -> None:
         super().__init__(observation_space, features_dim=observation_space.shape[0])

@@ -40,22 +40,27 @@ def test_flat_steps_are_adams_steps() -> None:
     networks = make_network(), make_network()
     optimizers = [make_optimizer(network) for network in networks]
     for network, optimizer in zip(networks, optimizers, strict=True):
-        make_steps(network, optimizer, list(network.parameters()), 3)
+        last = network[-1].bias  # makes a step less than the others
+        last.requires_grad_(False)
+        make_steps(network, optimizer, list(network.parameters()), 1)
+        last.requires_grad_(True)
+        make_steps(network, optimizer, list(network.parameters()), 2)
     theirs, ours = networks
     make_steps(theirs, optimizers[0], list(theirs.parameters()), 5)
 
     own = [p.data for p in ours.parameters()]
     flat = FlatAdam(optimizers[1], ours.parameters())
-    assert len(flat.parameters) == 2
+    assert len(flat.parameters) == 3
     make_steps(ours, flat.adam, flat.parameters, 5)
     flat.restore()
     for p, q, data in zip(theirs.parameters(), ours.parameters(), own, strict=True):
         th.testing.assert_close(p, q, atol=1e-7, rtol=1e-6)
         assert q.data_ptr() == data.data_ptr()
         assert q.stride() == data.stride()
-        assert q.grad is None
+        assert q.grad is not None  # for whoever logs it
+        th.testing.assert_close(p.grad, q.grad, atol=1e-7, rtol=1e-6)
         state, flat_state = optimizers[0].state[p], optimizers[1].state[q]
-        assert state["step"].item() == flat_state["step"].item() == 8
+        assert state["step"].item() == flat_state["step"].item() == (7 if p is networks[0][-1].bias else 8)
         for name in ("exp_avg", "exp_avg_sq"):
             assert flat_state[name].stride() == q.stride()
             th.testing.assert_close(state[name], flat_state[name], atol=1e-8, rtol=1e-5)
@@ -80,24 +85,29 @@ def test_what_it_would_do_differently_it_does_not_serve(settings: dict[str, Any]
     network = make_network()
     optimizer = th.optim.Adam(network.parameters(), **settings)
     use_fused_adam(optimizer)
-    assert not FlatAdam.serves(optimizer, list(network.parameters()))
+    assert not FlatAdam.supports(optimizer, list(network.parameters()))
 
 
-def test_it_serves_no_other_optimizer_no_hooks_and_no_counts_that_differ() -> None:
+def test_it_supports_no_other_optimizer_no_hooks_and_no_parameters_of_two_groups() -> None:
     network = make_network()
     parameters = list(network.parameters())
-    assert not FlatAdam.serves(th.optim.RMSprop(parameters), parameters)
-    assert not FlatAdam.serves(th.optim.AdamW(parameters, fused=True), parameters)
+    assert not FlatAdam.supports(th.optim.RMSprop(parameters), parameters)
+    assert not FlatAdam.supports(th.optim.AdamW(parameters, fused=True), parameters)
 
     optimizer = make_optimizer(network)
-    assert FlatAdam.serves(optimizer, parameters)
+    assert FlatAdam.supports(optimizer, parameters)
     hook = optimizer.register_step_post_hook(lambda *_: None)
-    assert not FlatAdam.serves(optimizer, parameters)
+    assert not FlatAdam.supports(optimizer, parameters)
     hook.remove()
-    assert FlatAdam.serves(optimizer, parameters)
-    parameters[0].grad = th.ones_like(parameters[0])
-    optimizer.step()
-    assert not FlatAdam.serves(optimizer, parameters)
+    assert FlatAdam.supports(optimizer, parameters)
+    hook = parameters[0].register_hook(lambda gradient: gradient)
+    assert not FlatAdam.supports(optimizer, parameters)
+    hook.remove()
+    assert FlatAdam.supports(optimizer, parameters)
+    outside = nn.Parameter(th.zeros(2))
+    assert not FlatAdam.supports(optimizer, [*parameters, outside])
+    optimizer.param_groups[1]["params"].append(parameters[0])  # which torch does not look at, and steps twice
+    assert not FlatAdam.supports(optimizer, parameters)
 
 
 def test_an_update_that_is_interrupted_leaves_a_whole_policy() -> None:
@@ -118,7 +128,6 @@ def test_an_update_that_is_interrupted_leaves_a_whole_policy() -> None:
         model.train()
     assert [p.data_ptr() for p in model.policy.parameters()] == own
     assert {state["step"].item() for state in model.policy.optimizer.state.values()} == {20 + 3}
-    assert all(p.grad is None for p in model.policy.parameters())
     del model._policy_loss
     model.learn(64, reset_num_timesteps=False)
 

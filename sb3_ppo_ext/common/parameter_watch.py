@@ -1,0 +1,50 @@
+"""Whether somebody changes a policy while it collects a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch as th
+from torch import nn
+
+
+class ParameterWatch:
+    """
+    A copy of what a policy computes with, and whether it has been written into since. A rollout may be evaluated after
+    it is full only if it has not.
+
+    :param policy: whose parameters and buffers are watched
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        self._tensors = [*policy.parameters(), *policy.buffers()]
+        self._copies = [tensor.detach().clone() for tensor in self._tensors]
+        self._version = self._present_version()
+
+    def _present_version(self) -> int:
+        return sum([tensor._version for tensor in self._tensors])
+
+    def is_touched(self) -> bool:
+        """Whether anything was written since the last call; costs next to nothing, and misses what ``.data`` hides."""
+        before, self._version = self._version, self._present_version()
+        return before != self._version
+
+    def has_changed(self) -> bool:
+        """Whether anything has another value than at first."""
+        return not all(map(th.equal, self._tensors, self._copies))
+
+    @contextmanager
+    def as_at_first(self) -> Iterator[None]:
+        """Inside of the ``with`` block the policy has the values that it had at first."""
+        present = [tensor.detach().clone() for tensor in self._tensors]
+        self._write(self._copies)
+        try:
+            yield
+        finally:
+            self._write(present)
+
+    @th.no_grad()
+    def _write(self, values: list[th.Tensor]) -> None:
+        for tensor, value in zip(self._tensors, values, strict=True):
+            tensor.copy_(value)

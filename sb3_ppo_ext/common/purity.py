@@ -1,0 +1,166 @@
+"""
+Which networks are pure functions of their parameters and the observations.
+
+The fast way of collecting acts with the actor alone and evaluates the whole rollout once, after it is full. That gives
+what the acting policy would have given only if no pass through the network changes what a later one computes, and if no
+pass draws random numbers. So it is taken for networks that are *known* to be pure: the extractors of Stable-Baselines3
+and plain layers of torch, in evaluation mode, without hooks. Everything else is asked at each step, as
+Stable-Baselines3 asks it.
+
+A module of one's own is declared pure by an attribute::
+
+    class Extractor(BaseFeaturesExtractor):
+        is_pure = True
+
+It stands for the module and all that is in it. It promises that in evaluation mode the outputs depend on nothing but
+the parameters and the inputs, row by row, and that the passes leave no trace.
+"""
+
+from __future__ import annotations
+
+from stable_baselines3.common import torch_layers as sb3
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+_PURE: frozenset[type[nn.Module]] = frozenset(
+    {
+        sb3.CombinedExtractor,
+        sb3.FlattenExtractor,
+        sb3.MlpExtractor,
+        sb3.NatureCNN,
+        nn.Sequential,
+        nn.ModuleList,
+        nn.ModuleDict,
+        nn.Identity,
+        nn.Flatten,
+        nn.Unflatten,
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+        nn.Embedding,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.RMSNorm,
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.AlphaDropout,
+        nn.AvgPool1d,
+        nn.AvgPool2d,
+        nn.AvgPool3d,
+        nn.MaxPool1d,
+        nn.MaxPool2d,
+        nn.MaxPool3d,
+        nn.AdaptiveAvgPool1d,
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveAvgPool3d,
+        nn.AdaptiveMaxPool1d,
+        nn.AdaptiveMaxPool2d,
+        nn.AdaptiveMaxPool3d,
+        nn.CELU,
+        nn.ELU,
+        nn.GELU,
+        nn.GLU,
+        nn.Hardsigmoid,
+        nn.Hardswish,
+        nn.Hardtanh,
+        nn.LeakyReLU,
+        nn.LogSigmoid,
+        nn.LogSoftmax,
+        nn.Mish,
+        nn.PReLU,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.SELU,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Softmax,
+        nn.Softplus,
+        nn.Softsign,
+        nn.Tanh,
+    }
+)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """
+    Whether calling a module does more than its class says.
+
+    :param module: looked at alone, without what is in it
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def has_hooks_inside(module: nn.Module) -> bool:
+    """
+    Whether a module or anything in it has hooks.
+
+    :param module: looked at with all that is in it
+    """
+    return any(has_hooks(part) for part in module.modules())
+
+
+def keeps_statistics(policy: ActorCriticPolicy) -> bool:
+    """
+    Whether a pass in training mode may change what later passes compute, as that of batch normalisation does.
+
+    :param policy: whose modules are looked at
+    """
+    known = _PURE | {type(policy)}
+    return any(
+        type(module) not in known or isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()
+    )
+
+
+def impurity(policy: ActorCriticPolicy) -> str | None:
+    """
+    What keeps the networks of a policy from being known as pure.
+
+    :param policy: one that computes by Stable-Baselines3's own methods
+    :return: a sentence about the first module that is not known to be pure; None if all are
+    """
+    for name in (
+        "features_extractor",
+        "pi_features_extractor",
+        "vf_features_extractor",
+        "mlp_extractor",
+        "action_net",
+        "value_net",
+    ):
+        found = _impurity(name, getattr(policy, name))
+        if found is not None:
+            return found
+    return None
+
+
+def _impurity(name: str, module: nn.Module) -> str | None:
+    if has_hooks(module):
+        return f"{name} ({type(module).__name__}) has hooks"
+    if getattr(module, "is_pure", False) is True:
+        return f"{name} ({type(module).__name__}) has hooks inside" if has_hooks_inside(module) else None
+    if type(module) not in _PURE or "forward" in vars(module):
+        return f"{name} ({type(module).__name__}) is not known to be a pure function of parameters and observations"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        return f"{name} ({type(module).__name__}) normalises by the batch, also in evaluation mode"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return f"{name} (Embedding) changes its weights in each pass, by max_norm"
+    for child_name, child in module.named_children():
+        found = _impurity(f"{name}.{child_name}", child)
+        if found is not None:
+            return found
+    return None

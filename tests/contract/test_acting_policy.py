@@ -1,0 +1,451 @@
+"""What is stored of a rollout is what the acting policy said, whatever the policy or a callback does meanwhile."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import (
+    DiagGaussianDistribution,
+    Distribution,
+    SquashedDiagGaussianDistribution,
+)
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.buffers import RolloutBuffer
+from sb3_ppo_ext.common.purity import impurity
+from tests.algorithms import ALGORITHMS, ROLLOUT, small
+from tests.envs import BOX, ScriptedEnv
+
+TORQUES = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+
+class Noisy(BaseFeaturesExtractor):
+    """Draws noise in each pass."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, observation_space.shape[0])
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return x * (1 + 0.5 * th.randn(x.shape[1]))
+
+
+class Running(BaseFeaturesExtractor):
+    """Keeps a mean of what it sees in each pass, also in evaluation mode, and counts its calls."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, observation_space.shape[0])
+        self.mean: th.Tensor
+        self.seen: th.Tensor
+        self.register_buffer("mean", th.zeros(observation_space.shape))
+        self.register_buffer("seen", th.zeros(()))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        self.seen.add_(len(x))  # in place, as a buffer is
+        self.mean += (x.detach().mean(dim=0) - self.mean) * len(x) / self.seen
+        return x - self.mean
+
+
+class BatchStatistics(BaseFeaturesExtractor):
+    """Normalises by the batch that it is given: by all environments in a step."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, observation_space.shape[0])
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return x - 0.5 * x.mean(dim=0)
+
+
+class EveryStep(RolloutBuffer):
+    """Is filled as SB3 does it."""
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        super().add(*args, **kwargs)
+
+
+def sb3_and_ours(policy_kwargs: dict[str, Any], callback: Any = None, **kwargs: Any) -> list[Any]:
+    """SB3's PPO and DualClipPPO after two rollouts in an environment with time limits, from one seed."""
+    models = []
+    for algorithm in (PPO, DualClipPPO):
+        env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=2, seed=0)
+        own = {"dual_clip": None, **kwargs} if algorithm is DualClipPPO else {}
+        model: Any = algorithm(
+            "MlpPolicy",
+            env,
+            n_steps=16,
+            batch_size=8,
+            n_epochs=2,
+            seed=0,
+            device="cpu",
+            policy_kwargs={"net_arch": [8], **policy_kwargs},
+            **own,
+        )
+        models.append(model.learn(64, callback=None if callback is None else callback()))
+    return models
+
+
+def agree(theirs: Any, ours: Any) -> None:
+    theirs.rollout_buffer.get().__next__()  # which makes its arrays flat
+    for name in ("observations", "actions", "values", "log_probs", "advantages", "returns"):
+        flat = ours.rollout_buffer.swap_and_flatten(getattr(ours.rollout_buffer, name))
+        np.testing.assert_allclose(flat, getattr(theirs.rollout_buffer, name), atol=2e-5, rtol=1e-4, err_msg=name)
+    for p, q in zip(theirs.policy.state_dict().values(), ours.policy.state_dict().values(), strict=True):
+        th.testing.assert_close(q, p, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("extractor", [Noisy, Running, BatchStatistics])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_network_that_is_not_pure_is_trained_as_by_sb3(extractor: Any, share: bool) -> None:
+    """The random numbers, the statistics and the passes are SB3's, one by one."""
+    agree(*sb3_and_ours({"features_extractor_class": extractor, "share_features_extractor": share}))
+
+
+@pytest.mark.parametrize("algorithm", [AdaptiveKLPPO, TRPO])
+@pytest.mark.parametrize("buffer", [None, EveryStep])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_parameters_of_the_distributions_are_of_the_acting_pass(algorithm: Any, buffer: Any, hooked: bool) -> None:
+    env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=2, seed=0)
+    kwargs = {} if buffer is None else {"rollout_buffer_class": buffer}
+    model = small(algorithm, "MlpPolicy", env, policy_kwargs={"features_extractor_class": Noisy}, **kwargs)
+    if hooked:
+        model.policy.register_forward_hook(lambda *_: None)
+    model.learn(2 * ROLLOUT)
+    flat = model.rollout_buffer.flat()
+    log_prob = model._family.log_prob(flat.old_params, flat.actions)
+    th.testing.assert_close(log_prob, flat.old_log_prob, atol=1e-5, rtol=1e-4)
+
+
+class Anneals(BaseCallback):
+    """Changes the policy in each step; as ``hidden`` does it, torch counts no change."""
+
+    hidden = False
+
+    def _on_step(self) -> bool:
+        log_std = self.model.policy.log_std
+        if self.hidden:
+            log_std.data.sub_(0.05)
+        else:
+            with th.no_grad():
+                log_std.sub_(0.05)
+        return True
+
+
+class AnnealsUnseen(Anneals):
+    hidden = True
+
+
+@pytest.mark.parametrize("algorithm", [DualClipPPO, "compiled"])
+def test_a_callback_that_changes_the_policy_in_a_rollout(algorithm: Any) -> None:
+    theirs, ours = sb3_and_ours({}, callback=Anneals, **({"torch_compile": True} if algorithm == "compiled" else {}))
+    agree(theirs, ours)
+
+
+def test_a_change_that_torch_does_not_count_is_said_and_then_followed() -> None:
+    """The first rollout cannot be mended; the second has the standard deviation of each of its steps."""
+    with pytest.warns(UserWarning, match=r"parameters of the policy were changed while it collected .* \(by .data\)"):
+        _, ours = sb3_and_ours({}, callback=AnnealsUnseen)
+    log_std = np.log(ours.rollout_buffer.distribution_params[:, 0, 2])
+    np.testing.assert_allclose(np.diff(log_std), -0.05, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, REINFORCE])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_normaliser_of_training_mode_sees_each_observation_once_for_the_actor(algorithm: Any, share: bool) -> None:
+    class Norm(Running):
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            if self.training:
+                super().forward(x)
+            return x - self.mean
+
+    kwargs = {"features_extractor_class": Norm, "share_features_extractor": share}
+    model = small(algorithm, "MlpPolicy", "CartPole-v1", policy_kwargs=kwargs)
+    model.learn(1)
+    n_samples = len(model.rollout_buffer.flat().returns)
+    assert model.policy.pi_features_extractor.seen == n_samples
+    # Two passes of the critic, over an extractor of its own.
+    assert model.policy.vf_features_extractor.seen == (n_samples if share else 2 * n_samples)
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+class Squashed(ActorCriticPolicy):
+    """SB3 has the distribution, and no policy that uses it."""
+
+    action_space: spaces.Box
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_dist = SquashedDiagGaussianDistribution(self.action_space.shape[0])
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        return self.action_dist.proba_distribution(self.action_net(latent_pi), self.log_std)
+
+
+class Laplace(DiagGaussianDistribution):
+    """Another distribution, by the class of one that is known."""
+
+    distribution: Any  # type: ignore[assignment]
+
+    def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> Any:
+        self.distribution = th.distributions.Laplace(mean_actions, log_std.exp().expand_as(mean_actions))
+        return self
+
+    def entropy(self) -> Any:
+        return self.distribution.entropy().sum(dim=1)
+
+
+class BetaDistribution(Distribution):
+    def proba_distribution_net(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def proba_distribution(self, logits: th.Tensor) -> Any:
+        a, b = (1.0 + nn.functional.softplus(logits)).chunk(2, dim=1)
+        self.distribution = th.distributions.Beta(a, b)
+        return self
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        return self.distribution.log_prob(((actions + 1) / 2).clamp(1e-6, 1 - 1e-6)).sum(dim=1)
+
+    def entropy(self) -> th.Tensor:
+        return self.distribution.entropy().sum(dim=1)
+
+    def sample(self) -> th.Tensor:
+        return 2 * self.distribution.sample() - 1
+
+    def mode(self) -> th.Tensor:
+        return 2 * self.distribution.mean - 1
+
+    def actions_from_params(self, *args: Any, **kwargs: Any) -> th.Tensor:
+        return self.proba_distribution(*args).sample()
+
+    def log_prob_from_params(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class WithLaplace(Squashed):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_dist = Laplace(self.action_space.shape[0])
+
+
+class WithBeta(ActorCriticPolicy):
+    action_space: spaces.Box
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_dist = BetaDistribution()
+        self.action_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 2 * self.action_space.shape[0])
+        self.optimizer = th.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=1e-5)
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        return self.action_dist.proba_distribution(self.action_net(latent_pi))
+
+
+@pytest.mark.parametrize("policy", [WithLaplace, WithBeta])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_distribution_of_ones_own(algorithm: Any, policy: Any) -> None:
+    """It is learnt with by its own formulas, or refused at once where those that are needed are not known."""
+    env = ScriptedEnv(BOX, TORQUES)
+    if algorithm in (AdaptiveKLPPO, TRPO):
+        with pytest.raises(ValueError, match=rf"{policy.__name__} is not allowed: .* needs the exact KL divergence"):
+            small(algorithm, policy, env)
+        return
+    model = small(algorithm, policy, env)
+    before = [p.clone() for p in model.policy.parameters()]
+    ratios: list[float] = []
+    train = model.train
+
+    def check_and_train() -> None:
+        flat = model.rollout_buffer.flat()
+        with th.no_grad():
+            log_prob = model._actor_critic().evaluate_actor(flat.observations, flat.actions).log_prob
+        ratios.extend((log_prob - flat.old_log_prob).exp().tolist())
+        train()
+
+    model.train = check_and_train
+    model.learn(2 * ROLLOUT)
+    assert ratios == pytest.approx([1.0] * len(ratios), rel=1e-4)
+    assert any(not th.equal(p, q) for p, q in zip(model.policy.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_ratio_of_a_squashed_policy_to_itself_is_one(algorithm: Any) -> None:
+    model = small(algorithm, Squashed, ScriptedEnv(BOX, TORQUES), policy_kwargs={"log_std_init": -1.0})
+    _, callback = model._setup_learn(ROLLOUT, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, ROLLOUT)
+    flat = model.rollout_buffer.flat()
+    with th.no_grad():
+        actor = model._actor_critic().evaluate_actor(flat.observations, flat.actions)
+    th.testing.assert_close(actor.log_prob, flat.old_log_prob, atol=1e-4, rtol=1e-4)
+    if algorithm in (AdaptiveKLPPO, TRPO):
+        th.testing.assert_close(
+            model._family.log_prob(actor.params, flat.actions), flat.old_log_prob, atol=1e-3, rtol=1e-3
+        )
+        assert float(model._family.kl(flat.old_params, actor.params).abs().max()) < 1e-6
+    model.train()
+
+
+class Lies(ActorCriticPolicy):
+    """Its log-probabilities are not those of its distribution."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        actions, values, log_prob = super().forward(*args, **kwargs)
+        return actions, values, 2.0 * log_prob
+
+
+def test_log_probabilities_of_another_distribution_are_refused_before_an_update() -> None:
+    model = small(TRPO, Lies, ScriptedEnv(BOX, TORQUES))
+    before = [p.clone() for p in model.policy.parameters()]
+    with pytest.raises(ValueError, match="its log-probabilities are not those of its action_dist"):
+        model.learn(2 * ROLLOUT)
+    assert all(map(th.equal, model.policy.parameters(), before))
+
+
+# --- hooks and gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("where", ["", "mlp_extractor", "mlp_extractor.value_net", "action_net", "features_extractor"])
+def test_hooks_run_while_it_acts_and_learns(algorithm: Any, where: str) -> None:
+    model = small(algorithm, "MlpPolicy", "CartPole-v1")
+    calls = {False: 0, True: 0}
+    is_training = False
+
+    def count(*_: Any) -> None:
+        calls[is_training] += 1
+
+    module = model.policy.get_submodule(where)
+    module.register_forward_hook(count)
+    train = model.train
+
+    def train_noted() -> None:
+        nonlocal is_training
+        is_training = True
+        train()
+        is_training = False
+
+    model.train = train_noted
+    model.learn(1)
+    steps = model.rollout_buffer.buffer_size
+    assert calls[False] >= steps
+    assert calls[True] > 0 or where == ""  # SB3 does not call the policy itself there
+
+
+def test_hooks_run_as_often_as_by_sb3() -> None:
+    counts = []
+    for algorithm in (PPO, DualClipPPO):
+        model: Any = algorithm("MlpPolicy", "CartPole-v1", n_steps=16, batch_size=8, n_epochs=2, seed=0, device="cpu")
+        of_model: dict[str, int] = {}
+        for name, module in model.policy.named_modules():
+            module.register_forward_hook(lambda *_, n=name, c=of_model: c.update({n: c.get(n, 0) + 1}))
+        model.learn(32)
+        counts.append(of_model)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("hook", ["forward", "gradient", "global"])
+def test_hooks_that_a_program_would_not_run_are_refused(hook: str) -> None:
+    model = small(DualClipPPO, "MlpPolicy", "CartPole-v1", torch_compile=True)
+    if hook == "forward":
+        handle: Any = model.policy.action_net.register_forward_hook(lambda *_: None)
+    elif hook == "gradient":
+        handle = model.policy.action_net.weight.register_hook(lambda gradient: gradient)
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match=r"torch_compile=True is not allowed .*hooks"):
+            model.learn(ROLLOUT)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gradients_are_there_after_an_update(algorithm: Any) -> None:
+    """Those of the last step, clipped, as SB3 leaves them."""
+    limit = {} if algorithm is TRPO else {"max_grad_norm": 0.01}
+    model = small(algorithm, "MlpPolicy", "CartPole-v1", **limit).learn(1)
+    gradients = [p.grad for p in model.policy.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    if algorithm is DualClipPPO:
+        norm = th.linalg.vector_norm(th.cat([gradient.flatten() for gradient in gradients]))
+        assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_gradients_after_an_update_are_sb3s() -> None:
+    theirs, ours = sb3_and_ours({})
+    for p, q in zip(theirs.policy.parameters(), ours.policy.parameters(), strict=True):
+        th.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_a_compiled_update_are_sb3s() -> None:
+    theirs, ours = sb3_and_ours({}, torch_compile=True)
+    for p, q in zip(theirs.policy.parameters(), ours.policy.parameters(), strict=True):
+        th.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Tanh(), None),
+        (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Dropout(0.1), nn.BatchNorm1d(8)), None),
+        (nn.BatchNorm1d(8, track_running_stats=False), "normalises by the batch, also in evaluation mode"),
+        (nn.Embedding(3, 8, max_norm=1.0), "changes its weights in each pass"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "is not known to be a pure function"),
+        (nn.Sequential(nn.Linear(8, 8), nn.GRU(8, 8)), r"mlp_extractor.policy_net.0.1 \(GRU\) is not known"),
+    ],
+)
+def test_what_is_known_to_be_pure(module: nn.Module, reason: str | None) -> None:
+    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES))
+    assert impurity(model.policy) is None
+    model.policy.mlp_extractor.policy_net[0] = module
+    found = impurity(model.policy)
+    assert found is None if reason is None else found is not None and re.search(reason, found)
+
+
+def test_a_layer_that_was_given_another_forward_is_not_known() -> None:
+    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES))
+    model.policy.action_net.forward = lambda x: x[:, :2]
+    assert "action_net (Linear) is not known" in str(impurity(model.policy))
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_it_is_said_once_why_it_is_slower(capsys: pytest.CaptureFixture[str]) -> None:
+    kwargs = {"policy_kwargs": {"features_extractor_class": Noisy}, "verbose": 1}
+    small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES), **kwargs).learn(3 * ROLLOUT)
+    out = capsys.readouterr().out
+    assert out.count("features_extractor (Noisy) is not known to be a pure function") == 1
+    assert "is_pure = True" in out
+
+
+def test_a_module_that_is_declared_pure_is_taken_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    class Pure(BaseFeaturesExtractor):
+        is_pure = True
+
+        def __init__(self, observation_space: Any) -> None:
+            super().__init__(observation_space, 3)
+            self.layer = nn.Linear(observation_space.shape[0], 3)
+            self.calls = 0
+
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            self.calls += 1
+            return self.layer(x).tanh()
+
+    kwargs = {"features_extractor_class": Pure, "share_features_extractor": False}
+    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES), policy_kwargs=kwargs, verbose=1, n_epochs=1)
+    model.learn(ROLLOUT)
+    assert "pure" not in capsys.readouterr().out
+    n_minibatches, at_the_end = 2, 1 + 1 + 1  # evaluation, last values, time limits
+    assert model.policy.vf_features_extractor.calls == n_minibatches + at_the_end

@@ -1,0 +1,238 @@
+"""What a callback or an environment does to a rollout counts, and what it raises arrives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import optuna
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.optimization import NonFiniteError
+from tests.algorithms import ALGORITHMS, ROLLOUT, small
+from tests.envs import BOX, DICT, ScriptedEnv
+
+TORQUES = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+# --- edits -----------------------------------------------------------------------------------------------------------
+
+
+class Edits(BaseCallback):
+    """Changes an array of the buffer at the end of each rollout: in it, or by another in its place."""
+
+    def __init__(self, name: str, replaces: bool) -> None:
+        super().__init__()
+        self.name, self.replaces = name, replaces
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.locals["rollout_buffer"]
+        array = getattr(buffer, self.name)
+        if isinstance(array, dict):
+            array["vector"] *= -1
+        elif self.replaces:
+            setattr(buffer, self.name, 0.5 * array)
+        else:
+            array *= 0.5
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "log_probs", "values", "returns", "advantages"])
+@pytest.mark.parametrize(("n_envs", "replaces"), [(1, False), (2, False), (2, True)])
+def test_edits_at_the_end_of_a_rollout_are_learnt_from_as_by_sb3(name: str, n_envs: int, replaces: bool) -> None:
+    results = []
+    for algorithm in (PPO, DualClipPPO):
+        env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=n_envs, seed=0)
+        kwargs: dict[str, Any] = {
+            "clip_range_vf": 0.1,
+            "normalize_advantage": False,
+            "policy_kwargs": {"net_arch": [8]},
+        }
+        kwargs.update({"dual_clip": None} if algorithm is DualClipPPO else {})
+        model: Any = algorithm("MlpPolicy", env, n_steps=16, batch_size=8, n_epochs=2, seed=0, device="cpu", **kwargs)
+        before = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+        model.learn(32 * n_envs, callback=Edits(name, replaces))
+        results.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+    theirs, ours = results
+    th.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
+    assert not th.equal(ours, before)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_edited_observations_of_a_dict_are_learnt_from(algorithm: Any) -> None:
+    results = []
+    for callback in (None, Edits("observations", replaces=False)):
+        env = make_vec_env(lambda: ScriptedEnv(DICT, TORQUES), n_envs=2, seed=0)
+        model = small(algorithm, "MultiInputPolicy", env).learn(1, callback=callback)
+        results.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+    assert not th.equal(*results)
+
+
+# --- exceptions ------------------------------------------------------------------------------------------------------
+
+
+class Missing(gym.Env[Any, Any]):
+    """Marks what is missing by NaN."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.raises: Exception | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        return np.array([0, np.nan], np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        if self.raises is not None:
+            raise self.raises
+        return np.array([0, np.nan], np.float32), 1.0, self.steps % 5 == 0, False, {}
+
+
+class Known(BaseFeaturesExtractor):
+    raises: Exception | None = None
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 4)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        if self.raises is not None:
+            raise self.raises
+        return th.cat((x.nan_to_num(0.0), x.isnan().float()), 1)
+
+
+class UserError(Exception):
+    pass
+
+
+STEERING = [optuna.TrialPruned(), KeyboardInterrupt(), StopIteration(), UserError(), ValueError("mine"), EOFError()]
+
+
+@pytest.mark.parametrize("event", ["_on_step", "_on_rollout_start", "_on_rollout_end", "_on_training_start"])
+@pytest.mark.parametrize("error", STEERING, ids=lambda error: type(error).__name__)
+def test_what_a_callback_raises_passes_as_it_is(event: str, error: BaseException) -> None:
+    model = small(DualClipPPO, "MlpPolicy", Missing(), policy_kwargs={"features_extractor_class": Known})
+    model.learn(ROLLOUT)
+
+    class Raises(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+    callback = Raises()
+
+    def fail() -> bool:
+        raise error
+
+    setattr(callback, event, fail)
+    with pytest.raises(type(error)) as caught:
+        model.learn(2 * ROLLOUT, callback=callback)
+    assert caught.value is error
+    assert not hasattr(error, "__notes__")
+    model.learn(ROLLOUT)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("where", ["environment", "policy"])
+@pytest.mark.parametrize("error", [UserError("mine"), ValueError("mine"), optuna.TrialPruned()], ids=str)
+def test_what_an_environment_or_a_policy_raises_gets_a_note_at_most(
+    algorithm: Any, where: str, error: Exception
+) -> None:
+    env = Missing()
+    model = small(algorithm, "MlpPolicy", env, policy_kwargs={"features_extractor_class": Known})
+    (env if where == "environment" else model.policy.features_extractor).raises = error
+    with pytest.raises(type(error)) as caught:
+        model.learn(ROLLOUT)
+    assert caught.value is error
+    notes = getattr(error, "__notes__", [])
+    assert all("Observations are not finite, first in environment 0" in note for note in notes)
+    assert notes
+    del error.__notes__
+
+
+def test_what_torch_cannot_do_with_nan_is_explained() -> None:
+    class Own(ActorCriticPolicy):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(NonFiniteError, match="Observations are not finite, first in environment 0"):
+        small(DualClipPPO, Own, Missing()).learn(ROLLOUT)
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+class Reuses(DummyVecEnv):
+    """Writes all that it gives into the same arrays, final observations too, as fast simulators do."""
+
+    def __init__(self, makers: Any) -> None:
+        super().__init__(makers)
+        self.places: dict[str, Any] = {}
+
+    def _reused(self, name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            self.places.setdefault(name, {}).update({key: self._reused(f"{name} {key}", x) for key, x in value.items()})
+            return self.places[name]
+        place = self.places.setdefault(name, np.array(value))
+        place[...] = value
+        return place
+
+    def reset(self) -> Any:
+        return self._reused("obs", super().reset())
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = super().step_wait()
+        for i, info in enumerate(infos):
+            if "terminal_observation" in info:
+                info["terminal_observation"] = self._reused(f"final {i}", info["terminal_observation"])
+        return self._reused("obs", obs), self._reused("rewards", rewards), self._reused("dones", dones), infos
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("obs_space", [BOX, DICT], ids=["box", "dict"])
+def test_an_environment_may_write_into_what_it_gave(algorithm: Any, obs_space: Any) -> None:
+    policy = "MultiInputPolicy" if obs_space is DICT else "MlpPolicy"
+    kwargs = {"bootstrap_timeouts": True} if algorithm is REINFORCE else {}
+    models = []
+    for vec_env in (DummyVecEnv, Reuses):
+        env = vec_env([lambda: ScriptedEnv(obs_space, TORQUES)] * 2)
+        env.seed(0)
+        models.append(small(algorithm, policy, env, **kwargs).learn(2 * ROLLOUT))
+    fresh, reused = (model.rollout_buffer for model in models)
+    assert (fresh.episode_starts[1:] > 0).any()
+    for name in ("actions", "rewards", "episode_starts", "values", "log_probs", "returns"):
+        np.testing.assert_array_equal(getattr(reused, name), getattr(fresh, name), err_msg=name)
+    for p, q in zip(*(model.policy.parameters() for model in models), strict=True):
+        assert th.equal(p, q)
+
+
+# --- actions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO, TRPO, REINFORCE])
+@pytest.mark.parametrize("dtype", [np.int64, np.int8])
+def test_integer_actions_are_stored_as_they_were_drawn(algorithm: Any, dtype: Any) -> None:
+    """The buffer of SB3 cuts them to integers, whose probability the policy never gave."""
+    env = ScriptedEnv(BOX, spaces.Box(-3, 3, (2,), dtype))
+    model = small(algorithm, "MlpPolicy", env).learn(1)
+    flat = model.rollout_buffer.flat()
+    assert (flat.actions != flat.actions.round()).any()
+    model = small(algorithm, "MlpPolicy", env)
+    _, callback = model._setup_learn(1, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, ROLLOUT)
+    flat = model.rollout_buffer.flat()
+    with th.no_grad():
+        log_prob = model._actor_critic().evaluate_actor(flat.observations, flat.actions).log_prob
+    th.testing.assert_close(log_prob, flat.old_log_prob, atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 
+from sb3_ppo_ext.zoo.arguments import whole_number
+from sb3_ppo_ext.zoo.interrupts import INTERRUPTED
 from sb3_ppo_ext.zoo.storage import StudyError, complete_trial, load_study, open_storage, shown, storage_errors
 from sb3_ppo_ext.zoo.task import Task, check_train_arguments
 from sb3_ppo_ext.zoo.trials import REASON, merged, real
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)  # what --max-total-trials counts
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
 
 _TASK = "sb3_ppo_ext"  # the attribute of a study that holds its task
 
@@ -180,29 +182,7 @@ def find(options: argparse.Namespace) -> Place:
     return Place(name, storage, folder, study)
 
 
-def _positive(text: str) -> int:
-    """
-    :param text: of a command line
-    """
-    return _number(text, 1)
-
-
-def _not_negative(text: str) -> int:
-    """
-    :param text: of a command line
-    """
-    return _number(text, 0)
-
-
-def _number(text: str, least: int) -> int:
-    """
-    :param text: of a command line, also as 1e5
-    :param least: that is allowed
-    """
-    with contextlib.suppress(ValueError):
-        if float(text) >= least and float(text).is_integer():
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+_positive, _not_negative = (partial(whole_number, minimum=least) for least in (1, 0))
 
 
 class _Parser(argparse.ArgumentParser):

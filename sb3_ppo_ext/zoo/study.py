@@ -16,7 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 
-from sb3_ppo_ext.zoo.arguments import whole_number
+from sb3_ppo_ext.zoo.arguments import Parser, whole_number
 from sb3_ppo_ext.zoo.interrupts import INTERRUPTED
 from sb3_ppo_ext.zoo.storage import StudyError, complete_trial, load_study, open_storage, shown, storage_errors
 from sb3_ppo_ext.zoo.task import Task, check_train_arguments
@@ -185,19 +185,11 @@ def find(options: argparse.Namespace) -> Place:
 _positive, _not_negative = (partial(whole_number, minimum=least) for least in (1, 0))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """
-        :param message: what is wrong, which the usage would hide
-        """
-        self.exit(2, f"{self.prog}: {message}; --help says more\n")
-
-
 def _parser(algorithms: Sequence[str]) -> argparse.ArgumentParser:
     """
     :param algorithms: keys of those that have a search space
     """
-    parser = _Parser(
+    parser = Parser(
         "sb3-ppo-ext study", description="Search for hyper-parameters, and look at what was found.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)

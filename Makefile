@@ -5,6 +5,7 @@ ALGO ?= dual_clip_ppo
 ENV ?= CartPole-v1
 STEPS ?=
 SEED ?= 0
+ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -19,6 +20,8 @@ export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
+	@echo "              ALGO is dual_clip_ppo, adaptive_kl_ppo, trpo_ext or reinforce; ARGS= takes any flag of"
+	@echo "              sb3-ppo-ext train: ARGS=\"--save-freq 20000 -params gamma:0.9\""
 	@echo "make test     run every check: ruff, mypy and the test suite"
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
@@ -28,7 +31,7 @@ help:
 train: $(INSTALLED)
 	$(BIN)/sb3-ppo-ext train --algo $(ALGO) --env $(ENV) --seed $(SEED) $(if $(STEPS),-n $(STEPS)) \
 		-P --verbose 0 --num-threads 1 --vec-env dummy --eval-freq 20000 --eval-episodes 10 \
-		-f logs --tensorboard-log logs/tensorboard
+		-f logs --tensorboard-log logs/tensorboard $(ARGS)
 
 test: lint
 	$(BIN)/pytest -n 2

@@ -83,6 +83,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     """
 
     _needs_old_params: ClassVar[bool] = True
+    _none_is_default: ClassVar[tuple[str, ...]] = ("clip_range", "target_kl")
 
     def __init__(
         self,
@@ -155,6 +156,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         self.kl_coef_max = kl_coef_max
         if _init_setup_model:
             self._setup_model()
+            self._check_compilable()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:

@@ -22,6 +22,7 @@ from sb3_ppo_ext.common.compiled import CompiledFisherVectorProduct, structure_o
 from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.distributions import Family
+from sb3_ppo_ext.common.interchange import unpickled
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
 from sb3_ppo_ext.common.validation import ArgumentError, as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CG_DAMPING_PER_DIMENSION = 0.1
+
+_OF_CONTRIB = "sb3_contrib.TRPO"
 
 
 class PolicyStep(NamedTuple):
@@ -80,7 +83,8 @@ class TRPO(OnPolicyAlgorithm):
     critic is fitted to the returns; parameters that the actor depends on are not touched by that.
 
     ``target_kl`` is the KL divergence of the whole action and ``cg_damping`` is added to the true Fisher matrix.
-    sb3-contrib averages both over the action dimensions: its numbers, times the number of dimensions, are these.
+    sb3-contrib averages both over the action dimensions (but not over those of MultiDiscrete): its numbers, times the
+    number of dimensions, are these. :meth:`load` does that for a model of sb3-contrib's.
 
     The policy's step is made in evaluation mode (dropout off, batch statistics fixed): the trust region is around the
     policy that collected the rollout. Layers that keep statistics in training mode (batch normalisation, a running
@@ -128,6 +132,9 @@ class TRPO(OnPolicyAlgorithm):
     """
 
     _needs_old_params: ClassVar[bool] = True
+    _reads: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
+    _none_is_default: ClassVar[tuple[str, ...]] = ("target_kl", "cg_damping")
+    _other_names: ClassVar[dict[str, str]] = {"sub_sampling_factor": "fvp_subsampling"}
 
     def __init__(
         self,
@@ -209,6 +216,7 @@ class TRPO(OnPolicyAlgorithm):
         self.torch_compile = torch_compile
         if _init_setup_model:
             self._setup_model()
+            self._check_compilable()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:
@@ -238,6 +246,26 @@ class TRPO(OnPolicyAlgorithm):
                 f"target_kl={target_kl:g}, cg_damping={cg_damping:g}: of the whole action, which has "
                 f"{n_action_dims(self.action_space)} dimension(s)"
             )
+
+    @classmethod
+    def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
+        adapted = super()._adapted(origin, attributes)
+        if origin == _OF_CONTRIB:
+            action_space = unpickled(attributes, "action_space")
+            # sb3-contrib's KL divergence is the mean over the dimensions of an action, of a MultiDiscrete the sum.
+            n_dims = 1 if isinstance(action_space, spaces.MultiDiscrete) else n_action_dims(action_space)
+            joint: dict[str, Any] = {
+                name: n_dims * attributes[name] for name in ("target_kl", "cg_damping") if name in attributes
+            }
+            if n_dims > 1 and joint:
+                warnings.warn(
+                    f"A model of sb3-contrib's TRPO is loaded, whose target_kl and cg_damping are means over the "
+                    f"{n_dims} dimensions of an action. Here they are of the whole action: "
+                    + ", ".join(f"{name}={attributes[name]:g} became {value:g}" for name, value in joint.items()),
+                    stacklevel=3,
+                )
+            adapted.update(joint)
+        return adapted
 
     def train(self) -> None:
         """Update the policy from the rollout in the buffer: one step of the actor, then epochs of the critic."""

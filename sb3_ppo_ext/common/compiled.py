@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import fx, nn
 from torch.func import functional_call
@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, n_rows
+from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Evaluation, Kept, n_rows
 from sb3_ppo_ext.common.buffers import RolloutSamples, obs_rows, take
 from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces
 from sb3_ppo_ext.common.live import LiveView, has_changed, is_number, noted_by
@@ -48,29 +48,28 @@ Run = Callable[[list[th.Tensor]], list[th.Tensor]]
 """A compiled program: flat tensors in, flat tensors out; it may write into what it is given."""
 
 
-def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None:
+def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) -> None:
     """
-    :param policy: to be updated
+    :param actor_critic: the policy that is to be updated
     :param optimizer: of its parameters
     :raises ValueError: if ``torch_compile=True`` cannot be had of these, saying what to change
     """
-    refusal = DirectActorCritic.refusal(policy)
-    if refusal is not None:
+    policy = actor_critic.policy
+    if not isinstance(actor_critic, DirectActorCritic):
         raise ValueError(
-            f"{_REFUSED} with policy={type(policy).__name__}: it {refusal}; use one of Stable-Baselines3's policies as "
-            "it is, or torch_compile=False"
+            f"{_REFUSED} with policy={type(policy).__name__}: it {DirectActorCritic.refusal(policy)}; use one of "
+            "Stable-Baselines3's policies as it is, or torch_compile=False"
         )
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
         raise ValueError(
             f"{_REFUSED} with batch normalisation, whose running statistics a compiled step cannot change; use "
             "nn.LayerNorm or nn.GroupNorm, or torch_compile=False"
         )
-    assert isinstance(policy, ActorCriticPolicy)
-    reason = impurity(policy)
-    if reason is not None:
+    if not actor_critic.is_pure:
         raise ValueError(
-            f"{_REFUSED} with policy={type(policy).__name__}: {reason}, and a program would do once what it does at "
-            "each call. If the module is pure, say so by its attribute is_pure = True; otherwise torch_compile=False"
+            f"{_REFUSED} with policy={type(policy).__name__}: {impurity(policy)}, and a program would do once what it "
+            "does at each call. If the module is pure, say so by its attribute is_pure = True; otherwise "
+            "torch_compile=False"
         )
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters()):
         raise ValueError(
@@ -180,7 +179,8 @@ class Program:
     :param what: it is, in words
     :param any_size: whether one program is to serve any number of rows, the first dimension of what is in ``batch``
         and ``more``; it is a little slower, and not recorded
-    :param announce: whether to tell who is waiting that something is being compiled, and how long it took
+    :param announce: whether to tell who is waiting that something is being compiled, and how long it took; who has a
+        progress bar is told in any case
     :param exact_tanh: whether ``tanh`` must be as accurate as torch has it; it takes three times as long
     """
 
@@ -236,8 +236,7 @@ class Program:
         forms = tuple([self._form(leaf, True) for leaf in leaves])
         run = self._runs_of_bound.get(forms)
         if run is None:
-            with _announced(self._what, self._announce):
-                return self._first_call(forms, more)
+            return self._first_call(forms, more)
         return run([*self._bound, *leaves])
 
     def _form(self, tensor: th.Tensor, is_batch: bool) -> Hashable:
@@ -262,13 +261,17 @@ class Program:
                 f"{_REFUSED} with this policy and batches of any size: what it computes depends on the number of "
                 "rows. Where that is len(x), x.shape[0] may do; otherwise torch_compile=False"
             )
-        run = self._built(graph, [*leaves, *constants], [*varies, *(False for _ in constants)])
-        if constants:
-            run = partial(_run_with, run, constants)
-        if self._is_recorded:
-            run = _Recording(run, leaves, self._n_fixed, len(self._bound))
+        inputs, varies = [*leaves, *constants], [*varies, *(False for _ in constants)]
+        is_kept = self._device.type == "cpu" and _place(graph, inputs, varies).exists()
+        with _announced(self._what, (self._announce or _is_bar_shown()) and not is_kept):
+            run = self._built(graph, inputs, varies)
+            if constants:
+                run = partial(_run_with, run, constants)
+            if self._is_recorded:
+                run = _Recording(run, leaves, self._n_fixed, len(self._bound))
+            result = run(leaves)
         self._runs_of_bound[forms] = run
-        return run(leaves)
+        return result
 
     def _built(self, graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
         with warnings.catch_warnings():
@@ -433,7 +436,7 @@ def _machine_code(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[b
     :param inputs: an example of them
     :param varies: those that may have any number of rows
     """
-    path = _cache_folder() / "sb3_ppo_ext" / f"{_fingerprint(graph, inputs, varies)}.pt2"
+    path = _place(graph, inputs, varies)
     if _is_whole(path):
         return _loaded(path)
     any_rows = tuple({0: th.export.Dim.DYNAMIC} if v else None for v in varies)
@@ -443,6 +446,11 @@ def _machine_code(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[b
         package = th._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name))
         os.replace(package, path)
     return _loaded(path)
+
+
+def _place(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Path:
+    """Where the machine code of a graph is kept."""
+    return _cache_folder() / "sb3_ppo_ext" / f"{_fingerprint(graph, inputs, varies)}.pt2"
 
 
 def _is_whole(path: Path) -> bool:
@@ -487,16 +495,25 @@ def _announced(what: str, announce: bool) -> Iterator[None]:
     :param announce: whether to say so, and how long it took
     """
     if announce:
-        print(f"Compiling {what}, for this run and later ones ...", end=" ", flush=True)
+        _say(f"Compiling {what}, for this run and later ones; this may take up to a minute")
     start = time.perf_counter()
-    try:
-        yield
-    except BaseException:
-        if announce:
-            print("failed")
-        raise
+    yield
     if announce:
-        print(f"{time.perf_counter() - start:.1f} seconds")
+        _say(f"Compiled {what} in {time.perf_counter() - start:.1f} seconds")
+
+
+def _is_bar_shown() -> bool:
+    """Whether a progress bar stands still meanwhile, which needs to be explained whatever ``verbose`` is."""
+    tqdm = sys.modules.get("tqdm")
+    return tqdm is not None and len(getattr(tqdm.tqdm, "_instances", ())) > 0
+
+
+def _say(text: str) -> None:
+    """Print a line, above a progress bar if there is one."""
+    if _is_bar_shown():
+        sys.modules["tqdm"].tqdm.write(text)
+    else:
+        print(text, flush=True)
 
 
 class _Swappable(nn.Module):

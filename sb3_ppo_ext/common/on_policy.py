@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as SB3OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -27,7 +29,6 @@ from torch import nn
 
 from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Evaluation, Kept, SB3ActorCritic
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
-from sb3_ppo_ext.common.checkpoint import loadable, save_whole
 from sb3_ppo_ext.common.compiled import (
     CompiledActor,
     CompiledEvaluation,
@@ -39,6 +40,8 @@ from sb3_ppo_ext.common.compiled import (
 )
 from sb3_ppo_ext.common.dimensions import n_action_dims
 from sb3_ppo_ext.common.distributions import Family, family_of_policy, params_of
+from sb3_ppo_ext.common.files import opened, save_whole
+from sb3_ppo_ext.common.interchange import ALGORITHM, attributes_of, check_origin, name_of, origin_of, why_missing
 from sb3_ppo_ext.common.mishaps import (
     explained,
     raise_if_misshapen,
@@ -100,6 +103,15 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     learning_rate: float | str | Schedule  # type: ignore[assignment]
     ent_coef: float | str | Schedule  # type: ignore[assignment]
     torch_compile: bool = False
+
+    # Other algorithms whose files are loaded, by the names that are imported.
+    _reads: ClassVar[tuple[str, ...]] = ()
+
+    # Arguments that may be None here, and may not in SB3's or sb3-contrib's algorithm that takes them.
+    _none_is_default: ClassVar[tuple[str, ...]] = ()
+
+    # What an attribute is called in other algorithms' files, or was called in earlier ones, and what it is called.
+    _other_names: ClassVar[dict[str, str]] = {}
 
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
     _needs_old_params: ClassVar[bool] = False
@@ -206,9 +218,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         self._build()
         self._check_family()
         self._compiled = Programs()
-        if self.torch_compile:
-            check_can_compile(self.policy, self.policy.optimizer)
-            check_compiler(self.device)
         self._has_said_why_slow = False
         self._policy_changes_in_rollouts = False
         buffer = self.rollout_buffer
@@ -301,18 +310,22 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        As SB3, but a file is written whole or not at all: what was there before stays until then.
+        As SB3, but a file is written whole or not at all (what was there before stays until then), and names the
+        algorithm, so that no other takes it for its own.
 
         :param path: of the file, or an open file
         :param exclude: attributes to leave out, besides those that always are
         :param include: attributes to put in, of those that would be left out
         :raises OSError: if it cannot be written
         """
-        write = partial(super().save, exclude=exclude, include=include)
+        content = io.BytesIO()
+        super().save(content, exclude=exclude, include=include)
+        with zipfile.ZipFile(content, "a") as archive:
+            archive.writestr(ALGORITHM, name_of(type(self)))
         if isinstance(path, (str, Path)):
-            save_whole(path, write)
+            save_whole(path, content.getbuffer())
         else:
-            write(path)
+            open_path(path, "w").write(content.getbuffer())
 
     @classmethod
     def load(
@@ -326,7 +339,12 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> Self:
         """
-        As SB3: the model of a file, made anew.
+        As SB3: the model of a file, made anew. Nothing is checked that only learning needs.
+
+        A model of another algorithm is refused. A class and those that derive from it are one algorithm; files of SB3
+        and sb3-contrib are taken where the algorithms are of one kind: of ``PPO`` and ``A2C`` by ``DualClipPPO`` and
+        ``AdaptiveKLPPO``, which have defaults of their own for what such a file lacks, and of sb3-contrib's ``TRPO`` by
+        ``TRPO``.
 
         :param path: of the file, ``.zip`` may be left out; or an open file
         :param env: to train on in; None if it is to be watched only
@@ -337,15 +355,61 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param kwargs: attributes to change
         :return: the model
         :raises OSError: if the file cannot be read
-        :raises ValueError: if it is truncated, damaged or no model, or for an attribute that is out of range
+        :raises ValueError: if it is truncated, damaged or no model of this algorithm, or for an attribute that is out
+            of range
         """
         check_device(device)
-        with loadable(path):
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        with opened(path) as file:
+            custom_objects = custom_objects or {}
+            replaced = custom_objects.keys() | kwargs.keys()
+            origin = origin_of(file, replaced)
+            check_origin(origin, cls, cls._reads, path)
+            attributes = attributes_of(file)
+            missing = why_missing(attributes, "rollout_buffer_class")
+            if missing is not None and "rollout_buffer_class" not in replaced:  # only learning needs it
+                custom_objects = {**custom_objects, "rollout_buffer_class": None, "rollout_buffer_kwargs": {}}
+                warnings.warn(
+                    f"The rollout_buffer_class of {path} was left out ({missing}). To train on, give it again: "
+                    "load(..., custom_objects={'rollout_buffer_class': ...})",
+                    stacklevel=2,
+                )
+            adapted = cls._adapted(origin, {name: v for name, v in attributes.items() if name not in replaced})
+            for name in {"rollout_buffer_class", *cls._none_is_default} & custom_objects.keys() - attributes.keys():
+                adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
+            kwargs = adapted | kwargs
+            model = super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        for name in cls._other_names:
+            vars(model).pop(name, None)
+        return model
+
+    @classmethod
+    def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
+        """
+        What has to be put in place of the attributes in a file.
+
+        :param origin: the algorithm whose model it is
+        :param attributes: in the file, as :func:`attributes_of` gives them, without those that the user replaces
+        """
+        adapted = {name: attributes[other] for other, name in cls._other_names.items() if other in attributes}
+        buffer_class = attributes.get("rollout_buffer_class")
+        if isinstance(buffer_class, dict) and str(buffer_class.get("__module__")).startswith("sb3_contrib."):
+            adapted["rollout_buffer_class"] = None  # it is filled by an algorithm of its own
+        return adapted
+
+    def _check_compilable(self) -> None:
+        """
+        For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled.
+
+        :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
+        """
+        if self.torch_compile:
+            check_can_compile(self._actor_critic(), self.policy.optimizer)
+            check_compiler(self.device)
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
+        self._check_compilable()
         if self.env is not None:  # set_env() may have changed it
             check_no_masks(self.env)
         try:
@@ -357,7 +421,17 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             raise more from error
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
+        excluded = [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
+        # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
+        excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
+        if self.rollout_buffer_class is buffer_class_for(self.observation_space):
+            excluded.append("rollout_buffer_class")
+        return excluded
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # They are read at the end of the rollout, when an environment may have written the next one into the same dict.
+        copied = [{**info, "episode": dict(info["episode"])} if "episode" in info else info for info in infos]
+        super()._update_info_buffer(copied, dones)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
@@ -443,7 +517,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         actor_critic = self._actor_critic(for_update=True)
         if not self.torch_compile:
             return EagerStep(self.policy.optimizer, parameters, partial(minibatch_loss, actor_critic))
-        check_can_compile(self.policy, self.policy.optimizer)  # a user may have replaced them
+        check_can_compile(actor_critic, self.policy.optimizer)  # a user may have replaced them
         optimizer = self.policy.optimizer
         settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
         return self._compiled.get(
@@ -464,7 +538,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         # Elsewhere than on the CPU a step waits for its actions anyway.
         if not self.torch_compile or not actor_critic.is_pure or self.device.type != "cpu":
             return actor_critic.act
-        check_can_compile(self.policy, self.policy.optimizer)
         direct = cast(DirectActorCritic, actor_critic)
         actor = self._compiled.get(
             "actor", structure_of(self.policy), lambda: CompiledActor(direct, announce=self.verbose >= 1)
@@ -554,6 +627,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
                 "so by its attribute is_pure = True; if not, this is needed"
             )
+        if self.torch_compile:
+            check_can_compile(actor_critic, self.policy.optimizer)
         actor_critic.is_pure &= not self._policy_changes_in_rollouts
         watch = ParameterWatch(self.policy) if actor_critic.is_pure else None
         timeouts = Timeouts(actor_critic, rollout_buffer)

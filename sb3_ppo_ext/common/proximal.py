@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -40,6 +40,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     A child gives its policy loss (:meth:`_policy_loss`); it may limit an update (:meth:`_kl_limit`) and act after it
     (:meth:`_after_update`). The arguments are those of :class:`stable_baselines3.PPO`.
     """
+
+    _reads: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C")
 
     def __init__(
         self,

@@ -1,7 +1,11 @@
 """Which of our algorithms rl_zoo3 gets to know, under which key, and where their hyper-parameters are."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from rl_zoo3 import exp_manager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -19,7 +23,7 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
 
 def register() -> None:
     """
-    Make our algorithms and their search spaces known to rl_zoo3, in the dictionaries that all of its modules share.
+    Make our algorithms, their search spaces and their configurations known to all modules of rl_zoo3.
 
     Calling it again changes nothing. An algorithm that rl_zoo3 already has is never replaced, nor is a sampler or a
     converter: put your own there to search a space of your own.
@@ -35,6 +39,26 @@ def register() -> None:
     for key in ALGORITHMS:
         HYPERPARAMS_SAMPLER.setdefault(key, SAMPLERS[key])
         HYPERPARAMS_CONVERTER.setdefault(key, CONVERTERS[key])
+    made = exp_manager.ExperimentManager.__init__
+    if not hasattr(made, "finds_our_configurations"):
+        exp_manager.ExperimentManager.__init__ = _finding_our_configurations(made)  # type: ignore[method-assign]
+
+
+def _finding_our_configurations(made: Callable[..., None]) -> Callable[..., None]:
+    """
+    :param made: how rl_zoo3's manager is made; it looks for every configuration in rl_zoo3's own folder
+    :return: the same, but those of our algorithms are found where they are
+    """
+
+    @functools.wraps(made)
+    def wrapper(self: exp_manager.ExperimentManager, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        theirs = Path(exp_manager.__file__).parent / "hyperparams" / f"{self.algo}.yml"
+        if self.algo in ALGORITHMS and Path(self.config) == theirs:
+            self.config = str(config_path(self.algo))
+
+    wrapper.finds_our_configurations = True  # type: ignore[attr-defined]
+    return wrapper
 
 
 def config_path(key: str) -> Path:

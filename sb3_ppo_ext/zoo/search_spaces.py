@@ -3,7 +3,8 @@ What an Optuna study of each of our algorithms searches.
 
 rl_zoo3 calls a sampler for each trial of a study, and a converter alone where it loads a trial: the converter makes of
 the numbers that were drawn the arguments that the sampler returned. As in rl_zoo3's own spaces, a trial's arguments
-take the place of the entry's; what a space leaves out stays as the entry has it.
+take the place of the entry's. What a space leaves out stays as the entry has it, inside of ``policy_kwargs`` too: the
+activation function, the features extractor, the optimizer.
 
 Each number is drawn from a range of its own, which no other number changes: Optuna's samplers learn best from those.
 Numbers that depend on each other are drawn as a factor (minibatches of a rollout, high over low clip range), so that no
@@ -40,7 +41,7 @@ def _task(trial: optuna.Trial, n_envs: int) -> Params:
     What every space has.
 
     - ``one_minus_gamma``: the horizon is the task's, and what gamma is best for it nobody knows beforehand
-    - ``net_arch``: rl_zoo3's sizes, as far as [256, 256]; tanh follows each layer
+    - ``net_arch``: rl_zoo3's sizes, as far as [256, 256]
 
     :param trial: to draw for
     :param n_envs: number of environments; kept with what was drawn, as a converter is given nothing else
@@ -92,6 +93,16 @@ def _proximal(trial: optuna.Trial, n_envs: int) -> Params:
     }
 
 
+def _converted(sampled_params: Params) -> Params:
+    """
+    :param sampled_params: as drawn
+    :return: what rl_zoo3 makes of them, without an activation function, which none of our spaces has
+    """
+    hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
+    del hyperparams["policy_kwargs"]["activation_fn"]
+    return hyperparams
+
+
 def convert_rollout_params(sampled_params: Params) -> Params:
     """
     The converter of AdaptiveKLPPO.
@@ -99,7 +110,7 @@ def convert_rollout_params(sampled_params: Params) -> Params:
     :param sampled_params: as drawn
     :return: the constructor's arguments
     """
-    hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
+    hyperparams = _converted(sampled_params)
     n_envs, n_minibatches = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_minibatches_pow")
     batch_size = hyperparams["batch_size"]
     whole = batch_size // math.gcd(batch_size, n_envs)  # the fewest steps of all environments without a remainder
@@ -224,9 +235,7 @@ def convert_reinforce_params(sampled_params: Params) -> Params:
     :param sampled_params: as drawn
     :return: the constructor's arguments
     """
-    hyperparams: Params = convert_onpolicy_params(
-        {**sampled_params, "one_minus_gae_lambda": 0.0, "activation_fn": "tanh"}
-    )
+    hyperparams = _converted({**sampled_params, "one_minus_gae_lambda": 0.0})
     del hyperparams["gae_lambda"]  # its returns are complete
     n_envs, n_episodes = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_episodes_pow")
     hyperparams["episodes_per_env"] = math.ceil(n_episodes / n_envs)

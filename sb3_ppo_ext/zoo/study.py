@@ -4,101 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import io
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy.exc
-import sqlalchemy.pool
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from rl_zoo3.utils import StoreDict
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 
-from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
+from sb3_ppo_ext.zoo.storage import StudyError, complete_trial, load_study, open_storage, shown, storage_errors
+from sb3_ppo_ext.zoo.task import Task, check_train_arguments
+from sb3_ppo_ext.zoo.trials import REASON, merged, real
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)  # what --max-total-trials counts
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
 
 _TASK = "sb3_ppo_ext"  # the attribute of a study that holds its task
-
-
-class StudyError(Exception):
-    """What the user has to change, in one line."""
-
-
-@dataclass
-class Task:
-    """
-    What each trial of a study trains, as on the command line of ``train``.
-
-    :param algo: an algorithm's key
-    :param env: an environment's id
-    :param n_timesteps: budget of a trial; of the entry, if 0
-    :param conf_file: that has the entry; the algorithm's own, if empty
-    :param hyperparams: that replace those of the entry, ``key:value`` each
-    :param env_kwargs: ``key:value`` each
-    :param eval_env_kwargs: ``key:value`` each
-    :param gym_packages: modules that register environments
-    """
-
-    algo: str
-    env: str
-    n_timesteps: int
-    conf_file: str
-    hyperparams: list[str]
-    env_kwargs: list[str]
-    eval_env_kwargs: list[str]
-    gym_packages: list[str]
-
-    def environment_arguments(self) -> list[str]:
-        """The part of the command line of ``train`` that says which environment is meant, and with which algorithm."""
-        arguments = ["--algo", self.algo, "--env", self.env]
-        for name in ("env_kwargs", "eval_env_kwargs", "gym_packages"):
-            values = getattr(self, name)
-            arguments += [f"--{name.replace('_', '-')}", *values] if values else []
-        return arguments
-
-    def arguments(self) -> list[str]:
-        """The command line of ``train``, as far as the task says it."""
-        arguments = self.environment_arguments()
-        arguments += ["-n", str(self.n_timesteps)] if self.n_timesteps else []
-        arguments += ["-conf", self.conf_file] if self.conf_file else []
-        return arguments + (["-params", *self.hyperparams] if self.hyperparams else [])
-
-    def entry(self) -> dict[str, Any]:
-        """The hyper-parameters that a trial starts from, as rl_zoo3 reads them."""
-        for module in self.gym_packages:
-            __import__(module)
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--hyperparams", nargs="+", action=StoreDict)
-        said = io.StringIO()
-        try:
-            arguments = ["--hyperparams", *self.hyperparams] if self.hyperparams else []
-            with contextlib.redirect_stdout(said):
-                manager = ZooExperimentManager(
-                    argparse.Namespace(),
-                    self.algo,
-                    self.env,
-                    "",
-                    hyperparams=parser.parse_args(arguments).hyperparams,
-                    config=self.conf_file or None,
-                )
-                entry = dict(manager.read_hyperparameters()[1])
-        except KeyError as error:
-            raise StudyError(f"there is no environment {error.args[0]!r}") from error
-        except (ValueError, OSError, ImportError) as error:
-            raise StudyError(str(error)) from error
-        if self.n_timesteps:
-            entry["n_timesteps"] = self.n_timesteps
-        return entry
 
 
 @dataclass
@@ -127,21 +51,53 @@ class Place:
         """The complete trials, best first."""
         trials = self.trials(TrialState.COMPLETE)
         if not trials:
-            raise StudyError(f"study '{self.name}' has no complete trial yet")
+            reasons = [trial.user_attrs[REASON] for trial in self.trials() if REASON in trial.user_attrs]
+            last = f"; the last of {len(self.trials())} ended with {reasons[-1]}" if reasons else ""
+            raise StudyError(f"study '{self.name}' has no complete trial yet{last}")
         return sorted(trials, key=lambda trial: trial.value or 0.0, reverse=True)
 
     def trial(self, number: int) -> FrozenTrial:
         """
-        :param number: the trial's
+        :param number: of a complete trial
         """
-        for trial in self.trials():
-            if trial.number == number:
-                if trial.state is not TrialState.COMPLETE:
-                    raise StudyError(
-                        f"trial {number} of study '{self.name}' is not complete: {trial.state.name.lower()}"
-                    )
-                return trial
-        raise StudyError(f"study '{self.name}' has no trial {number}; it has {len(self.trials())}, from 0 on")
+        return complete_trial(self.study, number)
+
+    def entry(self, trial: FrozenTrial | None) -> dict[str, Any]:
+        """
+        :param trial: one of the study's; or none, for the entry that all of them started from
+        :return: its hyper-parameters
+        """
+        entry = self.task.entry()
+        return entry if trial is None else merged(entry, self._converted(trial))
+
+    def _converted(self, trial: FrozenTrial) -> dict[str, Any]:
+        """
+        :param trial: one of the study's
+        :return: the hyper-parameters that it has drawn
+        """
+        try:
+            return dict(HYPERPARAMS_CONVERTER[self.task.algo](dict(trial.params)))
+        except KeyError as error:
+            raise StudyError(
+                f"trial {trial.number} of study '{self.name}' was drawn from another search space: "
+                f"the converter of {self.task.algo} finds no {error}"
+            ) from error
+
+    def values(self, trial: FrozenTrial) -> dict[str, tuple[str, Any]]:
+        """
+        :param trial: one of the study's
+        :return: by the sampler's name of what was drawn, the name and the value that are meant; then what follows from
+            these, by its own name
+        """
+        try:
+            converted = self._converted(trial)
+        except StudyError:  # of another program, which says no more than what it has drawn
+            converted = {}
+        inner = converted.pop("policy_kwargs", {})
+        drawn = {name: real(name, value) for name, value in trial.params.items()}
+        meant = {name for name, _ in drawn.values()}
+        values = {key: (name, converted.get(name, inner.get(name, value))) for key, (name, value) in drawn.items()}
+        return {**values, **{name: (name, value) for name, value in converted.items() if name not in meant}}
 
     @property
     def task(self) -> Task:
@@ -169,74 +125,6 @@ class Place:
             self.study.set_user_attr(_TASK, vars(task))
 
 
-@contextlib.contextmanager
-def storage_errors(storage: str) -> Iterator[None]:
-    """
-    :param storage: whose errors inside of the ``with`` block become a :class:`StudyError`
-    """
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError, KeyError, sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
-        if isinstance(error, (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError)):
-            reason = "it is no database's URL that SQLAlchemy knows"
-        elif isinstance(error, ImportError):
-            missing = getattr(error.__cause__ or error.__context__ or error, "name", None) or "its driver"
-            reason = (
-                f"{missing} is missing; for PostgreSQL, pip install 'sb3-ppo-ext[postgresql]' and name the storage "
-            )
-            reason += "postgresql+psycopg://..."
-        else:
-            lines = str(error.__cause__ or error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
-        raise StudyError(f"storage {_shown(storage)} cannot be used: {reason}") from error
-
-
-def _shown(storage: str) -> str:
-    """
-    :param storage: as the user gave it
-    :return: the same without a password
-    """
-    try:
-        return sqlalchemy.engine.make_url(storage).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return storage
-
-
-def _open(storage: str, create: bool) -> BaseStorage:
-    """
-    :param storage: as rl_zoo3 is told it
-    :param create: a file that does not exist
-    """
-    path = storage.removeprefix("sqlite:///") if storage.startswith("sqlite:///") else storage
-    if path == storage and "://" in storage:
-        file = None
-    elif storage.endswith(".log") or path != storage:
-        file = Path(path)
-    else:
-        raise StudyError(
-            f"storage {storage!r} is neither a file that ends in .log nor a URL, as sqlite:///study.db "
-            "or postgresql+psycopg://user@host/database"
-        )
-    if storage.startswith("sqlite") and path in ("sqlite://", "sqlite:///", "", ":memory:"):
-        raise StudyError(f"storage {storage} is in the memory of one process, and cannot be shared")
-    if file is not None and not file.exists():
-        if not create:
-            raise StudyError(f"storage {storage} cannot be used: there is no {file}")
-        with storage_errors(storage):
-            file.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with storage_errors(storage):
-        if storage.endswith(".log") and path == storage:
-            return JournalStorage(JournalFileBackend(storage))
-        engine: dict[str, Any] = {"poolclass": sqlalchemy.pool.NullPool}  # leaves no connection open
-        if file is not None:
-            engine["connect_args"] = {"timeout": 60}  # SQLite has one writer at a time
-        try:
-            return RDBStorage(storage, engine_kwargs=engine)
-        except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError):
-            time.sleep(1.0)  # another process may have been making the tables
-            return RDBStorage(storage, engine_kwargs=engine)
-
-
 def _folder(options: argparse.Namespace, name: str) -> Path:
     """
     :param options: of any ``study`` command
@@ -255,9 +143,10 @@ def create(options: argparse.Namespace) -> Place:
     name = options.study_name or f"{options.algo}_{options.env}".replace("/", "-")
     folder = _folder(options, name)
     storage = options.storage or str(folder / "study.log")
-    opened = _open(storage, create=True)
+    opened = open_storage(storage, create=True)
     with storage_errors(storage):
-        study = optuna.create_study(storage=opened, study_name=name, load_if_exists=True, direction="maximize")
+        optuna.create_study(storage=opened, study_name=name, load_if_exists=True, direction="maximize")
+    study = load_study(storage, opened, name)
     folder.mkdir(parents=True, exist_ok=True)
     return Place(name, storage, folder, study)
 
@@ -269,8 +158,8 @@ def find(options: argparse.Namespace) -> Place:
     """
     opened, name = None, options.study_name
     if options.storage:
-        where = _shown(options.storage)
-        opened = _open(options.storage, create=False)
+        where = shown(options.storage)
+        opened = open_storage(options.storage, create=False)
         with storage_errors(options.storage):
             names = optuna.get_all_study_names(opened)
     else:
@@ -281,14 +170,12 @@ def find(options: argparse.Namespace) -> Place:
     if name is None and len(names) > 1:
         raise StudyError(f"--study-name must say which study of {where} is meant: {', '.join(sorted(names))}")
     if name is not None and name not in names:
-        nearest = difflib.get_close_matches(name, names, 1, cutoff=0.0)[0]
-        raise StudyError(f"there is no study '{name}' in {where}; the nearest is '{nearest}'")
+        raise StudyError(f"there is no study '{name}' in {where}; it has {', '.join(sorted(names))}")
     name = name or names[0]
     folder = _folder(options, name)
     storage = options.storage or str(folder / "study.log")
-    opened = opened or _open(storage, create=False)
-    with storage_errors(storage):
-        study = optuna.load_study(storage=opened, study_name=name)
+    opened = opened or open_storage(storage, create=False)
+    study = load_study(storage, opened, name)
     folder.mkdir(parents=True, exist_ok=True)
     return Place(name, storage, folder, study)
 
@@ -297,16 +184,40 @@ def _positive(text: str) -> int:
     """
     :param text: of a command line
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
+    return _number(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    """
+    :param text: of a command line
+    """
+    return _number(text, 0)
+
+
+def _number(text: str, least: int) -> int:
+    """
+    :param text: of a command line, also as 1e5
+    :param least: that is allowed
+    """
+    with contextlib.suppress(ValueError):
+        if float(text) >= least and float(text).is_integer():
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """
+        :param message: what is wrong, which the usage would hide
+        """
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
 def _parser(algorithms: Sequence[str]) -> argparse.ArgumentParser:
     """
     :param algorithms: keys of those that have a search space
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "sb3-ppo-ext study", description="Search for hyper-parameters, and look at what was found.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -321,13 +232,49 @@ def _parser(algorithms: Sequence[str]) -> argparse.ArgumentParser:
     run = command("run", "search with several processes. Flags that are not listed here are those of `train`.")
     run.add_argument("--algo", required=True, choices=algorithms, metavar="ALGO", help=", ".join(algorithms))
     run.add_argument("--env", required=True, help="environment id")
-    run.add_argument("--max-total-trials", type=_positive, required=True, help="complete and pruned ones of the study")
+    run.add_argument(
+        "--max-total-trials",
+        type=_positive,
+        required=True,
+        help="complete and pruned ones of the study; failed ones do not count",
+    )
     run.add_argument("--workers", type=_positive, default=2, help="processes at a time; default: 2")
     run.add_argument("--seed", type=int, help="of the first trial; all others follow from it")
     run.add_argument("-n", "--n-timesteps", type=_positive, default=0, help="of a trial; default: the entry's")
     run.add_argument("-conf", "--conf-file", default="", help="as for train")
     for flag in ("-params --hyperparams", "--env-kwargs", "--eval-env-kwargs", "--gym-packages"):
         run.add_argument(*flag.split(), nargs="+", default=[], help="as for train")
+
+    trials = run.add_argument_group("how a trial is drawn, evaluated and pruned")
+    trials.add_argument(
+        "--n-evaluations",
+        type=_positive,
+        help="of a trial, evenly spaced: the pruner looks at each, and the last is the trial's value; "
+        "default: 1 for each 100,000 steps of a trial, and at least 1",
+    )
+    trials.add_argument("--eval-episodes", type=_positive, default=5, help="of an evaluation; default: 5")
+    trials.add_argument(
+        "--n-startup-trials",
+        type=_not_negative,
+        default=10,
+        help="trials that are drawn at random before the sampler tpe learns from them, "
+        "and that complete before the pruner median prunes; default: 10",
+    )
+    trials.add_argument(
+        "--sampler",
+        choices=("tpe", "random", "auto"),
+        default="tpe",
+        help="tpe draws near the trials that were good so far, random draws evenly, "
+        "auto chooses (it needs optunahub and the network); default: tpe",
+    )
+    trials.add_argument(
+        "--pruner",
+        choices=("median", "halving", "none"),
+        default="median",
+        help="median ends a trial that is worse than half of the earlier ones after as many evaluations, "
+        "halving keeps the best quarter at evaluations 1, 4, 16, ..., none ends no trial early; default: median",
+    )
+    trials.add_argument("--device", default="auto", help="cpu, cuda, ...; default: auto")
 
     show = command("show", "print the best trials; plot history and importances, as a page and as a picture.")
     show.add_argument("--top", type=_positive, default=10, help="how many trials; default: 10")
@@ -368,7 +315,7 @@ def main(arguments: Sequence[str], program: Sequence[str]) -> int:
     """
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 
-    from sb3_ppo_ext.zoo import study_results, study_run
+    from sb3_ppo_ext.zoo import study_results, study_run, study_show
 
     parser = _parser(sorted(HYPERPARAMS_SAMPLER))
     options, others = parser.parse_known_args(arguments)
@@ -380,16 +327,18 @@ def main(arguments: Sequence[str], program: Sequence[str]) -> int:
         with _interrupted_by("SIGTERM", "SIGHUP"):
             if options.command == "run":
                 return study_run.run(options, others, again)
+            if options.command == "evaluate":
+                check_train_arguments("evaluate", others)
             place = find(options)
             if options.command == "show":
-                study_results.show(place, options.top)
+                study_show.show(place, options, program)
             elif options.command == "evaluate":
                 return study_results.evaluate(place, options, others, again)
             else:
                 study_results.export(place, options.trial, options.output, program)
             return 0
     except StudyError as error:
-        print(f"sb3-ppo-ext study: {error}", file=sys.stderr)
+        print(f"sb3-ppo-ext study: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -21,8 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from sb3_ppo_ext.zoo.study import FINISHED, INTERRUPTED, Place, StudyError, Task, create, storage_errors
+from sb3_ppo_ext.zoo.storage import StudyError, storage_errors
+from sb3_ppo_ext.zoo.study import FINISHED, INTERRUPTED, Place, create
+from sb3_ppo_ext.zoo.task import Task, check_train_arguments
+from sb3_ppo_ext.zoo.trials import REASON, failed_with_error
 from sb3_ppo_ext.zoo.workers import Workers, is_alive, is_here, process_name
 
 _UNCLAIMED_SECONDS = 10.0  # between the creation of a trial and the note of the process that runs it
@@ -44,7 +48,7 @@ class Search:
         self.trials = place.trials()
         self.known = {trial.number: trial.state for trial in self.trials}
         self.unclaimed: dict[int, float] = {}
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False)  # what errors say may have brackets
 
     @property
     def finished(self) -> int:
@@ -92,9 +96,11 @@ class Search:
         """
         :param trial: that has ended
         """
+        reason = trial.user_attrs.get(REASON)
         if trial.state is TrialState.FAIL:
-            return "failed or lost; it does not count"
+            return "interrupted or lost; it does not count" if reason is None else f"failed with {reason}"
         said = "pruned" if trial.state is TrialState.PRUNED else f"{trial.value:.2f}"
+        said += f" ({reason})" if reason is not None else ""
         best = f"; best {self.best.value:.2f}, trial {self.best.number}" if self.best else ""
         return f"{said} after {_seconds(trial)}; {self.finished} of {self.goal}{best}"
 
@@ -124,7 +130,7 @@ class Search:
             step = f"{n_timesteps * len(seen) // n_evaluations:,} of {n_timesteps:,}"
             last = f"{seen[-1]:.2f} ({len(seen)} of {n_evaluations})" if seen else "-"
             table.add_row(str(slot), str(trial.number), step, last, _seconds(trial))
-        return Group(self.summary(), table)
+        return Group(Text(self.summary()), table)
 
 
 def _seconds(trial: FrozenTrial) -> str:
@@ -161,9 +167,16 @@ def run(options: argparse.Namespace, train_arguments: Sequence[str], again: Sequ
     :param again: this command
     :return: the exit code
     """
-    conf_file = str(Path(options.conf_file).resolve()) if options.conf_file else ""
+    is_file = options.conf_file.endswith((".py", ".yaml", ".yml"))  # or else a module
+    conf_file = str(Path(options.conf_file).resolve()) if is_file else options.conf_file
     task = Task(**{**{name: getattr(options, name) for name in Task.__annotations__}, "conf_file": conf_file})
     task.entry()  # refuses what no trial could be started from
+    how = []
+    for name in ("n_evaluations", "eval_episodes", "n_startup_trials", "sampler", "pruner", "device"):
+        value = getattr(options, name)
+        how += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    train_arguments = [*how, *train_arguments]
+    check_train_arguments("run", train_arguments)
     place = create(options)
     with storage_errors(place.storage):
         place.set_task(task)
@@ -205,7 +218,7 @@ def _keep_busy(search: Search, arguments: Sequence[str], seed: int) -> None:
     :param seed: what the seeds of all processes follow from
     """
     workers, folder = search.workers, search.place.folder
-    started = len(search.trials)  # no two processes of a study shall draw the same numbers
+    before = started = len(search.trials)  # no two processes of a study shall draw the same numbers
     in_vain, finished = 0, 0
     with tempfile.TemporaryDirectory(prefix="sb3-ppo-ext-") as scratch:
         while True:
@@ -232,4 +245,7 @@ def _keep_busy(search: Search, arguments: Sequence[str], seed: int) -> None:
                     name = signal.Signals(-code).name
                     search.say(f"worker {slot} was ended by {name}; its trial is lost, and another follows")
                 elif code == 2 or in_vain > 3 * len(workers.slots):
-                    raise StudyError(f"the workers fail: {last_line(log)} ({log})")
+                    search.look()
+                    failed = [trial for trial in search.trials[before:] if failed_with_error(trial)]
+                    said = failed[-1].user_attrs[REASON] if failed else last_line(log)
+                    raise StudyError(f"the workers fail: {said} ({log})")

@@ -1,5 +1,7 @@
 """The closing word after a training: how good the agent is, where everything lies, how to go on."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json
@@ -7,35 +9,40 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rl_zoo3.exp_manager import ExperimentManager
+import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization
+
+from sb3_ppo_ext.zoo.arguments import LOG_FOLDER
+
+if TYPE_CHECKING:
+    from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
 
 N_EPISODES = 20
 RESULT = "final_evaluation.json"  # the same for a program, beside the configuration
 
 
-def summary(manager: ExperimentManager, model: BaseAlgorithm, program: Sequence[str]) -> str:
+def summary(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
     """
+    The model is saved when this is called, and no trouble with the environment may keep its user from hearing that.
+
     :param manager: the manager of the training that has just been saved
     :param model: the trained model, which is evaluated once more
-    :param program: how to start ``sb3-ppo-ext``
     :return: a few lines for a person
     """
-    mean, std = _evaluate(manager, model)
     algo, env_id = manager.algo, manager.env_name.gym_id
     saved, details = Path(manager.save_path), Path(manager.params_path)
-    result = {"mean": mean, "std": std, "n_episodes": N_EPISODES, "num_timesteps": model.num_timesteps}
-    (details / RESULT).write_text(json.dumps(result))
     model_path = saved / f"{manager.env_name}.zip"
+    done, budget = model.num_timesteps, manager.n_timesteps
+    of_budget = f" of {budget:,}" if done < budget else ""
 
-    actions = "deterministic" if manager.deterministic_eval else "sampled"
     lines = [
         "",
-        f"{algo} on {env_id}, {model.num_timesteps:,} steps",
-        f"  reward       {mean:.2f} +/- {std:.2f} (mean and std of {N_EPISODES} episodes, {actions} actions)",
+        f"{algo} on {env_id}, {done:,} steps{of_budget}",
+        f"  reward       {_reward(manager, model)}",
         f"  model        {model_path}",
     ]
     lines += [
@@ -51,29 +58,40 @@ def summary(manager: ExperimentManager, model: BaseAlgorithm, program: Sequence[
         lines += [f"  TensorBoard  {model.logger.get_dir()}"]
 
     run_id = saved.name.removeprefix(f"{manager.env_name}_")
-    enjoy = ["enjoy", "--algo", algo, "--env", env_id, "-f", manager.log_folder, "--exp-id", run_id]
-    if manager.args.gym_packages:
-        enjoy += ["--gym-packages", *manager.args.gym_packages]
+    enjoy = ["enjoy", "--algo", algo, "--env", env_id, "--exp-id", run_id]
+    if manager.log_folder != LOG_FOLDER:
+        enjoy += ["-f", manager.log_folder]
+    gym_packages = getattr(manager.args, "gym_packages", None)
+    if gym_packages:
+        enjoy += ["--gym-packages", *gym_packages]
     if run_id.isdigit():  # rl_zoo3 finds runs by number; one named with --uuid has none
-        lines += ["", "Watch the agent:", f"  {shlex.join([*program, *enjoy])}"]
-    lines += [
-        "",
-        "Continue the training:",
-        f"  {shlex.join([*program, 'train', *_without_trained_agent(sys.argv[1:]), '-i', str(model_path)])}",
-    ]
+        lines += ["", "Watch the agent:", f"  {shlex.join([*manager.program, *enjoy])}"]
+
+    train = ["train", *_without_flags(sys.argv[1:], "-i", "--trained-agent")]
+    if done < budget:
+        note = f"  (from step {done:,} to {budget:,}; schedules go on where they are)"
+        if manager.asked_for is not None:
+            train = [*_without_flags(train, "-n", "--n-timesteps"), "-n", str(budget)]
+    else:
+        longer = done + (manager.asked_for or budget)
+        note = (
+            f"  (from step {done:,} to {longer:,}; a schedule such as lin_0.2 goes on as that of the longer training, "
+            f"at {1 - done / longer:.0%} of its start)"
+        )
+    lines += ["", "Continue the training:", f"  {shlex.join([*manager.program, *train, '-i', str(model_path)])}", note]
     if manager.tensorboard_log:
         tensorboard = [str(Path(sys.executable).with_name("tensorboard")), "--logdir", manager.tensorboard_log]
         lines += ["", "Open TensorBoard:", f"  {shlex.join(tensorboard)}"]
     return "\n".join(lines)
 
 
-def _without_trained_agent(arguments: Sequence[str]) -> list[str]:
+def _without_flags(arguments: Sequence[str], *flags: str) -> list[str]:
     """
     :param arguments: of ``train``
-    :return: the same without the model that the training started from
+    :param flags: each with one value
+    :return: the arguments without those
     """
-    flags = ("-i", "--trained-agent")
-    kept = [argument for argument in arguments if not argument.startswith("--trained-agent=")]
+    kept = [argument for argument in arguments if not argument.startswith(tuple(f"{flag}=" for flag in flags))]
     return [
         argument
         for before, argument in zip(["", *kept], kept, strict=False)
@@ -81,21 +99,57 @@ def _without_trained_agent(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _evaluate(manager: ExperimentManager, model: BaseAlgorithm) -> tuple[float, float]:
+def _reward(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
+    """
+    Evaluate, and write the result beside the configuration.
+
+    :param manager: the manager of the training
+    :param model: the trained model
+    :return: how good it is, in words
+    """
+    if manager.eval_freq <= 0:  # by which the user says that there is to be no evaluation
+        rewards = [episode["r"] for episode in model.ep_info_buffer or ()]
+        if not rewards:
+            return "not known: no episode of the training has ended, and --eval-freq asks for no evaluation"
+        of = f"the training's last {len(rewards)} episodes"
+        return f"{np.mean(rewards):.2f} +/- {np.std(rewards):.2f} (mean and std of {of})"
+    try:
+        with manager.interrupts.stage():
+            mean, std = _evaluate(manager, model)
+        result = {"mean": mean, "std": std, "n_episodes": N_EPISODES, "num_timesteps": model.num_timesteps}
+        Path(manager.params_path, RESULT).write_text(json.dumps(result))
+    except KeyboardInterrupt:
+        return "not measured: Ctrl-C ended the evaluation"
+    except Exception as error:  # whatever an environment may do
+        return f"not measured: {type(error).__name__}: {error}"
+    actions = "deterministic" if manager.deterministic_eval else "sampled"
+    return f"{mean:.2f} +/- {std:.2f} (mean and std of {N_EPISODES} episodes, {actions} actions)"
+
+
+def _evaluate(manager: ZooExperimentManager, model: BaseAlgorithm) -> tuple[float, float]:
     """
     :param manager: the manager of the training
     :param model: the trained model
     :return: mean and standard deviation of an episode's reward, as the environment gives it
+    :raises KeyboardInterrupt: if the user wants to wait no longer
     """
+    if manager.stopped_at_once:
+        raise KeyboardInterrupt
+    print(f"Evaluating {N_EPISODES} episodes", flush=True)
+
+    def look(local_variables: dict[str, Any], global_variables: dict[str, Any]) -> None:
+        manager.interrupts.check()
+
     with contextlib.redirect_stdout(io.StringIO()):  # what the manager says of every environment has been said twice
         env = manager.create_envs(manager.n_eval_envs, eval_env=True)
     training_env = model.get_env()
     if training_env is not None and model.get_vec_normalize_env() is not None:
         sync_envs_normalization(training_env, env)
     try:
-        mean, std = evaluate_policy(model, env, N_EPISODES, deterministic=manager.deterministic_eval)
+        mean, std = evaluate_policy(model, env, N_EPISODES, manager.deterministic_eval, callback=look)
     finally:
-        env.close()
+        with contextlib.suppress(Exception):
+            env.close()
     assert isinstance(mean, float)
     assert isinstance(std, float)
     return mean, std

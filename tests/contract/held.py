@@ -1,6 +1,7 @@
 """A task for studies that is learnt in no time, or held up for as long as a test needs; for ``--gym-packages``."""
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import optuna
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 ALGO, ENV = "dual_clip_ppo", "Held-v0"
 ENTRY = {"n_timesteps": 64, "policy": "MlpPolicy", "n_steps": 32, "batch_size": 32, "n_epochs": 1, "ent_coef": 0.25}
@@ -44,6 +46,20 @@ class Held(gym.Env[Any, Any]):
     def _observe(self) -> Any:
         self.observation = self.np_random.uniform(-1.0, 1.0, 2).astype(np.float32)
         return self.observation
+
+
+class Marker(FlattenExtractor):
+    """
+    Adds a line to a file when it is built.
+
+    :param observation_space: of the environment
+    :param marker: the file
+    """
+
+    def __init__(self, observation_space: gym.Space[Any], marker: str) -> None:
+        super().__init__(observation_space)
+        with Path(marker).open("a") as file:
+            file.write(f"{os.getpid()}\n")
 
 
 def convert(sampled_params: dict[str, Any]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_the_same_rate_as_the_main_one_changes_nothing(algorithm: Any) -> None:
         th.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("without_compiler")
 @pytest.mark.filterwarnings("ignore:log_std has reached its bounds:UserWarning")
 def test_a_compiled_step_uses_both_rates() -> None:
     eager, compiled = (

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import optuna
 import pytest
 import yaml
 from optuna.trial import TrialState
-from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
@@ -139,88 +137,6 @@ def test_a_study_and_what_is_made_of_its_trials(
         assert {name: config[name] for name in expected} == expected
         model = ALGORITHMS[algo].load(run / "CartPole-v1.zip", device="cpu")
         assert {key: model.policy_kwargs[key] for key in expected["policy_kwargs"]} == expected["policy_kwargs"]
-
-
-class PruneAll(optuna.pruners.BasePruner):
-    """Prunes each trial at its first evaluation."""
-
-    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-        return True
-
-
-def study_of(algo: str, env_id: str, folder: Path, n_timesteps: int, n_trials: int, n_envs: int = 1) -> optuna.Study:
-    """A study by rl_zoo3's objective, with small rollouts and a pruner that prunes all."""
-    manager = ZooExperimentManager(
-        argparse.Namespace(),
-        algo,
-        env_id,
-        str(folder),
-        n_timesteps=n_timesteps,
-        hyperparams={"n_envs": n_envs},
-        optimize_hyperparameters=True,
-        n_evaluations=10,
-        n_eval_episodes=1,
-        verbose=0,
-        device="cpu",
-    )
-    assert manager.setup_experiment() is None
-    study = optuna.create_study(direction="maximize", pruner=PruneAll())
-    for _ in range(n_trials):
-        small = {"n_episodes_pow": 2, "batch_size_pow": 7, "n_minibatches_pow": 3}
-        study.enqueue_trial(small)
-    with contextlib.redirect_stdout(None):
-        study.optimize(manager.objective, n_trials=n_trials)
-    return study
-
-
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_a_pruned_trial_ends_in_the_middle_of_a_rollout(
-    algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = []
-    monkeypatch.setattr(TrialEvalCallback, "_on_training_end", lambda self: steps.append(self.model.num_timesteps))
-    study = study_of(algo, "Pendulum-v1", tmp_path, n_timesteps=1000, n_trials=2, n_envs=2)
-    assert [trial.state for trial in study.trials] == [TrialState.PRUNED] * 2
-    assert steps == [100, 100]  # the first of ten evaluations; an episode has 200 steps of each of two environments
-
-
-class BreakingEnv(gym.Env[Any, Any]):
-    """
-    Episodes of ten steps.
-
-    :param breaks: "obs" or "reward" is NaN from the fifth step on
-    """
-
-    observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-    action_space = gym.spaces.Discrete(2)
-
-    def __init__(self, breaks: str) -> None:
-        self._breaks = breaks
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self._steps = 0
-        return np.zeros(2, np.float32), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self._steps += 1
-        broken = np.nan if self._steps >= 5 else 0.0
-        obs = np.full(2, broken if self._breaks == "obs" else 0.0, np.float32)
-        return obs, broken if self._breaks == "reward" else 1.0, self._steps == 10, False, {}
-
-
-for breaks in ("obs", "reward"):
-    gym.register(f"Breaking-{breaks}-v0", BreakingEnv, kwargs={"breaks": breaks})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("algo", "what"),
-    [*((algo, "obs") for algo in ALGORITHMS), ("dual_clip_ppo", "reward"), ("adaptive_kl_ppo", "reward")],
-)
-def test_a_trial_that_diverges_is_pruned_and_the_study_goes_on(algo: str, what: str, tmp_path: Path) -> None:
-    study = study_of(algo, f"Breaking-{what}-v0", tmp_path, n_timesteps=20_000, n_trials=2)
-    assert [trial.state for trial in study.trials] == [TrialState.PRUNED] * 2
-    assert not study.trials[0].intermediate_values  # no evaluation has come to it: it is the error that ended them
 
 
 # What may be a schedule, by the constructors' own word.

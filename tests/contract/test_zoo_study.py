@@ -1,11 +1,11 @@
 """``sb3-ppo-ext study``: searching, going on after an interruption, and what becomes of the best trials."""
 
 import contextlib
-import csv
 import multiprocessing.forkserver
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,9 +29,11 @@ from rich.console import Console
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 
 from sb3_ppo_ext import DualClipPPO
-from sb3_ppo_ext.zoo import study, study_run
+from sb3_ppo_ext.zoo import register, study, study_results, study_run, study_show
 from sb3_ppo_ext.zoo.cli import main
+from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, SAMPLERS
 from sb3_ppo_ext.zoo.study_run import Search
+from sb3_ppo_ext.zoo.task import Task
 from sb3_ppo_ext.zoo.workers import Workers, is_alive, process_name
 from tests.contract import held
 
@@ -150,6 +152,9 @@ def test_trials_that_other_processes_run_count_before_they_end(command: Command,
     trial.set_user_attr("worker", process_name(os.getpid()))
     with closing(Workers(1)) as workers:
         search = Search(place, 1, workers)
+        with search.console.capture() as said:
+            search.say("failed with tensor([[nan]])")
+        assert said.get() == "failed with tensor([[nan]])\n"
         search.look()
         assert search.running_elsewhere() == 1
         threading.Timer(2.0, place.study.tell, (trial, 1.0)).start()
@@ -178,18 +183,34 @@ def test_trials_that_other_processes_run_count_before_they_end(command: Command,
 
 
 def test_the_best_trials_are_shown_as_text_page_and_picture(command: Command, tmp_path: Path) -> None:
-    command(*held.arguments(tmp_path, 5, "--sampler", "random", "--seed", "3"))
+    command(*held.arguments(tmp_path, 3, "--sampler", "random", "--seed", "3"))
     output = command("study", "show", "--top", "2")
     best = sorted(loaded().trials, key=lambda trial: -(trial.value or 0.0))[:2]
     for trial in best:
         assert f"trial {trial.number}" in output
         assert f"{trial.params['learning_rate']:.3g}" in output
-    assert "study dual_clip_ppo_Held-v0: 5 complete" in output
+        assert f"{1 - trial.params['one_minus_gamma']:.5g}" in output
+    assert "one_minus_gamma" not in output
+    assert "study dual_clip_ppo_Held-v0: 3 complete" in output
     assert f"optuna-dashboard {FOLDER / 'study.log'}" in output
+    assert "takes at least 10 complete trials, and there are 3" in output
+    assert "explains" not in output
+
+    place = study.find(study._parser([]).parse_args(["show"]))
+    for trial in best * 4:
+        place.study.add_trial(trial)
+    place.study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"reason": "It was <tired>"}))
+    output = command("study", "show", "--top", "2")
+    assert re.search(r"gamma +\d+%", output)
+    assert "trial 11: It was <tired>" in output
     page = (FOLDER / "report.html").read_text()
-    for heading in ("History", "Importances", "Value by hyper-parameter", "Evaluations of each trial"):
+    for heading in ("History", "Importances", "Value by hyper-parameter", "Evaluations of each trial", "All trials"):
         assert f"<h2>{heading}</h2>" in page
+    assert page.count("<tr>") == 13
+    assert "<td>failed</td>" in page
+    assert "It was &lt;tired&gt;" in page
     assert page.count("Plotly.newPlot(") >= 5
+    assert "one_minus" not in page
     assert "plotly.js v" in page  # the library itself: the page needs no network
     with Image.open(FOLDER / "report.png") as picture:
         pixels = np.asarray(picture)
@@ -198,9 +219,32 @@ def test_the_best_trials_are_shown_as_text_page_and_picture(command: Command, tm
     assert min(third.std() for third in thirds) > 10  # something is drawn everywhere
 
 
-def rows() -> list[dict[str, str]]:
-    with (FOLDER / "evaluation.csv").open(newline="") as lines:
-        return list(csv.DictReader(lines))
+@pytest.mark.parametrize("algo", CONVERTERS)
+def test_what_is_shown_is_what_is_meant(algo: str) -> None:
+    register()
+    found = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    found.set_user_attr("sb3_ppo_ext", vars(Task(algo, "CartPole-v1", 0, "", [], [], [], [])))
+    for _ in range(4):
+        SAMPLERS[algo](found.ask(), 0, 4, {})
+    for trial in found.trials:
+        found.tell(trial.number, 1.0)
+    place = study.Place("any", "any", Path(), found)
+    shown = study_show._with_real_values(place)
+    for trial, copied in zip(found.trials, shown.trials, strict=True):
+        converted = CONVERTERS[algo](dict(trial.params))
+        network = converted.pop("policy_kwargs")["net_arch"]
+        meant = dict(place.values(trial).values())
+        assert meant.pop("net_arch") == network
+        assert converted.items() <= meant.items()
+        assert not [name for name in {**meant, **copied.params} if name.endswith("_pow") or "one_minus" in name]
+        assert copied.params.pop("net_arch") == str(network["pi"])
+        assert {name: str(value) for name, value in copied.params.items()}.items() <= {
+            name: str(value) for name, value in meant.items()
+        }.items()
+
+
+def rows() -> list[dict[str, Any]]:
+    return list(study_results.results(study.find(study._parser([]).parse_args(["show"]))).values())
 
 
 def test_the_best_are_trained_again_and_the_winner_is_written(command: Command, tmp_path: Path) -> None:
@@ -213,11 +257,11 @@ def test_the_best_are_trained_again_and_the_winner_is_written(command: Command, 
 
     evaluate = ("study", "evaluate", "--top", "2", "--first-seed", "7", "--device", "cpu", "--seeds")
     output = command(*evaluate, "1")
-    assert Counter(row["seed"] for row in rows()) == {"7": 3}
+    assert Counter(row["seed"] for row in rows()) == {7: 3}
     output = command(*evaluate, "2")
     assert "3 of 6 trainings were done before" in output
     assert Counter((row["trial"], row["seed"]) for row in rows()) == {
-        (label, seed): 1 for label in ("default", first, str(best[1].number)) for seed in ("7", "8")
+        (label, seed): 1 for label in ("default", first, str(best[1].number)) for seed in (7, 8)
     }
     means = {row["trial"]: [float(r["mean"]) for r in rows() if r["trial"] == row["trial"]] for row in rows()}
     for label, values in means.items():
@@ -266,7 +310,7 @@ def test_a_result_holds_for_the_hyperparameters_and_the_budget_it_was_trained_wi
     Path("held.yml").write_text(yaml.safe_dump({held.ENV: held.ENTRY | {"ent_coef": 0.125}}))
     assert "done before" not in command(*evaluate)
     assert "done before" not in command(*evaluate, "-n", "96")
-    assert [row["n_timesteps"] for row in rows()] == ["64"] * 4 + ["96"] * 2
+    assert [row["n_timesteps"] for row in rows()] == [64] * 4 + [96] * 2
     command("study", "export", "-o", "longest.yml")
     assert yaml.safe_load(Path("longest.yml").read_text())[held.ENV]["n_timesteps"] == 96
 
@@ -296,11 +340,11 @@ def test_an_interrupted_evaluation_goes_on_with_the_command_that_it_prints(comma
 
 def test_a_training_that_fails_is_named_and_no_winner(command: Command, tmp_path: Path) -> None:
     command(*held.arguments(tmp_path, 1))
-    output = command("study", "evaluate", "--seeds", "1", "--device", "none", code=1)
+    output = command("study", "evaluate", "--seeds", "1", "--device", "meta", code=1)
     assert "trial 0, seed 1000: " in output
-    assert "device" in output.lower().split("failed:")[1]
+    assert "meta" in output.lower().split("failed:")[1]
     assert "The winner" not in output
-    assert not (FOLDER / "evaluation.csv").exists()
+    assert not rows()
 
 
 def test_mistakes_are_named_and_change_nothing(command: Command, tmp_path: Path) -> None:
@@ -334,32 +378,162 @@ def test_mistakes_are_named_and_change_nothing(command: Command, tmp_path: Path)
         optuna.create_study(storage=storage, study_name=name, direction="maximize")
     other = ("--storage", "other.log")
     assert "--study-name must say which study of other.log is meant: one, two" in mistake("show", *other)
-    assert "there is no study 'ones' in other.log; the nearest is 'one'" in mistake(
-        "show", *other, "--study-name", "ones"
-    )
+    assert "there is no study 'ones' in other.log; it has one, two" in mistake("show", *other, "--study-name", "ones")
     for name in ("show", "evaluate", "export"):
         assert "study 'one' has no complete trial yet" in mistake(name, *other, "--study-name", "one")
     one = optuna.load_study(storage=storage, study_name="one")
     one.add_trial(optuna.trial.create_trial(value=1.0))
     one.add_trial(optuna.trial.create_trial(state=TrialState.PRUNED))
     assert "was not made by `study run`" in mistake("evaluate", *other, "--study-name", "one")
-    assert "study 'one' has no trial 7; it has 2" in mistake("export", *other, "--study-name", "one", "--trial", "7")
-    assert "trial 1 of study 'one' is not complete: pruned" in mistake(
+    assert "study 'one' has no trial 7; it has 2 trials, the complete ones are 0" in mistake(
+        "export", *other, "--study-name", "one", "--trial", "7"
+    )
+    assert "trial 1 of study 'one' is not complete but pruned; the complete ones are 0" in mistake(
         "evaluate", *other, "--study-name", "one", "--trials", "1"
     )
+    optuna.create_study(storage=storage, study_name="down", direction="minimize")
+    assert "study 'down' does not maximize one value" in mistake("show", *other, "--study-name", "down")
+    (tmp_path / "empty.log").touch()
+    assert "there is no study in empty.log" in mistake("show", "--storage", "empty.log")
     (tmp_path / "broken.log").write_text("not a journal\nat all\n")
     assert "storage broken.log cannot be used" in mistake("show", "--storage", "broken.log")
 
 
-def test_flags_that_train_does_not_know_and_trials_that_always_fail_end_the_search(
-    command: Command, tmp_path: Path
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--bogus 3", "there is no flag --bogus 3, neither here nor of `train`"),
+        ("--vec-env thread", "invalid choice: 'thread'"),
+        ("--device none", "--device none: "),
+        ("--trial-id 3", "`study run` does not take --trial-id: each trial draws its own hyper-parameters"),
+        ("--eval-freq 100", "`study run` does not take --eval-freq: --n-evaluations says how often"),
+        ("-i agent.zip", "`study run` does not take --trained-agent: each trial begins with a new agent"),
+        ("-params gamma=0.9", "gamma=0.9"),
+        ("-params policy_kwargs:'dict(net_arch=nonsense)'", "policy_kwargs 'dict(net_arch=nonsense)' cannot be read"),
+    ],
+)
+def test_arguments_are_refused_before_there_is_a_study(command: Command, tmp_path: Path, flags: str, said: str) -> None:
+    flags = flags.replace("policy_kwargs:'dict(net_arch=nonsense)'", "\"policy_kwargs:'dict(net_arch=nonsense)'\"")
+    output = command(*held.arguments(tmp_path, 2), *shlex.split(flags), code=2)
+    assert said in output
+    assert output.count("\n") == 1
+    assert os.listdir(tmp_path) == ["held.yml"]
+
+
+def test_arguments_of_an_evaluation_are_refused_before_it(command: Command, tmp_path: Path) -> None:
+    command(*held.arguments(tmp_path, 1))
+    before = sorted(FOLDER.iterdir())
+    for flags in (["--bogus", "3"], ["--seed", "3"], ["-params", "gamma:0.9"], ["--env", "CartPole-v0"]):
+        assert command("study", "evaluate", *flags, code=2).count("\n") == 1
+    assert sorted(FOLDER.iterdir()) == before
+
+
+def test_the_help_of_a_search_names_what_decides_about_a_trial(
+    command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = command(*held.arguments(tmp_path, 2), "--smapler", "tpe", code=2)
-    assert "the workers fail: sb3-ppo-ext train: error: unrecognized arguments: --smapler tpe" in output
-    output = command(*held.arguments(tmp_path, 2, "--device", "none", "--workers", "1"), code=2)
-    assert "the workers fail: sb3-ppo-ext train: device='none' is not allowed" in output
+    with pytest.raises(SystemExit, match="0"):
+        command("study", "run", "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, default in (
+        ("--n-evaluations N_EVALUATIONS", "1 for each 100,000 steps"),
+        ("--n-startup-trials N_STARTUP_TRIALS", "10"),
+        ("--sampler {tpe,random,auto}", "tpe"),
+        ("--pruner {median,halving,none}", "median"),
+    ):
+        assert f"default: {default}" in said.split(f"{flag} ")[-1].split(" --")[0]
+
+
+def test_trials_that_always_fail_end_the_search_with_the_reason(command: Command, tmp_path: Path) -> None:
+    output = command(*held.arguments(tmp_path, 2, "-params", "n_epochs:0", "--workers", "1"), code=2)
+    reason = next(trial.user_attrs["reason"] for trial in loaded().trials)
+    assert reason.startswith("ValueError: n_epochs=0 ")
+    assert f"trial 0: failed with {reason}" in output
+    assert f"the workers fail: {reason}" in output
     assert "worker-1.log" in output
     assert states() == {"FAIL": 4}
+    output = command("study", "show", code=2)
+    assert f"has no complete trial yet; the last of 4 ended with {reason}" in output
+
+
+def test_what_an_entry_says_of_its_policy_stays(command: Command, tmp_path: Path) -> None:
+    search = held.arguments(tmp_path, 1)
+    kept = {"features_extractor_class": held.Marker, "features_extractor_kwargs": {"marker": "marker"}}
+    kept |= {"log_std_init": -1.0, "optimizer_kwargs": {"eps": 1e-6, "betas": (0.9, 0.99)}}
+    source = "dict(features_extractor_class=__import__('tests.contract.held').contract.held.Marker, log_std_init=-1.0, "
+    source += "features_extractor_kwargs=dict(marker='marker'), optimizer_kwargs=dict(eps=1e-6, betas=(0.9, 0.99)), "
+    source += "net_arch=[3])"
+    Path("held.yml").write_text(yaml.safe_dump({held.ENV: {**held.ENTRY, "policy_kwargs": source}}))
+
+    def processes() -> int:
+        numbers = set(Path("marker").read_text().split())
+        Path("marker").unlink()
+        return len(numbers)
+
+    command(*search)
+    assert processes() == 1
+    command("study", "evaluate", "--seeds", "1", "--device", "cpu")
+    assert processes() == 2  # the trial and the entry
+    ((evaluated,),) = [(FOLDER / "evaluation").glob(f"0_*/**/{held.ENV}.zip")]
+    output = command("study", "export", "-o", "exported.yml")
+    train = [*shlex.split(output.splitlines()[-1])[1:], "--eval-freq", "-1", "--device", "cpu"]
+    command(*train)
+    assert processes() == 1
+    stored = ("--storage", str(FOLDER / "study.log"), "--study-name", NAME, "--trial-id", "0")
+    command(*["held.yml" if word == "exported.yml" else word for word in train], *stored)
+    assert processes() == 1
+    hidden = loaded().trials[0].params["hidden"]
+    folder = Path("logs", held.ALGO)
+    for file in (evaluated, *(folder / f"{held.ENV}_{run}" / f"{held.ENV}.zip" for run in (1, 2))):
+        policy_kwargs = DualClipPPO.load(file, device="cpu").policy_kwargs
+        assert policy_kwargs.pop("net_arch") == {"pi": [hidden], "vf": [8]}
+        assert policy_kwargs.pop("activation_fn").__name__ == "ReLU"
+        assert policy_kwargs == kept
+
+
+@pytest.mark.parametrize("config", ["pyconf.py", "pyconf"])
+def test_an_entry_may_be_python_that_yaml_cannot_say(
+    command: Command, tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file or a module as a configuration, with a class of its own and a schedule."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pyconf", raising=False)
+    source = """
+from tests.contract import held
+
+class Local(held.Marker):
+    pass
+
+kwargs = dict(features_extractor_class=Local, features_extractor_kwargs=dict(marker="marker"))
+hyperparams = {held.ENV: {**held.ENTRY, "clip_range": lambda progress: 0.1, "policy_kwargs": kwargs}}
+"""
+    Path("pyconf.py").write_text(source)
+    command(*[config if word == "held.yml" else word for word in held.arguments(tmp_path, 1)])
+    command("study", "evaluate", "--seeds", "1", "--device", "cpu")
+    assert len(rows()) == 2
+    assert len(set(Path("marker").read_text().split())) == 3
+    output = command("study", "export", "-o", "it.yml", code=2)
+    assert not Path("it.yml").exists()
+    assert "YAML cannot say the entry (" in output
+    train = shlex.split(output.split("train with it by ")[1])
+    command(*train[1:], "--eval-freq", "-1", "--device", "cpu", "--seed", "1000")
+    files = list((FOLDER / "evaluation").glob(f"0_*/**/{held.ENV}.zip"))
+    files += [Path(f"logs/{held.ALGO}/{held.ENV}_1/{held.ENV}.zip")]
+    evaluated, again = (DualClipPPO.load(file, device="cpu").policy for file in files)
+    assert [one.tolist() for one in evaluated.parameters()] == [one.tolist() for one in again.parameters()]
+
+
+def test_what_was_trained_again_is_in_the_storage(command: Command, tmp_path: Path) -> None:
+    where = ("--storage", "sqlite:///study.db")
+    command(*held.arguments(tmp_path, 1, *where))
+    assert "Train the best again" in command("study", "show", *where)
+    output = command("study", "evaluate", "--seeds", "2", "--device", "cpu", *where)
+    lines = [line for line in output.splitlines() if line.startswith(("  default ", "  trial 0 "))]
+    assert len(lines) == 2
+    shutil.rmtree("logs")
+    output = command("study", "show", *where, "-f", "elsewhere")
+    assert set(lines) <= set(output.splitlines())
+    assert "Write the best as YAML" in output
+    assert "across 2 seeds" in command("study", "export", *where, "-o", "it.yml") + Path("it.yml").read_text()
 
 
 def test_another_task_needs_another_study(command: Command, tmp_path: Path) -> None:

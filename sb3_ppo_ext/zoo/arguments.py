@@ -1,0 +1,192 @@
+"""rl_zoo3's command lines, read more kindly: what is wrong is said in one line, and the defaults are this package's."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from typing import Any
+
+import torch as th
+import yaml
+from rl_zoo3 import utils
+
+DEFAULT_ALGORITHM = "dual_clip_ppo"
+LOG_FOLDER = "logs"
+
+# What makes no sense with less than one.
+_COUNTS = {"--n-timesteps", "--eval-episodes", "--n-eval-envs", "--n-envs", "--n-jobs", "--n-trials"}
+
+_INIT = argparse.ArgumentParser.__init__
+
+
+@contextlib.contextmanager
+def read_kindly() -> Iterator[None]:
+    """What makes a parser inside of the ``with`` block gets a :class:`Parser`, until a command line is read."""
+    before = argparse.ArgumentParser.__init__
+
+    def made(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
+        before(self, *arguments, **options)
+        if type(self) is argparse.ArgumentParser:
+            self.__class__ = Parser
+            self.prog = sys.argv[0]  # `sb3-ppo-ext train`; rl_zoo3's plots put a sentence here
+
+    argparse.ArgumentParser.__init__ = made  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.__init__ = before  # type: ignore[method-assign]
+
+
+class Parser(argparse.ArgumentParser):
+    """What a parser of rl_zoo3 becomes."""
+
+    def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
+        """
+        :param flags: of an argument of rl_zoo3
+        :param options: as rl_zoo3 has them
+        :return: the argument as it is here
+        """
+        if "--algo" in flags and "choices" in options:
+            options["type"] = partial(_algorithm, known=options["choices"])
+            if options.get("default") == "ppo":
+                options.update(default=None, help=f"RL algorithm; default: {DEFAULT_ALGORITHM}")
+        elif options.get("type") is int:
+            options["type"] = partial(whole_number, minimum=1) if _COUNTS & set(flags) else whole_number
+            if "--seed" in flags:
+                options["type"] = _seed
+        elif str(options.get("default")).rstrip("/") == "rl-trained-agents":  # a folder of rl_zoo3's repository
+            options["default"] = LOG_FOLDER
+        elif options.get("action") is utils.StoreDict:
+            options["action"] = StoreDict
+        return super().add_argument(*flags, **options)
+
+    def parse_args(self, *arguments: Any, **options: Any) -> argparse.Namespace:  # type: ignore[override]
+        """
+        Say what the user may not expect.
+
+        :param arguments: those of :meth:`argparse.ArgumentParser.parse_args`
+        :param options: likewise
+        :return: what was read
+        """
+        argparse.ArgumentParser.__init__ = _INIT  # type: ignore[method-assign]  # others are not rl_zoo3's
+        parsed: argparse.Namespace = super().parse_args(*arguments, **options)
+        if "algo" in parsed and parsed.algo is None:
+            parsed.algo = DEFAULT_ALGORITHM
+            print(f"{self.prog}: without --algo, it is {DEFAULT_ALGORITHM}")
+        device = str(getattr(parsed, "device", ""))
+        if device.startswith("cuda") and not th.cuda.is_available():
+            print(f"{self.prog}: --device {device}: torch finds no CUDA device here, so the CPU is used")
+        return parsed
+
+    def error(self, message: str) -> Any:
+        """
+        :param message: what is wrong; rl_zoo3's sixty lines of usage would hide it
+        """
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class StoreDict(utils.StoreDict):
+    """``key:value`` pairs; the value as Python has it, as in rl_zoo3, or else as YAML has it: ``lin_0.3``, ``true``."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """
+        :param parser: of the command line
+        :param namespace: for what is read
+        :param values: the pairs
+        :param option_string: the flag
+        """
+        given: dict[str, Any] = dict(getattr(namespace, self.dest) or {})
+        for text in values:
+            key, colon, value = text.partition(":")
+            assigned, equals, assigned_value = text.partition("=")
+            if equals and assigned.isidentifier():
+                raise argparse.ArgumentError(self, f"{text!r} must be written {assigned}:{assigned_value}")
+            if not (colon and key and value):
+                raise argparse.ArgumentError(self, f"{text!r} is no pair key:value, such as gamma:0.9")
+            given[key] = self._evaluated(parser, text, value)
+        setattr(namespace, self.dest, given)
+
+    def _evaluated(self, parser: argparse.ArgumentParser, text: str, value: str) -> Any:
+        read = argparse.Namespace()
+        try:
+            super().__call__(parser, read, [f"value:{value}"])  # type: ignore[no-untyped-call]
+            return getattr(read, self.dest)["value"]
+        except Exception as error:  # whatever comes of what is no Python
+            if "(" not in value:  # which is no YAML either
+                try:
+                    return yaml.safe_load(value)
+                except yaml.YAMLError:
+                    pass
+            reason = f"{type(error).__name__}: {error}"
+            raise argparse.ArgumentError(self, f"{text!r} has a value that cannot be read ({reason})") from None
+
+
+def whole_number(text: object, minimum: float = -math.inf) -> int:
+    """
+    :param text: a number as it was written: 100000, 1e5, 100_000
+    :param minimum: the least that is allowed
+    :return: the number
+    :raises argparse.ArgumentTypeError: if it is none, or not allowed
+    """
+    try:
+        number = Decimal(str(text))  # which reads all of these, and exactly
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not (number.is_finite() and abs(number) < 1e18 and number == int(number) and number >= minimum):
+        least = "" if minimum == -math.inf else f" of at least {minimum}"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: it must be a whole number{least}, such as 1000 or 1e3"
+        )
+    return int(number)
+
+
+def _seed(text: str) -> int:
+    """
+    :param text: of a seed
+    :return: the seed; one below 0 is drawn by rl_zoo3
+    """
+    seed = whole_number(text)
+    if seed >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be below 2**32")
+    return seed
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """
+    :param name: what was asked for
+    :param known: what there is
+    :return: the rest of a message, naming what was probably meant
+    """
+    return "".join(f"; the nearest is '{match}'" for match in difflib.get_close_matches(name, known, 1, cutoff=0.0))
+
+
+def _algorithm(name: str, known: Sequence[str]) -> str:
+    """
+    :param name: of an algorithm, as the user has written it
+    :param known: keys of algorithms
+    :return: the same, if it is one
+    """
+    if name in known:
+        return name
+    classes: Mapping[str, type] = utils.ALGOS
+    plain = _plain(name)
+    meant = [key for key in known if plain in (_plain(key), _plain(classes[key].__name__))]
+    meant = meant or difflib.get_close_matches(name.lower(), known, 1, cutoff=0.0)
+    raise argparse.ArgumentTypeError(f"there is no '{name}'; did you mean {' or '.join(map(repr, meant))}?")
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())

@@ -1,0 +1,141 @@
+"""What a trial of a study trains: the entry of its environment, with what was drawn; and what becomes of its errors."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from typing import Any
+
+import optuna
+import rl_zoo3.exp_manager
+from optuna.trial import FrozenTrial, TrialState
+from rl_zoo3.exp_manager import ExperimentManager
+
+REASON = "reason"  # the attribute of a trial that says why it has failed or was pruned
+_GIVE_UP = 10  # trials in a row that end with an error end `train -optimize`
+
+Params = dict[str, Any]
+
+
+def evaluated(value: Any) -> Any:
+    """
+    :param value: of an entry, where rl_zoo3 allows Python, e.g. of ``policy_kwargs``
+    :return: what rl_zoo3 makes of it
+    """
+    return eval(value, vars(rl_zoo3.exp_manager)) if isinstance(value, str) else value
+
+
+def merged(entry: Params, drawn: Params) -> Params:
+    """
+    Put what was drawn for a trial into the entry. It takes the place of what the entry says; keyword arguments, whose
+    names end in ``_kwargs``, are merged one by one, at any depth. So an entry keeps its features extractor when the
+    width of the layers is drawn. A ``net_arch`` is replaced as a whole, as are all other values.
+
+    :param entry: hyper-parameters
+    :param drawn: hyper-parameters of a trial
+    :return: both; the arguments are left as they are
+    """
+    both = {**entry, **drawn}
+    for name in entry.keys() & drawn.keys():
+        if name.endswith("_kwargs"):
+            before, after = evaluated(entry[name]), evaluated(drawn[name])
+            if isinstance(before, dict) and isinstance(after, dict):
+                both[name] = merged(before, after)
+    return both
+
+
+def real(name: str, value: Any) -> tuple[str, Any]:
+    """
+    :param name: of a number that was drawn, as rl_zoo3's samplers and ours call it
+    :param value: what was drawn
+    :return: name and value of what is meant: ``batch_size`` 32 for ``batch_size_pow`` 5
+    """
+    if name.startswith("one_minus_"):
+        return name.removeprefix("one_minus_"), 1 - value
+    if name.endswith("_pow"):
+        return name.removesuffix("_pow"), 2**value
+    return name, value
+
+
+class _Entry(dict[str, Any]):
+    """
+    The hyper-parameters of an entry. rl_zoo3 copies them for each trial and updates the copy with what was drawn, which
+    would drop the entry's ``policy_kwargs``; here the update merges.
+
+    :param hyperparams: the entry
+    :param normalize_kwargs: of the trial's ``VecNormalize``, which discounts as the algorithm does
+    """
+
+    def __init__(self, hyperparams: Params, normalize_kwargs: Params) -> None:
+        super().__init__(hyperparams)
+        self.normalize_kwargs = normalize_kwargs
+
+    def copy(self) -> _Entry:
+        """An entry of its own for a trial."""
+        return _Entry(self, self.normalize_kwargs)
+
+    def update(self, drawn: Params) -> None:  # type: ignore[override]
+        """
+        :param drawn: for the trial
+        """
+        super().update(merged(self, drawn))
+        if "gamma" in drawn:
+            self.normalize_kwargs["gamma"] = drawn["gamma"]
+
+
+def run_trial(manager: ExperimentManager, trial: optuna.Trial) -> float:
+    """
+    Run rl_zoo3's objective. A trial that ends with an error is failed and not pruned, and keeps the reason.
+
+    rl_zoo3 prunes trials for a ValueError or an AssertionError, a NaN among them, and forgets which it was. Optuna
+    fails a trial whose value is NaN, and goes on with the next.
+
+    :param manager: of the study
+    :param trial: that is to be run
+    :return: the mean reward of the last evaluation; NaN if an error has ended the training
+    """
+    own = copy.copy(manager)  # trials may run in threads, and each has its own discount factor
+    own.normalize_kwargs = dict(manager.normalize_kwargs)
+    own._hyperparams = _Entry(manager._hyperparams, own.normalize_kwargs)
+    try:
+        return float(ExperimentManager.objective(own, trial))
+    except optuna.TrialPruned as pruned:
+        error = pruned.__cause__
+        *_, (innermost, _) = traceback.walk_tb(pruned.__traceback__)
+        if error is None or innermost.f_globals["__name__"] != "rl_zoo3.exp_manager":
+            if pruned.args:  # by a callback that says why
+                trial.set_user_attr(REASON, str(pruned))
+            raise
+        trial.set_user_attr(REASON, _described(error))
+        if _gives_up(trial):
+            raise error from None
+        return float("nan")
+    except Exception as error:
+        trial.set_user_attr(REASON, _described(error))
+        raise
+
+
+def _described(error: BaseException) -> str:
+    """
+    :param error: that has ended a trial
+    :return: its type and what it says, in one line
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def _gives_up(trial: optuna.Trial) -> bool:
+    """
+    :param trial: that has failed with an error
+    :return: whether all trials before it have, and no more need be tried
+    """
+    ended = [other for other in trial.study.get_trials(deepcopy=False) if other.state.is_finished()]
+    last = ended[1 - _GIVE_UP :]
+    return len(last) == _GIVE_UP - 1 and all(map(failed_with_error, last))
+
+
+def failed_with_error(trial: FrozenTrial) -> bool:
+    """
+    :param trial: of a study
+    :return: whether an error has ended it, and not an interruption
+    """
+    return trial.state is TrialState.FAIL and REASON in trial.user_attrs

@@ -197,8 +197,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             )
         if n_samples % batch_size:
             warnings.warn(
-                f"batch_size={batch_size} does not divide n_steps * n_envs = {n_samples}: the last minibatch of each "
-                f"epoch has {n_samples % batch_size} samples. A factor of {n_samples} is recommended "
+                f"batch_size={batch_size} does not divide n_steps * n_envs = {n_samples}: at the end of each epoch "
+                f"there will be a truncated mini-batch of size {n_samples % batch_size}. A factor of {n_samples} is "
+                "recommended "
                 f"(n_steps={self.n_steps}, n_envs={self.n_envs}).",
                 stacklevel=2,
             )

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from sb3_ppo_ext import __version__
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,7 +22,7 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     source, dist, site, empty = (tmp_path / name for name in ("source", "dist", "site", "empty"))
     for folder in (source, empty):
         folder.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "sb3_ppo_ext_cli.py"):
         shutil.copy(ROOT / name, source)
     for name in ("sb3_ppo_ext", "zoo_configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -36,6 +38,8 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
             assert f"sb3_ppo_ext/zoo/configs/{path.name}" in shipped
 
     run([sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(site), str(wheel)], empty)
+    script = [sys.executable, str(next(site.glob("*/sb3-ppo-ext*"))), "--version"]
+    assert run(script, empty, PYTHONPATH=str(site)) == f"sb3-ppo-ext {__version__}\n"
     code = "import sb3_ppo_ext.zoo as zoo; print(zoo.__file__, zoo.config_path('dual_clip_ppo'))"
     for found in run([sys.executable, "-c", code], empty, PYTHONPATH=str(site)).split():
         assert Path(found).is_relative_to(site)

@@ -71,17 +71,17 @@ class Side:
     """
     :param who: a key of :data:`OURS` or :data:`PEERS`, or "environment": nothing but the steps of the environment
     :param torch_compile: the switch of ours
-    :param fvp_subsampling: of our TRPO
+    :param sub_sampling_factor: of our TRPO
     """
 
     who: str
     torch_compile: bool = False
-    fvp_subsampling: int = 1
+    sub_sampling_factor: int = 1
 
     def __str__(self) -> str:
         name = {**OURS, **PEERS}.get(self.who, "environment alone")
-        if self.fvp_subsampling != 1:
-            name += f", fvp_subsampling={self.fvp_subsampling}"
+        if self.sub_sampling_factor != 1:
+            name += f", sub_sampling_factor={self.sub_sampling_factor}"
         return f"{name}, compiled" if self.torch_compile else name
 
 
@@ -105,7 +105,8 @@ class Goal:
     least: float | None = None
 
     def __str__(self) -> str:
-        with_what = "" if self.ours.fvp_subsampling == 1 else f" with fvp_subsampling={self.ours.fvp_subsampling}"
+        part = self.ours.sub_sampling_factor
+        with_what = "" if part == 1 else f" with sub_sampling_factor={part}"
         on_images = ", images" if self.workload.env == IMAGES else ""
         return f"{OURS[self.ours.who]}{with_what} against {self.peer}{on_images}"
 
@@ -144,7 +145,7 @@ _GOALS = (
     (Side("dual_clip_ppo"), Side("sbx"), _PPO_WORKLOADS, 1.4, 2.5),
     (Side("adaptive_kl_ppo"), Side("sb3"), _PPO_WORKLOADS, 1.4, 2.8),
     (Side("trpo"), Side("contrib"), _TRPO_WORKLOADS, 1.6, 2.4),
-    (Side("trpo", fvp_subsampling=5), Side("contrib"), _TRPO_WORKLOADS, None, 2.8),
+    (Side("trpo", sub_sampling_factor=5), Side("contrib"), _TRPO_WORKLOADS, None, 2.8),
     (Side("dual_clip_ppo"), Side("sb3"), _IMAGE_WORKLOADS, 1.0, 1.2),
 )
 
@@ -229,8 +230,8 @@ def single_suite(args: argparse.Namespace) -> Suite:
         width=None if env == IMAGES else args.width,
     )
     ours = [Side(args.algo)]
-    if args.fvp_subsampling != 1:
-        ours.append(Side(args.algo, fvp_subsampling=args.fvp_subsampling))
+    if args.sub_sampling_factor != 1:
+        ours.append(Side(args.algo, sub_sampling_factor=args.sub_sampling_factor))
     if args.torch_compile:
         ours += [replace(side, torch_compile=True) for side in ours]
     peers = [] if args.peer is None else [Side(args.peer)]

@@ -285,8 +285,8 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
         arguments |= {"n_steps": workload.n_steps, "batch_size": workload.batch_size, epochs: workload.n_epochs}
     if side.torch_compile:
         arguments["torch_compile"] = True
-    if side.fvp_subsampling != 1:
-        arguments["fvp_subsampling"] = side.fvp_subsampling
+    if side.sub_sampling_factor != 1:
+        arguments["sub_sampling_factor"] = side.sub_sampling_factor
 
     device, wait = "cpu", lambda: None
     if side.who == "sbx":

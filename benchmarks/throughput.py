@@ -39,7 +39,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n-epochs", type=_positive, help="passes over a rollout; 10")
     add("--width", type=_positive, default=64, help="of the two hidden layers")
     add("--torch-compile", action="store_true", help="measure ours with the switch too")
-    add("--fvp-subsampling", type=_positive, default=1, help="measure TRPO with this too")
+    add("--sub-sampling-factor", type=_positive, default=1, help="measure TRPO with this too")
     add("--threads", type=_positive, default=1, help="of each side, on as many cores")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--repeats", type=_positive, help="turns of each side; 9, and 3 for growth")
@@ -59,8 +59,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = [name for name in ("steps", "batch_size", "n_epochs") if getattr(args, name)]
     if args.algo == "reinforce" and given:
         parser.error(f"--{given[0].replace('_', '-')} is not for REINFORCE: its rollout is 8 episodes, used once")
-    if args.fvp_subsampling != 1 and args.algo != "trpo":
-        parser.error(f"--fvp-subsampling is for --algo trpo, not {args.algo}")
+    if args.sub_sampling_factor != 1 and args.algo != "trpo":
+        parser.error(f"--sub-sampling-factor is for --algo trpo, not {args.algo}")
     if args.peer == "sbx" and not SBX_PYTHON.exists():
         parser.error("--peer sbx needs .venv-sbx: run make sbx-env")
     if args.peer == "cleanrl":

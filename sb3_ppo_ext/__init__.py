@@ -1,10 +1,28 @@
 """On-policy algorithms and losses for Stable-Baselines3."""
 
 from sb3_ppo_ext.adaptive_kl_ppo import AdaptiveKLPPO
+from sb3_ppo_ext.common.checkpoint import (
+    SafeCheckpointCallback,
+    latest_checkpoint,
+    load_weights,
+    resume,
+    save_checkpoint,
+)
 from sb3_ppo_ext.dual_clip_ppo import DualClipPPO
 from sb3_ppo_ext.reinforce import REINFORCE
 from sb3_ppo_ext.trpo import TRPO
 
 __version__ = "0.1.0"
 
-__all__ = ["REINFORCE", "TRPO", "AdaptiveKLPPO", "DualClipPPO", "__version__"]
+__all__ = [
+    "REINFORCE",
+    "TRPO",
+    "AdaptiveKLPPO",
+    "DualClipPPO",
+    "SafeCheckpointCallback",
+    "__version__",
+    "latest_checkpoint",
+    "load_weights",
+    "resume",
+    "save_checkpoint",
+]

@@ -70,6 +70,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param clip_range: None for the penalty alone; a number or a schedule for penalty and clipping together
     :param target_kl: the KL(old || new) of the whole action that an update aims at, a number or a schedule; None:
         0.01 for each action dimension
+    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
+        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
+        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param kl_coef: beta at the beginning; the attribute of this name is the present one, it is saved with the model
     :param kl_tolerance: how far d may be from the target, as a factor, before beta changes
     :param kl_coef_factor: by which beta changes; 1 holds it fixed
@@ -80,6 +83,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     """
 
     _needs_old_params: ClassVar[bool] = True
+    _none_is_default: ClassVar[tuple[str, ...]] = ("clip_range", "target_kl")
 
     def __init__(
         self,
@@ -152,6 +156,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         self.kl_coef_max = kl_coef_max
         if _init_setup_model:
             self._setup_model()
+            self._check_compilable()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:
@@ -159,7 +164,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         if self.clip_range is not None:
             self.clip_range = as_schedule("clip_range", self.clip_range)
         if self.target_kl is not None:
-            self.target_kl = as_schedule("target_kl", self.target_kl)
+            as_schedule("target_kl", self.target_kl)
         check_real("kl_tolerance", self.kl_tolerance, at_least=1.0)
         check_real("kl_coef_factor", self.kl_coef_factor, at_least=1.0)
         check_real("kl_coef_min", self.kl_coef_min, at_least=0.0)

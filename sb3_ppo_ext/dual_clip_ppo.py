@@ -15,7 +15,7 @@ from sb3_ppo_ext.common.actor_critic import Evaluation
 from sb3_ppo_ext.common.buffers import RolloutSamples
 from sb3_ppo_ext.common.optimization import Coefficients
 from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
-from sb3_ppo_ext.common.validation import as_schedule, check_real
+from sb3_ppo_ext.common.validation import ArgumentError, as_schedule, check_real
 
 
 class DualClipPPO(ProximalAlgorithm):
@@ -55,7 +55,9 @@ class DualClipPPO(ProximalAlgorithm):
         before the step that the minibatch would make; None: never
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
-    :param policy_kwargs: arguments for the policy
+    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
+        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
+        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param verbose: 0 silent, 1 information, 2 details
     :param seed: of all random generators
     :param device: "cpu", "cuda" or "auto"
@@ -134,21 +136,20 @@ class DualClipPPO(ProximalAlgorithm):
         self.target_kl = target_kl
         if _init_setup_model:
             self._setup_model()
+            self._check_compilable()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:
         super()._validate()
         self.clip_range = as_schedule("clip_range", self.clip_range)
-        if self.clip_range_high is not None:
-            self.clip_range_high = as_schedule("clip_range_high", self.clip_range_high)
+        name = "clip_range" if self.clip_range_high is None else "clip_range_high"
+        high = as_schedule(name, self.clip_range if self.clip_range_high is None else self.clip_range_high)
         if self.dual_clip is not None:
-            self.dual_clip = as_schedule("dual_clip", self.dual_clip)
-            name = "clip_range" if self.clip_range_high is None else "clip_range_high"
-            high = self.clip_range if self.clip_range_high is None else self.clip_range_high
+            dual_clip = as_schedule("dual_clip", self.dual_clip)
             for progress in (1.0, 0.5, 0.0):
-                if self.dual_clip(progress) <= 1.0 + high(progress):
-                    raise ValueError(
-                        f"dual_clip={self.dual_clip(progress):g} with {name}={high(progress):g} (at progress "
+                if dual_clip(progress) <= 1.0 + high(progress):
+                    raise ArgumentError(
+                        f"dual_clip={dual_clip(progress):g} with {name}={high(progress):g} (at progress "
                         f"{progress:g}) is not allowed: it must be above 1 + {name}, or the lower bound would "
                         "take the gradient of samples that the first clip still lets through; None turns it off"
                     )

@@ -34,6 +34,7 @@ Baseline = Literal["none", "mean", "optimal", "leave_one_out", "value"]
 DiscountFrom = Literal["present", "start"]
 
 _FIRST_BUFFER_SIZE = 256  # it grows with the episodes
+_MIN_EPISODE_LIMIT = 10_000
 
 
 def mean_of_other_episodes(returns: th.Tensor, episode: th.Tensor, n_episodes: int) -> th.Tensor:
@@ -84,6 +85,15 @@ def optimal_of_other_episodes(score_dot_gradient: th.Tensor, score_square: th.Te
     return th.where(denominator == 0.0, 0.0, numerator / denominator)
 
 
+def _time_limit(env: VecEnv) -> int:
+    """Steps after which the environments say that an episode is cut; 0 if they do not say."""
+    try:
+        specs = env.get_attr("spec")
+    except (AttributeError, NotImplementedError):  # a vector of environments that cannot be looked into
+        return 0
+    return max((getattr(spec, "max_episode_steps", None) or 0 for spec in specs), default=0)
+
+
 class REINFORCE(OnPolicyAlgorithm):
     """
     Monte-Carlo policy gradient, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement
@@ -93,8 +103,13 @@ class REINFORCE(OnPolicyAlgorithm):
 
     One gradient step for each batch of complete episodes. Their number is fixed *before* they are run: with a fixed
     number of steps whose unfinished tail is dropped, short episodes would be over-represented. An environment that is
-    done with its episodes waits for the others, stepping on; those steps count as time steps, and are neither learnt
-    from nor in the statistics of the episodes. The fewer environments, the fewer of them.
+    done with its episodes waits for the others, stepping on. No environment is reset in the middle of an episode: one
+    that stands there when a batch is complete plays it to its end, and then the first episode that counts for the next
+    batch begins. What it plays to its end cannot count, as the old policy had begun it, and as the episodes that a
+    batch's end interrupts are longer than most; each episode that counts is drawn by one policy from first to last,
+    whatever its length, so that the gradient is unbiased. The steps of waiting and of playing to the end count as time
+    steps, and are neither learnt from nor in the statistics of the episodes. The fewer environments, the fewer of them;
+    with one there are none.
 
     **Baselines.** ``b_t`` must not depend on the episode it is subtracted in, or the estimate is biased. So "mean",
     "optimal" and "leave_one_out" are computed for each episode from the *other* episodes of the batch, which must have
@@ -121,7 +136,9 @@ class REINFORCE(OnPolicyAlgorithm):
     :param normalize_advantage: whether to normalise ``G_t - b_t`` over the samples of a batch (no longer unbiased)
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
-    :param policy_kwargs: arguments for the policy
+    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
+        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
+        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param verbose: 0 silent, 1 information, 2 details
     :param seed: of all random generators
     :param device: "cpu", "cuda" or "auto"
@@ -136,7 +153,10 @@ class REINFORCE(OnPolicyAlgorithm):
     :param bootstrap_timeouts: see above; only with ``baseline="value"``
     :param n_critic_updates: passes of the critic over a batch, with ``baseline="value"``
     :param batch_size: samples in a minibatch of the critic, with ``baseline="value"``
-    :param max_episode_steps: an episode that is longer is taken for one that never ends, which is an error
+    :param max_episode_steps: an episode that is longer is taken for one that never ends, which is an error. None: as
+        many as ``total_timesteps`` of the present ``learn`` allows each environment, as a longer one could not be
+        completed within them; but at least 10,000, for those who call ``learn`` for a few steps at a time, and never
+        less than the time limit that an environment was registered or made with
     :param torch_compile: whether to compile the actor, the evaluation of a batch and, with ``baseline="value"``, the
         gradient step of the critic, for batches of any size; with the Adam optimiser and a policy that overrides none
         of SB3's methods
@@ -171,7 +191,7 @@ class REINFORCE(OnPolicyAlgorithm):
         bootstrap_timeouts: bool = False,
         n_critic_updates: int = 10,
         batch_size: int = 128,
-        max_episode_steps: int = 100_000,
+        max_episode_steps: int | None = None,
         torch_compile: bool = False,
     ) -> None:
         super().__init__(
@@ -207,6 +227,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.torch_compile = torch_compile
         if _init_setup_model:
             self._setup_model()
+            self._check_compilable()
             self._check_n_episodes()
 
     @property
@@ -225,7 +246,8 @@ class REINFORCE(OnPolicyAlgorithm):
         check_bool("bootstrap_timeouts", self.bootstrap_timeouts)
         check_int("n_critic_updates", self.n_critic_updates, minimum=1)
         check_int("batch_size", self.batch_size, minimum=1)
-        check_int("max_episode_steps", self.max_episode_steps, minimum=1)
+        if self.max_episode_steps is not None:
+            check_int("max_episode_steps", self.max_episode_steps, minimum=1)
         if self.bootstrap_timeouts and self.baseline != "value":
             raise ValueError(
                 f"bootstrap_timeouts=True with baseline={self.baseline!r} is not allowed: only baseline='value' learns "
@@ -249,6 +271,16 @@ class REINFORCE(OnPolicyAlgorithm):
         self.rollout_buffer_class = DictEpisodeBuffer if is_dict else EpisodeBuffer
         super()._setup_model()
 
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
+    ) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+        assert self.env is not None
+        self._episode_limit = self.max_episode_steps or max(
+            math.ceil(total_timesteps / self.n_envs), _MIN_EPISODE_LIMIT, _time_limit(self.env)
+        )
+        return result
+
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: SB3RolloutBuffer, n_rollout_steps: int
     ) -> bool:
@@ -261,39 +293,62 @@ class REINFORCE(OnPolicyAlgorithm):
         :param n_rollout_steps: not looked at: the episodes decide
         :return: whether all episodes were run; False if the callback ended the rollout
         """
-        assert self._last_episode_starts is not None
-        if not self._last_episode_starts.all():  # an episode that another policy began does not count
-            self._last_obs = env.reset()  # type: ignore[assignment]
-            self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-        self._episodes_run = np.zeros(env.num_envs, dtype=np.int64)
-        self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
-        is_complete = False
+        starts = self._last_episode_starts
+        assert starts is not None
+        # -1: an episode that another policy began comes first.
+        self._episodes_run = np.where(starts, 0, -1)
+        if starts.all():
+            self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
+        is_complete = is_stopped = False
         try:
             is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            is_stopped = not is_complete
         finally:
-            if not is_complete:  # the environments are in the middle of episodes: learn() is to reset them
+            if is_stopped:  # by the callback, after a step: learn() goes on from what followed it
+                self._last_obs = callback.locals["new_obs"]
+                self._last_episode_starts = callback.locals["dones"]
+                self._count(callback.locals["dones"])
+            elif not is_complete:  # the environments are in whatever state: learn() is to reset them
                 self._last_obs = None
         return is_complete
 
+    @property
+    def _is_running(self) -> np.ndarray:
+        """The environments whose episode counts."""
+        return (self._episodes_run >= 0) & (self._episodes_run < self.episodes_per_env)
+
+    def _count(self, dones: np.ndarray) -> None:
+        self._episode_length = np.where(dones, 0, self._episode_length + 1)
+        self._episodes_run += dones
+
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # The episodes that a waiting environment ends are the short ones.
-        running = self._episodes_run < self.episodes_per_env
+        # The episodes that a waiting environment ends are the short ones, those that it began before the long ones.
+        counts = self._is_running
         super()._update_info_buffer(
-            [info for info, counts in zip(infos, running, strict=True) if counts],
-            None if dones is None else dones[running],
+            [info for info, counts_here in zip(infos, counts, strict=True) if counts_here],
+            None if dones is None else dones[counts],
         )
 
     def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
-        self._episode_length = np.where(dones, 0, self._episode_length + 1)
-        self._episodes_run += dones
-        running = self._episodes_run < self.episodes_per_env
-        if (self._episode_length[running] >= self.max_episode_steps).any():
-            raise ValueError(
-                f"An episode has not ended within max_episode_steps={self.max_episode_steps} steps. REINFORCE learns "
-                "from complete episodes: give the environment a time limit (gymnasium.wrappers.TimeLimit, or "
-                "gymnasium.make(..., max_episode_steps=...)), or raise max_episode_steps if they are that long"
+        self._count(dones)
+        is_awaited = self._episodes_run < self.episodes_per_env
+        if (self._episode_length[is_awaited] >= self._episode_limit).any():
+            self._raise_endless()
+        return not is_awaited.any()
+
+    def _raise_endless(self) -> None:
+        if self.max_episode_steps is None:
+            limit = (
+                f"{self._episode_limit} steps, the limit that max_episode_steps=None makes of total_timesteps="
+                f"{self._total_timesteps - self._num_timesteps_at_start} and {self.n_envs} environment(s)"
             )
-        return not running.any()
+        else:
+            limit = f"max_episode_steps={self.max_episode_steps} steps"
+        raise ValueError(
+            f"An episode has not ended within {limit}. REINFORCE learns from complete episodes: give the environment a "
+            "time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., max_episode_steps=...)), or give "
+            "REINFORCE a larger max_episode_steps if they are that long"
+        )
 
     def _evaluate_rollout(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, kept: list[Kept]) -> None:
         cast(EpisodeBuffer, rollout_buffer).close(self.episodes_per_env)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -21,8 +22,9 @@ from sb3_ppo_ext.common.compiled import CompiledFisherVectorProduct, structure_o
 from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.distributions import Family
+from sb3_ppo_ext.common.interchange import unpickled
 from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
+from sb3_ppo_ext.common.validation import ArgumentError, as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
     ChunkedFisherVectorProduct,
     FisherVectorProduct,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CG_DAMPING_PER_DIMENSION = 0.1
+
+_OF_CONTRIB = "sb3_contrib.TRPO"
 
 
 class PolicyStep(NamedTuple):
@@ -53,6 +57,7 @@ class PolicyStep(NamedTuple):
     :param cg_steps: steps of conjugate gradient
     :param cg_residual: its relative residual
     :param gradients: of minus the objective before the step, one for each parameter of the actor
+    :param reverse_kl: mean KL(new || old) of the step that was taken, 0 if none
     """
 
     status: str
@@ -64,6 +69,7 @@ class PolicyStep(NamedTuple):
     cg_steps: int = 0
     cg_residual: float = 0.0
     gradients: Sequence[th.Tensor] = ()
+    reverse_kl: float = 0.0
 
 
 class TRPO(OnPolicyAlgorithm):
@@ -77,7 +83,8 @@ class TRPO(OnPolicyAlgorithm):
     critic is fitted to the returns; parameters that the actor depends on are not touched by that.
 
     ``target_kl`` is the KL divergence of the whole action and ``cg_damping`` is added to the true Fisher matrix.
-    sb3-contrib averages both over the action dimensions: its numbers, times the number of dimensions, are these.
+    sb3-contrib averages both over the action dimensions (but not over those of MultiDiscrete): its numbers, times the
+    number of dimensions, are these. :meth:`load` does that for a model of sb3-contrib's.
 
     The policy's step is made in evaluation mode (dropout off, batch statistics fixed): the trust region is around the
     policy that collected the rollout. Layers that keep statistics in training mode (batch normalisation, a running
@@ -104,11 +111,13 @@ class TRPO(OnPolicyAlgorithm):
     :param normalize_advantage: whether to normalise the advantages of a rollout
     :param target_kl: largest mean KL(old || new) of the whole action; a number or a schedule; None: 0.01 for each
         action dimension
-    :param fvp_subsampling: use each so-many-th sample in the products with F; the gradient and the line search always
-        use all
+    :param sub_sampling_factor: use each so-many-th sample in the products with F; the gradient and the line search use
+        all, where sb3-contrib's use the same part
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
-    :param policy_kwargs: arguments for the policy
+    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
+        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
+        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param verbose: 0 silent, 1 information, 2 details
     :param seed: of all random generators
     :param device: "cpu", "cuda" or "auto"
@@ -118,10 +127,14 @@ class TRPO(OnPolicyAlgorithm):
     :param ent_coef: weight of the entropy in the objective; a number or a schedule
     :param torch_compile: whether to compile the products with F, the gradient step of the critic, the actor and the
         evaluation of a rollout, see :class:`DualClipPPO`
+    :param fvp_subsampling: the old name of ``sub_sampling_factor``
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
     _needs_old_params: ClassVar[bool] = True
+    _reads: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
+    _none_is_default: ClassVar[tuple[str, ...]] = ("target_kl", "cg_damping")
+    _other_names: ClassVar[dict[str, str]] = {"sub_sampling_factor": "fvp_subsampling"}
 
     def __init__(
         self,
@@ -143,7 +156,7 @@ class TRPO(OnPolicyAlgorithm):
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = True,
         target_kl: float | str | Schedule | None = None,
-        fvp_subsampling: int = 1,
+        sub_sampling_factor: int = 1,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -156,7 +169,16 @@ class TRPO(OnPolicyAlgorithm):
         accept_ratio: float = 0.1,
         ent_coef: float | str | Schedule = 0.0,
         torch_compile: bool = False,
+        fvp_subsampling: int | None = None,
     ) -> None:
+        if fvp_subsampling is not None:
+            if sub_sampling_factor != 1:
+                raise ArgumentError(
+                    f"fvp_subsampling={fvp_subsampling!r} with sub_sampling_factor={sub_sampling_factor!r} is not "
+                    "allowed: they are one argument, which must be given once, as sub_sampling_factor"
+                )
+            warnings.warn("fvp_subsampling is an old name: write sub_sampling_factor", FutureWarning, stacklevel=2)
+            sub_sampling_factor = fvp_subsampling
         super().__init__(
             policy,
             env,
@@ -190,13 +212,16 @@ class TRPO(OnPolicyAlgorithm):
         self.n_critic_updates = n_critic_updates
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
-        self.fvp_subsampling = fvp_subsampling
+        self.sub_sampling_factor = sub_sampling_factor
         self.torch_compile = torch_compile
         if _init_setup_model:
             self._setup_model()
+            self._check_compilable()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:
+        if "fvp_subsampling" in vars(self):  # of an older file
+            self.sub_sampling_factor = vars(self).pop("fvp_subsampling")
         super()._validate()
         check_int("batch_size", self.batch_size, minimum=1)
         check_int("cg_max_steps", self.cg_max_steps, minimum=1)
@@ -207,10 +232,10 @@ class TRPO(OnPolicyAlgorithm):
         check_int("line_search_max_iter", self.line_search_max_iter, minimum=1)
         check_real("accept_ratio", self.accept_ratio, at_least=0.0, below=1.0)
         check_int("n_critic_updates", self.n_critic_updates, minimum=1)
-        check_int("fvp_subsampling", self.fvp_subsampling, minimum=1)
+        check_int("sub_sampling_factor", self.sub_sampling_factor, minimum=1)
         check_bool("normalize_advantage", self.normalize_advantage)
         if self.target_kl is not None:
-            self.target_kl = as_schedule("target_kl", self.target_kl)
+            as_schedule("target_kl", self.target_kl)
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -221,6 +246,26 @@ class TRPO(OnPolicyAlgorithm):
                 f"target_kl={target_kl:g}, cg_damping={cg_damping:g}: of the whole action, which has "
                 f"{n_action_dims(self.action_space)} dimension(s)"
             )
+
+    @classmethod
+    def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
+        adapted = super()._adapted(origin, attributes)
+        if origin == _OF_CONTRIB:
+            action_space = unpickled(attributes, "action_space")
+            # sb3-contrib's KL divergence is the mean over the dimensions of an action, of a MultiDiscrete the sum.
+            n_dims = 1 if isinstance(action_space, spaces.MultiDiscrete) else n_action_dims(action_space)
+            joint: dict[str, Any] = {
+                name: n_dims * attributes[name] for name in ("target_kl", "cg_damping") if name in attributes
+            }
+            if n_dims > 1 and joint:
+                warnings.warn(
+                    f"A model of sb3-contrib's TRPO is loaded, whose target_kl and cg_damping are means over the "
+                    f"{n_dims} dimensions of an action. Here they are of the whole action: "
+                    + ", ".join(f"{name}={attributes[name]:g} became {value:g}" for name, value in joint.items()),
+                    stacklevel=3,
+                )
+            adapted.update(joint)
+        return adapted
 
     def train(self) -> None:
         """Update the policy from the rollout in the buffer: one step of the actor, then epochs of the critic."""
@@ -279,11 +324,17 @@ class TRPO(OnPolicyAlgorithm):
             status = "non_finite" if cg_status == "non_finite" else "not_positive_definite"
             return PolicyStep(status, objective, 0.0, 0.0, 0.0, 0.0, cg_steps, cg_residual, of_loss), parameters
         full_step = math.sqrt(2.0 * target_kl / curvature) * direction
+        reverse_kl = th.zeros(())
+
+        def evaluate() -> tuple[th.Tensor, th.Tensor]:
+            nonlocal reverse_kl
+            objective, kl, reverse_kl = self._objective_and_kls(actor_critic, rollout)
+            return objective, kl
 
         search = backtracking_line_search(
             parameters,
             full_step,
-            lambda: self._objective_and_kl(actor_critic, rollout),
+            evaluate,
             objective_before=objective,
             expected_improvement=gradient.dot(full_step).item(),
             constraint_limit=target_kl,
@@ -301,6 +352,7 @@ class TRPO(OnPolicyAlgorithm):
             cg_steps=cg_steps,
             cg_residual=cg_residual,
             gradients=of_loss,
+            reverse_kl=reverse_kl.item() if search.accepted else 0.0,
         )
         return step, parameters
 
@@ -341,8 +393,8 @@ class TRPO(OnPolicyAlgorithm):
     def _fisher_vector_product(
         self, actor_critic: ActorCritic, rollout: RolloutSamples, parameters: list[nn.Parameter]
     ) -> Callable[[th.Tensor], th.Tensor]:
-        observations = obs_rows(rollout.observations, slice(None, None, self.fvp_subsampling))
-        n_rows = len(range(0, len(rollout.advantages), self.fvp_subsampling))
+        observations = obs_rows(rollout.observations, slice(None, None, self.sub_sampling_factor))
+        n_rows = len(range(0, len(rollout.advantages), self.sub_sampling_factor))
         chunks = list(self._chunks(n_rows))
         damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
         family = cast(Family, actor_critic.family)
@@ -366,24 +418,35 @@ class TRPO(OnPolicyAlgorithm):
             damping=damping,
         )
 
-    def _objective_and_kl(self, actor_critic: ActorCritic, rollout: RolloutSamples) -> tuple[th.Tensor, th.Tensor]:
-        """Mean objective and mean KL(old || new) by the present parameters, put back within their bounds first."""
+    def _objective_and_kls(
+        self, actor_critic: ActorCritic, rollout: RolloutSamples
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Mean objective, KL(old || new) and KL(new || old) by the present parameters, put back within their bounds first.
+        """
         self._project()
         family = cast(Family, actor_critic.family)
         n_samples = len(rollout.advantages)
-        objective = kl = th.zeros((), device=rollout.advantages.device)
+        objective = kl = reverse_kl = th.zeros((), device=rollout.advantages.device)
         for rows in self._chunks(n_samples):
             actor = actor_critic.evaluate_actor(obs_rows(rollout.observations, rows), rollout.actions[rows])
             objectives = self._objective(actor, rollout.old_log_prob[rows], rollout.advantages[rows])
             objective = objective + objectives.sum()
             kl = kl + family.kl(rollout.old_params[rows], actor.params).sum()
-        return objective / n_samples, kl / n_samples
+            reverse_kl = reverse_kl + family.kl(actor.params, rollout.old_params[rows]).sum()
+        return objective / n_samples, kl / n_samples, reverse_kl / n_samples
 
     def _log_update(self, step: PolicyStep) -> None:
+        accepted = step.status == "accepted"
+        if self.verbose >= 1 and step.status in ("constraint", "improvement"):  # of the others there is a warning
+            print(f"TRPO left the policy as it was in this update: the line search failed by the {step.status}")
         record = self.logger.record
-        record("train/step_status", step.status, exclude="tensorboard")
-        record("train/is_line_search_success", float(step.status == "accepted"))
-        record("train/policy_objective", step.objective)
+        # The next three are what sb3-contrib logs. Its KL divergence is KL(new || old), and a mean over the dimensions
+        # of an action too, except for MultiDiscrete.
+        is_mean = not isinstance(self.action_space, spaces.MultiDiscrete)
+        record("train/policy_objective", step.objective + (step.actual_improvement if accepted else 0.0))
+        record("train/kl_divergence_loss", step.reverse_kl / (n_action_dims(self.action_space) if is_mean else 1))
+        record("train/is_line_search_success", float(accepted))
         record("train/predicted_improvement", step.predicted_improvement)
         record("train/actual_improvement", step.actual_improvement)
         record("train/kl", step.kl)
@@ -393,11 +456,17 @@ class TRPO(OnPolicyAlgorithm):
         record("train/cg_steps", step.cg_steps)
         record("train/cg_residual", step.cg_residual)
         record("train/cg_damping", self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION))
-        buffer = self.rollout_buffer
+        buffer = cast(RolloutBuffer, self.rollout_buffer)
+        record("train/entropy_loss", self._entropy_loss(buffer.flat()))
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         if hasattr(self.policy, "log_std"):
             record("train/std", self.policy.log_std.detach().exp().mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _entropy_loss(self, rollout: RolloutSamples) -> float:
+        """Minus the mean entropy of the policy that collected a rollout; by its actions if there is no formula."""
+        entropy = cast(Family, self._family).entropy(rollout.old_params)
+        return (rollout.old_log_prob if entropy is None else -entropy).mean().item()
 
     def learn(
         self,

@@ -1,9 +1,25 @@
 """What all tests share."""
 
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch as th
+from torch import fx
+
+from sb3_ppo_ext.common import compiled as compiling
 
 th.set_num_threads(1)  # small networks run fastest on one thread, and sums then always add in one order
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder a run for what is compiled, which pytest-xdist's workers share: no run rests on an earlier one."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -12,3 +28,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Programs run as they were traced, one operation after the other, in the forms only that machine code would be for.
+
+    For what does not depend on the machine code: to make it takes seconds a program.
+    """
+
+    def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> compiling.Run:
+        forms = [(x.dtype, x.stride(), x.shape[1 if v else 0 :]) for x, v in zip(inputs, varies, strict=True)]
+
+        @th.no_grad()
+        def run(inputs: list[th.Tensor]) -> list[th.Tensor]:
+            assert forms == [
+                (x.dtype, x.stride(), x.shape[1 if v else 0 :]) for x, v in zip(inputs, varies, strict=True)
+            ]
+            return list(graph(*inputs))
+
+        return run
+
+    monkeypatch.setattr(compiling, "_machine_code", run_as_traced)

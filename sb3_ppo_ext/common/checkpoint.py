@@ -16,10 +16,11 @@ sum the same 1,000,000 in every start, and with it the remaining progress that a
 
 The resumed run equals the uninterrupted one, to the bit, if the environments give their state: by two methods,
 ``state_dict()`` (what ``step`` depends on, in any form that can be pickled) and ``load_state_dict(state)``. The
-generator ``np_random``, the count of :class:`gymnasium.wrappers.TimeLimit` and the rewards of SB3's ``Monitor`` need
-not be in it. A wrapper of another kind that remembers something has the two methods itself, and calls those of what it
-wraps. Environments without the methods are reset, and draw on from the same random numbers. (One exception: gSDE with
-a rollout buffer of the user's own, which SB3's way of collecting gives other noise in the first rollout.)
+generator ``np_random`` and what SB3's ``Monitor`` and gymnasium's ``TimeLimit``, ``FrameStackObservation``,
+``NormalizeObservation`` and ``NormalizeReward`` remember need not be in it. A wrapper of another kind that remembers
+something has the two methods itself, and calls those of what it wraps. Environments without the methods are reset, and
+draw on from the same random numbers. (One exception: gSDE with a rollout buffer of the user's own, which SB3's way of
+collecting gives other noise in the first rollout.)
 
 Callbacks are the caller's: what they count and what they found best so far (``EvalCallback.best_mean_reward``, the
 patience of ``StopTrainingOnNoModelImprovement``) begins anew with each start, as it does in SB3.
@@ -31,7 +32,6 @@ Loading a model or resuming from it runs code that the file may contain; :func:`
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import pickle
@@ -39,10 +39,8 @@ import random
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -50,25 +48,18 @@ from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from torch import nn
 
+from sb3_ppo_ext.common.env_state import check_env, env_state, set_env_state
+from sb3_ppo_ext.common.files import WEIGHTS, ReadableFile, damage_of, save_whole, write_whole
+from sb3_ppo_ext.common.interchange import ALGORITHM, check_origin, mark_of, name_of
 from sb3_ppo_ext.common.validation import check_int
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
-_WEIGHTS = "policy.pth"
 _TRAINING_STATE = "training_state.pkl"
 _VEC_NORMALIZE = "vecnormalize.pkl"
-
-# What TimeLimit and Monitor remember from one step to the next. They are asked for by name: rl_zoo3 puts a class of its
-# own in TimeLimit's place, which a worker process need not know.
-_ENV_ATTRIBUTES = ("_elapsed_steps", "rewards")
-_VEC_WRAPPERS: dict[type[VecEnvWrapper], tuple[str, ...]] = {
-    VecNormalize: ("obs_rms", "ret_rms", "returns", "old_obs", "old_reward"),
-    VecFrameStack: ("stacked_obs",),
-    VecMonitor: ("episode_returns", "episode_lengths"),
-}
 
 
 class SafeCheckpointCallback(BaseCallback):
@@ -112,8 +103,6 @@ class SafeCheckpointCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.save_path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.save_path.glob(f"{glob.escape(self.name_prefix)}_*_steps.zip.tmp"):
-            leftover.unlink()  # of a process that was killed while it wrote
         for steps, path in _checkpoints(self.save_path, self.name_prefix):
             if steps > self.model.num_timesteps and _defect(path) is None:
                 raise ValueError(
@@ -141,7 +130,7 @@ class SafeCheckpointCallback(BaseCallback):
         path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps.zip"
         content = _checkpoint_bytes(self.model)
         try:
-            _write_whole(path, content)
+            write_whole(path, content)
             self._remove_old()
         except OSError as error:
             warnings.warn(
@@ -164,17 +153,18 @@ class SafeCheckpointCallback(BaseCallback):
 
 def save_checkpoint(model: BaseAlgorithm, path: str | os.PathLike[str]) -> None:
     """
-    Write a checkpoint by hand, whole or not at all; what was at ``path`` stays until the new one takes its place.
+    Write a checkpoint by hand, whole or not at all; what was at ``path`` stays until the new one takes its place. The
+    file gets the name that ``save`` would give it.
 
     Between two calls of ``learn`` it holds all that training depends on. In the middle of a rollout it does not: the
     part that was collected is not saved.
 
     :param model: to save, with its environment
-    :param path: of the file
+    :param path: of the file; ``.zip`` is added where it has no suffix
     :raises OSError: if it cannot be written
     :raises ValueError: if the model has no environment
     """
-    _write_whole(Path(path), _checkpoint_bytes(model))
+    save_whole(path, _checkpoint_bytes(model))
 
 
 def latest_checkpoint(save_path: str | os.PathLike[str], name_prefix: str = "rl_model") -> Path | None:
@@ -209,31 +199,37 @@ def resume(
     the whole training. Nothing that draws random numbers should come in between.
 
     :param algo_class: of the model
-    :param path: of the checkpoint
-    :param env: built as it was built for the training, as many environments in the same wrappers; or the id of a
-        registered one
+    :param path: of the checkpoint; ``.zip`` may be left out
+    :param env: built as it was built for the training, as many environments in the same wrappers, set as they were; or
+        the id of a registered one
     :param device: "cpu", "cuda" or "auto"
     :param custom_objects: attributes to put in place of those in the file, by name
     :return: the model
-    :raises ValueError: if the file cannot be read, is damaged or no checkpoint, or if ``env`` is not what the training
-        had
+    :raises ValueError: if the file cannot be read, is damaged, no checkpoint or of another algorithm, or if ``env`` is
+        not what the training had
     """
-    path = Path(path)
-    defect = _defect(path)
-    if defect is not None:
-        raise ValueError(f"{path} cannot be resumed: {defect}")
-    with zipfile.ZipFile(path) as archive:
-        state = pickle.loads(archive.read(_TRAINING_STATE))
-    # Without the environment, or load() would seed it.
-    model = algo_class.load(path, device=device, custom_objects=custom_objects)
-    env = maybe_make_env(env, model.verbose)
-    model.set_env(env, force_reset=state["env"]["states"] is None)
-    vec_env = model.get_env()
-    assert vec_env is not None
     try:
-        _set_env_state(vec_env, state["env"])
+        file = open_path(Path(path), "r", suffix="zip")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be resumed: {error}") from error
+    with file:  # all is read from one: another may take its place meanwhile
+        defect = _defect(file)
+        if defect is not None:
+            raise ValueError(f"{path} cannot be resumed: {defect}")
+        mark = mark_of(file)
+        if mark is not None and not hasattr(algo_class, "_reads"):  # SB3's and sb3-contrib's load() takes any
+            check_origin(mark, algo_class, (), path)
+        with zipfile.ZipFile(file) as archive:
+            state = pickle.loads(archive.read(_TRAINING_STATE))
+        # Without the environment, or load() would seed it.
+        model = algo_class.load(file, device=device, custom_objects=custom_objects)
+    vec_env = model._wrap_env(maybe_make_env(env, model.verbose), model.verbose)
+    try:
+        check_env(vec_env, state["env"])
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed with this environment: {error}") from None
+    model.set_env(vec_env, force_reset=state["env"]["states"] is None)
+    set_env_state(vec_env, state["env"])
     _set_random_state(model, state["random"])
     return model
 
@@ -250,11 +246,11 @@ def load_vec_normalize(path: str | os.PathLike[str], venv: VecEnv) -> VecNormali
     :raises OSError: if the file cannot be read
     :raises ValueError: if it is damaged, or if its statistics do not fit the environments
     """
-    if _has_vec_normalize(venv):
+    if unwrap_vec_normalize(venv) is not None:
         raise ValueError("venv is not allowed: it is in a VecNormalize already, and would be normalised twice")
     path = Path(path)
     with open_path(path, "r", suffix="zip") as file:
-        damage = _damage(file)
+        damage = damage_of(file)
         if damage is not None:
             raise ValueError(f"{path} has no VecNormalize that can be read: {damage}")
         with zipfile.ZipFile(file) as archive:
@@ -285,13 +281,13 @@ def load_weights(path: str | os.PathLike[str], policy: nn.Module) -> None:
     with open_path(path, "r", suffix="zip") as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                content = io.BytesIO(archive.read(_WEIGHTS))
+                content = io.BytesIO(archive.read(WEIGHTS))
             weights = th.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged or a malicious file leads to
             raise ValueError(f"{path} has no weights that can be read: {error}") from error
     present = policy.state_dict()
     if not isinstance(weights, dict):
-        raise ValueError(f"{path} has no weights that can be read: {_WEIGHTS} holds a {type(weights).__name__}")
+        raise ValueError(f"{path} has no weights that can be read: {WEIGHTS} holds a {type(weights).__name__}")
     differing = sorted(
         name
         for name in present.keys() | weights.keys()
@@ -311,109 +307,32 @@ def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-@contextmanager
-def loadable(path: str | Path | io.BufferedIOBase) -> Iterator[None]:
-    """
-    Around what loads a model: where that fails, and the file is the reason, an error that says so.
-
-    :param path: of the file, or an open file, as ``load`` takes it
-    :raises ValueError: if the file is truncated, damaged or no model
-    """
-    try:
-        yield
-    except Exception as error:  # whatever a damaged file leads to
-        file = open_path(path, "r", suffix="zip")  # one that cannot be opened is an OSError that says all
-        damage = _damage(file)
-        if file is not path:
-            file.close()
-        if damage is None:
-            raise
-        raise ValueError(f"{path} cannot be loaded: {damage}") from error
-
-
-def _defect(path: Path) -> str | None:
+def _defect(file: Path | ReadableFile) -> str | None:
     """What keeps a file from being resumed; None if it is a whole checkpoint. Its whole content is checked."""
-    damage = _damage(path)
+    damage = damage_of(file)
     if damage is not None:
         return damage
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         is_checkpoint = _TRAINING_STATE in archive.namelist()
     return None if is_checkpoint else f"it is a model without {_TRAINING_STATE}, not a checkpoint"
 
 
-def _damage(file: Path | IO[bytes]) -> str | None:
-    """What keeps a file from being read as a model; None if it is whole."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-            archive.getinfo("data")  # the end of a truncated file may pass for an archive
-            archive.getinfo(_WEIGHTS)
-    except Exception as error:  # a flipped bit may lead to any
-        return f"it cannot be read, or is truncated or damaged ({error})"
-    return None if damaged is None else f"it is damaged (in its member {damaged})"
-
-
 def _checkpoint_bytes(model: BaseAlgorithm) -> memoryview:
-    """The file, in memory: so an error of the disk is met in :func:`_write_whole` alone."""
+    """The file, in memory: so an error of the disk is met in :func:`write_whole` alone."""
     env = model.get_env()
     if env is None:
         raise ValueError("the model has no environment: give it one with set_env()")
-    state = {"env": _env_state(env, in_episode=model._last_obs is not None), "random": _random_state(model)}
+    state = {"env": env_state(env, in_episode=model._last_obs is not None), "random": _random_state(model)}
     buffer = io.BytesIO()
     model.save(buffer)
     with zipfile.ZipFile(buffer, "a") as archive:
+        if ALGORITHM not in archive.namelist():  # SB3's and sb3-contrib's save() writes none
+            archive.writestr(ALGORITHM, name_of(type(model)))
         archive.writestr(_TRAINING_STATE, pickle.dumps(state))
         vec_normalize = model.get_vec_normalize_env()
         if vec_normalize is not None:
             archive.writestr(_VEC_NORMALIZE, pickle.dumps(vec_normalize))
     return buffer.getbuffer()
-
-
-def save_whole(path: str | Path, write: Callable[[io.BytesIO], None]) -> None:
-    """
-    A model file, whole or not at all, under the name that SB3's ``save`` gives it: with ``.zip`` where there is no
-    suffix, ``_2`` behind that of a folder, in a folder that is made if it is not there.
-
-    :param path: of the file
-    :param write: writes the content
-    :raises OSError: if it cannot be written
-    """
-    content = io.BytesIO()
-    write(content)
-    path = Path(path)
-    while True:
-        if not path.suffix:
-            path = path.with_name(f"{path.name}.zip")
-        if not path.is_dir():
-            break
-        warnings.warn(f"Path {str(path)!r} is a folder. Will save instead to {path}_2", stacklevel=3)
-        path = path.with_name(f"{path.name}_2")
-    if not path.parent.exists():
-        warnings.warn(f"Path {str(path.parent)!r} does not exist. Will create it.", stacklevel=3)
-        path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path.resolve(), content.getbuffer())  # a link stays one
-
-
-def _write_whole(path: Path, content: memoryview) -> None:
-    """
-    Write a file that is never seen in part, be the process killed or the power lost: it is on the disk before it gets
-    its name, and what had that name before is there until then.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _random_state(model: BaseAlgorithm) -> dict[str, Any]:
@@ -433,69 +352,3 @@ def _set_random_state(model: BaseAlgorithm, state: dict[str, Any]) -> None:
     for device, cuda_state in enumerate(state["cuda"][: th.cuda.device_count()]):
         th.cuda.set_rng_state(cuda_state, device)
     model.action_space.np_random.bit_generator.state = state["action_space"]
-
-
-def _vec_wrappers(env: VecEnv) -> list[tuple[VecEnvWrapper, str, tuple[str, ...]]]:
-    """The wrappers of a vector of environments that remember something, their names, and what they remember."""
-    result = []
-    while isinstance(env, VecEnvWrapper):
-        for wrapper_class, names in _VEC_WRAPPERS.items():
-            if isinstance(env, wrapper_class):
-                present = tuple(name for name in names if name in vars(env))
-                result.append((env, wrapper_class.__name__, present))
-        env = env.venv
-    return result
-
-
-def _has_vec_normalize(env: VecEnv) -> bool:
-    return any(isinstance(wrapper, VecNormalize) for wrapper, _, _ in _vec_wrappers(env))
-
-
-def _has(env: VecEnv, name: str) -> bool:
-    """Whether all environments have an attribute. Not every vector of environments can tell."""
-    try:
-        return env.has_attr(name)
-    except NotImplementedError:
-        return False
-
-
-def _env_state(env: VecEnv, *, in_episode: bool) -> dict[str, Any]:
-    """
-    What the environments and their wrappers remember.
-
-    :param env: the training environment
-    :param in_episode: whether the next step continues an episode; else the environments will be reset first
-    """
-    attributes = ["np_random"] if _has(env, "np_random") else []
-    states = None
-    if in_episode and _has(env, "state_dict"):
-        states = env.env_method("state_dict")
-        attributes += [name for name in _ENV_ATTRIBUTES if _has(env, name)]
-    return {
-        "attributes": {name: env.get_attr(name) for name in attributes},
-        "states": states,
-        "wrappers": [
-            (class_name, {name: getattr(wrapper, name) for name in names})
-            for wrapper, class_name, names in _vec_wrappers(env)
-        ],
-    }
-
-
-def _set_env_state(env: VecEnv, state: dict[str, Any]) -> None:
-    saved = [class_name for class_name, _ in state["wrappers"]]
-    given = [class_name for _, class_name, _ in _vec_wrappers(env)]
-    if saved != given:
-        raise ValueError(f"of the wrappers with a memory it was trained in {saved}, and this one is in {given}")
-    if state["states"] is not None:
-        if not _has(env, "load_state_dict"):
-            raise ValueError("the state of the environments was saved, and these have no load_state_dict()")
-        env.reset()  # most wrappers want to see that before the first step
-        for index, env_state in enumerate(state["states"]):
-            env.env_method("load_state_dict", env_state, indices=index)
-    env.unwrapped._reset_seeds()  # or a seed given before would replace the generators at the next reset
-    for name, values in state["attributes"].items():
-        for index, value in enumerate(values):
-            env.env_method("set_wrapper_attr", name, value, indices=index)
-    for (wrapper, _, _), (_, attributes) in zip(_vec_wrappers(env), state["wrappers"], strict=True):
-        for name, value in attributes.items():
-            setattr(wrapper, name, value)

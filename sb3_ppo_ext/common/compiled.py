@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import fx, nn
 from torch.func import functional_call
@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic, Evaluation, Kept, n_rows
+from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Evaluation, Kept, n_rows
 from sb3_ppo_ext.common.buffers import RolloutSamples, obs_rows, take
 from sb3_ppo_ext.common.flat_adam import FlatAdam, pieces
 from sb3_ppo_ext.common.live import LiveView, has_changed, is_number, noted_by
@@ -48,29 +48,28 @@ Run = Callable[[list[th.Tensor]], list[th.Tensor]]
 """A compiled program: flat tensors in, flat tensors out; it may write into what it is given."""
 
 
-def check_can_compile(policy: BasePolicy, optimizer: th.optim.Optimizer) -> None:
+def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) -> None:
     """
-    :param policy: to be updated
+    :param actor_critic: the policy that is to be updated
     :param optimizer: of its parameters
     :raises ValueError: if ``torch_compile=True`` cannot be had of these, saying what to change
     """
-    refusal = DirectActorCritic.refusal(policy)
-    if refusal is not None:
+    policy = actor_critic.policy
+    if not isinstance(actor_critic, DirectActorCritic):
         raise ValueError(
-            f"{_REFUSED} with policy={type(policy).__name__}: it {refusal}; use one of Stable-Baselines3's policies as "
-            "it is, or torch_compile=False"
+            f"{_REFUSED} with policy={type(policy).__name__}: it {DirectActorCritic.refusal(policy)}; use one of "
+            "Stable-Baselines3's policies as it is, or torch_compile=False"
         )
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
         raise ValueError(
             f"{_REFUSED} with batch normalisation, whose running statistics a compiled step cannot change; use "
             "nn.LayerNorm or nn.GroupNorm, or torch_compile=False"
         )
-    assert isinstance(policy, ActorCriticPolicy)
-    reason = impurity(policy)
-    if reason is not None:
+    if not actor_critic.is_pure:
         raise ValueError(
-            f"{_REFUSED} with policy={type(policy).__name__}: {reason}, and a program would do once what it does at "
-            "each call. If the module is pure, say so by its attribute is_pure = True; otherwise torch_compile=False"
+            f"{_REFUSED} with policy={type(policy).__name__}: {impurity(policy)}, and a program would do once what it "
+            "does at each call. If the module is pure, say so by its attribute is_pure = True; otherwise "
+            "torch_compile=False"
         )
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters()):
         raise ValueError(

@@ -212,8 +212,32 @@ class SquashedGaussian(Gaussian):
         return None
 
 
+class _Discrete(Family):
+    """
+    Independent variables of finitely many choices each. A logit of minus infinity forbids a choice: its probability and
+    its gradient are exactly 0, and it adds nothing to the entropy (0 log 0 = 0). The KL divergence is infinite where
+    ``other`` forbids what ``params`` allow.
+    """
+
+    @abstractmethod
+    def _log_probs(self, params: th.Tensor) -> th.Tensor:
+        """Log-probabilities of all choices of all variables, one row a distribution."""
+
+    def entropy(self, params: th.Tensor) -> th.Tensor | None:
+        log_probs = self._log_probs(params)
+        # 0 times the smallest number is 0 and 0 times infinity is NaN, in the gradient too.
+        return -(log_probs.exp() * log_probs.clamp(min=th.finfo(log_probs.dtype).min)).sum(dim=1)
+
+    def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
+        log_probs = self._log_probs(params)
+        probs = log_probs.exp()
+        # Filled before the product: filled afterwards, the gradient would be 0 times infinity.
+        log_ratios = (log_probs - self._log_probs(other)).masked_fill(probs == 0.0, 0.0)
+        return (probs * log_ratios).sum(dim=1)
+
+
 @dataclass(frozen=True)
-class Categorical(Family):
+class Categorical(_Discrete):
     """
     Independent categorical variables (a single one for ``Discrete``); ``params`` are the logits of all of them, one
     after the other, not normalised.
@@ -265,14 +289,6 @@ class Categorical(Family):
         ]
         return th.cat(chosen, dim=1).sum(dim=1)
 
-    def entropy(self, params: th.Tensor) -> th.Tensor | None:
-        log_probs = self._log_probs(params)
-        return -(log_probs.exp() * log_probs).sum(dim=1)
-
-    def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
-        log_probs = self._log_probs(params)
-        return (log_probs.exp() * (log_probs - self._log_probs(other))).sum(dim=1)
-
     def fisher(self, params: th.Tensor, tangent: th.Tensor) -> th.Tensor:
         products = []
         for logits, u in zip(self._split(params), self._split(tangent), strict=True):
@@ -282,9 +298,9 @@ class Categorical(Family):
 
 
 @dataclass(frozen=True)
-class Bernoulli(Family):
+class Bernoulli(_Discrete):
     """
-    Independent binary variables; ``params`` are the logits of a one.
+    Independent binary variables; ``params`` are the logits of a one: plus infinity forbids the zero.
 
     :param dim: number of binary variables
     """
@@ -308,14 +324,11 @@ class Bernoulli(Family):
     def mode(self, params: th.Tensor) -> th.Tensor:
         return params.sigmoid().round()
 
+    def _log_probs(self, params: th.Tensor) -> th.Tensor:
+        return F.logsigmoid(th.cat((params, -params), dim=1))  # of the ones, then of the zeros
+
     def log_prob(self, params: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        return (actions * params - F.softplus(params)).sum(dim=1)
-
-    def entropy(self, params: th.Tensor) -> th.Tensor | None:
-        return (F.softplus(params) - params.sigmoid() * params).sum(dim=1)
-
-    def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
-        return (params.sigmoid() * (params - other) + F.softplus(other) - F.softplus(params)).sum(dim=1)
+        return F.logsigmoid(params * (2.0 * actions - 1.0)).sum(dim=1)
 
     def fisher(self, params: th.Tensor, tangent: th.Tensor) -> th.Tensor:
         probs = params.sigmoid()

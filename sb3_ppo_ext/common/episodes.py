@@ -27,8 +27,8 @@ class EpisodeBuffer(RolloutBuffer):
     A rollout buffer that grows until it is told to :meth:`close`. Takes the arguments of SB3's; ``buffer_size`` is
     where it starts.
 
-    An environment that is done with its episodes steps on until the last one is; :meth:`flat` and :meth:`get` leave
-    those steps out.
+    An environment may begin in the middle of an episode, and when it is done with its episodes it steps on until the
+    last one is; :meth:`flat` and :meth:`get` leave those steps out.
     """
 
     def add_observation(self, obs: Any, episode_start: np.ndarray) -> None:
@@ -40,15 +40,17 @@ class EpisodeBuffer(RolloutBuffer):
         """
         End the rollout: the buffer is full, and as long as what it holds.
 
-        :param episodes_per_env: complete episodes of each environment; what follows them does not count
+        :param episodes_per_env: complete episodes of each environment, from the first that begins in the rollout on;
+            what precedes and what follows them does not count
         """
         self._resize(self.pos)
         self.full = True
-        episode = np.cumsum(self.episode_starts, axis=0).astype(np.int64) - 1  # its number within the environment
+        # Its number within the environment; -1 of the one that had begun before.
+        episode = np.cumsum(self.episode_starts, axis=0).astype(np.int64) - 1
         now = np.arange(self.buffer_size)[:, None]
         started = np.maximum.accumulate(np.where(self.episode_starts > 0, now, 0), axis=0)
         numbers = episode + episodes_per_env * np.arange(self.n_envs)
-        self._counts = self._to_flat(episode < episodes_per_env).flatten()
+        self._counts = self._to_flat((episode >= 0) & (episode < episodes_per_env)).flatten()
         self._index = EpisodeIndex(
             self._to_flat(numbers).flatten()[self._counts], self._to_flat(now - started).flatten()[self._counts]
         )

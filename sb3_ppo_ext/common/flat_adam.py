@@ -15,9 +15,9 @@ class FlatAdam:
     tensor, or several where its parameters have made different numbers of steps.
 
     From construction to :meth:`restore` the parameters are views of :attr:`parameters`, and backward passes add to
-    their gradients in place; :attr:`adam` makes the steps. Then they have their own memory again, with the gradient of
-    the last step, and the optimiser has the moments. Convolution weights lie channels last, which is what the CPU's
-    convolutions compute with.
+    their gradients in place; :attr:`adam` makes the steps. Then they have their own memory again, and the optimiser has
+    the moments; the gradients of the last step stay where they are. Convolution weights lie channels last, which is
+    what the CPU's convolutions compute with.
 
     :param optimizer: as :meth:`supports` wants it; it is left alone until :meth:`restore`
     :param parameters: what is to be updated, among the optimiser's
@@ -96,14 +96,15 @@ class FlatAdam:
         """Give the parameters their own memory back, and the moments to the optimiser."""
         own = iter(self._own)
         with th.no_grad():
-            for flat, members in zip(self.parameters, self.members, strict=True):
-                assert flat.grad is not None
+            for flat, members, count in zip(self.parameters, self.members, self.steps, strict=True):
                 state = self.adam.state[flat]
                 shapes = [p.shape for p in members]
-                of_members = (pieces(x, shapes) for x in (state["exp_avg"], state["exp_avg_sq"], flat.grad))
-                for p, exp_avg, exp_avg_sq, grad in zip(members, *of_members, strict=True):
+                moments = (pieces(state[name], shapes) for name in ("exp_avg", "exp_avg_sq"))
+                has_made_steps = state["step"].item() != count
+                for p, exp_avg, exp_avg_sq in zip(members, *moments, strict=True):
                     p.data = next(own).copy_(p.data)
-                    p.grad = th.empty_like(p).copy_(grad)
+                    if not has_made_steps:
+                        continue
                     self._optimizer.state[p] = {
                         "step": state["step"].clone(),
                         "exp_avg": th.empty_like(p).copy_(exp_avg),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -19,6 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as SB3OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -26,7 +29,6 @@ from torch import nn
 
 from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Evaluation, Kept, SB3ActorCritic
 from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
-from sb3_ppo_ext.common.checkpoint import loadable, save_whole
 from sb3_ppo_ext.common.compiled import (
     CompiledActor,
     CompiledEvaluation,
@@ -38,6 +40,8 @@ from sb3_ppo_ext.common.compiled import (
 )
 from sb3_ppo_ext.common.dimensions import n_action_dims
 from sb3_ppo_ext.common.distributions import Family, family_of_policy, params_of
+from sb3_ppo_ext.common.files import opened, save_whole
+from sb3_ppo_ext.common.interchange import ALGORITHM, attributes_of, check_origin, name_of, origin_of, why_missing
 from sb3_ppo_ext.common.mishaps import (
     explained,
     raise_if_misshapen,
@@ -45,12 +49,12 @@ from sb3_ppo_ext.common.mishaps import (
 )
 from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
 from sb3_ppo_ext.common.parameter_watch import ParameterWatch
-from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
-from sb3_ppo_ext.common.problem import check_spaces
+from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy, check_policy_class, keywords_of
+from sb3_ppo_ext.common.problem import check_env, check_no_masks, check_spaces, fitting_policies
 from sb3_ppo_ext.common.purity import impurity
 from sb3_ppo_ext.common.timeouts import Timeouts
 from sb3_ppo_ext.common.validation import (
-    as_number_or_schedule,
+    ArgumentError,
     as_schedule,
     check_bool,
     check_device,
@@ -58,6 +62,8 @@ from sb3_ppo_ext.common.validation import (
     check_one_of,
     check_output,
     check_real,
+    did_you_mean,
+    value_at,
 )
 
 if TYPE_CHECKING:
@@ -94,8 +100,18 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
 
-    ent_coef: float | Schedule  # type: ignore[assignment]
+    learning_rate: float | str | Schedule  # type: ignore[assignment]
+    ent_coef: float | str | Schedule  # type: ignore[assignment]
     torch_compile: bool = False
+
+    # Other algorithms whose files are loaded, by the names that are imported.
+    _reads: ClassVar[tuple[str, ...]] = ()
+
+    # Arguments that may be None here, and may not in SB3's or sb3-contrib's algorithm that takes them.
+    _none_is_default: ClassVar[tuple[str, ...]] = ()
+
+    # What an attribute is called in other algorithms' files, or was called in earlier ones, and what it is called.
+    _other_names: ClassVar[dict[str, str]] = {}
 
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
     _needs_old_params: ClassVar[bool] = False
@@ -118,7 +134,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_device(device)
         if env is not None:
             env = maybe_make_env(env, verbose)
-            if isinstance(env, (gym.Env, VecEnv)):  # SB3 adapts or refuses what is neither
+            check_env(env)
+            if isinstance(env, (gym.Env, VecEnv)):  # SB3 adapts an environment of OpenAI Gym
                 check_spaces(env, use_sde=use_sde)
         super().__init__(
             policy,  # type: ignore[arg-type]
@@ -129,20 +146,27 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             device=device,
             **kwargs,
         )
+        if self.env is not None:
+            check_no_masks(self.env)
+        if "cuda" in str(device) and self.device.type != "cuda":
+            warnings.warn(f"device={str(device)!r}: torch finds no CUDA here, so the CPU is used", stacklevel=2)
 
     def _validate(self) -> None:
         """
-        Check the hyper-parameters, and turn what may be a schedule into one. Called before anything is built, for a
-        new model and for one that is loaded.
+        Check the hyper-parameters. Called before anything is built, for a new model and for one that is loaded.
+
+        An attribute keeps what the user gave, be it a number, a function or the RL Zoo's string; :meth:`_at_present`
+        reads it. Only the learning rate has a schedule beside it, ``lr_schedule``, and only the clip ranges become
+        schedules themselves, because SB3 has it so.
 
         :raises ValueError: naming the argument, its value and what is allowed
         """
         # The RL Zoo loads a trained agent with a learning rate of 0.
-        self.learning_rate = as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
+        as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
         check_int("n_steps", self.n_steps, minimum=1)
         check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
         check_real("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0)
-        self.ent_coef = as_number_or_schedule("ent_coef", self.ent_coef)
+        as_schedule("ent_coef", self.ent_coef, may_be_zero=True)
         check_bool("use_sde", self.use_sde)
         check_bool("torch_compile", self.torch_compile)
         check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
@@ -153,7 +177,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         serves = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
         if self._needs_old_params and not serves:
             name = getattr(buffer_class, "__name__", repr(buffer_class))
-            raise ValueError(
+            raise ArgumentError(
                 f"rollout_buffer_class={name} is not allowed: {type(self).__name__} keeps the parameters of the action "
                 "distributions in the buffer, which must be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer"
             )
@@ -170,7 +194,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             return
         n_samples = self.n_steps * self.n_envs
         if normalize_advantage and n_samples < 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"n_steps={self.n_steps} with {self.n_envs} environment(s) is not allowed: the advantages of a "
                 "rollout of one sample cannot be normalised; n_steps * n_envs must be at least 2"
             )
@@ -184,16 +208,15 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         if not hasattr(self, "observation_space"):  # what a loaded model has from its file
-            raise ValueError("env=None is not allowed: it must be an environment, a vector of them, or the id of one")
+            raise ArgumentError(
+                "env=None is not allowed: it must be an environment, a vector of them, or the id of one"
+            )
         if self.rollout_buffer_class in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
             self.rollout_buffer_class = buffer_class_for(self.observation_space)  # which derives from SB3's
         self._validate()
         self._build()
         self._check_family()
         self._compiled = Programs()
-        if self.torch_compile:
-            check_can_compile(self.policy, self.policy.optimizer)
-            check_compiler(self.device)
         self._has_said_why_slow = False
         self._policy_changes_in_rollouts = False
         buffer = self.rollout_buffer
@@ -204,28 +227,75 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_one_of("policy", policy_name, list(self.policy_aliases))
         return super()._get_policy_from_name(policy_name)
 
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
+
     def _build(self) -> None:
         """
-        Make the rollout buffer and the policy, SB3's or the user's.
+        As SB3's ``_setup_model``, piece by piece, so that an error is put down to the piece that it comes from.
 
-        :raises ValueError: if one of them refuses its arguments, whatever it says it by: SB3 asserts, or stumbles
+        :raises ArgumentError: if one of them refuses its arguments, whatever it says it by: SB3 asserts, or stumbles
         """
-        previous_buffer = vars(self).get("rollout_buffer")
+        self._setup_lr_schedule()
         try:
-            super()._setup_model()
+            self.set_random_seed(self.seed)
+        except (AttributeError, NotImplementedError) as error:
+            raise ArgumentError(
+                f"seed={self.seed!r} is not allowed with this vector of environments, {_name(type(self.env))}: its "
+                f"seed() does not work ({type(error).__name__}: {error}); it must be None, or seed() must work"
+            ) from error
+
+        buffer_class, buffer_kwargs = cast(Any, self.rollout_buffer_class), self.rollout_buffer_kwargs
+        with self._refusal(
+            f"rollout_buffer_class={_name(buffer_class)} with rollout_buffer_kwargs={buffer_kwargs!r}",
+            "a subclass of Stable-Baselines3's RolloutBuffer, of DictRolloutBuffer for Dict observations",
+            lambda: keywords_of(buffer_class),
+        ):
+            self.rollout_buffer = buffer_class(
+                self.n_steps,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                gamma=self.gamma,
+                gae_lambda=self.gae_lambda,
+                n_envs=self.n_envs,
+                **buffer_kwargs,
+            )
+
+        policy_class, policy_kwargs = cast(Any, self.policy_class), self.policy_kwargs
+        given = f"policy={self._policy_name()}"
+        check_policy_class(policy_class, given)
+        with self._refusal(
+            f"{given} with policy_kwargs={policy_kwargs!r}",
+            fitting_policies(self.observation_space),
+            lambda: keywords_of(policy_class, *policy_kwargs.values()),
+        ):
+            policy = policy_class(
+                self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **policy_kwargs
+            )
+            self.policy = policy.to(self.device)
+            check_policy_class(type(policy), given)  # of a function in a class's place, what it returns
+            self._maybe_recommend_cpu()
+
+    @contextmanager
+    def _refusal(self, given: str, allowed: str, keywords: Callable[[], set[str]]) -> Iterator[None]:
+        """
+        :param given: what is being built, as the user gave it
+        :param allowed: what is as a rule
+        :param keywords: gives the names of the arguments that there are
+        :raises ArgumentError: in place of an error by which a constructor shows that it cannot take its arguments
+        """
+        try:
+            yield
+        except ArgumentError:
+            raise
         except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
             if isinstance(error, (th.OutOfMemoryError, th.AcceleratorError)):
                 raise
-            if vars(self).get("rollout_buffer") is previous_buffer:
-                given = f"rollout_buffer_class={_name(self.rollout_buffer_class)}"
-                given += f" with rollout_buffer_kwargs={self.rollout_buffer_kwargs!r}"
-                allowed = "a subclass of Stable-Baselines3's RolloutBuffer, of DictRolloutBuffer for Dict observations"
-            else:
-                given = f"policy={self._policy_name()} with policy_kwargs={self.policy_kwargs!r}"
-                allowed = "MlpPolicy for vectors, CnnPolicy for images, MultiInputPolicy for Dict observations"
-            raise ValueError(
+            raise ArgumentError(
                 f"{given} is not allowed ({type(error).__name__}: {error}); it must be what takes "
                 f"observation_space={self.observation_space} and action_space={self.action_space}, such as {allowed}"
+                f"{did_you_mean(error, keywords)}"
             ) from error
 
     def _policy_name(self) -> str:
@@ -239,18 +309,22 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        As SB3, but a file is written whole or not at all: what was there before stays until then.
+        As SB3, but a file is written whole or not at all (what was there before stays until then), and names the
+        algorithm, so that no other takes it for its own.
 
         :param path: of the file, or an open file
         :param exclude: attributes to leave out, besides those that always are
         :param include: attributes to put in, of those that would be left out
         :raises OSError: if it cannot be written
         """
-        write = partial(super().save, exclude=exclude, include=include)
+        content = io.BytesIO()
+        super().save(content, exclude=exclude, include=include)
+        with zipfile.ZipFile(content, "a") as archive:
+            archive.writestr(ALGORITHM, name_of(type(self)))
         if isinstance(path, (str, Path)):
-            save_whole(path, write)
+            save_whole(path, content.getbuffer())
         else:
-            write(path)
+            open_path(path, "w").write(content.getbuffer())
 
     @classmethod
     def load(
@@ -264,7 +338,12 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> Self:
         """
-        As SB3: the model of a file, made anew.
+        As SB3: the model of a file, made anew. Nothing is checked that only learning needs.
+
+        A model of another algorithm is refused. A class and those that derive from it are one algorithm; files of SB3
+        and sb3-contrib are taken where the algorithms are of one kind: of ``PPO`` and ``A2C`` by ``DualClipPPO`` and
+        ``AdaptiveKLPPO``, which have defaults of their own for what such a file lacks, and of sb3-contrib's ``TRPO`` by
+        ``TRPO``.
 
         :param path: of the file, ``.zip`` may be left out; or an open file
         :param env: to train on in; None if it is to be watched only
@@ -275,15 +354,63 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param kwargs: attributes to change
         :return: the model
         :raises OSError: if the file cannot be read
-        :raises ValueError: if it is truncated, damaged or no model, or for an attribute that is out of range
+        :raises ValueError: if it is truncated, damaged or no model of this algorithm, or for an attribute that is out
+            of range
         """
         check_device(device)
-        with loadable(path):
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        with opened(path) as file:
+            custom_objects = custom_objects or {}
+            replaced = custom_objects.keys() | kwargs.keys()
+            origin = origin_of(file, replaced)
+            check_origin(origin, cls, cls._reads, path)
+            attributes = attributes_of(file)
+            missing = why_missing(attributes, "rollout_buffer_class")
+            if missing is not None and "rollout_buffer_class" not in replaced:  # only learning needs it
+                custom_objects = {**custom_objects, "rollout_buffer_class": None, "rollout_buffer_kwargs": {}}
+                warnings.warn(
+                    f"The rollout_buffer_class of {path} was left out ({missing}). To train on, give it again: "
+                    "load(..., custom_objects={'rollout_buffer_class': ...})",
+                    stacklevel=2,
+                )
+            adapted = cls._adapted(origin, {name: v for name, v in attributes.items() if name not in replaced})
+            for name in {"rollout_buffer_class", *cls._none_is_default} & custom_objects.keys() - attributes.keys():
+                adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
+            kwargs = adapted | kwargs
+            model = super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        for name in cls._other_names:
+            vars(model).pop(name, None)
+        return model
+
+    @classmethod
+    def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
+        """
+        What has to be put in place of the attributes in a file.
+
+        :param origin: the algorithm whose model it is
+        :param attributes: in the file, as :func:`attributes_of` gives them, without those that the user replaces
+        """
+        adapted = {name: attributes[other] for other, name in cls._other_names.items() if other in attributes}
+        buffer_class = attributes.get("rollout_buffer_class")
+        if isinstance(buffer_class, dict) and str(buffer_class.get("__module__")).startswith("sb3_contrib."):
+            adapted["rollout_buffer_class"] = None  # it is filled by an algorithm of its own
+        return adapted
+
+    def _check_compilable(self) -> None:
+        """
+        For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled.
+
+        :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
+        """
+        if self.torch_compile:
+            check_can_compile(self._actor_critic(), self.policy.optimizer)
+            check_compiler(self.device)
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
+        self._check_compilable()
+        if self.env is not None:  # set_env() may have changed it
+            check_no_masks(self.env)
         try:
             return super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         except Exception as error:
@@ -293,7 +420,17 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             raise more from error
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
+        excluded = [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
+        # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
+        excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
+        if self.rollout_buffer_class is buffer_class_for(self.observation_space):
+            excluded.append("rollout_buffer_class")
+        return excluded
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # They are read at the end of the rollout, when an environment may have written the next one into the same dict.
+        copied = [{**info, "episode": dict(info["episode"])} if "episode" in info else info for info in infos]
+        super()._update_info_buffer(copied, dones)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
@@ -312,13 +449,12 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             self.policy.project()
 
     def _at_present(self, schedule: float | str | Schedule) -> float:
-        """The value of a schedule now. A callback may have put a plain number in its place."""
-        return float(schedule(self._current_progress_remaining) if callable(schedule) else schedule)
+        """The present value of a hyper-parameter: of what the user gave, or a callback has put in its place."""
+        return value_at(schedule, self._current_progress_remaining)
 
     def _log_ent_coef(self) -> None:
-        """Log the weight of the entropy, where it changes."""
-        if callable(self.ent_coef):
-            self.logger.record("train/ent_coef", self._at_present(self.ent_coef))
+        """Log the weight of the entropy."""
+        self.logger.record("train/ent_coef", self._at_present(self.ent_coef))
 
     def _joint(self, value: float | str | Schedule | None, per_dimension: float) -> float:
         """
@@ -380,7 +516,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         actor_critic = self._actor_critic(for_update=True)
         if not self.torch_compile:
             return EagerStep(self.policy.optimizer, parameters, partial(minibatch_loss, actor_critic))
-        check_can_compile(self.policy, self.policy.optimizer)  # a user may have replaced them
+        check_can_compile(actor_critic, self.policy.optimizer)  # a user may have replaced them
         optimizer = self.policy.optimizer
         settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
         return self._compiled.get(
@@ -401,7 +537,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         # Elsewhere than on the CPU a step waits for its actions anyway.
         if not self.torch_compile or not actor_critic.is_pure or self.device.type != "cpu":
             return actor_critic.act
-        check_can_compile(self.policy, self.policy.optimizer)
         direct = cast(DirectActorCritic, actor_critic)
         actor = self._compiled.get(
             "actor", structure_of(self.policy), lambda: CompiledActor(direct, announce=self.verbose >= 1)
@@ -491,6 +626,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
                 "so by its attribute is_pure = True; if not, this is needed"
             )
+        if self.torch_compile:
+            check_can_compile(actor_critic, self.policy.optimizer)
         actor_critic.is_pure &= not self._policy_changes_in_rollouts
         watch = ParameterWatch(self.policy) if actor_critic.is_pure else None
         timeouts = Timeouts(actor_critic, rollout_buffer)

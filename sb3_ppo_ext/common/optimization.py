@@ -23,7 +23,10 @@ MinibatchLoss = Callable[[RolloutSamples, Coefficients], tuple[th.Tensor, Statis
 
 
 class NonFiniteError(ValueError):
-    """A reward, an observation, a loss or a gradient is NaN or infinite. No step was made from it."""
+    """
+    A reward, an observation, a loss or a gradient is NaN or infinite. No step was made along a gradient that is; the
+    message says whether other steps of the same update were made.
+    """
 
 
 class MinibatchStep(Protocol):
@@ -103,13 +106,9 @@ class EagerStep:
     def _make_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
         if self._may_be_flat:
             if self._flat is None:
-                assert isinstance(self._optimizer, th.optim.Adam)
-                self._flat = FlatAdam(self._optimizer, reached(loss, self._parameters))
-                self._outside = [p for p in self._parameters if p not in self._flat]
-            self._flat.zero_grad()
-            # The graph is kept for the case that it has to be asked once more, by which parameters it reaches.
-            loss.backward(inputs=self._inputs, retain_graph=True)  # type: ignore[no-untyped-call]
-            if self._flat.all_have_gradients() and all(p.grad is None for p in self._outside):
+                self._make_flat(self._parameters)
+            if self._has_flat_gradients(loss):
+                assert self._flat is not None
                 return clip_and_step(self._flat.adam, self._flat.parameters, max_grad_norm=max_grad_norm)
             self._leave_flat()
             self._may_be_flat = False
@@ -119,10 +118,36 @@ class EagerStep:
             self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
         )
 
+    def _make_flat(self, parameters: Sequence[nn.Parameter]) -> None:
+        assert isinstance(self._optimizer, th.optim.Adam)
+        self._flat = FlatAdam(self._optimizer, parameters)
+        self._outside = [p for p in self._parameters if p not in self._flat]
+        self._has_made_flat_steps = False
+
     def _leave_flat(self) -> None:
         if self._flat is not None:
             self._flat.restore()
             self._flat = None
+
+    def _has_flat_gradients(self, loss: th.Tensor) -> bool:
+        """
+        Make a backward pass into the flat gradients.
+
+        :return: whether it reached all that is flat and nothing else, so that the flat step is the step
+        """
+        assert self._flat is not None
+        self._flat.zero_grad()
+        # The graph is kept for the case that it is asked again.
+        loss.backward(inputs=self._inputs, retain_graph=True)  # type: ignore[no-untyped-call]
+        if self._flat.all_have_gradients() and not any(p.grad is not None for p in self._outside):
+            self._has_made_flat_steps = True
+            return True
+        if self._has_made_flat_steps or self._outside:
+            return False
+        self._leave_flat()  # and begin anew with what takes part
+        self._optimizer.zero_grad()
+        self._make_flat(reached(loss, self._parameters))
+        return self._has_flat_gradients(loss)
 
 
 def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -176,8 +201,9 @@ def clip_and_step(
 
 def raise_if_not_finite(history: Mapping[str, Sequence[float]]) -> None:
     """
-    :param history: statistics of an update, one number a minibatch
-    :raises NonFiniteError: naming those that are NaN or infinite, and the first minibatch
+    :param history: statistics of an update, one number a minibatch; of ``grad_norm``, one for each step that was due
+    :raises NonFiniteError: naming those that are NaN or infinite and the first minibatch, and saying how many steps
+        were made all the same
     """
     first = {
         name: next(i for i, value in enumerate(series) if not math.isfinite(value))
@@ -186,10 +212,22 @@ def raise_if_not_finite(history: Mapping[str, Sequence[float]]) -> None:
     }
     if first:
         names = ", ".join(f"{name}={history[name][i]}" for name, i in first.items())
+        due = history["grad_norm"]
+        n_made = sum(map(math.isfinite, due))
+        if n_made == 0:
+            steps = "No step of this update was made: the policy is as it was before it"
+        elif n_made == len(due):
+            steps = (
+                f"The gradients were finite: all {n_made} steps of this update were made, and the policy has changed"
+            )
+        else:
+            steps = (
+                f"The {len(due) - n_made} steps with such a gradient were not made; the other {n_made} of this update "
+                "were, and the policy has changed"
+            )
         raise NonFiniteError(
-            f"Not finite, first in minibatch {min(first.values())} of the update: {names}. Steps with such a gradient "
-            "were not made and the parameters are as they were before them. Look for NaN or infinite rewards and "
-            "observations, and for a learning rate that is too large"
+            f"Not finite, first in minibatch {min(first.values())} of the update: {names}. {steps}. Look for NaN or "
+            "infinite rewards and observations, and for a learning rate that is too large"
         )
 
 

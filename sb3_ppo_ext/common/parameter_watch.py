@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch as th
 from torch import nn
+
+_VERSION = attrgetter("_version")
 
 
 class ParameterWatch:
@@ -23,7 +26,7 @@ class ParameterWatch:
         self._version = self._present_version()
 
     def _present_version(self) -> int:
-        return sum([tensor._version for tensor in self._tensors])
+        return sum(map(_VERSION, self._tensors))
 
     def is_touched(self) -> bool:
         """Whether anything was written since the last call; costs next to nothing, and misses what ``.data`` hides."""

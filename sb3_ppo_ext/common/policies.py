@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import policies as sb3
+from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
 from sb3_ppo_ext.common.optimization import reached
-from sb3_ppo_ext.common.validation import as_schedule, check_real
+from sb3_ppo_ext.common.validation import ArgumentError, as_schedule, check_real
 
 
 class ActorCriticPolicy(sb3.ActorCriticPolicy):
@@ -38,7 +41,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         as "lin_1e-3"), or None for the main one
     :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: none
     :param kwargs: the further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
-    :raises ValueError: for an argument that is out of range or contradicts another
+    :raises ArgumentError: for an argument that is out of range or contradicts another
     """
 
     # SB3's arguments are passed on, not repeated: its classes differ in their defaults, and the next in line has them.
@@ -53,17 +56,18 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         **kwargs: Any,
     ) -> None:
         if kwargs.get("squash_output") and not kwargs.get("use_sde"):
-            raise ValueError(
+            raise ArgumentError(
                 "squash_output=True is not allowed without gSDE: it must be False, or use_sde must be True"
             )
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
-        self.critic_learning_rate = (
-            None
-            if critic_learning_rate is None
-            else as_schedule("critic_learning_rate", critic_learning_rate, may_be_zero=True)
-        )
-        if self.critic_learning_rate is not None:
-            self._split_optimizer(self.critic_learning_rate(1.0))
+        arch = self.net_arch
+        if isinstance(arch, dict) and type(self.mlp_extractor) is MlpExtractor and not arch.keys() <= {"pi", "vf"}:
+            raise ArgumentError(
+                f"net_arch={arch!r} is not allowed: its keys must be 'pi' (the actor) and 'vf' (the critic)"
+            )
+        self.critic_learning_rate = critic_learning_rate
+        if critic_learning_rate is not None:
+            self._split_optimizer(as_schedule("critic_learning_rate", critic_learning_rate, may_be_zero=True)(1.0))
         self.log_std_bounds = log_std_bounds if log_std_bounds is None else self._checked_bounds(log_std_bounds)
         self._log_std_was_bound = False
 
@@ -86,11 +90,11 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     def set_critic_learning_rate(self, learning_rate: float) -> None:
         """
         :param learning_rate: of the parameters that the critic alone depends on, until the next call
-        :raises ValueError: if the optimiser was replaced by one that has no group for them
+        :raises ArgumentError: if the optimiser was replaced by one that has no group for them
         """
         groups = [group for group in self.optimizer.param_groups if group.get("of_critic")]
         if not groups:
-            raise ValueError(
+            raise ArgumentError(
                 "critic_learning_rate is not allowed with an optimiser that was put in place of the policy's own: "
                 'it must have a parameter group of the critic, marked by the key "of_critic"'
             )
@@ -99,17 +103,19 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
 
     def _checked_bounds(self, bounds: Any) -> tuple[float, float]:
         if not isinstance(getattr(self, "log_std", None), nn.Parameter):
-            raise ValueError(
+            raise ArgumentError(
                 f"log_std_bounds={bounds!r} is not allowed with {type(self.action_space).__name__} actions: it must be "
                 "None, as their distribution has no log_std"
             )
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise ValueError(f"log_std_bounds={bounds!r} is not allowed: it must be a pair, the lowest and the highest")
+            raise ArgumentError(
+                f"log_std_bounds={bounds!r} is not allowed: it must be a pair, the lowest and the highest"
+            )
         low, high = bounds
         check_real("log_std_bounds[0]", low, finite=False)
         check_real("log_std_bounds[1]", high, at_least=float(low), finite=False)
         if not low <= self.log_std_init <= high:
-            raise ValueError(
+            raise ArgumentError(
                 f"log_std_init={self.log_std_init!r} is not allowed with log_std_bounds={bounds!r}: "
                 "it must be within the bounds"
             )
@@ -163,10 +169,69 @@ def _zeros(space: spaces.Space[Any]) -> Any:
     return np.zeros(space.shape or (), space.dtype)
 
 
-def _picklable(schedule: Schedule) -> float | Schedule:
-    """The schedule, or where it is a lambda or the like, which no policy file can hold, the number it begins with."""
+def _picklable(schedule: float | str | Schedule) -> float | str | Schedule:
+    """What was given, or where it is a lambda or the like, which no policy file can hold, the number it begins with."""
     try:
         pickle.dumps(schedule)
     except (pickle.PicklingError, AttributeError, TypeError):
+        assert callable(schedule)
         return float(schedule(1.0))
     return schedule
+
+
+# What the algorithms ask of a policy, and what they give it.
+_ASKED = {"forward": ("obs",), "evaluate_actions": ("obs", "actions"), "predict_values": ("obs",)}
+
+
+def check_policy_class(policy_class: Any, given: str) -> None:
+    """
+    :param policy_class: what is to act and to be trained; of what is no class it cannot be told yet
+    :param given: how the user gave it, for the error
+    :raises ArgumentError: for one that does not compute from an observation alone: it has a memory, or takes masks, or
+        is no actor and critic
+    """
+    if not isinstance(policy_class, type):
+        return
+    for name, arguments in _ASKED.items():
+        method = getattr(policy_class, name, None)
+        if method is None:
+            raise ArgumentError(
+                f"{given} is not allowed: it has no {name}(); it must be an actor and a critic as Stable-Baselines3's "
+                "ActorCriticPolicy is"
+            )
+        parameters = list(inspect.signature(method).parameters.values())[1 + len(arguments) :]
+        if any(parameter.name == "action_masks" for parameter in parameters):
+            raise ArgumentError(
+                f"{given} is not allowed: its {name}() takes action_masks, which this algorithm does not pass on, so "
+                "that no action would be masked; it must be a policy without masks, or sb3_contrib.MaskablePPO train it"
+            )
+        more = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if more:
+            raise ArgumentError(
+                f"{given} is not allowed: its {name}() needs {' and '.join(more)} besides {' and '.join(arguments)}, "
+                "and this algorithm keeps no memory from step to step; it must be a policy without memory, or "
+                "sb3_contrib.RecurrentPPO train it"
+            )
+
+
+def keywords_of(*factories: Any) -> set[str]:
+    """
+    :param factories: classes or functions; anything else is passed over
+    :return: the names of the arguments that they take or pass on to their base classes, and of those that the classes
+        take which are the defaults of some
+    """
+    names: set[str] = set()
+    for parameter in _parameters_of(*factories):
+        names.add(parameter.name)
+        names.update(
+            inner.name for inner in _parameters_of(parameter.default) if parameter.default is not parameter.empty
+        )
+    return names - {"self"}
+
+
+def _parameters_of(*factories: Any) -> Iterator[inspect.Parameter]:
+    for factory in factories:
+        for base in inspect.getmro(factory) if inspect.isclass(factory) else [factory]:
+            function = vars(base).get("__init__") if inspect.isclass(base) else base
+            if inspect.isfunction(function):
+                yield from inspect.signature(function).parameters.values()

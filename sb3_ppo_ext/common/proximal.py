@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -40,6 +40,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     A child gives its policy loss (:meth:`_policy_loss`); it may limit an update (:meth:`_kl_limit`) and act after it
     (:meth:`_after_update`). The arguments are those of :class:`stable_baselines3.PPO`.
     """
+
+    _reads: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C")
 
     def __init__(
         self,
@@ -121,10 +123,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
 
     def _coefficients(self) -> dict[str, float]:
-        """The numbers in the loss that follow a schedule, at the present progress; they are logged by these names."""
-        scheduled = {} if self.clip_range_vf is None else {"clip_range_vf": self._at_present(self.clip_range_vf)}
-        if callable(self.ent_coef):
-            scheduled["ent_coef"] = self._at_present(self.ent_coef)
+        """The numbers in the loss that may follow a schedule, at the present progress; logged by these names."""
+        scheduled = {"ent_coef": self._at_present(self.ent_coef)}
+        if self.clip_range_vf is not None:
+            scheduled["clip_range_vf"] = self._at_present(self.clip_range_vf)
         return scheduled
 
     def _kl_limit(self) -> float | None:
@@ -141,7 +143,6 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         scheduled = self._coefficients()
         coefficients = {
             **scheduled,
-            "ent_coef": self._at_present(self.ent_coef),
             "vf_coef": float(self.vf_coef),
             "max_grad_norm": float(self.max_grad_norm),
         }

@@ -102,7 +102,10 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
 
 
@@ -134,15 +137,11 @@ def impurity(policy: ActorCriticPolicy) -> str | None:
     :param policy: one that computes by Stable-Baselines3's own methods
     :return: a sentence about the first module that is not known to be pure; None if all are
     """
-    for name in (
-        "features_extractor",
-        "pi_features_extractor",
-        "vf_features_extractor",
-        "mlp_extractor",
-        "action_net",
-        "value_net",
-    ):
-        found = _impurity(name, getattr(policy, name))
+    names = ["pi_features_extractor", "mlp_extractor", "action_net", "value_net"]
+    if not policy.share_features_extractor:
+        names.insert(1, "vf_features_extractor")
+    for name in names:
+        found = _impurity(name.removeprefix("pi_") if len(names) == 4 else name, getattr(policy, name))
         if found is not None:
             return found
     return None
@@ -151,16 +150,16 @@ def impurity(policy: ActorCriticPolicy) -> str | None:
 def _impurity(name: str, module: nn.Module) -> str | None:
     if has_hooks(module):
         return f"{name} ({type(module).__name__}) has hooks"
-    if getattr(module, "is_pure", False) is True:
-        return f"{name} ({type(module).__name__}) has hooks inside" if has_hooks_inside(module) else None
     if type(module) not in _PURE or "forward" in vars(module):
-        return f"{name} ({type(module).__name__}) is not known to be a pure function of parameters and observations"
+        if getattr(module, "is_pure", False) is not True:
+            return f"{name} ({type(module).__name__}) is not known to be a pure function of parameters and observations"
+        return f"{name} ({type(module).__name__}) has hooks inside" if has_hooks_inside(module) else None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         return f"{name} ({type(module).__name__}) normalises by the batch, also in evaluation mode"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+    if type(module) is nn.Embedding and module.max_norm is not None:
         return f"{name} (Embedding) changes its weights in each pass, by max_norm"
-    for child_name, child in module.named_children():
-        found = _impurity(f"{name}.{child_name}", child)
+    for child_name, child in module._modules.items():
+        found = None if child is None else _impurity(f"{name}.{child_name}", child)
         if found is not None:
             return found
     return None

@@ -1,9 +1,11 @@
-"""Bad input is answered before training starts: ``ValueError`` naming the argument, the value and what is allowed."""
+"""Bad input is answered before training starts: an error that names the argument, the value and what is allowed."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
@@ -12,27 +14,34 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, get_device
 
 
+class ArgumentError(ValueError, AssertionError):
+    """
+    An argument that cannot be used. It is a ``ValueError``, and an ``AssertionError`` as well: Stable-Baselines3 raises
+    the one for some arguments and the other for others, and code that was written for it may catch either.
+    """
+
+
 def check_int(name: str, value: object, *, minimum: int, maximum: float = math.inf) -> None:
     """
     :param name: of the argument
     :param value: given
     :param minimum: the least that is allowed
     :param maximum: the most that is allowed
-    :raises ValueError: unless ``value`` is an integer from ``minimum`` to ``maximum``
+    :raises ArgumentError: unless ``value`` is an integer from ``minimum`` to ``maximum``
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or not minimum <= int(value) <= maximum:
         at_most = "" if maximum == math.inf else f" and at most {maximum}"
-        raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least {minimum}{at_most}")
+        raise ArgumentError(f"{name}={value!r} is not allowed: it must be an integer of at least {minimum}{at_most}")
 
 
 def check_bool(name: str, value: object) -> None:
     """
     :param name: of the argument
     :param value: given
-    :raises ValueError: unless ``value`` is True or False
+    :raises ArgumentError: unless ``value`` is True or False
     """
     if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is not allowed: it must be True or False")
+        raise ArgumentError(f"{name}={value!r} is not allowed: it must be True or False")
 
 
 def check_real(
@@ -53,7 +62,7 @@ def check_real(
     :param at_most: inclusive upper bound
     :param below: exclusive upper bound, if finite
     :param finite: whether infinity is refused
-    :raises ValueError: unless ``value`` is a number within the bounds
+    :raises ArgumentError: unless ``value`` is a number within the bounds
     """
     if (
         isinstance(value, bool)
@@ -68,7 +77,7 @@ def check_real(
         bounds += [f"at most {at_most:g}"] if at_most < math.inf else []
         bounds += [f"below {below:g}"] if below < math.inf else []
         allowed = " ".join(["a finite number" if finite else "a number", " and ".join(bounds)]).strip()
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+        raise ArgumentError(f"{name}={value!r} is not allowed: it must be {allowed}")
 
 
 def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -76,23 +85,23 @@ def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     :param name: of the argument
     :param value: given
     :param allowed: what it may be
-    :raises ValueError: unless ``value`` is one of ``allowed``
+    :raises ArgumentError: unless ``value`` is one of ``allowed``
     """
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(map(repr, allowed))}")
+        raise ArgumentError(f"{name}={value!r} is not allowed: it must be one of {', '.join(map(repr, allowed))}")
 
 
 def check_device(device: object) -> None:
     """
     :param device: given
-    :raises ValueError: unless it is "auto", or names a device that torch can use. "cuda" is the CPU where there is no
-        GPU, as everywhere in SB3
+    :raises ArgumentError: unless it is "auto", or names a device that torch can use. "cuda" is the CPU where there is
+        no GPU, as everywhere in SB3
     """
     try:
         th.zeros(1, device=get_device(device)).item()  # type: ignore[arg-type]
     except (AssertionError, RuntimeError, TypeError) as error:  # torch raises one or another, by device and build
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise ArgumentError(
             f"device={device!r} is not allowed: it must be 'auto', 'cpu', 'cuda', or another that torch can use here "
             f"({reason})"
         ) from None
@@ -102,29 +111,14 @@ def check_output(verbose: object, tensorboard_log: object) -> None:
     """
     :param verbose: given
     :param tensorboard_log: given
-    :raises ValueError: unless ``verbose`` is an integer or a bool, and ``tensorboard_log`` a path or None
+    :raises ArgumentError: unless ``verbose`` is an integer or a bool, and ``tensorboard_log`` a path or None
     """
     if not isinstance(verbose, Integral):
-        raise ValueError(f"verbose={verbose!r} is not allowed: it must be 0, 1 or 2")
+        raise ArgumentError(f"verbose={verbose!r} is not allowed: it must be 0, 1 or 2")
     if not (tensorboard_log is None or isinstance(tensorboard_log, (str, os.PathLike))):
-        raise ValueError(
+        raise ArgumentError(
             f"tensorboard_log={tensorboard_log!r} is not allowed: it must be the path of a folder, or None"
         )
-
-
-def as_number_or_schedule(name: str, value: float | str | Schedule) -> float | Schedule:
-    """
-    For what is a number as a rule, and is read and set as one: a number stays a number, anything else is a schedule.
-
-    :param name: of the argument
-    :param value: a number of at least 0, or what else :func:`as_schedule` takes
-    :return: the number, or the schedule
-    :raises ValueError: as by :func:`as_schedule`
-    """
-    if isinstance(value, str) or callable(value):
-        return as_schedule(name, value)
-    check_real(name, value, at_least=0.0)
-    return value
 
 
 def as_schedule(name: str, value: float | str | Schedule, *, may_be_zero: bool = False) -> FloatSchedule:
@@ -136,36 +130,66 @@ def as_schedule(name: str, value: float | str | Schedule, *, may_be_zero: bool =
         of the remaining progress (1 at the beginning of training, 0 at its end)
     :param may_be_zero: whether a number may be 0, as a function's values always may
     :return: the schedule
-    :raises ValueError: for anything else, and for a function that does not return finite numbers of at least 0
+    :raises ArgumentError: for anything else, and for a function that does not return finite numbers of at least 0
     """
     if isinstance(value, str):
-        kind, _, start = value.partition("_")
-        try:
-            initial = float(start) if kind == "lin" else math.nan
-        except ValueError:
-            initial = math.nan
-        if not 0.0 < initial < math.inf:
-            raise ValueError(
-                f"{name}={value!r} is not allowed: it must be a number, a function, or 'lin_' and a positive number"
-            )
-        return FloatSchedule(LinearSchedule(initial, 0.0, 1.0))
-    if not callable(value):
-        if may_be_zero:
-            check_real(name, value, at_least=0.0)
-        else:
-            check_real(name, value, above=0.0)
-        return FloatSchedule(float(value))
-    _check_schedule(name, value)
-    return FloatSchedule(value)
+        return FloatSchedule(_linear(name, value))
+    if callable(value):
+        _check_function(name, value)
+        return FloatSchedule(value)
+    if may_be_zero:
+        check_real(name, value, at_least=0.0)
+    else:
+        check_real(name, value, above=0.0)
+    return FloatSchedule(float(value))
 
 
-def _check_schedule(name: str, schedule: Callable[[float], float]) -> None:
+def value_at(value: float | str | Schedule, progress_remaining: float) -> float:
+    """
+    :param value: what :func:`as_schedule` takes
+    :param progress_remaining: 1 at the beginning of training, 0 at its end
+    :return: the value at that moment
+    """
+    if isinstance(value, str):
+        value = _linear("schedule", value)
+    return float(value(progress_remaining) if callable(value) else value)
+
+
+def _linear(name: str, value: str) -> LinearSchedule:
+    kind, _, start = value.partition("_")
+    try:
+        initial = float(start) if kind == "lin" else math.nan
+    except ValueError:
+        initial = math.nan
+    if not 0.0 < initial < math.inf:
+        raise ArgumentError(
+            f"{name}={value!r} is not allowed: it must be a number, a function, or 'lin_' and a positive number"
+        )
+    return LinearSchedule(initial, 0.0, 1.0)
+
+
+def _check_function(name: str, schedule: Schedule) -> None:
     for progress in (1.0, 0.5, 0.0):
-        result = schedule(progress)
+        what = "raises an error"
         try:
-            check_real(name, result, at_least=0.0)
-        except ValueError:
-            raise ValueError(
-                f"{name}={schedule!r} is not allowed: at progress {progress:g} it returns {result!r}, "
-                "and a schedule must return a finite number of at least 0"
-            ) from None
+            result = schedule(progress)
+            what = f"returns {result!r}"
+            check_real(
+                name, float(result), at_least=0.0
+            )  # SB3 takes what float() takes, such as a tensor of one number
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{name}={schedule!r} is not allowed: at progress {progress:g} it {what}, and a schedule must return a "
+                f"finite number of at least 0 ({error})"
+            ) from error
+
+
+def did_you_mean(error: Exception, keywords: Callable[[], set[str]]) -> str:
+    """
+    :param error: that a constructor has raised
+    :param keywords: gives the names of the arguments that there are
+    :return: if it is about an argument that there is not, a sentence that names one that resembles it; else nothing
+    """
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    nearest = difflib.get_close_matches(unknown[1], keywords(), n=1) if unknown else []
+    return f". Did you mean {nearest[0]!r}?" if unknown and nearest and nearest[0] != unknown[1] else ""

@@ -3,7 +3,14 @@ Losses of policy-gradient methods: pure functions of tensors that need torch and
 
 A ``*_loss`` is elementwise and minimised; the caller reduces it. Tensors may have any shape, the same for all; ``mask``
 is 1 or True where an element counts. A hyper-parameter is a number, which is checked, or a 0-d tensor, whose value is
-not read on the host, so that schedules can enter a compiled graph::
+not read on the host, so that schedules can enter a compiled graph.
+
+Tensors of 16 bits (float16, bfloat16) are computed with in float32, and what comes back is float32: the ratio e^20 and
+the sum of a long batch are no numbers in float16. Their gradients arrive in 16 bits, as autograd has it; one beyond
+65504 is infinite in float16. Everything else keeps its dtype.
+
+A mask that holds anything but 0 and 1 is refused on the CPU. On other devices, and in a graph that is traced or
+compiled, its values are not looked at, and what is not 0 counts as 1::
 
     import torch as th
     from sb3_ppo_ext import losses

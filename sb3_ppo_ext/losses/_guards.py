@@ -1,13 +1,22 @@
-"""What every loss does with its arguments before it computes: check them, and blank what the mask excludes."""
+"""
+What every loss does with its arguments before it computes: check them, widen what is too narrow to compute in, and
+blank what the mask excludes.
+"""
 
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import TypeVar, cast
 
 import torch as th
 
 # A hyper-parameter: a schedule enters a compiled graph as a 0-d tensor, since a new float would recompile it.
 Scalar = float | th.Tensor
+ScalarOrNone = TypeVar("ScalarOrNone", bound=Scalar | None)
+
+_NARROW = (th.float16, th.bfloat16)
+_NUMBERS = (Real, th.SymInt, th.SymFloat)  # the latter stand for numbers while a graph is traced
 
 
 def check_same_shape(**tensors: th.Tensor | None) -> None:
@@ -27,36 +36,70 @@ def check_same_shape(**tensors: th.Tensor | None) -> None:
             )
 
 
-def check_scalar(
-    name: str, value: Scalar | None, *, minimum: float = 0.0, exclusive: bool = False, finite: bool = False
-) -> None:
+def check_not_empty(**tensors: th.Tensor) -> None:
     """
-    Refuse a hyper-parameter that is out of range.
+    Refuse a tensor without elements, which has no smallest and no largest.
+
+    :param tensors: by argument name
+    :raises ValueError: if one has no element
+    """
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} must have at least one element, got a tensor of shape {tuple(tensor.shape)}")
+
+
+def checked_scalar(
+    name: str,
+    value: ScalarOrNone,
+    *,
+    minimum: float = 0.0,
+    exclusive: bool = False,
+    finite: bool = False,
+    optional: bool = False,
+) -> ScalarOrNone:
+    """
+    Refuse a hyper-parameter that is no number or out of range.
 
     The value of a tensor is not looked at, since that would wait for the device.
 
     :param name: of the argument
-    :param value: a number, a 0-d tensor, or None for "not given"
+    :param value: a number, a 0-d tensor, or None for "not given" where that is allowed
     :param minimum: the smallest value allowed
     :param exclusive: whether ``minimum`` itself is refused
     :param finite: whether infinity is refused
-    :raises ValueError: if a number is out of range (NaN always is) or a tensor is not 0-d
+    :param optional: whether None is allowed
+    :return: the value; a tensor as :func:`widened` gives it
+    :raises ValueError: if it is neither a number nor a tensor, a number is out of range (NaN always is), or a tensor is
+        not 0-d
     """
-    if value is None:
-        return
+    if value is None and optional:
+        return value
     if isinstance(value, th.Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
-        return
-    in_range = value > minimum if exclusive else value >= minimum
-    if not in_range or (finite and value == math.inf):
+        return cast(ScalarOrNone, widened(value))
+    given: object = value  # whatever the annotation says
+    if isinstance(given, bool) or not isinstance(given, _NUMBERS):
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
+    number = cast(float, given)
+    in_range = number > minimum if exclusive else number >= minimum
+    if not in_range or (finite and number == math.inf):
         relation = ">" if exclusive else ">="
         raise ValueError(f"{name} must be {relation} {minimum}{' and finite' if finite else ''}, got {value}")
+    return value
 
 
-def zero_outside(mask: th.Tensor | None, *tensors: th.Tensor) -> tuple[th.Tensor, ...]:
+def widened(tensor: th.Tensor) -> th.Tensor:
     """
-    Put 0 where the mask excludes an element.
+    A tensor of 16 bits in float32, any other as it is. In 16 bits a ratio of e^12 overflows and a sum of ones stops at
+    2048 (float16) or 256 (bfloat16).
+    """
+    return tensor.float() if tensor.dtype in _NARROW else tensor
+
+
+def prepared(mask: th.Tensor | None, *tensors: th.Tensor) -> tuple[th.Tensor, ...]:
+    """
+    Put 0 where the mask excludes an element, and widen what is too narrow to compute in.
 
     To be applied to inputs: a ``th.where`` on a result hides a NaN from the value, but the gradient of what lies before
     it is still 0 * NaN = NaN.
@@ -64,8 +107,32 @@ def zero_outside(mask: th.Tensor | None, *tensors: th.Tensor) -> tuple[th.Tensor
     :param mask: 1 or True where an element counts, or None if all do
     :param tensors: each of the mask's shape
     :return: the tensors, in the same order
+    :raises ValueError: if the mask holds something else, as far as that can be seen: see :func:`_check_mask`
     """
     if mask is None:
-        return tensors
+        return tuple(widened(tensor) for tensor in tensors)
     keep = mask.bool()
-    return tuple(th.where(keep, tensor, 0.0) for tensor in tensors)
+    _check_mask(mask, keep)
+    return tuple(th.where(keep, widened(tensor), 0.0) for tensor in tensors)
+
+
+def _check_mask(mask: th.Tensor, keep: th.Tensor) -> None:
+    """
+    Refuse a mask that is neither 0 nor 1 somewhere: it would count as 1, whatever the caller meant by it.
+
+    Only where it costs little: elsewhere than on the CPU, the host would wait for the device; and a graph that is
+    traced, compiled or mapped over a batch (``vmap``) has no values to look at.
+
+    :param mask: as the caller gave it
+    :param keep: the same as bool
+    :raises ValueError: naming a value that is neither 0 nor 1
+    """
+    if mask.dtype == th.bool or mask.device.type != "cpu" or th.compiler.is_compiling():
+        return
+    try:
+        is_binary = th.equal(mask, keep.to(mask.dtype))
+    except RuntimeError:  # there are no values
+        return
+    if not is_binary:
+        other = mask[mask != keep.to(mask.dtype)][0].item()
+        raise ValueError(f"mask must hold nothing but 0 and 1, or be of dtype bool, got {other}")

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch as th
 
-from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, check_scalar, zero_outside
+from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, prepared
 
 AggregationMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 _MODES = get_args(AggregationMode)
@@ -24,9 +24,9 @@ def masked_mean(x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     :raises ValueError: if the shapes differ
     """
     check_same_shape(x=x, mask=mask)
+    (x,) = prepared(mask, x)
     if mask is None:
         return x.mean() if x.numel() else x.sum()
-    (x,) = zero_outside(mask, x)
     return x.sum() / mask.bool().sum().clamp(min=1)
 
 
@@ -73,14 +73,14 @@ def aggregate(
     check_same_shape(loss=loss, mask=mask)
     if mode not in _MODES:
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
-    check_scalar("total_tokens", total_tokens)
-    check_scalar("total_sequences", total_sequences)
-    check_scalar("horizon", horizon, exclusive=True, finite=True)
+    total_tokens = checked_scalar("total_tokens", total_tokens, optional=True)
+    total_sequences = checked_scalar("total_sequences", total_sequences, optional=True)
+    horizon = checked_scalar("horizon", horizon, optional=True, exclusive=True, finite=True)
     _check_is_read("total_tokens", total_tokens, mode, mode == "token-mean")
     _check_is_read("total_sequences", total_sequences, mode, mode != "token-mean")
     _check_is_read("horizon", horizon, mode, mode == "seq-mean-token-sum-norm")
 
-    (loss,) = zero_outside(mask, loss)
+    (loss,) = prepared(mask, loss)
     if mode == "token-mean":
         if total_tokens is None:
             total_tokens = loss.numel() if mask is None else mask.bool().sum()

@@ -1,8 +1,18 @@
 """
-Estimators of KL(old||new) from the log-probabilities of actions that the *old* policy drew.
+Estimators of a KL divergence from the log-probabilities of actions that one of the two policies drew.
+
+The *second* argument belongs to the policy that drew the actions, and the divergence is from that one to the other:
+
+- Actions of the old policy, as in PPO: ``kl_k3(log_prob, old_log_prob)`` estimates KL(old||new).
+- Actions of the new policy and a reference, as trainers of language models have it: ``kl_k3(ref_log_prob, log_prob)``
+  estimates KL(new||reference). Other libraries write ``(log_prob, ref_log_prob)`` for the same; here that order
+  estimates neither divergence.
+
+With the probabilities 0.9 and 0.1 of the old policy's two actions and 0.5 and 0.5 of the new one's, KL(old||new) is
+``0.9 log(0.9 / 0.5) + 0.1 log(0.1 / 0.5) = 0.368`` and KL(new||old) is 0.511; the examples below have these two.
 
 Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. With r the probability ratio of the new
-policy to the old one, and the mean taken over actions of the old:
+policy to the old one, and the mean taken over actions of the old one:
 
 ========= ========================= ======================================================================
 estimator one action's value        its mean
@@ -13,15 +23,15 @@ k3        ``(r - 1) - log r``       KL, unbiased; of small variance, never negat
 abs       ``|log r|``               no estimate of KL, but an upper bound on it
 ========= ========================= ======================================================================
 
-The gradients of k1 and k3 are unbiased too, because the policy that draws the actions is held fixed. (They are not for
-KL(new||reference) under actions of the new policy, where language-model trainers use the same formulas.)
+The gradients of k1 and k3 are unbiased too where the policy that drew the actions is held fixed. They are not for
+KL(new||reference) under actions of the new policy, which changes what is averaged over.
 """
 
 from __future__ import annotations
 
 import torch as th
 
-from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, check_scalar, zero_outside
+from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, prepared
 from sb3_ppo_ext.losses.ratios import log_ratio
 
 
@@ -30,6 +40,18 @@ def kl_k1(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | Non
     Unbiased estimate of KL(old||new) of large variance, Schulman's k1.
 
     ``k1 = -log r``
+
+    The second argument belongs to the policy that drew the actions. If that is the new one, ``kl_k1(ref_log_prob,
+    log_prob)`` estimates KL(new||reference); ``kl_k1(log_prob, ref_log_prob)`` is that with the sign reversed:
+
+        >>> import torch as th
+        >>> old, new = th.tensor([0.9, 0.1]), th.tensor([0.5, 0.5])
+        >>> round((old * kl_k1(new.log(), old.log())).sum().item(), 4)  # KL(old||new)
+        0.3681
+        >>> round((new * kl_k1(old.log(), new.log())).sum().item(), 4)  # KL(new||old)
+        0.5108
+        >>> round((new * kl_k1(new.log(), old.log())).sum().item(), 4)  # the arguments in the wrong order
+        -0.5108
 
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
@@ -45,6 +67,16 @@ def kl_k2(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | Non
     Biased estimate of KL(old||new) that is never negative, Schulman's k2; right to second order in log r.
 
     ``k2 = (log r)^2 / 2``
+
+    It is the same in either order of its arguments; which divergence it estimates is decided by who drew the actions.
+    With actions of the old policy it is KL(old||new), with actions of the new one KL(new||old):
+
+        >>> import torch as th
+        >>> old, new = th.tensor([0.5, 0.5]), th.tensor([0.4, 0.6])
+        >>> round((old * kl_k2(new.log(), old.log())).sum().item(), 4)  # KL(old||new) is 0.0204
+        0.0208
+        >>> round((new * kl_k2(old.log(), new.log())).sum().item(), 4)  # KL(new||old) is 0.0201
+        0.0199
 
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
@@ -67,6 +99,18 @@ def kl_k3(
 
     ``k3 = (r - 1) - log r``
 
+    The second argument belongs to the policy that drew the actions. If that is the new one, ``kl_k3(ref_log_prob,
+    log_prob)`` estimates KL(new||reference); ``kl_k3(log_prob, ref_log_prob)`` estimates neither divergence:
+
+        >>> import torch as th
+        >>> old, new = th.tensor([0.9, 0.1]), th.tensor([0.5, 0.5])
+        >>> round((old * kl_k3(new.log(), old.log())).sum().item(), 4)  # KL(old||new)
+        0.3681
+        >>> round((new * kl_k3(old.log(), new.log())).sum().item(), 4)  # KL(new||old)
+        0.5108
+        >>> round((new * kl_k3(new.log(), old.log())).sum().item(), 4)  # the arguments in the wrong order
+        1.267
+
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
     :param mask: 1 or True where an element counts, same shape; None if all do
@@ -75,7 +119,7 @@ def kl_k3(
     :return: elementwise; 0 with gradient 0 where the mask excludes
     :raises ValueError: if the shapes differ, or ``max_log_ratio`` is a number that is not > 0
     """
-    check_scalar("max_log_ratio", max_log_ratio, exclusive=True)
+    max_log_ratio = checked_scalar("max_log_ratio", max_log_ratio, optional=True, exclusive=True)
     log_ratios = _log_ratio(log_prob, old_log_prob, mask)
     if max_log_ratio is not None:
         log_ratios = log_ratios.clamp(max=max_log_ratio)
@@ -100,5 +144,5 @@ def kl_abs(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | No
 
 def _log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
-    log_prob, old_log_prob = zero_outside(mask, log_prob, old_log_prob)
+    log_prob, old_log_prob = prepared(mask, log_prob, old_log_prob)
     return log_ratio(log_prob, old_log_prob, max_log_ratio=None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, check_scalar
+from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, widened
 
 
 def log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, *, max_log_ratio: Scalar | None = 20.0) -> th.Tensor:
@@ -26,8 +26,8 @@ def log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, *, max_log_ratio: Sc
     :raises ValueError: if the shapes differ, or ``max_log_ratio`` is a number that is not > 0
     """
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
-    check_scalar("max_log_ratio", max_log_ratio, exclusive=True)
-    difference = log_prob - old_log_prob
+    max_log_ratio = checked_scalar("max_log_ratio", max_log_ratio, optional=True, exclusive=True)
+    difference = widened(log_prob) - widened(old_log_prob)
     if max_log_ratio is None:
         return difference
     bound: Any = max_log_ratio  # torch's stubs have clamp take two numbers or two tensors, no union of them

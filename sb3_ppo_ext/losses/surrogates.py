@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch as th
 
-from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, check_scalar, zero_outside
+from sb3_ppo_ext.losses._guards import Scalar, check_not_empty, check_same_shape, checked_scalar, prepared
 from sb3_ppo_ext.losses.ratios import log_ratio
 
 
@@ -78,10 +78,11 @@ def surrogate_loss(
     :param mask: 1 or True where an element counts, same shape; None if all do
     :param max_log_ratio: bound on the log-ratio, see :func:`~sb3_ppo_ext.losses.log_ratio`
     :return: the loss, to be minimised, and diagnostics
-    :raises ValueError: if the shapes differ, or a number is out of range
+    :raises ValueError: if there is no element, the shapes differ, or a number is out of range
     """
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, mask=mask)
-    log_prob, old_log_prob, advantages = zero_outside(mask, log_prob, old_log_prob, advantages)
+    check_not_empty(log_prob=log_prob)
+    log_prob, old_log_prob, advantages = prepared(mask, log_prob, old_log_prob, advantages)
     log_ratios = log_ratio(log_prob, old_log_prob, max_log_ratio=max_log_ratio)
     ratio = log_ratios.exp()
     return SurrogateLoss(-advantages * ratio, _diagnose(log_ratios, ratio, advantages, mask))
@@ -113,7 +114,7 @@ def clipped_surrogate_loss(
     :param mask: 1 or True where an element counts, same shape; None if all do
     :param max_log_ratio: bound on the log-ratio, see :func:`~sb3_ppo_ext.losses.log_ratio`
     :return: the loss, to be minimised, and diagnostics
-    :raises ValueError: if the shapes differ, or a number is out of range
+    :raises ValueError: if there is no element, the shapes differ, or a number is out of range
     """
     return dual_clip_surrogate_loss(
         log_prob,
@@ -156,17 +157,19 @@ def dual_clip_surrogate_loss(
     :param mask: 1 or True where an element counts, same shape; None if all do
     :param max_log_ratio: bound on the log-ratio, see :func:`~sb3_ppo_ext.losses.log_ratio`
     :return: the loss, to be minimised, and diagnostics
-    :raises ValueError: if the shapes differ, or a number is out of range. A tensor's value is not looked at: a c too
-        small then bounds positive advantages too.
+    :raises ValueError: if there is no element, the shapes differ, or a number is out of range. A tensor's value is not
+        looked at: a c too small then bounds positive advantages too.
     """
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, mask=mask)
-    check_scalar("clip_range", clip_range)
-    check_scalar("clip_range_high", clip_range_high)
+    check_not_empty(log_prob=log_prob)
+    clip_range = checked_scalar("clip_range", clip_range)
+    clip_range_high = checked_scalar("clip_range_high", clip_range_high, optional=True)
     if clip_range_high is None:
         clip_range_high = clip_range
+    dual_clip = checked_scalar("dual_clip", dual_clip, optional=True, minimum=1.0, exclusive=True)
     _check_dual_clip(dual_clip, clip_range_high)
 
-    log_prob, old_log_prob, advantages = zero_outside(mask, log_prob, old_log_prob, advantages)
+    log_prob, old_log_prob, advantages = prepared(mask, log_prob, old_log_prob, advantages)
     log_ratios = log_ratio(log_prob, old_log_prob, max_log_ratio=max_log_ratio)
     ratio = log_ratios.exp()
     # Bounding every ratio by c, and not only where A < 0, is the same: where A >= 0 the clip at 1 + clip_range_high < c
@@ -214,11 +217,12 @@ def kl_penalized_surrogate_loss(
     :param mask: 1 or True where an element counts, same shape; None if all do
     :param max_log_ratio: bound on the log-ratio, see :func:`~sb3_ppo_ext.losses.log_ratio`; it does not bound ``kl``
     :return: the loss, to be minimised, and diagnostics
-    :raises ValueError: if the shapes differ, or a number is out of range
+    :raises ValueError: if there is no element, the shapes differ, or a number is out of range
     """
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, kl=kl, mask=mask)
-    check_scalar("kl_coef", kl_coef, finite=True)
-    log_prob, old_log_prob, advantages, kl = zero_outside(mask, log_prob, old_log_prob, advantages, kl)
+    check_not_empty(log_prob=log_prob)
+    kl_coef = checked_scalar("kl_coef", kl_coef, finite=True)
+    log_prob, old_log_prob, advantages, kl = prepared(mask, log_prob, old_log_prob, advantages, kl)
     log_ratios = log_ratio(log_prob, old_log_prob, max_log_ratio=max_log_ratio)
     ratio = log_ratios.exp()
     return SurrogateLoss(kl_coef * kl - advantages * ratio, _diagnose(log_ratios, ratio, advantages, mask))
@@ -239,12 +243,11 @@ def reinforce_loss(log_prob: th.Tensor, weights: th.Tensor, *, mask: th.Tensor |
     :raises ValueError: if the shapes differ
     """
     check_same_shape(log_prob=log_prob, weights=weights, mask=mask)
-    log_prob, weights = zero_outside(mask, log_prob, weights.detach())
+    log_prob, weights = prepared(mask, log_prob, weights.detach())
     return -weights * log_prob
 
 
 def _check_dual_clip(dual_clip: Scalar | None, clip_range_high: Scalar) -> None:
-    check_scalar("dual_clip", dual_clip, minimum=1.0, exclusive=True)
     if dual_clip is None or isinstance(dual_clip, th.Tensor) or isinstance(clip_range_high, th.Tensor):
         return
     if dual_clip <= 1 + clip_range_high and dual_clip != math.inf:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, check_scalar, zero_outside
+from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, prepared
 
 
 def value_loss(values: th.Tensor, returns: th.Tensor, *, mask: th.Tensor | None = None) -> th.Tensor:
@@ -26,7 +26,7 @@ def value_loss(values: th.Tensor, returns: th.Tensor, *, mask: th.Tensor | None 
     :raises ValueError: if the shapes differ
     """
     check_same_shape(values=values, returns=returns, mask=mask)
-    values, returns = zero_outside(mask, values, returns)
+    values, returns = prepared(mask, values, returns)
     return (values - returns).square()
 
 
@@ -55,8 +55,8 @@ def prediction_clipped_value_loss(
     :raises ValueError: if the shapes differ, or ``clip_range_vf`` is a number out of range
     """
     check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
-    check_scalar("clip_range_vf", clip_range_vf)
-    values, old_values, returns = zero_outside(mask, values, old_values, returns)
+    clip_range_vf = checked_scalar("clip_range_vf", clip_range_vf)
+    values, old_values, returns = prepared(mask, values, old_values, returns)
     return (_clip_prediction(values, old_values, clip_range_vf) - returns).square()
 
 
@@ -85,8 +85,8 @@ def pessimistic_clipped_value_loss(
     :raises ValueError: if the shapes differ, or ``clip_range_vf`` is a number out of range
     """
     check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
-    check_scalar("clip_range_vf", clip_range_vf)
-    values, old_values, returns = zero_outside(mask, values, old_values, returns)
+    clip_range_vf = checked_scalar("clip_range_vf", clip_range_vf)
+    values, old_values, returns = prepared(mask, values, old_values, returns)
     clipped = _clip_prediction(values, old_values, clip_range_vf)
     return th.maximum((values - returns).square(), (clipped - returns).square())
 

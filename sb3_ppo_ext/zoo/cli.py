@@ -130,6 +130,7 @@ def _run(command: str, program: list[str], interrupts: Interrupts) -> int:
                 _replaced(subprocess, "call", partial(_call, subprocess.call)),
                 _replaced(huggingface_hub.repocard, "metadata_save", _save_model_card),
             ):
+                _mend_hub()
                 runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
     except _MESSAGES as error:
         if not _is_message(error):
@@ -246,6 +247,13 @@ def _call(call: Any, arguments: Any, **options: Any) -> int:
         if arguments[: len(theirs)] == theirs:
             arguments = [sys.executable, "-m", "sb3_ppo_ext.zoo", ours, *arguments[len(theirs) :]]
     return int(call(arguments, **options))
+
+
+def _mend_hub() -> None:
+    """rl_zoo3 imports a function that huggingface_sb3 3.0 has given another name, and another form of its result."""
+    hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(hub, "generate_metadata"):
+        hub.generate_metadata = lambda *arguments: hub._generate_metadata(*arguments).to_dict()
 
 
 def _save_model_card(path: Path, metadata: dict[str, Any]) -> None:

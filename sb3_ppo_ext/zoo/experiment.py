@@ -83,6 +83,7 @@ class ZooExperimentManager(ExperimentManager):
         self.stopped_at_once = False
         self.asked_for: int | None = None  # steps, if that is not where the training ends
         self._has_folder = False
+        self._envs: list[VecEnv] = []
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """
@@ -90,8 +91,9 @@ class ZooExperimentManager(ExperimentManager):
         """
         experiment = None
         try:
-            experiment = super().setup_experiment()
+            made = super().setup_experiment()
             self.interrupts.check()
+            experiment = made
         except EntryError:
             raise
         except Exception as error:
@@ -103,24 +105,30 @@ class ZooExperimentManager(ExperimentManager):
             raise ValueError(f"{task}: {error}") from error
         finally:
             if experiment is None:
-                self._remove_folder()
+                self._clean_up()
         return experiment
 
     def create_log_folder(self) -> None:
         """Take a folder that no other training has, not even one that began at the same time."""
-        while True:
-            try:
-                os.makedirs(self.save_path)
-                break
-            except FileExistsError:
-                run_id = get_latest_run_id(self.log_path, self.env_name) + 1
-                self.save_path = os.path.join(self.log_path, f"{self.env_name}_{run_id}")
-        self._has_folder = True
+        with self.interrupts.undisturbed():
+            while not self._has_folder:
+                try:
+                    os.makedirs(self.save_path)
+                    self._has_folder = True
+                except FileExistsError:
+                    run_id = get_latest_run_id(self.log_path, self.env_name) + 1
+                    self.save_path = os.path.join(self.log_path, f"{self.env_name}_{run_id}")
         self.params_path = f"{self.save_path}/{self.env_name}"
         super().create_log_folder()  # type: ignore[no-untyped-call]
 
-    def _remove_folder(self) -> None:
-        """Where there will be no agent, there shall be no folder for it: `enjoy` looks into the newest."""
+    def _clean_up(self) -> None:
+        """
+        Of a training that does not take place. `enjoy` looks into the newest folder, which must not be one without an
+        agent.
+        """
+        for env in self._envs:
+            with contextlib.suppress(Exception):
+                env.close()
         if self._has_folder:
             shutil.rmtree(self.save_path, ignore_errors=True)
 
@@ -134,7 +142,8 @@ class ZooExperimentManager(ExperimentManager):
         self.interrupts.check()
         in_processes = self.vec_env_class is not DummyVecEnv
         with not_inherited() if in_processes else contextlib.nullcontext():
-            return super().create_envs(n_envs, eval_env, no_log)
+            self._envs.append(super().create_envs(n_envs, eval_env, no_log))
+        return self._envs[-1]
 
     def create_callbacks(self) -> None:
         """As rl_zoo3; but a checkpoint of an agent that sees normalised observations comes with their statistics."""
@@ -341,7 +350,7 @@ class ZooExperimentManager(ExperimentManager):
 
         self.callbacks.append(StopIfInterrupted(self.interrupts))
         if self.interrupts.count:
-            self._remove_folder()
+            self._clean_up()
         self.interrupts.check()
         try:
             with self.interrupts.stage():

@@ -97,7 +97,7 @@ def train_parser() -> argparse.ArgumentParser:
     class FoundError(Exception):
         """Holds the parser."""
 
-    class Parser(arguments.Parser):
+    class TrainParser(arguments.Parser):
         def parse_args(self, *_: Any) -> Any:  # type: ignore[override]
             raise FoundError(self)
 
@@ -105,7 +105,7 @@ def train_parser() -> argparse.ArgumentParser:
             raise StudyError(message)
 
     their_globals = vars(importlib.import_module("rl_zoo3.train"))
-    ours = {**their_globals, "argparse": SimpleNamespace(ArgumentParser=Parser)}
+    ours = {**their_globals, "argparse": SimpleNamespace(ArgumentParser=TrainParser)}
     try:
         FunctionType(their_globals["train"].__code__, ours)()
     except FoundError as found:

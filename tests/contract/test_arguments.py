@@ -81,7 +81,7 @@ BAD: dict[type, dict[str, tuple[Any, ...]]] = {
         "n_critic_updates": (0, -1),
         "normalize_advantage": (1,),
         "target_kl": (0.0, -0.01),
-        "fvp_subsampling": (0, 1.5),
+        "sub_sampling_factor": (0, 1.5),
     },
     REINFORCE: {n: values for n, values in SHARED.items() if n in inspect.signature(REINFORCE).parameters},
 }
@@ -277,7 +277,7 @@ def test_constructors_are_in_the_order_that_users_know() -> None:
     assert list(ours) == list(theirs)
     assert {name for name in ours if ours[name] != theirs[name]} == {"clip_range"}
     ours, theirs = positional(TRPO), positional(sb3_contrib.TRPO)
-    assert list(ours) == [{"sub_sampling_factor": "fvp_subsampling"}.get(name, name) for name in theirs]
+    assert list(ours) == [{"sub_sampling_factor": "sub_sampling_factor"}.get(name, name) for name in theirs]
     assert {name for name in theirs if name in ours and ours[name] != theirs[name]} == {"target_kl", "cg_damping"}
     for algorithm in (DualClipPPO, AdaptiveKLPPO, TRPO, REINFORCE):
         parameters = list(positional(algorithm))

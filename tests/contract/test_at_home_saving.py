@@ -254,7 +254,7 @@ def test_the_file_is_small(algorithm: Any, tmp_path: Path) -> None:
     assert not attributes & {"policy", "rollout_buffer", "env", "_family", "_compiled"}
     assert sizes.keys() == {
         "data", "pytorch_variables.pth", "policy.pth", "policy.optimizer.pth", "_stable_baselines3_version",
-        "system_info.txt",
+        "system_info.txt", "_algorithm",
     }  # fmt: skip
     assert n_bytes < sizes["policy.pth"] < n_bytes + 8_000
     assert sizes["policy.optimizer.pth"] < 2 * n_bytes + 16_000

@@ -20,7 +20,7 @@ ALLOWED = {
     "numerics": {"numerics"},
     "common": {"common", "losses", "numerics"},
     "algorithms": {"common", "losses", "numerics"},
-    "package": {"algorithms"},
+    "package": {"algorithms", "common"},
     "zoo": {"zoo", "package", "algorithms", "common"},
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import gymnasium as gym
@@ -9,35 +11,28 @@ import pytest
 import torch as th
 
 from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.optimization import NonFiniteError
+from sb3_ppo_ext.common.optimization import NonFiniteError, raise_if_not_finite
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
 
 
 class LargeReward(gym.RewardWrapper):
-    """The 100th reward is a number whose square is none."""
+    """The 100th reward, or each from the 65th on, is a number whose square is none."""
 
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
+    def __init__(self, env: gym.Env[Any, Any], always: bool = False) -> None:
         super().__init__(env)
         self.count = 0
+        self.always = always
 
     def reward(self, reward: Any) -> float:
         self.count += 1
-        return 1e30 if self.count == 100 else float(reward)
+        return 1e30 if self.count == 100 or (self.always and self.count > 64) else float(reward)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO])
-@pytest.mark.parametrize(
-    "torch_compile",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("torch_compile", [False, True])
+@pytest.mark.usefixtures("without_compiler")
 def test_a_loss_that_is_not_finite(algorithm: Any, torch_compile: bool) -> None:
     model = algorithm("MlpPolicy", LargeReward(gym.make("CartPole-v1")), torch_compile=torch_compile, **SMALL)
     model.learn(64)
@@ -50,6 +45,47 @@ def test_a_loss_that_is_not_finite(algorithm: Any, torch_compile: bool) -> None:
     before = [p.detach().clone() for p in model.policy.parameters()]
     model.learn(64, reset_num_timesteps=False)  # the model is still usable
     assert all(not th.equal(p, q) for p, q in zip(model.policy.parameters(), before, strict=True))
+
+
+def update_that_fails(always: bool, **kwargs: Any) -> tuple[str, float]:
+    """What the error says, and how far the parameters have moved."""
+    env = LargeReward(gym.make("CartPole-v1"), always)
+    policy_kwargs = {"optimizer_class": th.optim.SGD}
+    settings = {**SMALL, "policy_kwargs": policy_kwargs, **kwargs}
+    model = DualClipPPO("MlpPolicy", env, **settings)
+    model.learn(64)
+    before = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+    with pytest.raises(NonFiniteError) as error:
+        model.learn(64, reset_num_timesteps=False)
+    after = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+    return str(error.value), (after - before).abs().max().item()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_it_is_said_whether_the_policy_has_changed() -> None:
+    message, moved = update_that_fails(always=True)
+    assert "No step of this update was made: the policy is as it was before it." in message
+    assert moved == 0.0
+
+    message, moved = update_that_fails(always=False, batch_size=4, n_epochs=1)
+    found = re.search(
+        r"The (\d+) steps with such a gradient were not made; the other (\d+) of this update were", message
+    )
+    assert found is not None, message
+    assert int(found[1]) + int(found[2]) == 16
+    assert "the policy has changed" in message
+    assert moved > 0.0
+
+
+def test_it_is_said_if_all_gradients_were_finite() -> None:
+    """A statistic without a weight in the loss may be infinite alone."""
+    with pytest.raises(
+        NonFiniteError, match=r"minibatch 1 .*: entropy_loss=-inf\. The gradients were finite: all 2 steps"
+    ):
+        raise_if_not_finite({"entropy_loss": [1.0, -math.inf], "grad_norm": [0.5, 0.5]})
+    with pytest.raises(NonFiniteError, match=r"The 1 steps .* not made; the other 1 of this update were"):
+        raise_if_not_finite({"approx_kl": [0.0, math.nan, 2.0], "grad_norm": [0.5, math.nan]})  # stopped at the third
+    raise_if_not_finite({"approx_kl": [0.0], "grad_norm": []})
 
 
 def test_it_is_an_error_that_the_rl_zoo_prunes() -> None:

@@ -109,7 +109,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "line_search_max_iter": st.integers(1, 4),
     "accept_ratio": st.floats(0, 0.9),
     "n_critic_updates": st.integers(1, 2),
-    "fvp_subsampling": st.integers(1, 30),
+    "sub_sampling_factor": st.integers(1, 30),
     "returns": st.sampled_from(["reward_to_go", "total"]),
     "baseline": st.sampled_from(["none", "mean", "optimal", "leave_one_out", "value"]),
     "discount_from": st.sampled_from(["present", "start"]),

@@ -16,7 +16,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_ext import REINFORCE
+from sb3_ppo_ext import REINFORCE, reinforce
+from sb3_ppo_ext.common.checkpoint import resume, save_checkpoint
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
 
 BASELINES = ("none", "mean", "optimal", "leave_one_out", "value")
@@ -196,6 +197,30 @@ def test_a_waiting_environment_may_run_longer() -> None:
     model = agent(env, max_episode_steps=25)
     model.learn(1)
     assert model.num_timesteps == 80
+    with pytest.raises(ValueError, match="max_episode_steps=25"):  # now it is waited for
+        model.learn(1, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_the_limit_follows_from_the_steps_to_be_made(n_envs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reinforce._MIN_EPISODE_LIMIT == 10_000
+    monkeypatch.setattr(reinforce, "_MIN_EPISODE_LIMIT", 50)
+    model = agent(make_vec_env(Endless, n_envs=n_envs))
+    for total, steps in ((300, 300), (10, 50 * n_envs)):
+        before = model.num_timesteps
+        message = (
+            rf"within {steps // n_envs} steps, .*max_episode_steps=None .*total_timesteps={total} .*{n_envs} environ"
+        )
+        with pytest.raises(ValueError, match=message):
+            model.learn(total, reset_num_timesteps=False)
+        assert model.num_timesteps - before == steps
+
+
+def test_the_limit_is_no_less_than_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reinforce, "_MIN_EPISODE_LIMIT", 50)
+    spec = gym.envs.registration.EnvSpec("Endless-v0", Endless, max_episode_steps=70)
+    model = agent(make_vec_env(lambda: gym.make(spec), n_envs=2)).learn(1)
+    assert model.num_timesteps == 2 * 2 * 70
 
 
 def test_time_limit_is_the_remedy() -> None:
@@ -230,6 +255,7 @@ def test_time_limit_is_the_remedy() -> None:
         ({"n_critic_updates": 0}, "n_critic_updates=0 .*at least 1"),
         ({"batch_size": 0}, "batch_size=0 .*at least 1"),
         ({"max_episode_steps": 0}, "max_episode_steps=0 .*at least 1"),
+        ({"max_episode_steps": 1.5}, "max_episode_steps=1.5 .*an integer"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
@@ -332,6 +358,53 @@ def test_callback_stops(stop_at: int) -> None:
     assert same(before, parameters(model))
     model.learn(1, reset_num_timesteps=False)
     has_learnt(model, before)
+
+
+def test_no_environment_is_reset_in_the_middle_of_an_episode() -> None:
+    """Neither between batches, nor between calls of learn(), nor after a callback has stopped one."""
+    env = make_vec_env("CartPole-v1", n_envs=4, seed=0, monitor_kwargs={"allow_early_resets": False})
+    model = agent(env, episodes_per_env=1).learn(200)
+    assert model._n_updates >= 2
+    for stop in (False, True, False, True, False):
+        model.learn(100, callback=lambda locals_, globals_, stop=stop: not stop, reset_num_timesteps=False)  # type: ignore[misc]
+
+
+def test_what_a_stopped_rollout_ended_with_is_acted_on() -> None:
+    """The observation after its last step, not the one before."""
+
+    class Counting(gym.Env[Any, Any]):
+        observation_space = spaces.Box(0.0, 1000.0, (1,), np.float32)
+        action_space = spaces.Discrete(2)
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            super().reset(seed=seed)
+            self.count = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action: Any) -> Any:
+            self.count += 1
+            return np.full(1, self.count, np.float32), 1.0, self.count == 5, False, {}
+
+    model = agent(make_vec_env(Counting, n_envs=2), episodes_per_env=1)
+    model.learn(10, callback=lambda locals_, globals_: locals_["n_steps"] < 2)
+    assert np.asarray(model._last_obs).flatten().tolist() == [3.0, 3.0]
+    assert model._last_episode_starts is not None
+    assert not model._last_episode_starts.any()
+    model.learn(1, reset_num_timesteps=False)
+    assert model.num_timesteps == 2 * (5 + 5)  # to the end of what had been begun, and one more
+
+
+def test_goes_on_with_other_environments(tmp_path: Path) -> None:
+    """What stood in the middle of an episode is left behind with the environments that stood there."""
+    model = agent(make_vec_env("CartPole-v1", n_envs=2, seed=0)).learn(200)
+    assert model._last_episode_starts is not None
+    assert not model._last_episode_starts.all()
+    save_checkpoint(model, tmp_path / "agent.zip")
+    loaded = REINFORCE.load(tmp_path / "agent", env=make_vec_env("CartPole-v1", n_envs=3, seed=0), device="cpu")
+    resumed = resume(REINFORCE, tmp_path / "agent.zip", make_vec_env("CartPole-v1", n_envs=2), device="cpu")
+    for other in (loaded, resumed):
+        other.learn(1, reset_num_timesteps=False)
+        assert other._n_updates == model._n_updates + 1
 
 
 # --- Numbers that are not finite

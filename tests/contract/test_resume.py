@@ -187,7 +187,7 @@ def uninterrupted_and_resumed(tmp_path_factory) -> tuple[dict[Any, Any], dict[An
         model.learn(TOTAL, callback=SafeCheckpointCallback(1, written, keep_last=None))
         uninterrupted[name, use_sde] = outcome(model)
         checkpoints = sorted(written.iterdir(), key=lambda path: int(path.name.split("_")[-2]))
-        assert len(checkpoints) >= 4  # one after each iteration
+        assert len(checkpoints) >= 3  # one after each iteration
         kept = folder / f"{name}-{use_sde}"
         kept.mkdir()
         for checkpoint in checkpoints[:2]:  # as if it had been killed in the third

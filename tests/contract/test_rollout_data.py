@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -216,6 +216,29 @@ def test_an_environment_may_write_into_what_it_gave(algorithm: Any, obs_space: A
         np.testing.assert_array_equal(getattr(reused, name), getattr(fresh, name), err_msg=name)
     for p, q in zip(*(model.policy.parameters() for model in models), strict=True):
         assert th.equal(p, q)
+
+
+class OneInfo(gym.Wrapper[Any, Any, Any, Any]):
+    """Has one dict for all that it says of its episodes."""
+
+    episode: ClassVar[dict[str, float]] = {}
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            self.episode.update(r=self.episode.get("r", 0.0) + 1.0, l=1, t=0.0)
+            info["episode"] = self.episode
+        return obs, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_is_said_of_an_episode_is_kept(algorithm: Any) -> None:
+    OneInfo.episode.clear()
+    env = DummyVecEnv([lambda: OneInfo(ScriptedEnv(BOX, TORQUES))])
+    model = small(algorithm, "MlpPolicy", env).learn(1)
+    returns = [info["r"] for info in model.ep_info_buffer]
+    assert returns == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0][: len(returns)]
+    assert len(returns) > 3
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------

@@ -1,71 +1,42 @@
 """The command ``sb3-ppo-ext`` as its user meets it: what it trains, prints and refuses."""
 
+import importlib
 import os
 import re
-import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 import pytest
-import rl_zoo3.train
 import yaml
-from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_ext import DualClipPPO, __version__
-from sb3_ppo_ext.zoo.cli import main
-
-SCRIPT = str(Path(sys.executable).with_name("sb3-ppo-ext"))
-TRAIN = ["train", "--algo", "dual_clip_ppo", "--env", "CartPole-v1", "--device", "cpu"]
-MODEL = Path("logs/dual_clip_ppo/CartPole-v1_1/CartPole-v1.zip")
-
-
-class Command(Protocol):
-    def __call__(self, *arguments: str, code: int = 0) -> str: ...
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs ``sb3-ppo-ext`` in this process, in an empty folder, and returns what it has printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-        assert main() == code
-        assert vars(rl_zoo3.train)["ExperimentManager"] is ExperimentManager
-        captured = capsys.readouterr()
-        return captured.out + captured.err
-
-    return run
+from sb3_ppo_ext import __version__
+from sb3_ppo_ext.zoo import cli
+from tests.contract.zoo import (
+    MODEL,
+    RUN,
+    SCRIPT,
+    SMALL,
+    TRAIN,
+    Command,
+    load,
+    printed_command,
+    printed_reward,
+    run_folder,
+    said,
+)
 
 
 def start(arguments: list[str], folder: Path) -> str:
     run = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
-
-
-def load(path: Path) -> Any:
-    """The trained model, as :class:`DualClipPPO`; ``Any``, since its schedules are typed as what a user may give."""
-    return DualClipPPO.load(path, device="cpu")
-
-
-def printed_command(output: str, title: str) -> list[str]:
-    """What stands in the closing summary below a title."""
-    lines = output.splitlines()
-    return shlex.split(lines[lines.index(title) + 1])
-
-
-def printed_reward(output: str) -> tuple[float, float]:
-    found = re.search(r"reward +(\S+) \+/- (\S+) \(mean and std of 20 episodes", output)
-    assert found is not None
-    return float(found[1]), float(found[2])
 
 
 def test_train_and_every_command_that_it_prints(tmp_path: Path) -> None:
@@ -91,7 +62,12 @@ def test_train_and_every_command_that_it_prints(tmp_path: Path) -> None:
     assert "Episode Reward" in start([*watch, "--no-render", "-n", "300"], tmp_path)
 
     proceed = printed_command(output, "Continue the training:")
+    assert (
+        "(from step 1,024 to 2,024; a schedule such as lin_0.2 goes on as that of the longer training, at 49% of"
+        in output
+    )
     continued = start(proceed, tmp_path)
+    assert "Going on from step 1,024 to 2,024" in continued
     assert "Loading pretrained agent" in continued
     assert printed_command(continued, "Continue the training:").count("-i") == 1  # and not the one it started from
     assert (run.with_name("CartPole-v1_2") / "CartPole-v1.zip").is_file()
@@ -99,21 +75,6 @@ def test_train_and_every_command_that_it_prints(tmp_path: Path) -> None:
     tensorboard = printed_command(output, "Open TensorBoard:")
     assert os.access(tensorboard[0], os.X_OK)
     assert tensorboard[1:] == ["--logdir", "logs/tb/CartPole-v1"]
-
-
-def test_an_interrupted_training_is_saved_and_summed_up(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-u", "-m", "sb3_ppo_ext.zoo", *TRAIN, "-n", "10000000", "--eval-freq", "400"]
-    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    evaluations = (line for line in process.stdout if line.startswith("Eval num_timesteps"))
-    for _ in range(3):  # not at the first: tqdm makes the lock of its output then, and is not made to be interrupted
-        next(evaluations)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert (tmp_path / MODEL).is_file()
-    printed_reward(output)
-    assert printed_command(output, "Watch the agent:")[:3] == [sys.executable, "-m", "sb3_ppo_ext.zoo"]
 
 
 def test_the_final_evaluation_uses_the_statistics_of_the_training(command: Command) -> None:
@@ -124,9 +85,51 @@ def test_the_final_evaluation_uses_the_statistics_of_the_training(command: Comma
     assert printed_reward(output) == pytest.approx(evaluate_policy(model, env, n_eval_episodes=20), abs=0.01)
 
 
-def test_without_evaluation_and_log_nothing_is_said_of_them(command: Command) -> None:
-    assert "Watch the agent:" not in command(*TRAIN, "-n", "300", "--eval-freq", "-1")
-    assert "ensorBoard" not in command(*TRAIN, "-n", "300")
+def test_without_evaluation_the_summary_tells_of_the_training(command: Command) -> None:
+    output = command(*TRAIN, "-n", "300", "--eval-freq", "-1", *SMALL)
+    monitor = np.genfromtxt(next(RUN.glob("*.monitor.csv")), delimiter=",", skip_header=2)
+    rewards = monitor[:, 0]
+    of = f"mean and std of the training's last {len(rewards)} episodes"
+    assert f"reward       {rewards.mean():.2f} +/- {rewards.std():.2f} ({of})" in output
+    assert "Watch the agent:" in output
+    assert "ensorBoard" not in output
+
+
+def test_an_evaluation_that_fails_takes_nothing(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("the simulator has no licence for another")
+
+    monkeypatch.setattr("sb3_ppo_ext.zoo.summary.evaluate_policy", fails)
+    output = command(*TRAIN, "-n", "64", *SMALL)
+    assert "reward       not measured: RuntimeError: the simulator has no licence" in output
+    assert "Watch the agent:" in output
+    assert MODEL.is_file()
+
+
+class CountedEnv(gym.Wrapper):  # type: ignore[type-arg]
+    """An environment that notes how many others were open when it was made."""
+
+    n_open = 0
+    others: ClassVar[list[int]] = []
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.others.append(CountedEnv.n_open)
+        CountedEnv.n_open += 1
+
+    def close(self) -> None:
+        CountedEnv.n_open -= 1
+        super().close()
+
+
+gym.register("Counted-v0", lambda **kwargs: CountedEnv(gym.make("CartPole-v1", **kwargs)))
+
+
+def test_the_closing_evaluation_finds_all_other_environments_closed(command: Command) -> None:
+    """They may hold what only one can have at a time."""
+    printed_reward(command("train", "--env", "Counted-v0", "-n", "64", "-conf", config(ENTRY, env="Counted-v0")))
+    assert CountedEnv.others == [0, 1, 0]  # to evaluate, to train, and to evaluate once more
+    assert CountedEnv.n_open == 0
 
 
 def test_a_run_with_a_unique_name_has_no_number_to_watch_it_by(command: Command) -> None:
@@ -144,15 +147,20 @@ def test_an_algorithm_of_rl_zoo3_trains_as_well(command: Command) -> None:
 def test_hyperparameters_of_the_command_line_reach_the_model(command: Command) -> None:
     command(*TRAIN, "-n", "300", "-params", "dual_clip:4.0", "clip_range_high:'lin_0.3'")
     model = load(MODEL)
-    assert model.dual_clip(0.5) == 4.0
-    assert model.clip_range_high(1.0) == pytest.approx(0.3)
-    assert model.clip_range_high(0.5) == pytest.approx(0.15)
+    assert model.dual_clip == 4.0
+    assert model.clip_range_high == "lin_0.3"
     assert model.clip_range(0.5) == pytest.approx(0.1)
     command(*TRAIN, "-n", "300", "-params", "dual_clip:None", "-i", str(MODEL))
     assert load(Path("logs/dual_clip_ppo/CartPole-v1_2/CartPole-v1.zip")).dual_clip is None
 
 
 ENTRY = {"n_timesteps": 300, "policy": "MlpPolicy", "n_steps": 64, "gamma": 0.875}
+
+
+def config(entry: object, env: str = "CartPole-v1") -> str:
+    """The name of a configuration with an entry."""
+    Path("mine.yml").write_text(yaml.safe_dump({env: entry}))
+    return "mine.yml"
 
 
 @pytest.mark.parametrize("flag", ["-c", "-conf", "--conf-file"])
@@ -168,11 +176,6 @@ def test_the_users_own_python_file_wins(command: Command) -> None:
     assert load(MODEL).dual_clip(1.0) == 5.0
 
 
-def said(output: str) -> str:
-    """The one line that a refused command ends with."""
-    return output.strip().splitlines()[-1]
-
-
 def test_a_typo_is_named_with_its_file_and_the_right_key(command: Command) -> None:
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": {**ENTRY, "clip_rnage": 0.1}}))
     output = command(*TRAIN, "-conf", "mine.yml", code=1)
@@ -183,7 +186,6 @@ def test_a_typo_is_named_with_its_file_and_the_right_key(command: Command) -> No
     assert said(output) == "sb3-ppo-ext train: -params, CartPole-v1: unknown key 'nenvs'; the nearest is 'n_envs'"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # rl_zoo3's monitor is left open
 def test_a_value_out_of_range_is_named_with_its_file(command: Command) -> None:
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": {**ENTRY, "gamma": 2}}))
     output = said(command(*TRAIN, "-conf", "mine.yml", code=1))
@@ -245,10 +247,8 @@ def test_an_unknown_command_names_the_nearest(command: Command) -> None:
     assert "no command 'trian'; the nearest is 'train'" in command("trian", code=2)
 
 
-def test_a_commands_own_help_knows_our_algorithms(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        command("enjoy", "--help")
-    help_text = capsys.readouterr().out
+def test_a_commands_own_help_knows_our_algorithms(command: Command) -> None:
+    help_text = command("enjoy", "--help")
     assert "usage: sb3-ppo-ext enjoy" in help_text
     assert "dual_clip_ppo" in help_text
 
@@ -258,12 +258,87 @@ def test_videos_are_recorded(command: Command, monkeypatch: pytest.MonkeyPatch) 
     command("record_video", "--algo", "dual_clip_ppo", "-f", "logs", "-n", "20")
     assert len(list(MODEL.parent.glob("videos/*.mp4"))) == 1
 
+    started = calls(monkeypatch, code=0)
+    command("record_training", "--algo", "dual_clip_ppo", "-f", "logs", "-n", "20")
+    assert [arguments[:4] for arguments in started] == [[sys.executable, "-m", "sb3_ppo_ext.zoo", "record_video"]]
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, code: int) -> list[list[str]]:
+    """The commands that are started from now on; none is, and each ends with this code."""
     started: list[list[str]] = []
 
     def call(arguments: list[str]) -> int:
         started.append(arguments)
-        return 0
+        return code
 
     monkeypatch.setattr(subprocess, "call", call)
-    command("record_training", "--algo", "dual_clip_ppo", "-f", "logs", "-n", "20")
-    assert [arguments[:4] for arguments in started] == [[sys.executable, "-m", "sb3_ppo_ext.zoo", "record_video"]]
+    return started
+
+
+def test_enjoy_finds_what_train_has_written(command: Command) -> None:
+    command(*TRAIN, "-n", "64", "--eval-freq", "-1", *SMALL)
+    assert f"Loading {MODEL}" in command("enjoy", *TRAIN[1:], "--no-render", "-n", "20")
+    # A training that is refused leaves no folder, in which there would be no agent.
+    command(*TRAIN, "-n", "64", "-params", "gamma:2", code=1)
+    assert f"Loading {MODEL}" in command("enjoy", "--no-render", "-n", "20")
+
+
+def test_two_trainings_that_begin_together_take_two_folders(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_ids = iter([0, 1])
+    monkeypatch.setattr("rl_zoo3.exp_manager.get_latest_run_id", lambda *_: 0)  # when the manager is made
+    monkeypatch.setattr("sb3_ppo_ext.zoo.experiment.get_latest_run_id", lambda *_: next(run_ids))  # when it looks again
+    Path(RUN).mkdir(parents=True)
+    Path(RUN, "best_model.zip").touch()
+    assert "best model" not in command(*TRAIN, "-n", "64", "--eval-freq", "-1", *SMALL)
+    assert [file.name for file in RUN.iterdir()] == ["best_model.zip"]
+    assert (run_folder(2) / "CartPole-v1.zip").is_file()
+
+
+def test_logs_of_two_algorithms_of_one_name_are_told_apart(command: Command) -> None:
+    Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": {**ENTRY, "n_timesteps": 64, "batch_size": 64}}))
+    for algo in ("trpo", "trpo_ext", "dual_clip_ppo"):
+        command("train", "--algo", algo, "-conf", "mine.yml", "--eval-freq", "-1", "-tb", "tb", "--device", "cpu")
+    assert {path.name for path in Path("tb/CartPole-v1").iterdir()} == {"TRPO_1", "trpo_ext_1", "DualClipPPO_1"}
+
+
+def test_the_users_modules_are_found(tmp_path: Path) -> None:
+    """The folder of a console script is first on the path, and not the one that it is called in."""
+    tmp_path.joinpath("my_env.py").write_text(
+        "import gymnasium\ngymnasium.register('Mine-v0', 'gymnasium.envs.classic_control:CartPoleEnv')"
+    )
+    tmp_path.joinpath("my_conf.py").write_text(f"hyperparams = {{'Mine-v0': {ENTRY!r}}}")
+    arguments = ["train", "--env", "Mine-v0", "-n", "64", "--gym-packages", "my_env", "-conf", "my_conf"]
+    start([SCRIPT, *arguments, "--eval-freq", "-1"], tmp_path)
+
+
+def test_benchmark_evaluates_with_our_command(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(*TRAIN, "-n", "64", "--eval-freq", "-1", *SMALL)
+    started = calls(monkeypatch, code=1)
+    Path("logs/benchmark").mkdir()
+    assert "Error during evaluation" in command("benchmark", "--no-hub", "--test-mode")
+    assert [arguments[:4] for arguments in started] == [[sys.executable, "-m", "sb3_ppo_ext.zoo", "enjoy"]]
+    assert started[0][started[0].index("--algo") + 1] == "dual_clip_ppo"
+
+
+def test_the_hubs_commands_know_our_algorithms(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
+    monkeypatch.delitem(sys.modules, "rl_zoo3.load_from_hub", raising=False)  # or running it is a warning
+    where = ["--algo", "trpo_ext", "--env", "CartPole-v1", "-f", "logs"]
+    assert "set the environment variable `TRUST_REMOTE_CODE`" in said(command("load_from_hub", *where, code=1))
+    refused = command("push_to_hub", *where, "-orga", "nobody", "--no-render", code=1)
+    assert said(refused) == "sb3-ppo-ext push_to_hub: The logs/trpo_ext folder was not found"
+
+
+@pytest.mark.parametrize(("algo", "ours"), [("trpo_ext", True), ("ppo", False)])
+def test_a_model_card_names_the_command_that_knows_the_algorithm(
+    algo: str, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli._mend_hub()
+    push_to_hub = importlib.import_module("rl_zoo3.push_to_hub")
+    monkeypatch.setattr(push_to_hub, "metadata_save", cli._save_model_card)  # as the command does
+    card, metadata = push_to_hub.generate_model_card(algo, "X", "me", "CartPole-v1", 1.0, 0.0, {}, {})
+    push_to_hub.save_model_card(tmp_path, card, metadata)
+    written = (tmp_path / "README.md").read_text()
+    assert ("sb3-ppo-ext enjoy --algo trpo_ext --env CartPole-v1" in written) == ours
+    assert ("python -m rl_zoo3." in written) != ours
+    assert "model-index" in written  # the metadata

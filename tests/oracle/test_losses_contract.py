@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch as th
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.losses import SurrogateLoss
@@ -180,6 +181,39 @@ def test_a_mask_of_the_wrong_shape_is_refused(case: Case) -> None:
         case(*arguments(case), mask=th.ones(3, 1))
 
 
+@masked_or_reduction
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (0.5, th.float32),
+        (0.5, th.float16),
+        (2.0, th.float64),
+        (-1.0, th.float32),
+        (math.nan, th.float32),
+        (3, th.int64),
+    ],
+)
+def test_a_mask_that_is_neither_0_nor_1_is_refused(case: Case, value: float, dtype: th.dtype) -> None:
+    mask = th.ones(SHAPE, dtype=dtype)
+    mask[1, 2] = value
+    with pytest.raises(ValueError, match=rf"mask must hold nothing but 0 and 1, or be of dtype bool, got {value}"):
+        case(*arguments(case), mask=mask)
+
+
+@elementwise
+def test_no_elements_at_all(case: Case) -> None:
+    """What has diagnostics needs one, and says so; of nothing, any other loss is nothing."""
+    for shape in ((0,), (0, 3), (3, 0)):
+        tensors = arguments(case, shape)
+        options: list[dict[str, Any]] = [{}, {"mask": th.ones(shape)}] if case.has_mask else [{}]
+        for kwargs in options:
+            if "surrogate" in case.name:
+                with pytest.raises(ValueError, match="log_prob must have at least one element, got a tensor of shape"):
+                    case(*tensors, **kwargs)
+            else:
+                assert case(*tensors, **kwargs).shape == shape
+
+
 # Arguments are left alone
 
 
@@ -227,6 +261,16 @@ def test_a_tensor_hyper_parameter_has_no_dimension(case: Case) -> None:
     for name in case.hyper_parameters:
         with pytest.raises(ValueError, match=rf"{name} must be a number or a 0-d tensor, got a tensor of shape \(8,\)"):
             case(*arguments(case), **{name: th.ones(8)})
+
+
+@elementwise
+def test_a_hyper_parameter_is_one_number(case: Case) -> None:
+    for name in case.hyper_parameters:
+        optional = name in ("max_log_ratio", "clip_range_high", "dual_clip")
+        for wrong in ((0.1, 0.2), [0.2], "0.2", {}, True, 1j, *(() if optional else (None,))):
+            with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is looked at below)
+                case(*arguments(case), **{name: wrong})
+            assert str(error.value) == f"{name} must be a number or a 0-d tensor, got {wrong!r}"
 
 
 RANGES: dict[str, list[tuple[float, str]]] = {
@@ -296,3 +340,45 @@ def test_no_value_is_read_on_the_host(case: Case, with_mask: bool) -> None:
         loss = case(*tensors, **options)
         assert loss.is_meta
         gradients(loss, tensors)
+
+
+@masked_or_reduction
+@pytest.mark.parametrize("mask_dtype", [th.bool, th.float32])
+@pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
+def test_can_be_traced(case: Case, mask_dtype: th.dtype, tracing_mode: str) -> None:
+    """And what was traced with one mask is right for another."""
+    tensors = [tensor.detach().float() for tensor in arguments(case)]
+    keep = th.arange(24).reshape(SHAPE) % 3 != 0
+
+    def masked(*inputs: th.Tensor) -> th.Tensor:
+        return case(*inputs[:-1], mask=inputs[-1])
+
+    traced = make_fx(masked, tracing_mode=tracing_mode)(*tensors, th.ones(SHAPE, dtype=mask_dtype))
+    mask = keep.to(mask_dtype)
+    th.testing.assert_close(traced(*tensors, mask), masked(*tensors, mask))
+
+
+@masked_or_reduction
+@pytest.mark.parametrize("mask_dtype", [th.bool, th.float32])
+def test_can_be_mapped_over_a_batch(case: Case, mask_dtype: th.dtype) -> None:
+    batches = [th.stack((tensor.detach(), 2.0 * tensor.detach())) for tensor in arguments(case)]
+    keep = th.arange(24).reshape(SHAPE) % 3 != 0
+    masks = th.stack((keep, ~keep)).to(mask_dtype)
+
+    def masked(*inputs: th.Tensor) -> th.Tensor:
+        return case(*inputs[:-1], mask=inputs[-1])
+
+    expected = th.stack([masked(*(batch[i] for batch in batches), masks[i]) for i in range(2)])
+    th.testing.assert_close(th.vmap(masked)(*batches, masks), expected)
+
+
+def test_can_be_compiled_as_one_graph() -> None:
+    case = next(case for case in MASKED if case.name == "dual_clip_surrogate_loss")
+
+    def total(*inputs: th.Tensor) -> th.Tensor:
+        return losses.masked_mean(case(*inputs[:-1], mask=inputs[-1]), inputs[-1])
+
+    inputs = [tensor.detach() for tensor in arguments(case)]
+    mask = (th.arange(24).reshape(SHAPE) % 3 != 0).double()
+    found = th.compile(total, backend="eager", fullgraph=True)(*inputs, mask)
+    assert th.equal(found, total(*inputs, mask))

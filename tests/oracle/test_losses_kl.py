@@ -1,5 +1,6 @@
 """KL estimators against the exact KL of categorical distributions, the mean taken by enumeration."""
 
+import doctest
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sb3_ppo_ext import losses
 from sb3_ppo_ext.losses import kl_abs, kl_k1, kl_k2, kl_k3
 
 LN2 = math.log(2)
@@ -108,3 +110,22 @@ def test_k3_is_bounded_above_only() -> None:
     assert slope_below == pytest.approx(-1.0)
     unbounded = kl_k3(log_prob, th.zeros_like(log_prob), max_log_ratio=None)
     assert unbounded[0].item() == pytest.approx(math.exp(25) - 26)
+
+
+def test_the_examples_in_the_docstrings() -> None:
+    failed, run = doctest.testmod(losses.kl)
+    assert failed == 0
+    assert run >= 14
+
+
+def test_which_order_means_which_divergence() -> None:
+    """Of actions of the new policy: the reference comes first, whatever other libraries have."""
+    reference, new = OLD, th.tensor([0.7, 0.2, 0.1], dtype=th.float64)
+    exact = th.dot(new, (new / reference).log()).item()
+    other = th.dot(reference, (reference / new).log()).item()
+    assert th.dot(new, kl_k3(reference.log(), new.log())).item() == pytest.approx(exact)
+    assert th.dot(new, kl_k1(reference.log(), new.log())).item() == pytest.approx(exact)
+    swapped = th.dot(new, kl_k3(new.log(), reference.log())).item()
+    assert abs(swapped - exact) > 0.01
+    assert abs(swapped - other) > 0.01
+    assert th.equal(kl_k2(reference.log(), new.log()), kl_k2(new.log(), reference.log()))

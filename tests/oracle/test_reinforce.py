@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import Counter
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -593,12 +594,17 @@ def test_collected_by_hand(monkeypatch: pytest.MonkeyPatch, first_size: int) -> 
     assert sorted(info["r"] for info in model.ep_info_buffer) == [3.0, 3.0, 4.0, 9.0, 10.0, 26.0]
     assert sorted(model.ep_success_buffer) == [False] * 5 + [True]
 
-    # The next rollout begins with new episodes: the first environment had begun its fifth, the third its third.
+    # The first environment stands in its fourth episode, one step before its end; the third in its third, 47 before.
+    # They play them to the end, and what counts begins after that.
     rollout, index = collect(model)
-    first_steps = observations_of(rollout)[index.step == 0]
-    assert (first_steps[:, 1] == 0).all()
-    assert index.episode.unique().tolist() == [0, 1, 2, 3, 4, 5]
-    assert observations_of(rollout)[:, 0].min() >= 3
+    assert model.num_timesteps == 3 * (5 + 47 + 100)
+    of_c = [[episode, step] for episode in (3, 4) for step in range(50)]
+    assert observations_of(rollout).tolist() == [[4, 0], [4, 1], [5, 0], [5, 1], [2, 0], [3, 0], *of_c]
+    assert index.episode.tolist() == [0, 0, 1, 1, 2, 3] + [4] * 50 + [5] * 50
+    assert index.step.tolist() == [0, 1, 0, 1, 0, 0, *range(50), *range(50)]
+    np.testing.assert_allclose(rollout.returns.numpy()[:6], [150.0, 100.0, 150.0, 100.0, 1.0, 1.0], atol=1e-4)
+    assert sorted(info["r"] for info in model.ep_info_buffer)[-4:] == [200.0, 200.0, 5000.0, 5000.0]
+    assert len(model.ep_info_buffer) == 12
 
 
 def test_one_environment_wastes_no_step() -> None:
@@ -642,6 +648,53 @@ def test_short_episodes_are_not_over_represented(episodes_per_env: int) -> None:
     assert model.ep_info_buffer is not None
     logged = np.mean([info["l"] == 1 for info in model.ep_info_buffer])  # of the last hundred
     assert logged == pytest.approx(0.5, abs=0.15)
+
+
+class GivenLengths(Script):
+    """
+    Episodes of given lengths, one after the other. It refuses to be reset before an episode has ended.
+
+    :param lengths: of the episodes
+    """
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        super().__init__([[1.0] * length for length in lengths])
+        self._left = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        assert self._left == 0, "reset in the middle of an episode"
+        obs, info = super().reset(seed=seed)
+        self._left = len(self._episodes[min(self._episode, len(self._episodes) - 1)])
+        return obs, info
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self._left -= 1
+        return super().step(action)
+
+
+def test_every_batch_is_a_fair_draw() -> None:
+    """
+    Two environments whose episodes have one step or three, equally likely, and so all 256 ways that the first four
+    episodes of each can go. What counts, one episode each, is then short or long as two coins fall, in the second batch
+    as in the first. (An episode that the end of the first batch interrupts is always a long one.)
+    """
+    ways = list(itertools.product((1, 3), repeat=4))
+    model = on(GivenLengths(ways[0]), GivenLengths(ways[0]), episodes_per_env=1)
+    learnt_from: list[Counter[tuple[int, ...]]] = [Counter(), Counter()]
+    n_interrupted = 0
+    for pair in itertools.product(ways, repeat=2):
+        envs = [Monitor(GivenLengths(way), allow_early_resets=False) for way in pair]
+        model.set_env(DummyVecEnv([lambda env=env: env for env in envs]))  # type: ignore[misc]
+        for batch in range(2):
+            assert model.ep_info_buffer is not None
+            model.ep_info_buffer.clear()
+            _, index = collect(model)
+            lengths = tuple(int((index.episode == i).sum()) for i in range(2))
+            learnt_from[batch][lengths] += 1
+            assert sorted(info["l"] for info in model.ep_info_buffer) == sorted(lengths)
+            n_interrupted += int((~model._last_episode_starts).sum()) if batch == 0 else 0  # type: ignore[operator]
+    assert n_interrupted > 30
+    assert learnt_from[0] == learnt_from[1] == Counter(dict.fromkeys(itertools.product((1, 3), repeat=2), 64))
 
 
 def test_a_stopped_rollout_is_not_continued() -> None:
@@ -704,45 +757,50 @@ class Recorder(gym.Wrapper[Any, Any, Any, Any]):
 @pytest.mark.parametrize("baseline", ["none", "leave_one_out", "value"])
 def test_learn_takes_the_step_of_the_definition(baseline: Any) -> None:
     """
-    One ``learn()`` in two environments against the definition, worked out from what the environments saw, by SB3's own
-    ``evaluate_actions`` of the policy as it was.
+    Two updates in two environments against the definition, worked out from what the environments saw, by SB3's own
+    ``evaluate_actions`` of the policy as it was. The first ends in the middle of an episode of the second environment,
+    which the second update does not learn from.
     """
     box = spaces.Box(-1.0, 1.0, (3,), np.float32)
     wide = spaces.Box(-100.0, 100.0, (2,), np.float32)  # so wide that no action is clipped
     recorders = [Recorder(ScriptedEnv(box, wide, ((2, True, False), (3, False, True), (1, True, False)))),
-                 Recorder(ScriptedEnv(box, wide, ((1, True, False), (4, True, False))))]  # fmt: skip
+                 Recorder(ScriptedEnv(box, wide, ((1, True, False), (2, True, False))))]  # fmt: skip
     vec_env = DummyVecEnv([lambda env=env: env for env in recorders])  # type: ignore[misc]
     model = REINFORCE(
         "MlpPolicy", vec_env, learning_rate=0.1, episodes_per_env=2, gamma=0.9, ent_coef=0.01, max_grad_norm=math.inf,
         baseline=baseline, policy_kwargs={"optimizer_class": th.optim.SGD}, seed=0, device="cpu",
     )  # fmt: skip
-    policy = copy.deepcopy(model.policy)
-    model.learn(1)
+    for expected_lengths in ([2, 3, 1, 2], [1, 2, 1, 2]):
+        policy = copy.deepcopy(model.policy)
+        first = [len([e for e in recorder.episodes if e]) for recorder in recorders]  # those that were begun
+        model.learn(1, reset_num_timesteps=False)
 
-    episodes = [episode for recorder in recorders for episode in [e for e in recorder.episodes if e][:2]]
-    assert [len(episode) for episode in episodes] == [2, 3, 1, 4]
-    returns = [
-        [sum(0.9 ** (k - t) * episode[k][2] for k in range(t, len(episode))) for t in range(len(episode))]
-        for episode in episodes
-    ]
-    objective = th.zeros(())
-    for i, episode in enumerate(episodes):
-        for t, (obs, action, _) in enumerate(episode):
-            value, log_prob, entropy = policy.evaluate_actions(th.tensor(obs)[None], th.tensor(action)[None])
-            subtracted = {
-                "none": 0.0,
-                "value": value.item(),
-                "leave_one_out": sum(g[t] for j, g in enumerate(returns) if j != i and t < len(g)) / 3,
-            }[baseline]
-            assert entropy is not None
-            objective = objective + log_prob.sum() * (returns[i][t] - subtracted) / 4 + 0.01 * entropy.sum() / 4
-    (-objective).backward()  # type: ignore[no-untyped-call]
-    for (name, before), after in zip(policy.named_parameters(), model.policy.parameters(), strict=True):
-        if before.grad is None:
-            assert "value" in name
-            assert th.equal(before, after) == (baseline != "value"), name
-        else:
-            th.testing.assert_close(after, before + 0.1 * -before.grad, atol=1e-5, rtol=1e-4)
+        episodes = []
+        for recorder, start in zip(recorders, first, strict=True):
+            episodes += [episode for episode in recorder.episodes if episode][start : start + 2]
+        assert [len(episode) for episode in episodes] == expected_lengths
+        returns = [
+            [sum(0.9 ** (k - t) * episode[k][2] for k in range(t, len(episode))) for t in range(len(episode))]
+            for episode in episodes
+        ]
+        objective = th.zeros(())
+        for i, episode in enumerate(episodes):
+            for t, (obs, action, _) in enumerate(episode):
+                value, log_prob, entropy = policy.evaluate_actions(th.tensor(obs)[None], th.tensor(action)[None])
+                subtracted = {
+                    "none": 0.0,
+                    "value": value.item(),
+                    "leave_one_out": sum(g[t] for j, g in enumerate(returns) if j != i and t < len(g)) / 3,
+                }[baseline]
+                assert entropy is not None
+                objective = objective + log_prob.sum() * (returns[i][t] - subtracted) / 4 + 0.01 * entropy.sum() / 4
+        (-objective).backward()  # type: ignore[no-untyped-call]
+        for (name, before), after in zip(policy.named_parameters(), model.policy.parameters(), strict=True):
+            if before.grad is None:
+                assert "value" in name
+                assert th.equal(before, after) == (baseline != "value"), name
+            else:
+                th.testing.assert_close(after, before + 0.1 * -before.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_critic_learns_the_returns() -> None:

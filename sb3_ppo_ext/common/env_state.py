@@ -1,0 +1,177 @@
+"""What environments and their wrappers remember from one step to the next, and how to put it back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from stable_baselines3.common.vec_env import (
+    VecCheckNan,
+    VecEnv,
+    VecEnvWrapper,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+    VecVideoRecorder,
+)
+from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
+
+# What gymnasium's wrappers and SB3's Monitor remember of an episode (TimeLimit, Monitor, FrameStackObservation), and of
+# all episodes (NormalizeObservation, NormalizeReward). They are asked for by name: rl_zoo3 puts a class of its own in
+# TimeLimit's place, which a worker process need not know.
+_OF_EPISODE = ("_elapsed_steps", "rewards", "obs_queue")
+_OF_TRAINING = ("obs_rms", "return_rms", "discounted_reward")
+
+_VEC_MEMORY: dict[type[VecEnvWrapper], tuple[str, ...]] = {
+    VecNormalize: ("obs_rms", "ret_rms", "returns", "old_obs", "old_reward"),
+    VecFrameStack: ("stacked_obs",),
+    VecMonitor: ("episode_returns", "episode_lengths"),
+}
+_VEC_SETTINGS: dict[type[VecEnvWrapper], tuple[str, ...]] = {
+    VecNormalize: (
+        "training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys",
+    ),
+    VecTransposeImage: ("skip",),
+    VecExtractDictObs: ("key",),
+}  # fmt: skip
+# These look on, and change nothing that is learnt from.
+_ONLOOKERS = (VecCheckNan, VecVideoRecorder)
+
+
+def env_state(env: VecEnv, *, in_episode: bool) -> dict[str, Any]:
+    """
+    :param env: the training environment
+    :param in_episode: whether the next step continues an episode; else the environments will be reset first
+    :return: what the environments and their wrappers remember, and how the wrappers are set
+    """
+    attributes = [name for name in ("np_random", *_OF_TRAINING) if _has(env, name)]
+    states = None
+    if in_episode and _has(env, "state_dict"):
+        states = env.env_method("state_dict")
+        attributes += [name for name in _OF_EPISODE if _has(env, name)]
+    return {
+        "attributes": {name: env.get_attr(name) for name in attributes},
+        "states": states,
+        "wrappers": [
+            (class_name, {name: getattr(wrapper, name) for name in names})
+            for wrapper, class_name, names in _with_memory(env)
+        ],
+        "settings": _settings(env),
+        "n_envs": env.num_envs,
+    }
+
+
+def check_env(env: VecEnv, state: dict[str, Any]) -> None:
+    """
+    :param env: to go on training in
+    :param state: as :func:`env_state` gave it
+    :raises ValueError: if the environments are not what the training had, saying what differs
+    """
+    saved, given = [name for name, _ in state["wrappers"]], [name for _, name, _ in _with_memory(env)]
+    if saved != given:
+        raise ValueError(f"of the wrappers with a memory it was trained in {saved}, and this one is in {given}")
+    is_old = "settings" not in state  # written before the settings were
+    if not is_old:
+        _check_settings(env, state)
+    for name in state["attributes"]:
+        if not _has(env, name):
+            raise ValueError(f"the {name} of the environments was saved, and these have none: a wrapper is missing")
+    new = [name for name in _OF_TRAINING if name not in state["attributes"] and _has(env, name)]
+    if new and is_old:
+        warnings.warn(
+            f"The checkpoint does not hold what a wrapper inside the environments remembers ({', '.join(new)}): its "
+            "statistics begin anew",
+            stacklevel=3,
+        )
+    elif new:
+        raise ValueError(
+            f"these environments are in a wrapper that has {', '.join(new)}, which those of the training had not"
+        )
+    if state["states"] is not None and not _has(env, "load_state_dict"):
+        raise ValueError("the state of the environments was saved, and these have no load_state_dict()")
+
+
+def _check_settings(env: VecEnv, state: dict[str, Any]) -> None:
+    if env.num_envs != state["n_envs"]:
+        raise ValueError(f"it was trained in {state['n_envs']} environments, and here are {env.num_envs}")
+    saved, given = state["settings"], _settings(env)
+    saved_names, given_names = [name for name, _ in saved], [name for name, _ in given]
+    if saved_names != given_names:
+        raise ValueError(
+            f"it was trained in the wrappers {saved_names}, outermost first, and this one is in {given_names}"
+        )
+    differing = [
+        f"{name} of {wrapper} was {value!r} in the training, and is {here[name]!r} here"
+        for (wrapper, settings), (_, here) in zip(saved, given, strict=True)
+        for name, value in settings.items()
+        if here[name] != value
+    ]
+    if differing:
+        raise ValueError("; ".join(differing))
+
+
+def set_env_state(env: VecEnv, state: dict[str, Any]) -> None:
+    """
+    :param env: to go on training in, as :func:`check_env` has found it
+    :param state: to put back, as :func:`env_state` gave it
+    """
+    if state["states"] is not None:
+        env.reset()  # most wrappers want to see that before the first step
+        for index, of_one in enumerate(state["states"]):
+            env.env_method("load_state_dict", of_one, indices=index)
+    env.unwrapped._reset_seeds()  # or a seed given before would replace the generators at the next reset
+    for name, values in state["attributes"].items():
+        for index, value in enumerate(values):
+            env.env_method("set_wrapper_attr", name, value, indices=index)
+    for (wrapper, _, _), (_, attributes) in zip(_with_memory(env), state["wrappers"], strict=True):
+        for name, value in attributes.items():
+            setattr(wrapper, name, value)
+
+
+def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:
+    """The outermost first."""
+    while isinstance(env, VecEnvWrapper):
+        yield env
+        env = env.venv
+
+
+def _with_memory(env: VecEnv) -> list[tuple[VecEnvWrapper, str, tuple[str, ...]]]:
+    """The wrappers that remember something, their names, and what they remember."""
+    return [
+        (wrapper, wrapper_class.__name__, tuple(name for name in names if name in vars(wrapper)))
+        for wrapper in _wrappers(env)
+        for wrapper_class, names in _VEC_MEMORY.items()
+        if isinstance(wrapper, wrapper_class)
+    ]
+
+
+def _settings(env: VecEnv) -> list[tuple[str, dict[str, Any]]]:
+    """The names of the wrappers, and how each is set."""
+    result = []
+    for wrapper in _wrappers(env):
+        if isinstance(wrapper, _ONLOOKERS):
+            continue
+        names = (name for of, names in _VEC_SETTINGS.items() if isinstance(wrapper, of) for name in names)
+        settings = {name: getattr(wrapper, name) for name in names}
+        if isinstance(wrapper, VecFrameStack):
+            stacked = wrapper.stacked_obs
+            settings = {"n_stack": stacked.n_stack, "channels_order": _channels_order(stacked)}
+        result.append((type(wrapper).__name__, settings))
+    return result
+
+
+def _channels_order(stacked: StackedObservations[Any]) -> str | dict[str, Any]:
+    if hasattr(stacked, "sub_stacked_observations"):
+        return {key: _channels_order(sub) for key, sub in stacked.sub_stacked_observations.items()}
+    return "first" if stacked.channels_first else "last"
+
+
+def _has(env: VecEnv, name: str) -> bool:
+    """Whether all environments have an attribute. Not every vector of environments can tell."""
+    try:
+        return env.has_attr(name)
+    except NotImplementedError:
+        return False

@@ -1,0 +1,141 @@
+"""Which algorithm a model file is of, and whether another may load it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zipfile
+from collections.abc import Collection
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_ppo_ext.common.files import ReadableFile, name_of_file
+
+# The member of a model file that names its algorithm. SB3 passes over it.
+ALGORITHM = "_algorithm"
+
+_PACKAGES = ("sb3_ppo_ext", "stable_baselines3", "sb3_contrib")
+_COMMON = tuple(f"{package}.common." for package in _PACKAGES)
+
+# Whose file it is that names no algorithm, by the attributes in it; the first that fits.
+_ATTRIBUTES = (
+    ("sb3_ppo_ext.DualClipPPO", {"torch_compile", "dual_clip"}),
+    ("sb3_ppo_ext.AdaptiveKLPPO", {"torch_compile", "kl_coef"}),
+    ("sb3_ppo_ext.TRPO", {"torch_compile", "cg_damping"}),
+    ("sb3_ppo_ext.REINFORCE", {"torch_compile", "episodes_per_env"}),
+    ("sb3_contrib.TRPO", {"cg_max_steps"}),
+    ("stable_baselines3.PPO", {"clip_range"}),
+    ("stable_baselines3.A2C", {"gae_lambda"}),
+)
+# What a policy of sb3-contrib needs that no algorithm of this package has.
+_OF_CONTRIB = {
+    "sb3_contrib.common.maskable.": "sb3_contrib.MaskablePPO",
+    "sb3_contrib.common.recurrent.": "sb3_contrib.RecurrentPPO",
+}
+
+
+def name_of(algorithm: type[BaseAlgorithm]) -> str:
+    """
+    The algorithm that a class is, or is a variant of. One of this package, of SB3 or of sb3-contrib is named as it is
+    imported (``"sb3_ppo_ext.TRPO"``), one that a user has made from the base classes has its own name.
+
+    :param algorithm: the class
+    """
+    bases = [
+        base
+        for base in algorithm.__mro__
+        if issubclass(base, BaseAlgorithm) and not base.__module__.startswith((*_COMMON, BaseAlgorithm.__module__))
+    ]
+    origin = bases[-1] if bases else algorithm
+    package = origin.__module__.partition(".")[0]
+    return f"{package}.{origin.__name__}" if package in _PACKAGES else origin.__name__
+
+
+def mark_of(file: ReadableFile) -> str | None:
+    """
+    :param file: a model file
+    :return: the algorithm that it names; None if it names none, as SB3 writes it
+    """
+    with zipfile.ZipFile(file) as archive:
+        return archive.read(ALGORITHM).decode() if ALGORITHM in archive.namelist() else None
+
+
+def attributes_of(file: ReadableFile) -> dict[str, Any]:
+    """
+    :param file: a model file
+    :return: the attributes in it; in place of what would have to be unpickled a dict that tells what it is
+    """
+    with zipfile.ZipFile(file) as archive:
+        attributes: dict[str, Any] = json.loads(archive.read("data"))
+    return attributes
+
+
+def unpickled(attributes: dict[str, Any], name: str) -> Any:
+    """
+    :param attributes: as :func:`attributes_of` gives them
+    :param name: of one of them
+    :return: its value
+    """
+    value = attributes[name]
+    if isinstance(value, dict) and ":serialized:" in value:
+        return cloudpickle.loads(base64.b64decode(value[":serialized:"]))
+    return value
+
+
+def why_missing(attributes: dict[str, Any], name: str) -> Exception | None:
+    """
+    :param attributes: as :func:`attributes_of` gives them
+    :param name: of what may be among them
+    :return: why it cannot be imported here; None if it can be, or there is none
+    """
+    if name in attributes:
+        try:
+            unpickled(attributes, name)
+        except (ImportError, AttributeError) as error:
+            return error
+    return None
+
+
+def origin_of(file: ReadableFile, replaced: Collection[str] = ()) -> str:
+    """
+    The algorithm whose model a file is: the one that it names, else the one whose attributes it has.
+
+    :param file: a model file
+    :param replaced: names of attributes that will not be taken from it
+    """
+    mark = mark_of(file)
+    if mark is not None and (mark != "sb3_contrib.MaskablePPO" or "policy_class" not in replaced):
+        return mark
+    attributes = attributes_of(file)
+    if "policy_class" not in replaced:
+        module = str(attributes.get("policy_class", {}).get("__module__"))
+        for of_contrib, origin in _OF_CONTRIB.items():
+            if module.startswith(of_contrib):
+                return origin
+    fitting = (origin for origin, names in _ATTRIBUTES if names <= attributes.keys())
+    return next(fitting, "another kind of algorithm")
+
+
+def check_origin(origin: str, algorithm: type[BaseAlgorithm], also: Collection[str], path: object) -> None:
+    """
+    :param origin: the algorithm whose model a file is
+    :param algorithm: the class that is to load it
+    :param also: other algorithms whose files that takes
+    :param path: of the file, or the open file
+    :raises ValueError: if that would make a model that is half of one and half of the other
+    """
+    name, path = name_of(algorithm), name_of_file(path)
+    if origin == name or origin in also or "." not in origin + name:  # two classes of the user's own
+        return
+    if origin == "sb3_contrib.MaskablePPO":
+        raise ValueError(
+            f"{path} cannot be loaded by {algorithm.__name__}: it is a model of {origin}, whose masks are not known "
+            "here, so actions that are forbidden would be taken. If that is meant, replace the policy: "
+            f'load(..., custom_objects={{"policy_class": {algorithm.__name__}.policy_aliases["MlpPolicy"]}})'
+        )
+    raise ValueError(
+        f"{path} cannot be loaded by {algorithm.__name__}: it is a model of {origin}. Load it with that; or take its "
+        "weights alone, for a model that you have made: load_weights(path, model.policy)"
+    )

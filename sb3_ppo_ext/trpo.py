@@ -134,7 +134,6 @@ class TRPO(OnPolicyAlgorithm):
     _needs_old_params: ClassVar[bool] = True
     _reads: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
     _none_is_default: ClassVar[tuple[str, ...]] = ("target_kl", "cg_damping")
-    _other_names: ClassVar[dict[str, str]] = {"sub_sampling_factor": "fvp_subsampling"}
 
     def __init__(
         self,

@@ -110,9 +110,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     # Arguments that may be None here, and may not in SB3's or sb3-contrib's algorithm that takes them.
     _none_is_default: ClassVar[tuple[str, ...]] = ()
 
-    # What an attribute is called in other algorithms' files, or was called in earlier ones, and what it is called.
-    _other_names: ClassVar[dict[str, str]] = {}
-
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
     _needs_old_params: ClassVar[bool] = False
 
@@ -200,8 +197,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             )
         if n_samples % batch_size:
             warnings.warn(
-                f"batch_size={batch_size} does not divide n_steps * n_envs = {n_samples}: the last minibatch of each "
-                f"epoch has {n_samples % batch_size} samples. A factor of {n_samples} is recommended "
+                f"batch_size={batch_size} does not divide n_steps * n_envs = {n_samples}: at the end of each epoch "
+                f"there will be a truncated mini-batch of size {n_samples % batch_size}. A factor of {n_samples} is "
+                "recommended "
                 f"(n_steps={self.n_steps}, n_envs={self.n_envs}).",
                 stacklevel=2,
             )
@@ -372,14 +370,13 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                     "load(..., custom_objects={'rollout_buffer_class': ...})",
                     stacklevel=2,
                 )
-            adapted = cls._adapted(origin, {name: v for name, v in attributes.items() if name not in replaced})
+            # A space that is put in the place of the file's is of the same kind.
+            kept = attributes.keys() - replaced | {"action_space"}
+            adapted = cls._adapted(origin, {name: attributes[name] for name in kept & attributes.keys()})
             for name in {"rollout_buffer_class", *cls._none_is_default} & custom_objects.keys() - attributes.keys():
                 adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
             kwargs = adapted | kwargs
-            model = super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        for name in cls._other_names:
-            vars(model).pop(name, None)
-        return model
+            return super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -389,11 +386,10 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param origin: the algorithm whose model it is
         :param attributes: in the file, as :func:`attributes_of` gives them, without those that the user replaces
         """
-        adapted = {name: attributes[other] for other, name in cls._other_names.items() if other in attributes}
         buffer_class = attributes.get("rollout_buffer_class")
         if isinstance(buffer_class, dict) and str(buffer_class.get("__module__")).startswith("sb3_contrib."):
-            adapted["rollout_buffer_class"] = None  # it is filled by an algorithm of its own
-        return adapted
+            return {"rollout_buffer_class": None}  # it is filled by an algorithm of its own
+        return {}
 
     def _check_compilable(self) -> None:
         """

@@ -57,7 +57,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     ) -> None:
         if kwargs.get("squash_output") and not kwargs.get("use_sde"):
             raise ArgumentError(
-                "squash_output=True is not allowed without gSDE: it must be False, or use_sde must be True"
+                "squash_output=True is not allowed without gSDE: it must be False, or use_sde=True be given"
             )
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
         arch = self.net_arch

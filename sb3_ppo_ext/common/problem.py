@@ -11,7 +11,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.common.distributions import family_of_space
-from sb3_ppo_ext.common.validation import ArgumentError
+from sb3_ppo_ext.common.validation import ArgumentError, UnsupportedSpaceError
 
 _MIN_IMAGE = 36  # pixels that the three convolutions of SB3's NatureCNN leave something of
 
@@ -88,7 +88,7 @@ def check_spaces(env: gym.Env[Any, Any] | VecEnv, *, use_sde: bool) -> None:
     for key, space in parts:
         if not _can_be_observed(space):
             name = "observation_space" if key is None else f"observation_space[{key!r}]"
-            raise ArgumentError(
+            raise UnsupportedSpaceError(
                 f"{name}={space} is not supported: it must be Box, Discrete, MultiDiscrete of one axis or MultiBinary, "
                 f"counting from 0, or one Dict of such, not nested{_how_to_flatten(observation_space)}"
             )

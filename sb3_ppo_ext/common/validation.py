@@ -21,6 +21,10 @@ class ArgumentError(ValueError, AssertionError):
     """
 
 
+class UnsupportedSpaceError(ArgumentError, NotImplementedError):
+    """Observations that cannot be learnt from: a ``NotImplementedError`` as well, as Stable-Baselines3 raises it."""
+
+
 def check_int(name: str, value: object, *, minimum: int, maximum: float = math.inf) -> None:
     """
     :param name: of the argument

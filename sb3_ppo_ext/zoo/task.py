@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import torch as th
 
-from sb3_ppo_ext.zoo import arguments
+from sb3_ppo_ext.zoo.arguments import Parser, nearest
 from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
 from sb3_ppo_ext.zoo.storage import StudyError
 from sb3_ppo_ext.zoo.trials import evaluated
@@ -66,9 +66,7 @@ class Task:
             for module in self.gym_packages:
                 importlib.import_module(module)
             if self.env not in gym.registry:
-                raise StudyError(
-                    f"there is no environment '{self.env}'{arguments.nearest(self.env, list(gym.registry))}"
-                )
+                raise StudyError(f"there is no environment '{self.env}'{nearest(self.env, list(gym.registry))}")
             options = parse_train(self.arguments())
             with contextlib.redirect_stdout(io.StringIO()):
                 manager = ZooExperimentManager(
@@ -97,7 +95,7 @@ def train_parser() -> argparse.ArgumentParser:
     class FoundError(Exception):
         """Holds the parser."""
 
-    class TrainParser(arguments.Parser):
+    class TrainParser(Parser):
         def parse_args(self, *_: Any) -> Any:  # type: ignore[override]
             raise FoundError(self)
 

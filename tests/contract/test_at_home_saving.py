@@ -80,6 +80,9 @@ def test_save_and_load(algorithm: Any, into: str, tmp_path: Path) -> None:
             assert getattr(loaded, name) == value
         elif name in SCHEDULES[algorithm] and name != "policy_kwargs":
             assert getattr(loaded, name)(0.25) == value(0.25)
+    # The clip ranges become schedules, as in SB3.
+    for name in SCHEDULES[algorithm].keys() - {"clip_range", "clip_range_vf", "policy_kwargs"}:
+        assert repr(getattr(loaded, name)) == repr(SCHEDULES[algorithm][name])
     assert loaded.lr_schedule(0.5) == model.lr_schedule(0.5)
     loaded.learn(2 * ROLLOUT, reset_num_timesteps=False)
     assert loaded.num_timesteps > model.num_timesteps

@@ -11,6 +11,7 @@ import pytest
 import sb3_contrib
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import kl_divergence as sb3_kl_divergence
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -234,6 +235,31 @@ def test_log_says_what_happened() -> None:
     assert log["train/step_fraction"] in [pytest.approx(0.8**k) for k in range(10)]
     assert 1 <= log["train/cg_steps"] <= 15
     assert 0.0 < log["train/cg_residual"] < 1.0
+
+
+@pytest.mark.parametrize(
+    "action_space",
+    [TORQUES, spaces.Discrete(4), spaces.MultiDiscrete([3, 4]), spaces.MultiBinary(3)],
+    ids=["box", "discrete", "multi-discrete", "multi-binary"],
+)
+def test_log_has_contribs_numbers(action_space: spaces.Space[Any]) -> None:
+    """By SB3's distribution objects and contrib's expressions, of the policy before and after the update."""
+    model = make_model(action_space, target_kl=0.2)
+    before = copy.deepcopy(model.policy)
+    rollout = model.rollout_buffer.flat()
+    model.train()
+    with th.no_grad():
+        old, new = (policy.get_distribution(rollout.observations) for policy in (before, model.policy))
+        actions = rollout.actions.flatten() if isinstance(action_space, spaces.Discrete) else rollout.actions
+        advantages = (rollout.advantages - rollout.advantages.mean()) / (rollout.advantages.std() + 1e-8)
+        objective = (advantages * (new.log_prob(actions) - old.log_prob(actions)).exp()).mean().item()
+        kl = sb3_kl_divergence(new, old).mean().item()
+        entropy = old.entropy().mean().item()
+    log = logged(model)
+    assert log["train/is_line_search_success"] == 1.0
+    assert log["train/policy_objective"] == pytest.approx(objective, rel=1e-4)
+    assert log["train/kl_divergence_loss"] == pytest.approx(kl, rel=1e-4)
+    assert log["train/entropy_loss"] == pytest.approx(-entropy, rel=1e-5)
 
 
 @pytest.mark.parametrize("subsampling", [1, 4])

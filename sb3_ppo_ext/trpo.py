@@ -134,7 +134,6 @@ class TRPO(OnPolicyAlgorithm):
     _needs_old_params: ClassVar[bool] = True
     _reads: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
     _none_is_default: ClassVar[tuple[str, ...]] = ("target_kl", "cg_damping")
-    _other_names: ClassVar[dict[str, str]] = {"sub_sampling_factor": "fvp_subsampling"}
 
     def __init__(
         self,
@@ -216,7 +215,7 @@ class TRPO(OnPolicyAlgorithm):
         self.torch_compile = torch_compile
         if _init_setup_model:
             self._setup_model()
-            self._check_compilable()
+            self._check_can_learn()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:

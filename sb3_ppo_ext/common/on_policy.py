@@ -110,9 +110,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     # Arguments that may be None here, and may not in SB3's or sb3-contrib's algorithm that takes them.
     _none_is_default: ClassVar[tuple[str, ...]] = ()
 
-    # What an attribute is called in other algorithms' files, or was called in earlier ones, and what it is called.
-    _other_names: ClassVar[dict[str, str]] = {}
-
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
     _needs_old_params: ClassVar[bool] = False
 
@@ -146,8 +143,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             device=device,
             **kwargs,
         )
-        if self.env is not None:
-            check_no_masks(self.env)
         if "cuda" in str(device) and self.device.type != "cuda":
             warnings.warn(f"device={str(device)!r}: torch finds no CUDA here, so the CPU is used", stacklevel=2)
 
@@ -377,10 +372,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             for name in {"rollout_buffer_class", *cls._none_is_default} & custom_objects.keys() - attributes.keys():
                 adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
             kwargs = adapted | kwargs
-            model = super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        for name in cls._other_names:
-            vars(model).pop(name, None)
-        return model
+            return super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -390,18 +382,22 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param origin: the algorithm whose model it is
         :param attributes: in the file, as :func:`attributes_of` gives them, without those that the user replaces
         """
-        adapted = {name: attributes[other] for other, name in cls._other_names.items() if other in attributes}
+        adapted: dict[str, Any] = {}
         buffer_class = attributes.get("rollout_buffer_class")
         if isinstance(buffer_class, dict) and str(buffer_class.get("__module__")).startswith("sb3_contrib."):
             adapted["rollout_buffer_class"] = None  # it is filled by an algorithm of its own
         return adapted
 
-    def _check_compilable(self) -> None:
+    def _check_can_learn(self) -> None:
         """
-        For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled.
+        For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled, and
+        with environments that it could not learn.
 
-        :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
+        :raises ValueError: if ``torch_compile=True`` cannot be had, or if actions would have to be masked, saying what
+            to change
         """
+        if self.env is not None:
+            check_no_masks(self.env)
         if self.torch_compile:
             check_can_compile(self._actor_critic(), self.policy.optimizer)
             check_compiler(self.device)
@@ -409,9 +405,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
-        self._check_compilable()
-        if self.env is not None:  # set_env() may have changed it
-            check_no_masks(self.env)
+        self._check_can_learn()
         try:
             return super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         except Exception as error:

@@ -295,7 +295,7 @@ class REINFORCE(OnPolicyAlgorithm):
         """
         starts = self._last_episode_starts
         assert starts is not None
-        # -1: an episode that another policy began comes first.
+        # -1: first comes the rest of an episode that another policy began.
         self._episodes_run = np.where(starts, 0, -1)
         if starts.all():
             self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
@@ -322,11 +322,11 @@ class REINFORCE(OnPolicyAlgorithm):
         self._episodes_run += dones
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # The episodes that a waiting environment ends are the short ones, those that it began before the long ones.
-        counts = self._is_running
+        # Episodes that a waiting environment ends are shorter than most, those that a batch's end interrupted longer.
+        running = self._is_running
         super()._update_info_buffer(
-            [info for info, counts_here in zip(infos, counts, strict=True) if counts_here],
-            None if dones is None else dones[counts],
+            [info for info, counts in zip(infos, running, strict=True) if counts],
+            None if dones is None else dones[running],
         )
 
     def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:

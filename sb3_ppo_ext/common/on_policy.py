@@ -368,7 +368,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                     "load(..., custom_objects={'rollout_buffer_class': ...})",
                     stacklevel=2,
                 )
-            adapted = cls._adapted(origin, {name: v for name, v in attributes.items() if name not in replaced})
+            # A space that is put in the place of the file's is of the same kind.
+            kept = attributes.keys() - replaced | {"action_space"}
+            adapted = cls._adapted(origin, {name: attributes[name] for name in kept & attributes.keys()})
             for name in {"rollout_buffer_class", *cls._none_is_default} & custom_objects.keys() - attributes.keys():
                 adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
             kwargs = adapted | kwargs
@@ -382,11 +384,10 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         :param origin: the algorithm whose model it is
         :param attributes: in the file, as :func:`attributes_of` gives them, without those that the user replaces
         """
-        adapted: dict[str, Any] = {}
         buffer_class = attributes.get("rollout_buffer_class")
         if isinstance(buffer_class, dict) and str(buffer_class.get("__module__")).startswith("sb3_contrib."):
-            adapted["rollout_buffer_class"] = None  # it is filled by an algorithm of its own
-        return adapted
+            return {"rollout_buffer_class": None}  # it is filled by an algorithm of its own
+        return {}
 
     def _check_can_learn(self) -> None:
         """

@@ -82,6 +82,7 @@ class Parser(argparse.ArgumentParser):
             print(f"{self.prog}: without --algo, it is {DEFAULT_ALGORITHM}")
         device = str(getattr(parsed, "device", ""))
         if device.startswith("cuda") and not th.cuda.is_available():
+            parsed.device = "cpu"
             print(f"{self.prog}: --device {device}: torch finds no CUDA device here, so the CPU is used")
         return parsed
 

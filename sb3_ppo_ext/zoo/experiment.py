@@ -91,8 +91,9 @@ class ZooExperimentManager(ExperimentManager):
         """
         experiment = None
         try:
-            experiment = super().setup_experiment()
+            made = super().setup_experiment()
             self.interrupts.check()
+            experiment = made
         except EntryError:
             raise
         except Exception as error:
@@ -109,14 +110,14 @@ class ZooExperimentManager(ExperimentManager):
 
     def create_log_folder(self) -> None:
         """Take a folder that no other training has, not even one that began at the same time."""
-        while True:
-            try:
-                os.makedirs(self.save_path)
-                break
-            except FileExistsError:
-                run_id = get_latest_run_id(self.log_path, self.env_name) + 1
-                self.save_path = os.path.join(self.log_path, f"{self.env_name}_{run_id}")
-        self._has_folder = True
+        with self.interrupts.undisturbed():
+            while not self._has_folder:
+                try:
+                    os.makedirs(self.save_path)
+                    self._has_folder = True
+                except FileExistsError:
+                    run_id = get_latest_run_id(self.log_path, self.env_name) + 1
+                    self.save_path = os.path.join(self.log_path, f"{self.env_name}_{run_id}")
         self.params_path = f"{self.save_path}/{self.env_name}"
         super().create_log_folder()  # type: ignore[no-untyped-call]
 

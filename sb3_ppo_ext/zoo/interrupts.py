@@ -55,6 +55,8 @@ class Interrupts:
     def _handle(self, signal_number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.count > self.patience:
+            if self.patience:  # what cleans up, and whoever is told by the count, is not to be interrupted again
+                self.patience = math.inf
             raise KeyboardInterrupt
         if self.patience < math.inf:
             with contextlib.suppress(OSError):  # print() may be what was interrupted, and cannot be entered twice
@@ -74,7 +76,17 @@ class Interrupts:
         :raises KeyboardInterrupt: if Ctrl-C was pressed
         """
         if self.count:
+            self.patience = math.inf
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What is inside of the ``with`` block is quick, and is done as a whole."""
+        patience, self.patience = self.patience, math.inf
+        try:
+            yield
+        finally:
+            self.patience = patience
 
     def caused(self, error: BaseException) -> bool:
         """

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 
+from sb3_ppo_ext.zoo.arguments import Parser, whole_number
+from sb3_ppo_ext.zoo.interrupts import INTERRUPTED
 from sb3_ppo_ext.zoo.storage import StudyError, complete_trial, load_study, open_storage, shown, storage_errors
 from sb3_ppo_ext.zoo.task import Task, check_train_arguments
 from sb3_ppo_ext.zoo.trials import REASON, merged, real
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)  # what --max-total-trials counts
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
 
 _TASK = "sb3_ppo_ext"  # the attribute of a study that holds its task
 
@@ -180,44 +182,14 @@ def find(options: argparse.Namespace) -> Place:
     return Place(name, storage, folder, study)
 
 
-def _positive(text: str) -> int:
-    """
-    :param text: of a command line
-    """
-    return _number(text, 1)
-
-
-def _not_negative(text: str) -> int:
-    """
-    :param text: of a command line
-    """
-    return _number(text, 0)
-
-
-def _number(text: str, least: int) -> int:
-    """
-    :param text: of a command line, also as 1e5
-    :param least: that is allowed
-    """
-    with contextlib.suppress(ValueError):
-        if float(text) >= least and float(text).is_integer():
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """
-        :param message: what is wrong, which the usage would hide
-        """
-        self.exit(2, f"{self.prog}: {message}; --help says more\n")
+_positive, _not_negative = (partial(whole_number, minimum=least) for least in (1, 0))
 
 
 def _parser(algorithms: Sequence[str]) -> argparse.ArgumentParser:
     """
     :param algorithms: keys of those that have a search space
     """
-    parser = _Parser(
+    parser = Parser(
         "sb3-ppo-ext study", description="Search for hyper-parameters, and look at what was found.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)

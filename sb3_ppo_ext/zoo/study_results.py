@@ -21,8 +21,9 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 from rl_zoo3.utils import get_class_by_name
 
+from sb3_ppo_ext.zoo.interrupts import INTERRUPTED
 from sb3_ppo_ext.zoo.storage import StudyError, storage_errors
-from sb3_ppo_ext.zoo.study import INTERRUPTED, Place
+from sb3_ppo_ext.zoo.study import Place
 from sb3_ppo_ext.zoo.study_run import last_line
 from sb3_ppo_ext.zoo.summary import N_EPISODES, RESULT
 from sb3_ppo_ext.zoo.trials import evaluated

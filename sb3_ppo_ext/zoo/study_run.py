@@ -23,8 +23,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sb3_ppo_ext.zoo.interrupts import INTERRUPTED
 from sb3_ppo_ext.zoo.storage import StudyError, storage_errors
-from sb3_ppo_ext.zoo.study import FINISHED, INTERRUPTED, Place, create
+from sb3_ppo_ext.zoo.study import FINISHED, Place, create
 from sb3_ppo_ext.zoo.task import Task, check_train_arguments
 from sb3_ppo_ext.zoo.trials import REASON, failed_with_error
 from sb3_ppo_ext.zoo.workers import Workers, is_alive, is_here, process_name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import io
@@ -16,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 import torch as th
 
+from sb3_ppo_ext.zoo.arguments import Parser, nearest
 from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
 from sb3_ppo_ext.zoo.storage import StudyError
 from sb3_ppo_ext.zoo.trials import evaluated
@@ -66,11 +66,7 @@ class Task:
             for module in self.gym_packages:
                 importlib.import_module(module)
             if self.env not in gym.registry:
-                nearest = difflib.get_close_matches(self.env, gym.registry, 1, cutoff=0.0)
-                raise StudyError(f"there is no environment '{self.env}'; the nearest is '{nearest[0]}'")
-            for name in ("hyperparams", "env_kwargs", "eval_env_kwargs"):
-                for pair in getattr(self, name):  # one by one, so that a message names the one that is wrong
-                    parse_train([f"--{name.replace('_', '-')}", pair])
+                raise StudyError(f"there is no environment '{self.env}'{nearest(self.env, list(gym.registry))}")
             options = parse_train(self.arguments())
             with contextlib.redirect_stdout(io.StringIO()):
                 manager = ZooExperimentManager(
@@ -99,7 +95,7 @@ def train_parser() -> argparse.ArgumentParser:
     class FoundError(Exception):
         """Holds the parser."""
 
-    class Parser(argparse.ArgumentParser):
+    class TrainParser(Parser):
         def parse_args(self, *_: Any) -> Any:  # type: ignore[override]
             raise FoundError(self)
 
@@ -107,7 +103,7 @@ def train_parser() -> argparse.ArgumentParser:
             raise StudyError(message)
 
     their_globals = vars(importlib.import_module("rl_zoo3.train"))
-    ours = {**their_globals, "argparse": SimpleNamespace(ArgumentParser=Parser)}
+    ours = {**their_globals, "argparse": SimpleNamespace(ArgumentParser=TrainParser)}
     try:
         FunctionType(their_globals["train"].__code__, ours)()
     except FoundError as found:
@@ -116,18 +112,12 @@ def train_parser() -> argparse.ArgumentParser:
     raise AssertionError("rl_zoo3.train.train() has parsed no arguments")
 
 
-def parse_train(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_train(given: Sequence[str]) -> argparse.Namespace:
     """
-    :param arguments: of ``train``
+    :param given: arguments of ``train``
     :return: what they say
     """
-    try:
-        known, unknown = train_parser().parse_known_args(arguments)
-    except StudyError:
-        raise
-    except Exception as error:  # whatever Python says of the values of -params and its like
-        given = " ".join(arguments)
-        raise StudyError(f"KEY:VALUE is expected, where VALUE is Python: {given} ({type(error).__name__})") from error
+    known, unknown = train_parser().parse_known_args(given)
     if unknown:
         raise StudyError(f"there is no flag {' '.join(unknown)}, neither here nor of `train`")
     return known
@@ -159,14 +149,14 @@ _NOT_IN = {  # flags of `train` that would do nothing, or something else, and wh
 }
 
 
-def check_train_arguments(command: str, arguments: Sequence[str]) -> None:
+def check_train_arguments(command: str, given: Sequence[str]) -> None:
     """
     Refuse what ``train`` does not know and what would be ignored, before anything is begun.
 
     :param command: of ``study``
-    :param arguments: that it hands on to ``train``
+    :param given: arguments that it hands on to ``train``
     """
-    options, parser = vars(parse_train(arguments)), train_parser()
+    options, parser = vars(parse_train(given)), train_parser()
     for action in parser._actions:
         if action.dest in _NOT_IN[command] and options[action.dest] != parser.get_default(action.dest):
             flag = action.option_strings[-1]

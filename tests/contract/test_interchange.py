@@ -131,7 +131,8 @@ def test_files_of_before_they_named_their_algorithm(of, by):
         loaded = getattr(model, name)
         assert (loaded(1.0) if callable(loaded) else loaded) == value
     if of is TRPO:
-        assert model.sub_sampling_factor == 2
+        assert model.sub_sampling_factor == 2  # fvp_subsampling in the file
+        assert "fvp_subsampling" not in vars(model)
     model.learn(8, reset_num_timesteps=False)
 
 
@@ -193,7 +194,6 @@ def test_contribs_trpo(action_space, factor, tmp_path):
     assert loaded._joint(loaded.cg_damping, math.nan) == pytest.approx(0.05 * factor)
     assert loaded.sub_sampling_factor == 2
     assert loaded.cg_max_steps == 7
-    assert not hasattr(loaded, "fvp_subsampling")
     # A quantity of the whole action is so many times what sb3-contrib takes for it.
     obs, other = th.randn(5, 4), TRPO("MlpPolicy", make(action_space), seed=5, device="cpu").policy
     kl = kl_divergence(model.policy.get_distribution(obs), other.get_distribution(obs)).mean()
@@ -202,7 +202,10 @@ def test_contribs_trpo(action_space, factor, tmp_path):
     assert joint.item() == pytest.approx(factor * kl.item(), rel=1e-4)
 
     loaded.learn(2 * ROLLOUT, reset_num_timesteps=False)
-    for arguments in ({"target_kl": 0.5, "cg_damping": 0.6}, {"custom_objects": {"target_kl": 0.5, "cg_damping": 0.6}}):
+    for arguments in (
+        {"target_kl": 0.5, "cg_damping": 0.6},
+        {"custom_objects": {"target_kl": 0.5, "cg_damping": 0.6, "action_space": action_space}},
+    ):
         own = load(**arguments)  # a user's numbers are of the whole action, as everywhere here
         assert (own._joint(own.target_kl, math.nan), own.cg_damping) == (0.5, 0.6)
 
@@ -213,6 +216,7 @@ def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
     model = MaskablePPO("MlpPolicy", masked, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
     model.learn(16)
     model.save(tmp_path / "model")
+    unmasked = ScriptedEnv(env.observation_space, env.action_space)
     for by in PROXIMAL:
         with pytest.raises(
             ValueError, match=r"model of sb3_contrib.MaskablePPO, whose masks.*custom_objects"
@@ -220,7 +224,7 @@ def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
             by.load(tmp_path / "model", device="cpu")
         call = str(refusal.value).rpartition("custom_objects=")[2].rstrip(")")
         custom_objects = eval(call, {by.__name__: by})
-        loaded = by.load(tmp_path / "model", env=env, device="cpu", custom_objects=custom_objects)
+        loaded = by.load(tmp_path / "model", env=unmasked, device="cpu", custom_objects=custom_objects)
         assert_same_policy(loaded, model)
         loaded.learn(16, reset_num_timesteps=False)
         loaded.save(tmp_path / "ours")
@@ -231,10 +235,10 @@ def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
     assert_same_policy(DualClipPPO.load(tmp_path / "checkpoint", device="cpu", custom_objects=custom_objects), model)
 
     for algorithm in ALGORITHMS:
-        ours = small(algorithm, "MlpPolicy", env)
+        ours = small(algorithm, "MlpPolicy", unmasked)
         load_weights(tmp_path / "model.zip", ours.policy)
         assert_same_policy(ours, model)
-        ours = small(algorithm, "MlpPolicy", env)
+        ours = small(algorithm, "MlpPolicy", unmasked)
         ours.set_parameters(tmp_path / "model")
         assert_same_policy(ours, model)
 

@@ -1,9 +1,13 @@
 """rl_zoo3 gets to know our algorithms, and only those who ask for it pay for rl_zoo3."""
 
+import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import rl_zoo3.train
+from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import A2C, PPO
 
@@ -43,6 +47,29 @@ def test_register_never_replaces_and_then_registers_nothing(monkeypatch: pytest.
 def test_every_algorithm_has_its_configuration() -> None:
     for key in ALGORITHMS:
         assert config_path(key).name == f"{key}.yml"
+
+
+def test_rl_zoo3s_own_training_finds_our_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    register()
+    monkeypatch.chdir(tmp_path)
+    for key in ALGORITHMS:
+        manager = ExperimentManager(argparse.Namespace(), key, "CartPole-v1", "logs")
+        assert manager.config == str(config_path(key))
+    assert (
+        ExperimentManager(argparse.Namespace(), "trpo_ext", "CartPole-v1", "logs", config="my.yml").config == "my.yml"
+    )
+    ppo = Path(ExperimentManager(argparse.Namespace(), "ppo", "CartPole-v1", "logs").config)
+    assert ppo.is_file()
+    assert "rl_zoo3" in ppo.parts
+    made = ExperimentManager.__init__
+    register()
+    assert ExperimentManager.__init__ is made  # wrapped once
+
+    arguments = ["--algo", "trpo_ext", "-n", "64", "--eval-freq", "-1", "--device", "cpu", "-params", "n_envs:1"]
+    monkeypatch.setattr("sys.argv", ["train", *arguments, "n_steps:64", "batch_size:64"])
+    rl_zoo3.train.train()
+    assert (tmp_path / "logs/trpo_ext/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
 def test_a_missing_configuration_is_named() -> None:

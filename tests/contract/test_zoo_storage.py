@@ -148,7 +148,7 @@ def test_a_killed_worker_loses_its_trial_and_nothing_else(
     assert len({tuple(trial.params.values()) for trial in trials}) == 6  # no two were seeded alike
     output = capsys.readouterr().out
     assert "was ended by SIGKILL" in output
-    assert f"trial {killed[0]}: failed or lost" in output
+    assert f"trial {killed[0]}: interrupted or lost" in output
     assert "5 of 5 trials (5 complete, 1 failed)" in output
 
     monkeypatch.setattr(sys, "argv", ["sb3-ppo-ext", *command])

@@ -403,6 +403,7 @@ def test_mistakes_are_named_and_change_nothing(command: Command, tmp_path: Path)
     ("flags", "said"),
     [
         ("--bogus 3", "there is no flag --bogus 3, neither here nor of `train`"),
+        ("-params n_envs:0", "n_envs=0 is not allowed"),
         ("--vec-env thread", "invalid choice: 'thread'"),
         ("--device none", "--device none: "),
         ("--trial-id 3", "`study run` does not take --trial-id: each trial draws its own hyper-parameters"),

@@ -183,7 +183,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     ) -> PolicyLoss:
         kl = cast(Family, self._family).kl(rollout_data.old_params, evaluation.params)
         kl_coef = coefficients["kl_coef"]
-        if self.clip_range is None:
+        if "clip_range" not in coefficients:
             loss, diagnostics = losses.kl_penalized_surrogate_loss(
                 evaluation.log_prob, rollout_data.old_log_prob, rollout_data.advantages, kl, kl_coef=kl_coef
             )
@@ -196,7 +196,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             )
             loss = clipped + kl_coef * kl
         statistics = {"approx_kl": diagnostics.kl_k3, "ratio_max": diagnostics.ratio_max}
-        if self.clip_range is not None:
+        if "clip_range" in coefficients:
             statistics["clip_fraction"] = diagnostics.clip_fraction
         return PolicyLoss(loss.mean(), statistics)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -16,7 +17,14 @@ th.set_num_threads(1)  # small networks run fastest on one thread, and sums then
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One folder a run for what is compiled, which pytest-xdist's workers share: no run rests on an earlier one."""
+    """
+    What processes inherit, pytest-xdist's workers and the programs that tests run.
+
+    A folder for what is compiled, one a run: no run rests on an earlier one. And Ctrl-C, which some tests send: a shell
+    that runs pytest in the background has it ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

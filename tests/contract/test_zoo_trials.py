@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ def study_of(algo: str, env_id: str, folder: Path, n_timesteps: int, n_trials: i
     for _ in range(n_trials):
         small = {"n_episodes_pow": 2, "batch_size_pow": 7, "n_minibatches_pow": 3}
         study.enqueue_trial(small)
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         study.optimize(manager.objective, n_trials=n_trials)
     return study
 

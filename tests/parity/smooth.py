@@ -17,12 +17,16 @@ def without_kinks(network: nn.Module) -> None:
 
 
 class SmoothCNN(NatureCNN):
+    is_pure = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         without_kinks(self)
 
 
 class SmoothCombined(CombinedExtractor):
+    is_pure = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         without_kinks(self)

@@ -20,7 +20,7 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     source, dist, site, empty = (tmp_path / name for name in ("source", "dist", "site", "empty"))
     for folder in (source, empty):
         folder.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "sb3_ppo_ext_cli.py"):
         shutil.copy(ROOT / name, source)
     for name in ("sb3_ppo_ext", "zoo_configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -12,8 +12,8 @@ def main() -> int:
     """
     :return: the exit code
     """
-    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a background process of a script
-    if not is_ignored:  # an exception would be a traceback out of the middle of an import
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in a background process of a script
+        # An exception would be a traceback out of the middle of an import.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         from sb3_ppo_ext.zoo.cli import main as command
@@ -23,8 +23,7 @@ def main() -> int:
         print(f'sb3-ppo-ext: {error.name} is missing: pip install "sb3-ppo-ext[zoo]"', file=sys.stderr)
         return 1
     code = command()
-    if not is_ignored:  # all is said and saved
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and saved
     return code
 
 

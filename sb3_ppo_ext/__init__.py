@@ -4,6 +4,7 @@ from sb3_ppo_ext.adaptive_kl_ppo import AdaptiveKLPPO
 from sb3_ppo_ext.common.checkpoint import (
     SafeCheckpointCallback,
     latest_checkpoint,
+    load_vec_normalize,
     load_weights,
     resume,
     save_checkpoint,
@@ -22,6 +23,7 @@ __all__ = [
     "SafeCheckpointCallback",
     "__version__",
     "latest_checkpoint",
+    "load_vec_normalize",
     "load_weights",
     "resume",
     "save_checkpoint",

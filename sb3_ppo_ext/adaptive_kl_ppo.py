@@ -156,7 +156,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         self.kl_coef_max = kl_coef_max
         if _init_setup_model:
             self._setup_model()
-            self._check_compilable()
+            self._check_can_learn()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:

@@ -227,7 +227,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.torch_compile = torch_compile
         if _init_setup_model:
             self._setup_model()
-            self._check_compilable()
+            self._check_can_learn()
             self._check_n_episodes()
 
     @property

@@ -215,7 +215,7 @@ class TRPO(OnPolicyAlgorithm):
         self.torch_compile = torch_compile
         if _init_setup_model:
             self._setup_model()
-            self._check_compilable()
+            self._check_can_learn()
             self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:

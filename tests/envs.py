@@ -48,6 +48,15 @@ class ScriptedEnv(gym.Env[Any, Any]):
         return self.observation_space.sample(), reward, ends and terminated, ends and truncated, {}
 
 
+class WithoutMasks(gym.Wrapper[Any, Any, Any, Any]):
+    """Hides that an environment says which actions are allowed, as the error about it proposes."""
+
+    def get_wrapper_attr(self, name: str) -> Any:
+        if name == "action_masks":
+            raise AttributeError(name)
+        return super().get_wrapper_attr(name)
+
+
 BOX = spaces.Box(-1.0, 1.0, (4,), np.float32)
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
 DICT = spaces.Dict({"vector": BOX, "image": IMAGE, "choice": spaces.Discrete(3)})

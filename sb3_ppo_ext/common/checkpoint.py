@@ -224,6 +224,13 @@ def resume(
         # Without the environment, or load() would seed it.
         model = algo_class.load(file, device=device, custom_objects=custom_objects)
     vec_env = model._wrap_env(maybe_make_env(env, model.verbose), model.verbose)
+    if vec_env.num_envs != model.n_envs:
+        raise ValueError(
+            f"{path} cannot be resumed with this environment: it was trained in {model.n_envs} environments, and here "
+            f"are {vec_env.num_envs}. Give it {model.n_envs} to resume. To train on in another number, with new "
+            "episodes and new random numbers: if the training had a VecNormalize, put the environments into it by "
+            f"env = load_vec_normalize(path, env); then call {algo_class.__name__}.load(path, env=env)"
+        )
     try:
         check_env(vec_env, state["env"])
     except ValueError as error:

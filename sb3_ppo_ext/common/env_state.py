@@ -60,7 +60,6 @@ def env_state(env: VecEnv, *, in_episode: bool) -> dict[str, Any]:
             for wrapper, class_name, names in _with_memory(env)
         ],
         "settings": _settings(env),
-        "n_envs": env.num_envs,
     }
 
 
@@ -95,8 +94,6 @@ def check_env(env: VecEnv, state: dict[str, Any]) -> None:
 
 
 def _check_settings(env: VecEnv, state: dict[str, Any]) -> None:
-    if env.num_envs != state["n_envs"]:
-        raise ValueError(f"it was trained in {state['n_envs']} environments, and here are {env.num_envs}")
     saved, given = state["settings"], _settings(env)
     saved_names, given_names = [name for name, _ in saved], [name for name, _ in given]
     if saved_names != given_names:

@@ -143,8 +143,6 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             device=device,
             **kwargs,
         )
-        if self.env is not None:
-            check_no_masks(self.env)
         if "cuda" in str(device) and self.device.type != "cuda":
             warnings.warn(f"device={str(device)!r}: torch finds no CUDA here, so the CPU is used", stacklevel=2)
 
@@ -391,12 +389,16 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             return {"rollout_buffer_class": None}  # it is filled by an algorithm of its own
         return {}
 
-    def _check_compilable(self) -> None:
+    def _check_can_learn(self) -> None:
         """
-        For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled.
+        For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled, and
+        with environments that it could not learn.
 
-        :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
+        :raises ValueError: if ``torch_compile=True`` cannot be had, or if actions would have to be masked, saying what
+            to change
         """
+        if self.env is not None:
+            check_no_masks(self.env)
         if self.torch_compile:
             check_can_compile(self._actor_critic(), self.policy.optimizer)
             check_compiler(self.device)
@@ -404,9 +406,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
-        self._check_compilable()
-        if self.env is not None:  # set_env() may have changed it
-            check_no_masks(self.env)
+        self._check_can_learn()
         try:
             return super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         except Exception as error:

@@ -1,8 +1,11 @@
 """``python -m sb3_ppo_ext.zoo``: the same as the command ``sb3-ppo-ext``."""
 
+import signal
 import sys
 
-from sb3_ppo_ext_cli import main
+from sb3_ppo_ext.zoo.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and saved
+    sys.exit(code)

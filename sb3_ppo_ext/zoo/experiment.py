@@ -387,6 +387,8 @@ class ZooExperimentManager(ExperimentManager):
         self.interrupts.patience = 0
         try:
             super().hyperparameters_optimization()
+        except StudyError as error:
+            raise EntryError(str(error)) from None
         except ValueError as error:
             if "No trials are completed" not in str(error):
                 raise

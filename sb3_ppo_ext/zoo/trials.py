@@ -11,6 +11,8 @@ import rl_zoo3.exp_manager
 from optuna.trial import FrozenTrial, TrialState
 from rl_zoo3.exp_manager import ExperimentManager
 
+from sb3_ppo_ext.zoo.storage import StudyError
+
 REASON = "reason"  # the attribute of a trial that says why it has failed or was pruned
 _GIVE_UP = 10  # trials in a row that end with an error end `train -optimize`
 
@@ -108,7 +110,7 @@ def run_trial(manager: ExperimentManager, trial: optuna.Trial) -> float:
             raise
         trial.set_user_attr(REASON, _described(error))
         if _gives_up(trial):
-            raise error from None
+            raise StudyError(f"{_GIVE_UP} trials in a row have failed, the last with {_described(error)}") from error
         return float("nan")
     except Exception as error:
         trial.set_user_attr(REASON, _described(error))

@@ -26,7 +26,7 @@ import sb3_ppo_ext
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.validation import as_schedule
 from tests.algorithms import ALGORITHMS, ROLLOUT, small
-from tests.envs import BOX, ScriptedEnv
+from tests.envs import BOX, ScriptedEnv, WithoutMasks
 
 CHOICE = spaces.Discrete(3)
 
@@ -202,7 +202,8 @@ def test_help_names_what_the_policy_can_do(algorithm: Any) -> None:
 def test_checkpoints_are_importable_from_the_top() -> None:
     from sb3_ppo_ext.common import checkpoint
 
-    for name in ("SafeCheckpointCallback", "save_checkpoint", "latest_checkpoint", "resume", "load_weights"):
+    functions = ("save_checkpoint", "latest_checkpoint", "resume", "load_weights", "load_vec_normalize")
+    for name in ("SafeCheckpointCallback", *functions):
         assert getattr(sb3_ppo_ext, name) is getattr(checkpoint, name)
         assert name in sb3_ppo_ext.__all__
 
@@ -230,22 +231,17 @@ def masked() -> Any:
     return ActionMasker(env(), lambda _: np.array([True, False, True]))
 
 
-class WithoutMasks(gym.Wrapper[Any, Any, Any, Any]):
-    """What the error proposes, for an environment that is not the user's own."""
-
-    def get_wrapper_attr(self, name: str) -> Any:
-        if name == "action_masks":
-            raise AttributeError(name)
-        return super().get_wrapper_attr(name)
-
-
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_an_environment_with_masks(algorithm: Any) -> None:
+def test_an_environment_with_masks(algorithm: Any, tmp_path: Path) -> None:
     message = r"it has a method action_masks\(\).* sb3_contrib.MaskablePPO"
     for vector in (masked(), DummyVecEnv([masked]), VecNormalize(VecMonitor(DummyVecEnv([masked, masked])))):
         with pytest.raises(ValueError, match=message):
             small(algorithm, "MlpPolicy", vector)
     model = small(algorithm, "MlpPolicy", env())
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=masked(), device="cpu")  # to be watched
+    with pytest.raises(ValueError, match=message):
+        loaded.learn(ROLLOUT)
     model.set_env(masked())
     with pytest.raises(ValueError, match=message):
         model.learn(ROLLOUT)

@@ -25,7 +25,7 @@ from sb3_ppo_ext.common.checkpoint import load_weights, resume, save_checkpoint
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.interchange import ALGORITHM
 from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, small
-from tests.envs import BOX, ScriptedEnv
+from tests.envs import BOX, ScriptedEnv, WithoutMasks
 
 FILES = Path(__file__).parent / "files"
 BOX_ACTIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
@@ -211,8 +211,9 @@ def test_contribs_trpo(action_space, factor, tmp_path):
 
 
 def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
-    env = InvalidActionEnvDiscrete(dim=6, n_invalid_actions=2)
-    model = MaskablePPO("MlpPolicy", env, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
+    masked = InvalidActionEnvDiscrete(dim=6, n_invalid_actions=2)
+    env = WithoutMasks(masked)
+    model = MaskablePPO("MlpPolicy", masked, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
     model.learn(16)
     model.save(tmp_path / "model")
     unmasked = ScriptedEnv(env.observation_space, env.action_space)

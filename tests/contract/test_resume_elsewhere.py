@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_ppo_ext import DualClipPPO
-from sb3_ppo_ext.common.checkpoint import resume, save_checkpoint
+from sb3_ppo_ext.common.checkpoint import load_vec_normalize, resume, save_checkpoint
 from tests.contract.test_resume import WalkOfItsOwn, bits, limited_walk
 from tests.envs import ScriptedEnv
 
@@ -123,7 +123,7 @@ def test_all_differences_are_named(tmp_path):
             squares,
             r"trained in the wrappers \['VecExtractDictObs'\], outermost first, and this one is in \[\]",
         ),
-        (lambda: walks(2), walks, "trained in 2 environments, and here are 1"),
+        (lambda: walks(2), walks, r"trained in 2 environments, and here are 1\. Give it 2 to resume\."),
     ],
     ids=["keys", "n_stack", "order", "order-dict", "key", "swapped", "monitor", "extract", "n_envs"],
 )
@@ -134,6 +134,20 @@ def test_other_wrappers_are_refused_by_name(of_training, other, said, tmp_path):
     with pytest.raises(ValueError, match=f"a.zip cannot be resumed with this environment: .*{said}"):
         resume(DualClipPPO, tmp_path / "a.zip", other(), device="cpu")
     resume(DualClipPPO, tmp_path / "a.zip", of_training(), device="cpu").learn(16, reset_num_timesteps=False)
+
+
+def test_the_advice_for_another_number_of_environments_keeps_the_statistics(tmp_path):
+    model = trained(VecNormalize(walks(2)))
+    save_checkpoint(model, tmp_path / "a.zip")
+    with pytest.raises(
+        ValueError, match=r"env = load_vec_normalize\(path, env\); .* DualClipPPO.load\(path, env=env\)"
+    ):
+        resume(DualClipPPO, tmp_path / "a.zip", VecNormalize(walks(3)), device="cpu")
+    env = load_vec_normalize(tmp_path / "a.zip", walks(3))
+    assert env is not None
+    np.testing.assert_array_equal(env.obs_rms.mean, model.get_env().obs_rms.mean)
+    loaded = DualClipPPO.load(tmp_path / "a.zip", env=env, device="cpu")
+    assert loaded.learn(24, reset_num_timesteps=False).n_envs == 3
 
 
 def test_who_only_looks_on_may_come_and_go(tmp_path):

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from sb3_ppo_ext import __version__
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,6 +39,8 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
 
     with zipfile.ZipFile(wheel) as archive:  # that is what installing a wheel of pure Python is
         archive.extractall(site)
+    script = "import sys, sb3_ppo_ext_cli; sys.exit(sb3_ppo_ext_cli.main())"  # what the installed command is
+    assert run([sys.executable, "-c", script, "--version"], empty, PYTHONPATH=str(site)).endswith(f"{__version__}\n")
     code = "import sb3_ppo_ext.zoo as zoo; print(zoo.__file__, zoo.config_path('dual_clip_ppo'))"
     for found in run([sys.executable, "-c", code], empty, PYTHONPATH=str(site)).split():
         assert Path(found).is_relative_to(site)

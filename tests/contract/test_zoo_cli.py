@@ -173,7 +173,7 @@ def test_the_users_own_yaml_wins(command: Command, flag: str) -> None:
 def test_the_users_own_python_file_wins(command: Command) -> None:
     Path("mine.py").write_text(f"hyperparams = {{'CartPole-v1': dict({ENTRY!r}, dual_clip=lambda progress: 5.0)}}")
     command(*TRAIN, "-conf", "mine.py", "--eval-freq", "-1")
-    assert load(MODEL).dual_clip == 5.0
+    assert load(MODEL).dual_clip(1.0) == 5.0
 
 
 def test_a_typo_is_named_with_its_file_and_the_right_key(command: Command) -> None:

@@ -447,7 +447,7 @@ def test_the_help_of_a_search_names_what_decides_about_a_trial(
 def test_trials_that_always_fail_end_the_search_with_the_reason(command: Command, tmp_path: Path) -> None:
     output = command(*held.arguments(tmp_path, 2, "-params", "n_epochs:0", "--workers", "1"), code=2)
     reason = next(trial.user_attrs["reason"] for trial in loaded().trials)
-    assert reason.startswith("ValueError: n_epochs=0 ")
+    assert reason.startswith("ArgumentError: n_epochs=0 ")
     assert f"trial 0: failed with {reason}" in output
     assert f"the workers fail: {reason}" in output
     assert "worker-1.log" in output

@@ -10,23 +10,29 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 SBX := .venv-sbx
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
+TORCH ?= torch
 
 # One thread: the networks are small, and the tests run in two processes.
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test lint format sbx-env clean
+.PHONY: help train test test-lowest test-newest lint format sbx-env clean
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
 	@echo "              ALGO is dual_clip_ppo, adaptive_kl_ppo, trpo_ext or reinforce; ARGS= takes any flag of"
 	@echo "              sb3-ppo-ext train: ARGS=\"--save-freq 20000 -params gamma:0.9\""
 	@echo "make test     run every check: ruff, mypy and the test suite"
+	@echo "make test-lowest, make test-newest"
+	@echo "              the test suite with the lowest releases that pyproject.toml allows, and with the newest there"
+	@echo "              are; PYTHON= names an interpreter, TORCH=torch==... the newest torch that is wanted"
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
-	@echo "make clean    remove .venv, $(SBX) and what the tools have left; logs/ stays"
+	@echo "make clean    remove .venv, .venv-* and what the tools have left; logs/ stays"
 
 train: $(INSTALLED)
 	$(BIN)/sb3-ppo-ext train --algo $(ALGO) --env $(ENV) --seed $(SEED) $(if $(STEPS),-n $(STEPS)) \
@@ -35,6 +41,15 @@ train: $(INSTALLED)
 
 test: lint
 	$(BIN)/pytest -n 2
+
+# Newer compilers and parsers warn of code that older releases still have: that is an error in the pinned set alone.
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/pytest -n 2
+
+test-newest:
+	$(call venv,$(NEWEST))
+	$(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager -e '.[dev]' '$(TORCH)'
+	$(NEWEST)/bin/pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,22 +61,28 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(SBX) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SBX) $(LOWEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find sb3_ppo_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Where Python comes without ensurepip (Debian's python3 without python3-venv), its own pip fills the environment.
+venv = $(PYTHON) -m venv $(1) >/dev/null || \
+	{ $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
+
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; PYTHON=... names one")'
-	$(PYTHON) -m venv .venv >/dev/null || \
-		{ $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(call venv,.venv)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(call venv,$(LOWEST))
+	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt -e '.[dev]'
 	@touch $@
 
 # SBX and JAX, for benchmarks/throughput.py; the environments and SB3 as in .venv, or the comparison would be of those.
 sbx-env: $(SBX)/installed
 
 $(SBX)/installed: constraints.txt
-	$(PYTHON) -m venv $(SBX) >/dev/null || \
-		{ $(PYTHON) -m venv --clear --without-pip $(SBX) && $(PYTHON) -m pip --python $(SBX)/bin/python install pip; }
+	$(call venv,$(SBX))
 	$(SBX)/bin/python -m pip install -c constraints.txt sbx-rl==0.28.0 'gymnasium[mujoco]' stable-baselines3 torch
 	@touch $@

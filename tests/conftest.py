@@ -20,14 +20,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     What processes inherit, pytest-xdist's workers and the programs that tests run.
 
-    A folder for what is compiled, one a run: no run rests on an earlier one. And Ctrl-C, which some tests send: a shell
-    that runs pytest in the background has it ignored.
+    A folder for what is compiled, one a run: no run rests on an earlier one. One for the logger, which SB3 makes anew
+    for each training otherwise. And Ctrl-C, which some tests send: a shell that runs pytest in the background has it
+    ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="sb3-ppo-ext-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/compiled")
+        os.environ["SB3_LOGDIR"] = f"{folder}/logs"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_ppo_ext.zoo import ZooExperimentManager, register
@@ -44,8 +45,12 @@ def test_it_learns(algo: str, env_id: str, goal: float, tmp_path: Path) -> None:
     experiment = manager.setup_experiment()
     assert experiment is not None
     model = experiment[0]
-    manager.learn(model)
     env = manager.create_envs(1, eval_env=True)
+    better = goal + 0.3 * abs(goal) if goal < 0 else goal + 20
+    stop = StopTrainingOnRewardThreshold(better, verbose=0)  # it need not use all of its budget
+    watch = EvalCallback(env, stop, eval_freq=10_000 // model.n_envs, n_eval_episodes=10, verbose=0, warn=False)
+    model.learn(manager.n_timesteps, callback=watch)
     mean, _ = evaluate_policy(model, env, n_eval_episodes=20)
     env.close()
+    model.get_env().close()
     assert mean >= goal

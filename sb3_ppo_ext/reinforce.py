@@ -267,7 +267,7 @@ class REINFORCE(OnPolicyAlgorithm):
             )
 
     def _setup_model(self) -> None:
-        is_dict = isinstance(self.observation_space, spaces.Dict)
+        is_dict = isinstance(getattr(self, "observation_space", None), spaces.Dict)
         self.rollout_buffer_class = DictEpisodeBuffer if is_dict else EpisodeBuffer
         super()._setup_model()
 

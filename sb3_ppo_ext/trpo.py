@@ -268,6 +268,7 @@ class TRPO(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """Update the policy from the rollout in the buffer: one step of the actor, then epochs of the critic."""
+        self._check_old_params()
         self._update_learning_rate(self.policy.optimizer)
         self.policy.set_training_mode(False)
         actor_critic = self._actor_critic()

@@ -176,7 +176,7 @@ class DirectActorCritic:
             for name in cls._CALLS
         ):
             return "overrides methods of Stable-Baselines3's ActorCriticPolicy"
-        if type(policy.action_dist) not in _SB3_DISTRIBUTIONS:
+        if type(policy.action_dist) not in _SB3_DISTRIBUTIONS or family_of_policy(policy) is None:
             return f"has a distribution of its own, {type(policy.action_dist).__name__}"
         if has_hooks(policy) or has_hooks(policy.mlp_extractor):
             return "has hooks on itself or on its mlp_extractor"

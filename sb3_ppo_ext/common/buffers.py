@@ -178,9 +178,14 @@ class RolloutBuffer(sb3.RolloutBuffer):
                 self._to_flat(self.log_probs).flatten(),
                 self._to_flat(self.advantages).flatten(),
                 self._to_flat(self.returns).flatten(),
-                self._to_flat(self.distribution_params),
+                self._to_flat(self._params_of_samples()),
             )
         return self._flat
+
+    def _params_of_samples(self) -> np.ndarray:
+        """The distribution parameters; none if a callback has added samples without theirs."""
+        params = self.distribution_params
+        return params if len(params) == len(self.returns) else np.zeros((*self.returns.shape, 0), dtype=np.float32)
 
     def _to_flat(self, array: np.ndarray) -> th.Tensor:
         return self.to_torch(self.swap_and_flatten(array), copy=False)

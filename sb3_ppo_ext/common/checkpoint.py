@@ -208,6 +208,8 @@ def resume(
     :raises ValueError: if the file cannot be read, is damaged, no checkpoint or of another algorithm, or if ``env`` is
         not what the training had
     """
+    if os.path.isdir(path):
+        raise ValueError(f"{path} cannot be resumed: it is a folder; latest_checkpoint() names the newest file in it")
     try:
         file = open_path(Path(path), "r", suffix="zip")
     except OSError as error:

@@ -368,7 +368,11 @@ def family_of_policy(policy: ActorCriticPolicy) -> Family | None:
     """
     space, kind = policy.action_space, type(policy.action_dist)
     base = next((c for c in kind.__mro__ if c in _SB3_DISTRIBUTIONS), None)
-    if base is None or any(name in vars(c) for c in kind.__mro__[: kind.__mro__.index(base)] for name in _FORMULAS):
+    if (
+        base is None
+        or any(name in vars(policy.action_dist) for name in _FORMULAS)
+        or any(name in vars(c) for c in kind.__mro__[: kind.__mro__.index(base)] for name in _FORMULAS)
+    ):
         return None
     squashes = base is sb3.SquashedDiagGaussianDistribution or getattr(policy.action_dist, "bijector", None) is not None
     family = family_of_space(space, squash_output=squashes)

@@ -26,8 +26,9 @@ def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
     :param obs: that were acted on; None if there are none yet
     :return: an error that says more, to be raised from it; None if it is to be raised itself
     """
-    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if any(code in _CALLBACK_CODES for code in codes):
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    codes = [frame.f_code for frame in frames]
+    if any(isinstance(frame.f_locals.get("self"), BaseCallback) for frame in frames):
         return None
     if isinstance(error, (EOFError, ConnectionError)):
         ended = _ended_workers(env)
@@ -57,17 +58,6 @@ def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
 
 
 _ERRORS_OF_TORCH = (RuntimeError, ValueError, IndexError, TypeError)
-_CALLBACK_CODES = {
-    method.__code__
-    for method in (
-        BaseCallback.init_callback,
-        BaseCallback.on_training_start,
-        BaseCallback.on_rollout_start,
-        BaseCallback.update_locals,
-        BaseCallback.on_step,
-        BaseCallback.on_rollout_end,
-    )
-}
 _VEC_ENV_CODES = {VecEnv.step.__code__}
 
 

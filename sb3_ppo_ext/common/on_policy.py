@@ -51,7 +51,7 @@ from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchSt
 from sb3_ppo_ext.common.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy, check_policy_class, keywords_of
 from sb3_ppo_ext.common.problem import check_env, check_no_masks, check_spaces, fitting_policies
-from sb3_ppo_ext.common.purity import impurity
+from sb3_ppo_ext.common.purity import draws_noise, impurity
 from sb3_ppo_ext.common.timeouts import Timeouts
 from sb3_ppo_ext.common.validation import (
     ArgumentError,
@@ -299,6 +299,17 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         aliases = (alias for alias, policy_class in self.policy_aliases.items() if policy_class is self.policy_class)
         return next(aliases, _name(self.policy_class))
 
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        As SB3: put another training environment in place of the present one.
+
+        :param env: an environment, or a vector of them
+        :param force_reset: whether ``learn`` resets it first
+        :raises ValueError: for what is neither
+        """
+        check_env(env)
+        super().set_env(env, force_reset)
+
     def save(
         self,
         path: str | Path | io.BufferedIOBase,
@@ -420,7 +431,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         excluded = [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
         # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
         excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
-        if self.rollout_buffer_class is buffer_class_for(self.observation_space):
+        if self.rollout_buffer_class is buffer_class_for(self.observation_space) or self._rollouts_vary:
             excluded.append("rollout_buffer_class")
         return excluded
 
@@ -477,6 +488,17 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 f"its distributions, and {type(self.policy.action_dist).__name__} has formulas of its own; it must be "
                 "one of stable_baselines3.common.distributions, or derive from one without overriding its formulas. "
                 "DualClipPPO and REINFORCE learn with any distribution"
+            )
+
+    def _check_old_params(self) -> None:
+        """
+        :raises ValueError: if the updates need the distributions that acted, and samples in the buffer have none
+        """
+        buffer = cast(RolloutBuffer, self.rollout_buffer)
+        if self._needs_old_params and buffer.flat().old_params.shape[1] == 0:
+            raise ValueError(
+                f"A callback adds samples without distribution_params to the rollout buffer, and {type(self).__name__} "
+                "needs the distributions that acted: extend that array too, as it does observations and actions"
             )
 
     def _actor_critic(self, *, for_update: bool = False) -> ActorCritic:
@@ -625,7 +647,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             )
         if self.torch_compile:
             check_can_compile(actor_critic, self.policy.optimizer)
-        actor_critic.is_pure &= not self._policy_changes_in_rollouts
+        actor_critic.is_pure &= not (self._policy_changes_in_rollouts or draws_noise(self.policy))
         watch = ParameterWatch(self.policy) if actor_critic.is_pure else None
         timeouts = Timeouts(actor_critic, rollout_buffer)
         act = self._act(actor_critic)
@@ -634,12 +656,18 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
+            if self._policy_changes_in_rollouts:  # what acts now may have other layers
+                actor_critic = self._actor_critic()
+                actor_critic.is_pure = False
+                timeouts.actor_critic, act = actor_critic, actor_critic.act
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             action_tensor, yielded = act(obs_tensor)
             if yielded is not None:
                 kept.append(yielded)
             actions = action_tensor.cpu().numpy().reshape(action_shape)
-            clipped_actions = self._to_env(actions) if is_box else actions
+            clipped_actions = (
+                self._to_env(actions) if is_box else actions.copy()
+            )  # which the environment may write into
             # Now, as an environment may write its next observation into the same array.
             rollout_buffer.add_observation(self._last_obs, self._last_episode_starts)
 
@@ -669,17 +697,17 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
                 with th.no_grad(), watch.as_at_first():
                     kept = kept or self._evaluate_steps(actor_critic, rollout_buffer)
                     timeouts.evaluate(self._chunks)
-                actor_critic.is_pure, watch, act = False, None, actor_critic.act
+                watch = None
                 self._policy_changes_in_rollouts = True
             if self._rollout_is_complete(n_steps, n_rollout_steps, dones):
                 break
 
-        if watch is not None and watch.has_changed():
+        if watch is not None and (watch.is_replaced(self.policy) or watch.has_changed()):
             self._policy_changes_in_rollouts = True
             warnings.warn(
-                "The parameters of the policy were changed while it collected a rollout, in a way that is seen only at "
-                "the end of it (by .data). The log-probabilities of this one rollout are those of the changed policy; "
-                "from the next rollout on each step is evaluated at once",
+                "The policy was changed while it collected a rollout, in a way that is seen only at the end of it (by "
+                ".data, or by another tensor, layer or hook). In this one rollout the change was not followed as "
+                "Stable-Baselines3 would follow it; from the next rollout on it is, as each step is evaluated at once",
                 stacklevel=2,
             )
 

@@ -9,7 +9,14 @@ from operator import attrgetter
 import torch as th
 from torch import nn
 
+from sb3_ppo_ext.common.purity import has_hooks
+
 _VERSION = attrgetter("_version")
+
+
+def _structure(policy: nn.Module) -> list[tuple[int, ...]]:
+    of_modules = [(id(module), int(module.training), int(has_hooks(module))) for module in policy.modules()]
+    return [*of_modules, *((id(tensor),) for tensor in (*policy.parameters(), *policy.buffers()))]
 
 
 class ParameterWatch:
@@ -21,6 +28,8 @@ class ParameterWatch:
     """
 
     def __init__(self, policy: nn.Module) -> None:
+        self._policy = policy
+        self._structure = _structure(policy)
         self._tensors = [*policy.parameters(), *policy.buffers()]
         self._copies = [tensor.detach().clone() for tensor in self._tensors]
         self._version = self._present_version()
@@ -36,6 +45,13 @@ class ParameterWatch:
     def has_changed(self) -> bool:
         """Whether anything has another value than at first."""
         return not all(map(th.equal, self._tensors, self._copies))
+
+    def is_replaced(self, policy: nn.Module) -> bool:
+        """
+        :param policy: that acts now
+        :return: whether it is another one, or has other tensors, layers, modes or hooks than at first
+        """
+        return policy is not self._policy or _structure(policy) != self._structure
 
     @contextmanager
     def as_at_first(self) -> Iterator[None]:

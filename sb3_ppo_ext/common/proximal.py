@@ -138,6 +138,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """Update the policy from the rollout in the buffer."""
+        self._check_old_params()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         scheduled = self._coefficients()

@@ -91,14 +91,18 @@ _PURE: frozenset[type[nn.Module]] = frozenset(
 )
 
 
+_METHODS = frozenset({"forward", "forward_actor", "forward_critic"})
+
+
 def has_hooks(module: nn.Module) -> bool:
     """
-    Whether calling a module does more than its class says.
+    Whether calling a module does more than its class says: by hooks, or by methods that were put on it.
 
     :param module: looked at alone, without what is in it
     """
     return bool(
-        module._forward_hooks
+        not _METHODS.isdisjoint(vars(module))
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -130,6 +134,17 @@ def keeps_statistics(policy: ActorCriticPolicy) -> bool:
     )
 
 
+def draws_noise(policy: nn.Module) -> bool:
+    """
+    Whether a layer is in training mode that draws random numbers there.
+
+    :param policy: while it acts
+    """
+    return any(
+        module.training and isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in policy.modules()
+    )
+
+
 def impurity(policy: ActorCriticPolicy) -> str | None:
     """
     What keeps the networks of a policy from being known as pure.
@@ -137,6 +152,8 @@ def impurity(policy: ActorCriticPolicy) -> str | None:
     :param policy: one that computes by Stable-Baselines3's own methods
     :return: a sentence about the first module that is not known to be pure; None if all are
     """
+    if "parametrizations" in policy._modules:
+        return "policy has parametrizations of its own parameters"
     names = ["pi_features_extractor", "mlp_extractor", "action_net", "value_net"]
     if not policy.share_features_extractor:
         names.insert(1, "vf_features_extractor")
@@ -149,8 +166,8 @@ def impurity(policy: ActorCriticPolicy) -> str | None:
 
 def _impurity(name: str, module: nn.Module) -> str | None:
     if has_hooks(module):
-        return f"{name} ({type(module).__name__}) has hooks"
-    if type(module) not in _PURE or "forward" in vars(module):
+        return f"{name} ({type(module).__name__}) has hooks, or a method of its own"
+    if type(module) not in _PURE:
         if getattr(module, "is_pure", False) is not True:
             return f"{name} ({type(module).__name__}) is not known to be a pure function of parameters and observations"
         return f"{name} ({type(module).__name__}) has hooks inside" if has_hooks_inside(module) else None

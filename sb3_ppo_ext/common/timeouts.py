@@ -23,7 +23,7 @@ class Timeouts:
     """
 
     def __init__(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer) -> None:
-        self._actor_critic = actor_critic
+        self.actor_critic = actor_critic
         self._rollout_buffer = rollout_buffer
         self._steps: list[int] = []
         self._env_indices: list[int] = []
@@ -41,7 +41,7 @@ class Timeouts:
         """
         self._steps.append(step)
         self._env_indices.append(env_index)
-        if self._actor_critic.is_pure:
+        if self.actor_critic.is_pure:
             is_dict = isinstance(final_obs, dict)
             self._final_obs.append({k: np.array(x) for k, x in final_obs.items()} if is_dict else np.array(final_obs))
         else:
@@ -73,7 +73,7 @@ class Timeouts:
             stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in final_obs[0]}
         else:
             stacked = np.stack(final_obs)
-        policy = self._actor_critic.policy
-        values: np.ndarray = self._actor_critic.values(policy.obs_to_tensor(stacked)[0]).cpu().numpy()
+        policy = self.actor_critic.policy
+        values: np.ndarray = self.actor_critic.values(policy.obs_to_tensor(stacked)[0]).cpu().numpy()
         raise_if_final_not_finite(values, stacked, self._steps[first:], self._env_indices[first:])
         return values

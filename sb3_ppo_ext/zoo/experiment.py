@@ -24,6 +24,7 @@ from stable_baselines3.common.utils import get_latest_run_id as get_latest_log_i
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ppo_ext.common.checkpoint import load_vec_normalize
+from sb3_ppo_ext.common.interchange import mark_of
 from sb3_ppo_ext.zoo.arguments import nearest, whole_number
 from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, not_inherited
 from sb3_ppo_ext.zoo.registration import ALGORITHMS
@@ -57,6 +58,12 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 class EntryError(ValueError):
     """An entry or its file is wrong; the message names it."""
+
+
+def _as_keywords(normalize: str) -> dict[str, Any]:
+    """What rl_zoo3 makes of ``normalize``: a bool, or keywords of VecNormalize."""
+    value = eval(normalize)
+    return {} if isinstance(value, bool) else dict(value)
 
 
 class ZooExperimentManager(ExperimentManager):
@@ -199,6 +206,12 @@ class ZooExperimentManager(ExperimentManager):
         """
         for key in {"policy", "policy_kwargs"} & set(self.custom_hyperparams or {}):
             raise EntryError(f"-params, {self.env_name.gym_id}: with -i, '{key}' is what the agent was made with")
+        if self.algo not in ALGORITHMS:  # their load() takes any file
+            with open(self.trained_agent, "rb") as file:
+                mark = mark_of(file)
+            takes = {"ppo": ("sb3_ppo_ext.DualClipPPO", "sb3_ppo_ext.AdaptiveKLPPO"), "trpo": ("sb3_ppo_ext.TRPO",)}
+            if mark is not None and mark not in takes.get(self.algo, ()):
+                raise EntryError(f"{self.trained_agent} is of {mark}, and --algo {self.algo} cannot go on with it")
         model = super()._load_pretrained_agent(hyperparams, env)
         done = model.num_timesteps
         if done >= self.n_timesteps:
@@ -324,6 +337,12 @@ class ZooExperimentManager(ExperimentManager):
         :param hyperparams: of an entry
         :return: as of :class:`rl_zoo3.exp_manager.ExperimentManager`
         """
+        normalize = hyperparams.get("normalize")
+        try:
+            if isinstance(normalize, str):
+                inspect.signature(VecNormalize).bind(None, **{"norm_reward": True, **_as_keywords(normalize)})
+        except Exception as error:  # whatever Python says of it
+            raise EntryError(f"{self._where('normalize')}: normalize={normalize!r} cannot be used; {error}") from None
         preprocessed = super()._preprocess_hyperparams(hyperparams)
         if not self._eval_env_kwargs_args:
             self.eval_env_kwargs = self.env_kwargs

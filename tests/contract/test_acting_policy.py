@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -73,14 +73,16 @@ class EveryStep(RolloutBuffer):
         super().add(*args, **kwargs)
 
 
-def sb3_and_ours(policy_kwargs: dict[str, Any], callback: Any = None, **kwargs: Any) -> list[Any]:
+def sb3_and_ours(
+    policy_kwargs: dict[str, Any], callback: Any = None, policy: Any = "MlpPolicy", prepare: Any = None, **kwargs: Any
+) -> list[Any]:
     """SB3's PPO and DualClipPPO after two rollouts in an environment with time limits, from one seed."""
     models = []
     for algorithm in (PPO, DualClipPPO):
         env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=2, seed=0)
         own = {"dual_clip": None, **kwargs} if algorithm is DualClipPPO else {}
         model: Any = algorithm(
-            "MlpPolicy",
+            policy,
             env,
             n_steps=16,
             batch_size=8,
@@ -90,6 +92,8 @@ def sb3_and_ours(policy_kwargs: dict[str, Any], callback: Any = None, **kwargs: 
             policy_kwargs={"net_arch": [8], **policy_kwargs},
             **own,
         )
+        if prepare is not None:
+            prepare(model)
         models.append(model.learn(64, callback=None if callback is None else callback()))
     return models
 
@@ -153,7 +157,7 @@ def test_a_callback_that_changes_the_policy_in_a_rollout(torch_compile: bool) ->
 
 def test_a_change_that_torch_does_not_count_is_said_and_then_followed() -> None:
     """The first rollout cannot be mended; the second has the standard deviation of each of its steps."""
-    with pytest.warns(UserWarning, match=r"parameters of the policy were changed while it collected .* \(by .data\)"):
+    with pytest.warns(UserWarning, match=r"policy was changed while it collected a rollout, .* \(by .data"):
         _, ours = sb3_and_ours({}, callback=AnnealsUnseen)
     log_std = np.log(ours.rollout_buffer.distribution_params[:, 0, 2])
     np.testing.assert_allclose(np.diff(log_std), -0.05, atol=1e-5)
@@ -418,7 +422,73 @@ def test_what_is_known_to_be_pure(module: nn.Module, reason: str | None) -> None
 def test_a_layer_that_was_given_another_forward_is_not_known() -> None:
     model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES))
     model.policy.action_net.forward = lambda x: x[:, :2]
-    assert "action_net (Linear) is not known" in str(impurity(model.policy))
+    assert "action_net (Linear) has hooks, or a method of its own" in str(impurity(model.policy))
+
+
+def put_methods_on(model: Any, where: str, name: str) -> None:
+    module = model.policy.action_dist if where == "action_dist" else model.policy.get_submodule(where)
+    method = getattr(module, name)
+    setattr(module, name, lambda *args: 0.5 * method(*args))
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("action_net", "forward"),
+        ("value_net", "forward"),
+        ("features_extractor", "forward"),
+        ("mlp_extractor.policy_net", "forward"),
+        ("mlp_extractor.value_net.1", "forward"),
+        ("mlp_extractor", "forward_actor"),
+        ("action_dist", "log_prob"),
+    ],
+)
+def test_methods_that_were_put_on_a_module_are_called_as_by_sb3(where: str, name: str) -> None:
+    agree(*sb3_and_ours({}, prepare=lambda model: put_methods_on(model, where, name)))
+
+
+class MonteCarloDropout(ActorCriticPolicy):
+    """Draws its dropout while it acts, too."""
+
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        self.mlp_extractor.policy_net.append(nn.Dropout(0.5))
+
+    def set_training_mode(self, mode: bool) -> None:
+        super().set_training_mode(True)
+
+
+def test_dropout_while_acting_is_drawn_as_by_sb3() -> None:
+    agree(*sb3_and_ours({}, policy=MonteCarloDropout))
+
+
+class Replaces(Anneals):
+    """Puts another parameter, layer or hook in place at each step."""
+
+    how: ClassVar[str] = ""
+
+    def _on_step(self) -> bool:
+        policy = self.model.policy
+        if self.how == "parameter":
+            policy.log_std = nn.Parameter(policy.log_std.detach() - 0.05)
+        elif self.how == "layer":
+            layers: Any = policy.mlp_extractor.policy_net
+            layers[1] = nn.ReLU() if self.n_calls % 2 else nn.Sigmoid()
+        elif self.n_calls == 20:
+            policy.action_net.register_forward_hook(lambda module, args, output: 0.5 * output)
+        return True
+
+
+@pytest.mark.parametrize("kind", ["parameter", "layer", "hook"])
+def test_what_is_replaced_in_a_rollout_is_said_and_then_followed(kind: str) -> None:
+    """After the first rollout each step is made by what is there."""
+    callback = type("Replacing", (Replaces,), {"how": kind})
+    with pytest.warns(UserWarning, match="policy was changed while it collected a rollout"):
+        _, ours = sb3_and_ours({}, callback=callback)
+    assert ours._policy_changes_in_rollouts
+    if kind == "parameter":
+        log_std = np.log(ours.rollout_buffer.distribution_params[:, 0, 2])
+        np.testing.assert_allclose(np.diff(log_std), -0.05, atol=1e-5)
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------

@@ -69,6 +69,38 @@ def test_edits_at_the_end_of_a_rollout_are_learnt_from_as_by_sb3(name: str, n_en
     assert not th.equal(ours, before)
 
 
+class Doubles(BaseCallback):
+    """Adds each sample once more, as augmentation does."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.locals["rollout_buffer"]
+        for name in ("observations", "actions", "rewards", "returns", "values", "log_probs", "advantages"):
+            setattr(buffer, name, np.concatenate([getattr(buffer, name)] * 2))
+        buffer.episode_starts = np.concatenate([buffer.episode_starts] * 2)
+        buffer.buffer_size *= 2
+
+
+def test_samples_that_are_added_at_the_end_of_a_rollout_are_learnt_from_as_by_sb3() -> None:
+    results = []
+    for algorithm in (PPO, DualClipPPO):
+        env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=2, seed=0)
+        kwargs: dict[str, Any] = {"dual_clip": None} if algorithm is DualClipPPO else {}
+        kwargs["policy_kwargs"] = {"net_arch": [8]}
+        model: Any = algorithm("MlpPolicy", env, n_steps=16, batch_size=8, n_epochs=2, seed=0, device="cpu", **kwargs)
+        model.learn(32, callback=Doubles())
+        results.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+    th.testing.assert_close(*results, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", [AdaptiveKLPPO, TRPO])
+def test_samples_that_are_added_without_the_distributions_that_acted_are_refused(algorithm: Any) -> None:
+    with pytest.raises(ValueError, match="adds samples without distribution_params"):
+        small(algorithm, "MlpPolicy", ScriptedEnv(BOX, TORQUES)).learn(ROLLOUT, callback=Doubles())
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_edited_observations_of_a_dict_are_learnt_from(algorithm: Any) -> None:
     results = []
@@ -142,6 +174,21 @@ def test_what_a_callback_raises_passes_as_it_is(event: str, error: BaseException
     assert caught.value is error
     assert not hasattr(error, "__notes__")
     model.learn(ROLLOUT)
+
+
+def test_what_a_callback_raises_in_a_method_of_sb3s_passes_as_it_is() -> None:
+    class Raises(BaseCallback):
+        def on_step(self) -> bool:  # in place of SB3's own
+            th.distributions.Categorical(logits=th.full((1, 2), th.nan))
+            return True
+
+        def _on_step(self) -> bool:
+            return True
+
+    model = small(DualClipPPO, "MlpPolicy", Missing(), policy_kwargs={"features_extractor_class": Known})
+    with pytest.raises(ValueError, match="Expected parameter logits") as caught:
+        model.learn(ROLLOUT, callback=Raises())
+    assert not isinstance(caught.value, NonFiniteError)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

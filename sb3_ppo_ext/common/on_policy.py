@@ -90,8 +90,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     Callbacks see SB3's protocol; only ``values`` and ``log_probs`` are missing in ``locals``: they are not known yet.
 
-    A policy that overrides SB3's methods, or a rollout buffer that is not :class:`RolloutBuffer`, is collected SB3's
-    way.
+    That is right for networks that are known to be pure (:mod:`sb3_ppo_ext.common.purity`). Any other network, a policy
+    that overrides SB3's methods and a policy that a callback changes within a rollout are evaluated at each step, and a
+    rollout buffer that is not :class:`RolloutBuffer` is filled SB3's way.
 
     Takes the arguments of :class:`stable_baselines3.common.on_policy_algorithm.OnPolicyAlgorithm`.
 

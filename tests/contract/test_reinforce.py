@@ -458,7 +458,9 @@ def test_deterministic(n_envs: int, baseline: Any) -> None:
 def test_log_keys() -> None:
     model = agent(scripted(BOX, TORQUES), baseline="value").learn(1)
     logged = model.logger.name_to_value
-    names = "policy_gradient_loss entropy_loss grad_norm value_loss explained_variance std learning_rate n_updates"
+    names = (
+        "policy_gradient_loss entropy_loss ent_coef grad_norm value_loss explained_variance std learning_rate n_updates"
+    )
     assert {key for key in logged if key.startswith("train/")} == {f"train/{name}" for name in names.split()}
     assert all(math.isfinite(value) for value in logged.values())
     assert logged["train/std"] == pytest.approx(1.0, abs=0.01)
@@ -467,7 +469,7 @@ def test_log_keys() -> None:
 
 def test_log_keys_without_critic_and_std() -> None:
     logged = agent(baseline="mean").learn(1).logger.name_to_value
-    names = "policy_gradient_loss entropy_loss grad_norm learning_rate n_updates"
+    names = "policy_gradient_loss entropy_loss ent_coef grad_norm learning_rate n_updates"
     assert {key for key in logged if key.startswith("train/")} == {f"train/{name}" for name in names.split()}
 
 

@@ -17,7 +17,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_ext.common.validation import as_schedule
+from sb3_ppo_ext.common.validation import value_at
 from sb3_ppo_ext.zoo import ALGORITHMS, ZooExperimentManager, register
 from sb3_ppo_ext.zoo.cli import main
 from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, SAMPLERS
@@ -187,14 +187,10 @@ def test_a_schedule_from_yaml(algo: str, name: str, may_be_none: bool, tmp_path:
             pass
     else:
         with from_yaml(algo, tmp_path, f"{name}: lin_0.5") as model:
-            value = getattr(model, name)
-            assert callable(value) or value == "lin_0.5"  # an attribute keeps what was given, where SB3's does
-            schedule = value if callable(value) else as_schedule(name, value, may_be_zero=True)
-            assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == [0.5, 0.25, 0.0]
+            assert [value_at(getattr(model, name), progress) for progress in (1.0, 0.5, 0.0)] == [0.5, 0.25, 0.0]
     number = 4.0 if name == "dual_clip" else 0.75
     with from_yaml(algo, tmp_path, f"{name}: {number}") as model:
-        value = getattr(model, name)
-        assert (value(0.5) if callable(value) else value) == number
+        assert value_at(getattr(model, name), 0.5) == number
     if may_be_none:
         with from_yaml(algo, tmp_path, f"{name}: null") as model:
             assert getattr(model, name) is None

@@ -491,11 +491,11 @@ def test_what_an_entry_says_of_its_policy_stays(command: Command, tmp_path: Path
         assert policy_kwargs == kept
 
 
-@pytest.mark.parametrize("config", ["pyconf.py", "pyconf"])
+@pytest.mark.parametrize("config", ["pyconf"])
 def test_an_entry_may_be_python_that_yaml_cannot_say(
     command: Command, tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file or a module as a configuration, with a class of its own and a schedule."""
+    """A module as a configuration, with a class of its own and a schedule."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pyconf", raising=False)
     source = """

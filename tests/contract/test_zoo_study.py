@@ -46,6 +46,12 @@ class Command(Protocol):
     def __call__(self, *arguments: str, code: int = 0) -> str: ...
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server_with_imports() -> None:
+    """Each process would import torch for itself, if a server that another test has started were used."""
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs ``sb3-ppo-ext`` in this process, in an empty folder, and returns what it has printed."""

@@ -141,7 +141,7 @@ def _misshapen(key: str | None, who: str, shape: tuple[int, ...], expected: tupl
 def _refused_observation(error: Exception) -> str | None:
     """If the error is SB3's vectors of environments failing to put observations together: which of them, in words."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        local = frame.f_locals
+        local = dict(frame.f_locals)  # no dict in Python 3.13
         if frame.f_code is DummyVecEnv._save_obs.__code__:
             given, space = {local["env_idx"]: local["obs"]}, local["self"].observation_space
         elif frame.f_code.co_name == "_stack_obs" and {"obs_list", "space"} <= local.keys():  # of SubprocVecEnv

@@ -60,9 +60,9 @@ class EntryError(ValueError):
     """An entry or its file is wrong; the message names it."""
 
 
-def _as_keywords(normalize: str) -> dict[str, Any]:
-    """What rl_zoo3 makes of ``normalize``: a bool, or keywords of VecNormalize."""
-    value = eval(normalize)
+def _as_keywords(normalize: Any) -> dict[str, Any]:
+    """What rl_zoo3 makes of ``normalize``: a bool, or keywords of VecNormalize, or Python that says one of them."""
+    value = eval(normalize) if isinstance(normalize, str) else normalize
     return {} if isinstance(value, bool) else dict(value)
 
 
@@ -339,8 +339,8 @@ class ZooExperimentManager(ExperimentManager):
         """
         normalize = hyperparams.get("normalize")
         try:
-            if isinstance(normalize, str):
-                inspect.signature(VecNormalize).bind(None, **{"norm_reward": True, **_as_keywords(normalize)})
+            if normalize is not None:
+                inspect.signature(VecNormalize).bind(None, **_as_keywords(normalize))
         except Exception as error:  # whatever Python says of it
             raise EntryError(f"{self._where('normalize')}: normalize={normalize!r} cannot be used; {error}") from None
         preprocessed = super()._preprocess_hyperparams(hyperparams)

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvW
 from stable_baselines3.sac.policies import SACPolicy
 
 import sb3_ppo_ext
-from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO, resume
 from sb3_ppo_ext.common.validation import as_schedule
 from tests.algorithms import ALGORITHMS, ROLLOUT, small
 from tests.envs import BOX, ScriptedEnv, WithoutMasks
@@ -397,3 +397,24 @@ def test_an_error_inside_the_seeding_of_an_environment_is_its_own() -> None:
 
     with pytest.raises(RuntimeError, match="the simulator has not started"):
         small(DualClipPPO, "MlpPolicy", Broken([env]))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_another_kind_of_environment_is_refused_by_set_env_and_none_by_the_constructor(algorithm: Any) -> None:
+    model = small(algorithm, "MlpPolicy", "CartPole-v1")
+    with pytest.raises(ValueError, match="is not allowed"):
+        model.set_env(gym.make_vec("CartPole-v1", num_envs=1))
+    with pytest.raises(ValueError, match="env=None is not allowed"):
+        algorithm("MlpPolicy", None)
+
+
+def test_a_folder_of_checkpoints_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"it is a folder; latest_checkpoint\(\) names"):
+        resume(DualClipPPO, tmp_path, "CartPole-v1")
+
+
+def test_the_episode_buffer_is_not_in_the_file(tmp_path: Path) -> None:
+    """Of REINFORCE, whose buffer no other algorithm can fill."""
+    small(REINFORCE, "MlpPolicy", "CartPole-v1").save(tmp_path / "model")
+    model = PPO.load(tmp_path / "model", device="cpu")
+    assert model.rollout_buffer_class.__module__.startswith("stable_baselines3.")

@@ -8,7 +8,7 @@ import yaml
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_ext import DualClipPPO
+from sb3_ppo_ext import REINFORCE, DualClipPPO
 from tests.contract.zoo import RUN, SMALL, TRAIN, Command, load, printed_command, run_folder, said
 
 QUICK = ["--eval-freq", "-1", "--verbose", "0"]
@@ -137,3 +137,19 @@ def test_an_agent_without_statistics_is_not_given_fresh_ones(command: Command) -
     output = said(command(*TRAIN, "-conf", config(normalize=True), "-i", str(RUN / "CartPole-v1.zip"), code=1))
     assert "normalize=True does not fit an agent that was trained without any in" in output
     assert not run_folder(2).exists()
+
+
+def test_an_agent_of_ours_is_refused_by_an_algorithm_that_cannot_go_on_with_it(
+    command: Command, tmp_path: Path
+) -> None:
+    """Also by SB3's own, whose ``load`` takes any file."""
+    REINFORCE("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "agent.zip")
+    arguments = ["train", "--algo", "ppo", "--env", "CartPole-v1", "-n", "64", "-i", str(tmp_path / "agent.zip")]
+    assert "is of sb3_ppo_ext.REINFORCE, and --algo ppo cannot go on with it" in said(command(*arguments, code=1))
+
+
+@pytest.mark.parametrize("normalize", ["maybe", "dict(norm_ob=False)"])
+def test_a_normalisation_that_there_is_not_is_one_line(command: Command, normalize: str) -> None:
+    line = said(command(*TRAIN, "-n", "64", "--eval-freq", "-1", "-params", f"normalize:{normalize}", code=1))
+    assert "-params, CartPole-v1: normalize=" in line
+    assert "cannot be used; " in line

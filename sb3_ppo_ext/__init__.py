@@ -1,7 +1,7 @@
 """On-policy algorithms and losses for Stable-Baselines3."""
 
 from sb3_ppo_ext.adaptive_kl_ppo import AdaptiveKLPPO
-from sb3_ppo_ext.common.checkpoint import (
+from sb3_ppo_ext.common.saving.checkpoint import (
     SafeCheckpointCallback,
     latest_checkpoint,
     load_vec_normalize,

@@ -11,12 +11,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import Evaluation
-from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION
 from sb3_ppo_ext.common.distributions import Family
-from sb3_ppo_ext.common.optimization import Coefficients
 from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
+from sb3_ppo_ext.common.rollout.actor_critic import Evaluation
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
+from sb3_ppo_ext.common.update.step import Coefficients
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 if TYPE_CHECKING:

@@ -11,11 +11,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from typing_extensions import Self
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import Evaluation
-from sb3_ppo_ext.common.buffers import RolloutSamples
-from sb3_ppo_ext.common.optimization import Coefficients
+from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
-from sb3_ppo_ext.common.validation import ArgumentError, as_schedule, check_real
+from sb3_ppo_ext.common.rollout.actor_critic import Evaluation
+from sb3_ppo_ext.common.rollout.buffers import RolloutSamples
+from sb3_ppo_ext.common.update.step import Coefficients
+from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 
 class DualClipPPO(ProximalAlgorithm):

@@ -17,12 +17,12 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import ActorCritic, Kept
-from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, update_statistics
-from sb3_ppo_ext.common.episodes import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
-from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.optimization import clip_and_step, reached, use_fused_adam
+from sb3_ppo_ext.common.algorithm import ACTION_SPACES, OnPolicyAlgorithm
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, Kept
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
+from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
+from sb3_ppo_ext.common.update.step import clip_and_step, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
 from sb3_ppo_ext.numerics import flatten
 

@@ -16,15 +16,17 @@ from stable_baselines3.common.utils import explained_variance
 from torch import nn
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import ActorCritic, ActorEvaluation, DirectActorCritic
-from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.compiled import CompiledFisherVectorProduct, structure_of
-from sb3_ppo_ext.common.critic import critic_loss, critic_parameters, fit_critic, update_statistics
-from sb3_ppo_ext.common.dimensions import TARGET_KL_PER_DIMENSION, n_action_dims
+from sb3_ppo_ext.common.algorithm import ACTION_SPACES, OnPolicyAlgorithm
+from sb3_ppo_ext.common.compile.programs import CompiledFisherVectorProduct
+from sb3_ppo_ext.common.compile.support import structure_of
 from sb3_ppo_ext.common.distributions import Family
-from sb3_ppo_ext.common.interchange import unpickled
-from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.validation import ArgumentError, as_schedule, check_bool, check_int, check_real
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, ActorEvaluation, DirectActorCritic
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.saving.interchange import unpickled
+from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION, n_action_dims
+from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
+from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
     ChunkedFisherVectorProduct,
     FisherVectorProduct,

@@ -11,7 +11,8 @@ import pytest
 import torch as th
 from torch import fx
 
-from sb3_ppo_ext.common import compiled as compiling
+from sb3_ppo_ext.common.compile import cpu
+from sb3_ppo_ext.common.compile.run import Run
 
 th.set_num_threads(1)  # small networks run fastest on one thread, and sums then always add in one order
 
@@ -49,7 +50,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     For what does not depend on the machine code: to make it takes seconds a program.
     """
 
-    def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> compiling.Run:
+    def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
         forms = [(x.dtype, x.stride(), x.shape[1 if v else 0 :]) for x, v in zip(inputs, varies, strict=True)]
 
         @th.no_grad()
@@ -61,4 +62,4 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(compiling, "_machine_code", run_as_traced)
+    monkeypatch.setattr(cpu, "machine_code", run_as_traced)

@@ -16,9 +16,10 @@ from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
-from sb3_ppo_ext.common.optimization import reached
-from sb3_ppo_ext.common.validation import ArgumentError, as_schedule, check_real
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
+from sb3_ppo_ext.common.update.step import reached
+from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 
 class ActorCriticPolicy(sb3.ActorCriticPolicy):

@@ -13,10 +13,10 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import ActorCritic, Evaluation
-from sb3_ppo_ext.common.buffers import RolloutSamples, minibatches
-from sb3_ppo_ext.common.on_policy import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.optimization import Coefficients, Statistics, raise_if_not_finite
+from sb3_ppo_ext.common.algorithm import ACTION_SPACES, OnPolicyAlgorithm
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, Evaluation
+from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, minibatches
+from sb3_ppo_ext.common.update.step import Coefficients, Statistics, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
 

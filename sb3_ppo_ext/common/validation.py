@@ -13,16 +13,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, get_device
 
-
-class ArgumentError(ValueError, AssertionError):
-    """
-    An argument that cannot be used. It is a ``ValueError``, and an ``AssertionError`` as well: Stable-Baselines3 raises
-    the one for some arguments and the other for others, and code that was written for it may catch either.
-    """
-
-
-class UnsupportedSpaceError(ArgumentError, NotImplementedError):
-    """Observations that cannot be learnt from: a ``NotImplementedError`` as well, as Stable-Baselines3 raises it."""
+from sb3_ppo_ext.common.errors import ArgumentError
 
 
 def check_int(name: str, value: object, *, minimum: int, maximum: float = math.inf) -> None:

@@ -23,8 +23,8 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.utils import get_latest_run_id as get_latest_log_id
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_ppo_ext.common.checkpoint import load_vec_normalize
-from sb3_ppo_ext.common.interchange import mark_of
+from sb3_ppo_ext.common.saving.checkpoint import load_vec_normalize
+from sb3_ppo_ext.common.saving.interchange import mark_of
 from sb3_ppo_ext.zoo.arguments import nearest, whole_number
 from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, not_inherited
 from sb3_ppo_ext.zoo.registration import ALGORITHMS

@@ -22,8 +22,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.buffers import RolloutBuffer
-from sb3_ppo_ext.common.purity import impurity
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.purity import impurity
 from tests.algorithms import ALGORITHMS, ROLLOUT, small
 from tests.envs import BOX, ScriptedEnv
 

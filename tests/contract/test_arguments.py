@@ -21,7 +21,7 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.buffers import DictRolloutBuffer
+from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer
 from tests.algorithms import ALGORITHMS, ROLLOUT, parameters, small
 from tests.envs import BOX, ScriptedEnv
 

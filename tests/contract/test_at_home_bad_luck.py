@@ -16,8 +16,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper, subproc_vec_env
 
 from sb3_ppo_ext import TRPO
-from sb3_ppo_ext.common.buffers import RolloutBuffer
-from sb3_ppo_ext.common.optimization import NonFiniteError
+from sb3_ppo_ext.common.errors import NonFiniteError
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from tests.algorithms import ALGORITHMS, ROLLOUT, parameters, small
 from tests.envs import BOX, ScriptedEnv
 

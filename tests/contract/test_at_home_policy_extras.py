@@ -15,8 +15,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ppo_ext import TRPO, DualClipPPO
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.validation import value_at
 from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, parameters, small
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv

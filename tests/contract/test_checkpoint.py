@@ -28,7 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Every
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ppo_ext import TRPO, DualClipPPO
-from sb3_ppo_ext.common.checkpoint import (
+from sb3_ppo_ext.common.saving.checkpoint import (
     SafeCheckpointCallback,
     latest_checkpoint,
     load_vec_normalize,

@@ -6,11 +6,12 @@ import pytest
 import torch as th
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from sb3_ppo_ext.common import compiled as compiling
+from sb3_ppo_ext.common.compile import cpu
+from sb3_ppo_ext.common.compile.program import Program
 
 
 def run(*, announce: bool) -> None:
-    program = compiling.Program(
+    program = Program(
         lambda fixed, batch, x: [fixed[0] + 2.0 * x], th.device("cpu"), what="a sum", any_size=False, announce=announce
     )
     program.bind((th.ones(3),))
@@ -22,13 +23,13 @@ def _nothing_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Nothing is compiled, into an empty folder; a file is where the program would be kept."""
 
     def compiled(graph: th.fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> object:
-        place = compiling._place(graph, inputs, varies)
+        place = cpu.place_of(graph, inputs, varies)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
         return lambda inputs: list(graph(*inputs))
 
-    monkeypatch.setattr(compiling, "_cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(compiling, "_machine_code", compiled)
+    monkeypatch.setattr(cpu, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cpu, "machine_code", compiled)
 
 
 def test_it_is_said_once_and_not_when_it_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,7 @@ def test_help_names_what_the_policy_can_do(algorithm: Any) -> None:
 
 
 def test_checkpoints_are_importable_from_the_top() -> None:
-    from sb3_ppo_ext.common import checkpoint
+    from sb3_ppo_ext.common.saving import checkpoint
 
     functions = ("save_checkpoint", "latest_checkpoint", "resume", "load_weights", "load_vec_normalize")
     for name in ("SafeCheckpointCallback", *functions):

@@ -20,10 +20,10 @@ from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic
-from sb3_ppo_ext.common.checkpoint import load_weights, resume, save_checkpoint
 from sb3_ppo_ext.common.distributions import family_of_space
-from sb3_ppo_ext.common.interchange import ALGORITHM
+from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.saving.checkpoint import load_weights, resume, save_checkpoint
+from sb3_ppo_ext.common.saving.interchange import ALGORITHM
 from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, small
 from tests.envs import BOX, ScriptedEnv, WithoutMasks
 

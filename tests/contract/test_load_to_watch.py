@@ -15,7 +15,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_ppo_ext import REINFORCE, DualClipPPO
-from sb3_ppo_ext.common.checkpoint import resume, save_checkpoint
+from sb3_ppo_ext.common.saving.checkpoint import resume, save_checkpoint
 from tests.algorithms import ALGORITHMS, ROLLOUT, small
 from tests.envs import BOX, ScriptedEnv
 

@@ -11,7 +11,8 @@ import pytest
 import torch as th
 
 from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.optimization import NonFiniteError, raise_if_not_finite
+from sb3_ppo_ext.common.errors import NonFiniteError
+from sb3_ppo_ext.common.update.step import raise_if_not_finite
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
 

@@ -16,8 +16,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.actor_critic import DirectActorCritic
-from sb3_ppo_ext.common.buffers import DictRolloutBuffer, RolloutBuffer
+from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer, RolloutBuffer
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
 
 ALGORITHMS = [DualClipPPO, AdaptiveKLPPO, TRPO, REINFORCE]

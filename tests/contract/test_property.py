@@ -18,8 +18,8 @@ from stable_baselines3.common import buffers as sb3
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_ppo_ext.common.buffers import DictRolloutBuffer, RolloutBuffer
-from sb3_ppo_ext.common.optimization import NonFiniteError
+from sb3_ppo_ext.common.errors import NonFiniteError
+from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer, RolloutBuffer
 from tests.algorithms import ALGORITHMS
 from tests.envs import BOX, DICT, ScriptedEnv
 

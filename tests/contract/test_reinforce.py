@@ -17,7 +17,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_ext import REINFORCE, reinforce
-from sb3_ppo_ext.common.checkpoint import resume, save_checkpoint
+from sb3_ppo_ext.common.saving.checkpoint import resume, save_checkpoint
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
 
 BASELINES = ("none", "mean", "optimal", "leave_one_out", "value")

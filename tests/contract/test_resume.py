@@ -32,7 +32,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.checkpoint import SafeCheckpointCallback, latest_checkpoint, resume, save_checkpoint
+from sb3_ppo_ext.common.saving.checkpoint import SafeCheckpointCallback, latest_checkpoint, resume, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 N_ENVS = 3

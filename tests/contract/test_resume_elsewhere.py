@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_ppo_ext import DualClipPPO
-from sb3_ppo_ext.common.checkpoint import load_vec_normalize, resume, save_checkpoint
+from sb3_ppo_ext.common.saving.checkpoint import load_vec_normalize, resume, save_checkpoint
 from tests.contract.test_resume import WalkOfItsOwn, bits, limited_walk
 from tests.envs import ScriptedEnv
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.optimization import NonFiniteError
+from sb3_ppo_ext.common.errors import NonFiniteError
 from tests.algorithms import ALGORITHMS, ROLLOUT, small
 from tests.envs import BOX, DICT, ScriptedEnv
 

@@ -19,8 +19,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import DualClipPPO
-from sb3_ppo_ext.common.checkpoint import load_weights, resume, save_checkpoint
-from sb3_ppo_ext.common.files import _new_temporary, damage_of, write_whole
+from sb3_ppo_ext.common.saving.checkpoint import load_weights, resume, save_checkpoint
+from sb3_ppo_ext.common.saving.files import _new_temporary, damage_of, write_whole
 from tests.contract.test_resume import in_new_process, limited_walk
 
 SB3S_AND_OURS = pytest.mark.parametrize("algorithm", [PPO, DualClipPPO])

@@ -18,8 +18,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common import compiled as compiling
-from sb3_ppo_ext.common.optimization import NonFiniteError
+from sb3_ppo_ext.common.compile import cpu, cuda
+from sb3_ppo_ext.common.compile import program as compiling
+from sb3_ppo_ext.common.compile.program import Program
+from sb3_ppo_ext.common.compile.programs import CompiledActor, CompiledStep
+from sb3_ppo_ext.common.compile.run import Run
+from sb3_ppo_ext.common.errors import NonFiniteError
 from tests.envs import BOX, DICT, ScriptedEnv
 from tests.parity.smooth import SmoothCombined
 
@@ -130,13 +134,13 @@ traced = pytest.mark.usefixtures("without_compiler")
 def programs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is compiled, as it is."""
     made: list[str] = []
-    built = compiling.Program._built
+    built = Program._built
 
-    def noted(self: compiling.Program, *args: Any) -> compiling.Run:
+    def noted(self: Program, *args: Any) -> Run:
         made.append(self._what)
         return built(self, *args)
 
-    monkeypatch.setattr(compiling.Program, "_built", noted)
+    monkeypatch.setattr(Program, "_built", noted)
     return made
 
 
@@ -157,7 +161,7 @@ def trained_both_ways(algorithm: Any, action_space: spaces.Space, **kwargs: Any)
 def same_batch() -> Iterator[None]:
     """Actions that differ in the last bit are another batch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling.CompiledActor, "act", lambda self, obs: self._module._function.__self__.act(obs))
+        patch.setattr(CompiledActor, "act", lambda self, obs: self._module._function.__self__.act(obs))
         yield
 
 
@@ -274,7 +278,7 @@ def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(th._inductor, "aoti_compile_and_package", noted)
 
     def doubled(width: int) -> list[float]:
-        program = compiling.Program(
+        program = Program(
             lambda fixed, batch, x: [fixed[0] + 2.0 * x], th.device("cpu"), what="", any_size=False, announce=False
         )
         program.bind([th.ones(width)])
@@ -300,7 +304,7 @@ def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tm
 @traced
 @pytest.mark.parametrize("any_size", [False, True])
 def test_what_is_given_in_another_form_is_not_misread(any_size: bool) -> None:
-    program = compiling.Program(
+    program = Program(
         lambda fixed, batch, x: [fixed[0] + 2.0 * x], th.device("cpu"), what="", any_size=any_size, announce=False
     )
     program.bind([th.ones(4)])
@@ -477,13 +481,13 @@ def test_a_network_that_cannot_be_compiled_is_refused_before_training(how: str, 
     assert all(map(th.equal, before, model.policy.parameters()))
 
 
-def rerun(run: compiling.Run, inputs: list[th.Tensor]) -> tuple[list[th.Tensor], Callable[[], None]]:
+def rerun(run: Run, inputs: list[th.Tensor]) -> tuple[list[th.Tensor], Callable[[], None]]:
     """What a CUDA graph does: to run again on the tensors it was recorded with, and to write into what it gave then."""
     for _ in range(3):
         outputs = run(inputs)
 
     def replay() -> None:
-        compiling._copied(outputs, run(inputs))
+        cuda.copied(outputs, run(inputs))
 
     return outputs, replay
 
@@ -498,35 +502,35 @@ def test_a_recording_reads_and_writes_where_it_was_made(
     algorithm: Any, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order of events on a GPU, on the CPU; what CUDA does with it is tested below, where there is one."""
-    monkeypatch.setattr(compiling, "_can_record", lambda device: True)
-    monkeypatch.setattr(compiling, "_recorded", rerun)
+    monkeypatch.setattr(compiling, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda, "_recorded", rerun)
     with same_batch():
         eager, compiled = trained_both_ways(algorithm, TORQUES, learning_rate="lin_1e-3", batch_size=batch_size)
     agree_after_updates(eager, compiled, stops=False)
     agree_on_rollouts(compiled)
     for _, kept in compiled._compiled._kept.values():
         (runs,) = kept._program._runs.values()
-        assert {type(run) for run in runs.values()} == {compiling._Recording}
+        assert {type(run) for run in runs.values()} == {cuda.Recording}
     assert len(runs) == (2 if batch_size == 48 else 1)
 
 
 @traced
 def test_an_interrupted_recording_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(run: compiling.Run, inputs: list[th.Tensor]) -> Any:
+    def interrupted(run: Run, inputs: list[th.Tensor]) -> Any:
         run(inputs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compiling, "_can_record", lambda device: True)
+    monkeypatch.setattr(compiling, "can_record", lambda device: True)
     model = make_model(DualClipPPO, TORQUES, torch_compile=True)
     before = [p.clone() for p in model.policy.parameters()]
     train = model.train
 
     def train_interrupted() -> None:
-        monkeypatch.setattr(compiling, "_recorded", interrupted)
+        monkeypatch.setattr(cuda, "_recorded", interrupted)
         train()
 
     model.train = train_interrupted
-    monkeypatch.setattr(compiling, "_recorded", rerun)
+    monkeypatch.setattr(cuda, "_recorded", rerun)
     with pytest.raises(KeyboardInterrupt):
         model.learn(128)
     assert all(map(th.equal, before, model.policy.parameters()))
@@ -537,11 +541,11 @@ def test_an_interrupted_recording_leaves_the_model_as_it_was(monkeypatch: pytest
 def test_the_compiler_for_gpus_takes_what_is_traced(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of its way but its last part, which writes the kernels."""
 
-    def compiled_in_part(graph: th.fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> compiling.Run:
+    def compiled_in_part(graph: th.fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
         compiled = th.compile(graph, fullgraph=True, dynamic=any(varies), backend="aot_eager")
         return th.no_grad()(lambda inputs: compiled(*inputs))
 
-    monkeypatch.setattr(compiling, "_machine_code", compiled_in_part)
+    monkeypatch.setattr(cpu, "machine_code", compiled_in_part)
     agree_both_ways(case)
 
 
@@ -562,7 +566,7 @@ def test_the_minibatches_of_an_update_wait_for_nothing_on_cuda(
     model = make_model(algorithm, TORQUES, torch_compile=True, device="cuda", n_epochs=3)
     model.learn(128)
     (runs,) = model._compiled._kept["step"][1]._program._runs.values()
-    assert [type(run) for run in runs.values()] == [compiling._Recording]
+    assert [type(run) for run in runs.values()] == [cuda.Recording]
     calls = []
 
     def alone(function: Any) -> Any:
@@ -576,14 +580,14 @@ def test_the_minibatches_of_an_update_wait_for_nothing_on_cuda(
 
         return watched
 
-    bind = compiling.Program.bind
+    bind = Program.bind
 
     def bind_before(*args: Any) -> Any:  # once an update
         th.cuda.set_sync_debug_mode("default")
         return bind(*args)
 
-    monkeypatch.setattr(compiling.Program, "bind", bind_before)
-    monkeypatch.setattr(compiling.CompiledStep, "__call__", alone(compiling.CompiledStep.__call__))
+    monkeypatch.setattr(Program, "bind", bind_before)
+    monkeypatch.setattr(CompiledStep, "__call__", alone(CompiledStep.__call__))
     monkeypatch.setattr(type(model.rollout_buffer), "shuffled_rows", alone(type(model.rollout_buffer).shuffled_rows))
     model.learn(128, reset_num_timesteps=False)
     assert calls.count("__call__") == 12

@@ -9,8 +9,8 @@ import torch as th
 from torch import nn
 
 from sb3_ppo_ext import DualClipPPO
-from sb3_ppo_ext.common.flat_adam import FlatAdam
-from sb3_ppo_ext.common.optimization import clip_and_step, use_fused_adam
+from sb3_ppo_ext.common.update.flat_adam import FlatAdam
+from sb3_ppo_ext.common.update.step import clip_and_step, use_fused_adam
 
 
 def make_network() -> nn.Sequential:
@@ -136,7 +136,7 @@ def test_a_hook_in_the_convolutions_sees_what_it_would_see() -> None:
     """A ReLU overwrites its input only where nobody else has it."""
     from stable_baselines3.common.env_util import make_vec_env
 
-    from sb3_ppo_ext.common.actor_critic import DirectActorCritic
+    from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
     from tests.envs import IMAGE, ScriptedEnv, spaces
 
     env = make_vec_env(lambda: ScriptedEnv(IMAGE, spaces.Discrete(3)), seed=0)

@@ -13,7 +13,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_ppo_ext import DualClipPPO
-from sb3_ppo_ext.common.flat_adam import FlatAdam
+from sb3_ppo_ext.common.update.flat_adam import FlatAdam
 
 TOLERANCE = 5e-6
 

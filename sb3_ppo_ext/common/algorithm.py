@@ -27,34 +27,34 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
-from sb3_ppo_ext.common.actor_critic import ActorCritic, DirectActorCritic, Evaluation, Kept, SB3ActorCritic
-from sb3_ppo_ext.common.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
-from sb3_ppo_ext.common.compiled import (
-    CompiledActor,
-    CompiledEvaluation,
-    CompiledStep,
-    Programs,
-    check_can_compile,
-    check_compiler,
-    structure_of,
-)
-from sb3_ppo_ext.common.dimensions import n_action_dims
+from sb3_ppo_ext.common.compile.program import Programs
+from sb3_ppo_ext.common.compile.programs import CompiledActor, CompiledEvaluation, CompiledStep
+from sb3_ppo_ext.common.compile.support import check_can_compile, check_compiler, structure_of
 from sb3_ppo_ext.common.distributions import Family, family_of_policy, params_of
-from sb3_ppo_ext.common.files import opened, save_whole
-from sb3_ppo_ext.common.interchange import ALGORITHM, attributes_of, check_origin, name_of, origin_of, why_missing
-from sb3_ppo_ext.common.mishaps import (
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy, check_policy_class, keywords_of
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, Evaluation, Kept, SB3ActorCritic
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, buffer_class_for, obs_rows
+from sb3_ppo_ext.common.rollout.failures import (
     explained,
     raise_if_misshapen,
     raise_if_rollout_not_finite,
 )
-from sb3_ppo_ext.common.optimization import Coefficients, EagerStep, MinibatchStep, Statistics
-from sb3_ppo_ext.common.parameter_watch import ParameterWatch
-from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy, check_policy_class, keywords_of
-from sb3_ppo_ext.common.problem import check_env, check_no_masks, check_spaces, fitting_policies
-from sb3_ppo_ext.common.purity import draws_noise, impurity
-from sb3_ppo_ext.common.timeouts import Timeouts
+from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
+from sb3_ppo_ext.common.rollout.purity import draws_noise, impurity
+from sb3_ppo_ext.common.rollout.timeouts import Timeouts
+from sb3_ppo_ext.common.saving.files import opened, save_whole
+from sb3_ppo_ext.common.saving.interchange import (
+    ALGORITHM,
+    attributes_of,
+    check_origin,
+    name_of,
+    origin_of,
+    why_missing,
+)
+from sb3_ppo_ext.common.spaces import check_env, check_no_masks, check_spaces, fitting_policies, n_action_dims
+from sb3_ppo_ext.common.update.step import Coefficients, EagerStep, MinibatchStep, Statistics
 from sb3_ppo_ext.common.validation import (
-    ArgumentError,
     as_schedule,
     check_bool,
     check_device,
@@ -90,9 +90,9 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
 
     Callbacks see SB3's protocol; only ``values`` and ``log_probs`` are missing in ``locals``: they are not known yet.
 
-    That is right for networks that are known to be pure (:mod:`sb3_ppo_ext.common.purity`). Any other network, a policy
-    that overrides SB3's methods and a policy that a callback changes within a rollout are evaluated at each step, and a
-    rollout buffer that is not :class:`RolloutBuffer` is filled SB3's way.
+    That is right for networks that are known to be pure (:mod:`sb3_ppo_ext.common.rollout.purity`). Any other network,
+    a policy that overrides SB3's methods and a policy that a callback changes within a rollout are evaluated at each
+    step, and a rollout buffer that is not :class:`RolloutBuffer` is filled SB3's way.
 
     Takes the arguments of :class:`stable_baselines3.common.on_policy_algorithm.OnPolicyAlgorithm`.
 

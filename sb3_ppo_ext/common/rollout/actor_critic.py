@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
 from sb3_ppo_ext.common.distributions import Family, Gaussian, family_of_policy, family_of_space, params_of
-from sb3_ppo_ext.common.purity import has_hooks, impurity
+from sb3_ppo_ext.common.rollout.purity import has_hooks, impurity
 
 
 class Evaluation(NamedTuple):
@@ -119,8 +119,9 @@ class DirectActorCritic:
     Only for a policy that it :meth:`supports`. It owns nothing and is made anew for each rollout and each update, so a
     layer that a user replaces is seen.
 
-    Where a network is not known to be pure (see :mod:`sb3_ppo_ext.common.purity`), the pass that draws an action also
-    gives the value and the distribution, as in SB3; and the passes through each module are as many as SB3 makes.
+    Where a network is not known to be pure (see :mod:`sb3_ppo_ext.common.rollout.purity`), the pass that draws an
+    action also gives the value and the distribution, as in SB3; and the passes through each module are as many as SB3
+    makes.
 
     :param policy: the policy
     :param with_params: whether :meth:`evaluate_actions` also gives the distribution parameters

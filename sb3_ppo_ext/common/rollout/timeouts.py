@@ -9,8 +9,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_ext.common.actor_critic import ActorCritic
-from sb3_ppo_ext.common.mishaps import raise_if_final_not_finite
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.failures import raise_if_final_not_finite
 
 
 class Timeouts:

@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch as th
 from torch import nn
 
-from sb3_ppo_ext.common.purity import has_hooks
+from sb3_ppo_ext.common.rollout.purity import has_hooks
 
 _VERSION = attrgetter("_version")
 

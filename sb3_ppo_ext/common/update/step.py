@@ -9,8 +9,9 @@ from typing import Protocol
 import torch as th
 from torch import nn
 
-from sb3_ppo_ext.common.buffers import RolloutSamples, take
-from sb3_ppo_ext.common.flat_adam import FlatAdam
+from sb3_ppo_ext.common.errors import NonFiniteError
+from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, take
+from sb3_ppo_ext.common.update.flat_adam import FlatAdam
 
 Coefficients = Mapping[str, float | th.Tensor]
 """Numbers that a loss asks for by name: floats, or scalars on the device where a graph is compiled."""
@@ -20,13 +21,6 @@ Statistics = dict[str, th.Tensor]
 
 MinibatchLoss = Callable[[RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]]
 """The loss of a minibatch, a scalar, and statistics of it."""
-
-
-class NonFiniteError(ValueError):
-    """
-    A reward, an observation, a loss or a gradient is NaN or infinite. No step was made along a gradient that is; the
-    message says whether other steps of the same update were made.
-    """
 
 
 class MinibatchStep(Protocol):

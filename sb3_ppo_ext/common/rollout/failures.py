@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ppo_ext.common.optimization import NonFiniteError
+from sb3_ppo_ext.common.errors import NonFiniteError
 
 
 def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:

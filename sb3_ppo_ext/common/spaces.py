@@ -1,4 +1,4 @@
-"""What can be learnt: the environments, and the spaces that they may have."""
+"""The spaces of observations and actions, and which environments can be learnt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.common.distributions import family_of_space
-from sb3_ppo_ext.common.validation import ArgumentError, UnsupportedSpaceError
+from sb3_ppo_ext.common.errors import ArgumentError, UnsupportedSpaceError
+
+TARGET_KL_PER_DIMENSION = 0.01
 
 _MIN_IMAGE = 36  # pixels that the three convolutions of SB3's NatureCNN leave something of
 
@@ -147,3 +149,13 @@ def fitting_policies(observation_space: spaces.Space[Any]) -> str:
             "gymnasium.wrappers.ResizeObservation enlarges an image"
         )
     return "MlpPolicy for vectors, CnnPolicy for images, MultiInputPolicy for Dict observations"
+
+
+def n_action_dims(action_space: spaces.Space[Any]) -> int:
+    """
+    How many independent dimensions an action has: the components of a Box, 1 for Discrete, the length of a
+    MultiDiscrete, the bits of a MultiBinary. KL divergence and Fisher information are sums over them.
+
+    :param action_space: of the environment
+    """
+    return family_of_space(action_space).action_dim

@@ -11,7 +11,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_ppo_ext.common.files import ReadableFile, name_of_file
+from sb3_ppo_ext.common.saving.files import ReadableFile, name_of_file
 
 # The member of a model file that names its algorithm. SB3 passes over it.
 ALGORITHM = "_algorithm"

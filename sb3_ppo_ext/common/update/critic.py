@@ -12,10 +12,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.actor_critic import ActorCritic
-from sb3_ppo_ext.common.buffers import RolloutSamples, minibatches, obs_rows
-from sb3_ppo_ext.common.optimization import Coefficients, MinibatchStep, Statistics
-from sb3_ppo_ext.common.purity import keeps_statistics
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, minibatches, obs_rows
+from sb3_ppo_ext.common.rollout.purity import keeps_statistics
+from sb3_ppo_ext.common.update.step import Coefficients, MinibatchStep, Statistics
 
 
 def set_critic_training_mode(policy: ActorCriticPolicy, actor_parameters: Sequence[nn.Parameter]) -> None:

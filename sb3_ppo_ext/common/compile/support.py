@@ -1,0 +1,114 @@
+"""What can be compiled: which policies and optimisers, where, and what a program of them depends on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+
+import torch as th
+from torch import nn
+
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
+from sb3_ppo_ext.common.rollout.purity import has_hooks, impurity
+
+REFUSED = "torch_compile=True is not allowed"
+
+
+def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) -> None:
+    """
+    :param actor_critic: the policy that is to be updated
+    :param optimizer: of its parameters
+    :raises ValueError: if ``torch_compile=True`` cannot be had of these, saying what to change
+    """
+    policy = actor_critic.policy
+    if not isinstance(actor_critic, DirectActorCritic):
+        raise ValueError(
+            f"{REFUSED} with policy={type(policy).__name__}: it {DirectActorCritic.refusal(policy)}; use one of "
+            "Stable-Baselines3's policies as it is, or torch_compile=False"
+        )
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
+        raise ValueError(
+            f"{REFUSED} with batch normalisation, whose running statistics a compiled step cannot change; use "
+            "nn.LayerNorm or nn.GroupNorm, or torch_compile=False"
+        )
+    if not actor_critic.is_pure:
+        raise ValueError(
+            f"{REFUSED} with policy={type(policy).__name__}: {impurity(policy)}, and a program would do once what it "
+            "does at each call. If the module is pure, say so by its attribute is_pure = True; otherwise "
+            "torch_compile=False"
+        )
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters()):
+        raise ValueError(
+            f"{REFUSED} with hooks on the gradients of parameters, which a program would not run: remove them, or use "
+            "torch_compile=False"
+        )
+    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if len(in_groups) != len(set(in_groups)) or not {id(p) for p in policy.parameters()} <= set(in_groups):
+        raise ValueError(
+            f"{REFUSED} with an optimiser that has a parameter of the policy twice or not at all: make it of "
+            "policy.parameters() anew, or use torch_compile=False"
+        )
+    plain = type(optimizer) is th.optim.Adam and all(
+        not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
+        and group["betas"] == optimizer.param_groups[0]["betas"]
+        and group["eps"] == optimizer.param_groups[0]["eps"]
+        for group in optimizer.param_groups
+    )
+    if not plain:
+        raise ValueError(
+            f"{REFUSED} with optimizer_class={type(optimizer).__name__} as it is set: it must be torch.optim.Adam "
+            "without amsgrad, maximize and weight_decay, with the same betas and eps for all parameters"
+        )
+
+
+def check_compiler(device: th.device) -> None:
+    """
+    :param device: of the policy
+    :raises ValueError: if nothing can be compiled for it here, saying what to change
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{REFUSED} on device={str(device)!r}: use cpu or cuda, or torch_compile=False")
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError(f"{REFUSED} without Triton, which compiles for the GPU: pip install triton")
+        return
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if not shutil.which(compiler):
+        raise ValueError(
+            f"{REFUSED} without a C++ compiler, {compiler!r} was not found: install it (Debian: apt install g++), or "
+            "name another in the environment variable CXX"
+        )
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    if " " in folder:
+        raise ValueError(
+            f"{REFUSED} with a cache in {folder!r}: the compiler of torch cannot use a path with a space; set "
+            "TORCHINDUCTOR_CACHE_DIR to one without"
+        )
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{REFUSED} with a cache in {folder!r} ({error}); set TORCHINDUCTOR_CACHE_DIR") from error
+
+
+def structure_of(policy: nn.Module) -> Hashable:
+    """
+    What a program of a policy depends on, besides the values of its tensors: its modules and their settings, and which
+    tensors are parameters. What a module keeps in other ways (in a list, say) is not looked at.
+
+    :param policy: whose program it is
+    """
+    modules = list(policy.modules())[1:]
+    settings = tuple(
+        (
+            module,
+            has_hooks(module),
+            tuple((k, v) for k, v in vars(module).items() if type(v) in (bool, int, float, str)),
+        )
+        for module in modules
+    )
+    return policy, settings, tuple(map(id, policy.parameters()))

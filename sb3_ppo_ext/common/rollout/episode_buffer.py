@@ -1,0 +1,89 @@
+"""A rollout of complete episodes, so many from each environment."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer, RolloutBuffer, RolloutSamples, take
+
+
+class EpisodeIndex(NamedTuple):
+    """
+    Where in its episode each sample is.
+
+    :param episode: number of the episode, from 0, shape ``(batch,)``
+    :param step: number of the step in its episode, from 0, shape ``(batch,)``
+    """
+
+    episode: th.Tensor
+    step: th.Tensor
+
+
+class EpisodeBuffer(RolloutBuffer):
+    """
+    A rollout buffer that grows until it is told to :meth:`close`. Takes the arguments of SB3's; ``buffer_size`` is
+    where it starts.
+
+    An environment may begin in the middle of an episode, and when it is done with its episodes it steps on until the
+    last one is; :meth:`flat` and :meth:`get` leave those steps out.
+    """
+
+    def add_observation(self, obs: Any, episode_start: np.ndarray) -> None:
+        if self.pos == self.buffer_size:
+            self._resize(2 * self.buffer_size)
+        super().add_observation(obs, episode_start)
+
+    def close(self, episodes_per_env: int) -> None:
+        """
+        End the rollout: the buffer is full, and as long as what it holds.
+
+        :param episodes_per_env: complete episodes of each environment, from the first that begins in the rollout on;
+            what precedes and what follows them does not count
+        """
+        self._resize(self.pos)
+        self.full = True
+        # Its number within the environment; -1 of the one that had begun before.
+        episode = np.cumsum(self.episode_starts, axis=0).astype(np.int64) - 1
+        now = np.arange(self.buffer_size)[:, None]
+        started = np.maximum.accumulate(np.where(self.episode_starts > 0, now, 0), axis=0)
+        numbers = episode + episodes_per_env * np.arange(self.n_envs)
+        self._counts = self._to_flat((episode >= 0) & (episode < episodes_per_env)).flatten()
+        self._index = EpisodeIndex(
+            self._to_flat(numbers).flatten()[self._counts], self._to_flat(now - started).flatten()[self._counts]
+        )
+
+    def _resize(self, n_steps: int) -> None:
+        """Change the length of what :meth:`add_transition` fills; the evaluation sets arrays of its own."""
+
+        def resized(array: np.ndarray) -> np.ndarray:
+            result = np.zeros((n_steps, *array.shape[1:]), dtype=array.dtype)
+            kept = min(n_steps, len(array))
+            result[:kept] = array[:kept]
+            return result
+
+        if isinstance(self.observations, dict):
+            self.observations = {key: resized(array) for key, array in self.observations.items()}
+        else:
+            self.observations = resized(self.observations)
+        self.actions = resized(self.actions)
+        self.rewards = resized(self.rewards)
+        self.episode_starts = resized(self.episode_starts)
+        self.distribution_params = resized(self.distribution_params)  # a policy of the user's own may not set them
+        self.buffer_size = n_steps
+
+    def episode_index(self) -> EpisodeIndex:
+        """Where in its episode each sample of :meth:`flat` is, in the same order."""
+        return self._index
+
+    def flat(self) -> RolloutSamples:
+        """The samples that count: those of the complete episodes, one episode after the other."""
+        if self._flat is None:
+            self._flat = take(super().flat(), self._counts)
+        return self._flat
+
+
+class DictEpisodeBuffer(EpisodeBuffer, DictRolloutBuffer):  # type: ignore[misc]
+    """:class:`EpisodeBuffer` for Dict observations."""

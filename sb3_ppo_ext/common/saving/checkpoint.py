@@ -1,0 +1,363 @@
+"""
+Checkpoints that are written whole or not at all, and training that goes on from one as if nothing had happened.
+
+A script that may be killed at any moment and started again::
+
+    path = latest_checkpoint("checkpoints")
+    model = DualClipPPO("MlpPolicy", env, seed=0) if path is None else resume(DualClipPPO, path, env)
+    model.learn(
+        1_000_000 - model.num_timesteps,
+        callback=SafeCheckpointCallback(10_000, "checkpoints"),
+        reset_num_timesteps=False,
+    )
+
+``learn(..., reset_num_timesteps=False)`` adds the steps already made to those it is given. The subtraction makes the
+sum the same 1,000,000 in every start, and with it the remaining progress that all schedules follow.
+
+The resumed run equals the uninterrupted one, to the bit, if the environments give their state: by two methods,
+``state_dict()`` (what ``step`` depends on, in any form that can be pickled) and ``load_state_dict(state)``. The
+generator ``np_random`` and what SB3's ``Monitor`` and gymnasium's ``TimeLimit``, ``FrameStackObservation``,
+``NormalizeObservation`` and ``NormalizeReward`` remember need not be in it. A wrapper of another kind that remembers
+something has the two methods itself, and calls those of what it wraps. Environments without the methods are reset, and
+draw on from the same random numbers. (One exception: gSDE with a rollout buffer of the user's own, which SB3's way of
+collecting gives other noise in the first rollout.)
+
+Callbacks are the caller's: what they count and what they found best so far (``EvalCallback.best_mean_reward``, the
+patience of ``StopTrainingOnNoModelImprovement``) begins anew with each start, as it does in SB3.
+
+A checkpoint is a model file: ``load`` reads it as it reads what ``save`` wrote. It also holds ``vecnormalize.pkl``,
+which :func:`load_vec_normalize` reads for a model that is loaded to be watched, or to be trained in other environments.
+Loading a model or resuming from it runs code that the file may contain; :func:`load_weights` does not.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from torch import nn
+
+from sb3_ppo_ext.common.saving.environment_state import check_env, env_state, set_env_state
+from sb3_ppo_ext.common.saving.files import WEIGHTS, ReadableFile, damage_of, save_whole, write_whole
+from sb3_ppo_ext.common.saving.interchange import ALGORITHM, check_origin, mark_of, name_of
+from sb3_ppo_ext.common.validation import check_int
+
+Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
+
+_TRAINING_STATE = "training_state.pkl"
+_VEC_NORMALIZE = "vecnormalize.pkl"
+
+
+class SafeCheckpointCallback(BaseCallback):
+    """
+    Writes checkpoints to ``<save_path>/<name_prefix>_<steps>_steps.zip``, each whole or not at all: one file with the
+    model, the statistics of ``VecNormalize`` and the state of the random generators.
+
+    They are written between two rollouts, the only time when the model has something new and nothing is half done, and
+    at the end of training. A checkpoint that cannot be written (a full disk) is a warning: the training is worth more,
+    the earlier checkpoints are as they were, and the next one may succeed.
+
+    Give it to ``learn``, alone or in a list; another callback that calls it at events of its own cannot use it.
+
+    :param save_freq: steps of each environment after which to write; the rollout they fall into is completed first
+    :param save_path: folder for the checkpoints; made if it is not there
+    :param name_prefix: how their names begin
+    :param keep_last: how many to keep; None: all
+    :param verbose: 2 to print the name of each checkpoint
+    :raises ValueError: for an argument that is out of range; in ``learn`` if the folder holds a checkpoint with more
+        steps than the model has made, of another run or of one that should be resumed
+    """
+
+    def __init__(
+        self,
+        save_freq: int,
+        save_path: str | os.PathLike[str],
+        name_prefix: str = "rl_model",
+        *,
+        keep_last: int | None = 3,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        check_int("save_freq", save_freq, minimum=1)
+        if keep_last is not None:
+            check_int("keep_last", keep_last, minimum=1)
+        self.save_freq = save_freq
+        self.save_path = Path(save_path)
+        self.name_prefix = name_prefix
+        self.keep_last = keep_last
+        self._last_call = 0
+
+    def _on_training_start(self) -> None:
+        self.save_path.mkdir(parents=True, exist_ok=True)
+        for steps, path in _checkpoints(self.save_path, self.name_prefix):
+            if steps > self.model.num_timesteps and _defect(path) is None:
+                raise ValueError(
+                    f"save_path={str(self.save_path)!r} is not allowed: the model has made {self.model.num_timesteps} "
+                    f"steps, and {path.name} is ahead of it. Resume from that, or choose another save_path or "
+                    "name_prefix"
+                )
+
+    def _on_step(self) -> bool:
+        if self.parent is not None:
+            raise ValueError(
+                f"{type(self).__name__} is not allowed inside {type(self.parent).__name__}: give it to learn() itself"
+            )
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.n_calls - self._last_call >= self.save_freq:
+            self._save()
+
+    def _on_training_end(self) -> None:
+        self._save()
+
+    def _save(self) -> None:
+        self._last_call = self.n_calls
+        path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps.zip"
+        content = _checkpoint_bytes(self.model)
+        try:
+            write_whole(path, content)
+            self._remove_old()
+        except OSError as error:
+            warnings.warn(
+                f"Checkpointing to {path} failed: {error}. Training goes on; the checkpoints written before are as "
+                "they were",
+                stacklevel=2,
+            )
+        else:
+            if self.verbose >= 2:
+                print(f"Saved checkpoint {path}")
+
+    def _remove_old(self) -> None:
+        if self.keep_last is not None:
+            checkpoints = _checkpoints(self.save_path, self.name_prefix)
+            # A damaged file with more steps than the model has made is not ours to remove, and takes no place.
+            past = [path for steps, path in checkpoints if steps <= self.model.num_timesteps]
+            for path in past[: -self.keep_last]:
+                path.unlink(missing_ok=True)
+
+
+def save_checkpoint(model: BaseAlgorithm, path: str | os.PathLike[str]) -> None:
+    """
+    Write a checkpoint by hand, whole or not at all; what was at ``path`` stays until the new one takes its place. The
+    file gets the name that ``save`` would give it.
+
+    Between two calls of ``learn`` it holds all that training depends on. In the middle of a rollout it does not: the
+    part that was collected is not saved.
+
+    :param model: to save, with its environment
+    :param path: of the file; ``.zip`` is added where it has no suffix
+    :raises OSError: if it cannot be written
+    :raises ValueError: if the model has no environment
+    """
+    save_whole(path, _checkpoint_bytes(model))
+
+
+def latest_checkpoint(save_path: str | os.PathLike[str], name_prefix: str = "rl_model") -> Path | None:
+    """
+    The checkpoint with the most steps that is whole. Those that are not are passed over, with a warning.
+
+    :param save_path: folder of the checkpoints
+    :param name_prefix: how their names begin
+    :return: its path; None if there is none, or no such folder
+    """
+    for _, path in reversed(_checkpoints(Path(save_path), name_prefix)):
+        defect = _defect(path)
+        if defect is None:
+            return path
+        warnings.warn(f"Checkpoint {path} was passed over: {defect}", stacklevel=2)
+    return None
+
+
+def resume(
+    algo_class: type[Algorithm],
+    path: str | os.PathLike[str],
+    env: GymEnv | str,
+    *,
+    device: th.device | str = "auto",
+    custom_objects: dict[str, Any] | None = None,
+) -> Algorithm:
+    """
+    The model of a checkpoint, ready to train on: its environment, the statistics of ``VecNormalize`` and the random
+    generators are put back to where they were.
+
+    Train on with ``model.learn(total - model.num_timesteps, reset_num_timesteps=False)``, ``total`` being the steps of
+    the whole training. Nothing that draws random numbers should come in between.
+
+    :param algo_class: of the model
+    :param path: of the checkpoint; ``.zip`` may be left out
+    :param env: built as it was built for the training, as many environments in the same wrappers, set as they were; or
+        the id of a registered one
+    :param device: "cpu", "cuda" or "auto"
+    :param custom_objects: attributes to put in place of those in the file, by name
+    :return: the model
+    :raises ValueError: if the file cannot be read, is damaged, no checkpoint or of another algorithm, or if ``env`` is
+        not what the training had
+    """
+    if os.path.isdir(path):
+        raise ValueError(f"{path} cannot be resumed: it is a folder; latest_checkpoint() names the newest file in it")
+    try:
+        file = open_path(Path(path), "r", suffix="zip")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be resumed: {error}") from error
+    with file:  # all is read from one: another may take its place meanwhile
+        defect = _defect(file)
+        if defect is not None:
+            raise ValueError(f"{path} cannot be resumed: {defect}")
+        mark = mark_of(file)
+        if mark is not None and not hasattr(algo_class, "_reads"):  # SB3's and sb3-contrib's load() takes any
+            check_origin(mark, algo_class, (), path)
+        with zipfile.ZipFile(file) as archive:
+            state = pickle.loads(archive.read(_TRAINING_STATE))
+        # Without the environment, or load() would seed it.
+        model = algo_class.load(file, device=device, custom_objects=custom_objects)
+    vec_env = model._wrap_env(maybe_make_env(env, model.verbose), model.verbose)
+    if vec_env.num_envs != model.n_envs:
+        raise ValueError(
+            f"{path} cannot be resumed with this environment: it was trained in {model.n_envs} environments, and here "
+            f"are {vec_env.num_envs}. Give it {model.n_envs} to resume. To train on in another number, with new "
+            "episodes and new random numbers: if the training had a VecNormalize, put the environments into it by "
+            f"env = load_vec_normalize(path, env); then call {algo_class.__name__}.load(path, env=env)"
+        )
+    try:
+        check_env(vec_env, state["env"])
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be resumed with this environment: {error}") from None
+    model.set_env(vec_env, force_reset=state["env"]["states"] is None)
+    set_env_state(vec_env, state["env"])
+    _set_random_state(model, state["random"])
+    return model
+
+
+def load_vec_normalize(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize | None:
+    """
+    The ``VecNormalize`` that a checkpoint holds, with its statistics and its settings, around other environments: what
+    :meth:`stable_baselines3.common.vec_env.VecNormalize.load` does with a file of its own. Like that, it runs code that
+    the file may contain.
+
+    :param path: of the checkpoint; ``.zip`` may be left out
+    :param venv: the environments, not normalised yet
+    :return: the wrapper; None if the training had none
+    :raises OSError: if the file cannot be read
+    :raises ValueError: if it is damaged, or if its statistics do not fit the environments
+    """
+    if unwrap_vec_normalize(venv) is not None:
+        raise ValueError("venv is not allowed: it is in a VecNormalize already, and would be normalised twice")
+    path = Path(path)
+    with open_path(path, "r", suffix="zip") as file:
+        damage = damage_of(file)
+        if damage is not None:
+            raise ValueError(f"{path} has no VecNormalize that can be read: {damage}")
+        with zipfile.ZipFile(file) as archive:
+            if _VEC_NORMALIZE not in archive.namelist():
+                return None
+            vec_normalize: VecNormalize = pickle.loads(archive.read(_VEC_NORMALIZE))
+    try:
+        vec_normalize.set_venv(venv)
+    except AssertionError:
+        raise ValueError(
+            f"the VecNormalize of {path} does not fit: it is for observations in "
+            f"{vec_normalize.observation_space}, and the environments have {venv.observation_space}"
+        ) from None
+    return vec_normalize
+
+
+def load_weights(path: str | os.PathLike[str], policy: nn.Module) -> None:
+    """
+    Load the weights of a policy from a model file without running code that the file may contain: only ``policy.pth``
+    is read, and of that only tensors.
+
+    :param path: of a file that ``save`` or a checkpoint wrote; ``.zip`` may be left out
+    :param policy: to load into, such as ``model.policy``; left as it was if that fails
+    :raises OSError: if the file cannot be read
+    :raises ValueError: if the file is damaged, contains more than tensors, or does not fit the policy
+    """
+    path = Path(path)
+    with open_path(path, "r", suffix="zip") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                content = io.BytesIO(archive.read(WEIGHTS))
+            weights = th.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged or a malicious file leads to
+            raise ValueError(f"{path} has no weights that can be read: {error}") from error
+    present = policy.state_dict()
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path} has no weights that can be read: {WEIGHTS} holds a {type(weights).__name__}")
+    differing = sorted(
+        name
+        for name in present.keys() | weights.keys()
+        if name not in present or present[name].shape != getattr(weights.get(name), "shape", None)
+    )
+    if differing:
+        raise ValueError(f"{path} does not fit the policy: they differ in the names or shapes of {differing}")
+    policy.load_state_dict(weights)
+
+
+def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, Path]]:
+    """Steps and path of each checkpoint, damaged ones too, the one with the most steps last."""
+    if not folder.is_dir():
+        return []
+    pattern = re.compile(rf"{re.escape(name_prefix)}_(\d+)_steps\.zip")
+    matches = ((pattern.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _defect(file: Path | ReadableFile) -> str | None:
+    """What keeps a file from being resumed; None if it is a whole checkpoint. Its whole content is checked."""
+    damage = damage_of(file)
+    if damage is not None:
+        return damage
+    with zipfile.ZipFile(file) as archive:
+        is_checkpoint = _TRAINING_STATE in archive.namelist()
+    return None if is_checkpoint else f"it is a model without {_TRAINING_STATE}, not a checkpoint"
+
+
+def _checkpoint_bytes(model: BaseAlgorithm) -> memoryview:
+    """The file, in memory: so an error of the disk is met in :func:`write_whole` alone."""
+    env = model.get_env()
+    if env is None:
+        raise ValueError("the model has no environment: give it one with set_env()")
+    state = {"env": env_state(env, in_episode=model._last_obs is not None), "random": _random_state(model)}
+    buffer = io.BytesIO()
+    model.save(buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        if ALGORITHM not in archive.namelist():  # SB3's and sb3-contrib's save() writes none
+            archive.writestr(ALGORITHM, name_of(type(model)))
+        archive.writestr(_TRAINING_STATE, pickle.dumps(state))
+        vec_normalize = model.get_vec_normalize_env()
+        if vec_normalize is not None:
+            archive.writestr(_VEC_NORMALIZE, pickle.dumps(vec_normalize))
+    return buffer.getbuffer()
+
+
+def _random_state(model: BaseAlgorithm) -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": th.get_rng_state(),
+        "cuda": th.cuda.get_rng_state_all() if th.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "action_space": model.action_space.np_random.bit_generator.state,
+    }
+
+
+def _set_random_state(model: BaseAlgorithm, state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    th.set_rng_state(state["torch"])
+    for device, cuda_state in enumerate(state["cuda"][: th.cuda.device_count()]):
+        th.cuda.set_rng_state(cuda_state, device)
+    model.action_space.np_random.bit_generator.state = state["action_space"]

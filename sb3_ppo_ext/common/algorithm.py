@@ -27,9 +27,10 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
-from sb3_ppo_ext.common.compile.program import Programs
-from sb3_ppo_ext.common.compile.programs import CompiledActor, CompiledEvaluation, CompiledStep
-from sb3_ppo_ext.common.compile.support import check_can_compile, check_compiler, structure_of
+from sb3_ppo_ext.common.compile.policy_programs import CompiledActor, CompiledEvaluation
+from sb3_ppo_ext.common.compile.program import ProgramCache
+from sb3_ppo_ext.common.compile.programs import CompiledStep
+from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler
 from sb3_ppo_ext.common.distributions import Family, family_of_policy, params_of
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy, check_policy_class, keywords_of
@@ -77,6 +78,9 @@ ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.Multi
 # A rollout is evaluated in chunks of at most this many input numbers and rows, which bounds the memory it takes.
 _CHUNK_NUMBERS = 2**24
 _CHUNK_ROWS = 2**14
+
+# Where no two rollouts have the same size, a compiled program evaluates so many rows at a time.
+_COMPILED_ROWS = 256
 
 
 class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
@@ -213,7 +217,7 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         self._validate()
         self._build()
         self._check_family()
-        self._compiled = Programs()
+        self._compiled = ProgramCache()
         self._has_said_why_slow = False
         self._policy_changes_in_rollouts = False
         buffer = self.rollout_buffer
@@ -525,11 +529,13 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         minibatch_loss: Callable[[ActorCritic, RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]],
         parameters: Sequence[nn.Parameter],
         coefficients: Sequence[str] = (),
+        pad_to: int | None = None,
     ) -> MinibatchStep:
         """
         :param minibatch_loss: to be minimised, given the policy
         :param parameters: what is updated, among the policy's
         :param coefficients: the names of those that the loss will be given: a compiled step is for the same ones
+        :param pad_to: what a compiled step pads the minibatches to, for a loss that heeds their mask
         :return: what makes a gradient step on a minibatch
         """
         actor_critic = self._actor_critic(for_update=True)
@@ -538,15 +544,22 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         check_can_compile(actor_critic, self.policy.optimizer)  # a user may have replaced them
         optimizer = self.policy.optimizer
         settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
-        return self._compiled.get(
+        return self._compiled.get_or_make(
             "step",
-            (structure_of(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), tuple(coefficients)),
+            (
+                cache_key(self.policy),
+                optimizer,
+                tuple(settings),
+                tuple(map(id, parameters)),
+                tuple(coefficients),
+                pad_to,
+            ),
             lambda: CompiledStep(
                 cast(DirectActorCritic, actor_critic),
                 optimizer,
                 parameters,
                 minibatch_loss,
-                any_size=self._rollouts_vary,
+                pad_to=pad_to,
                 announce=self.verbose >= 1,
             ),
         )
@@ -557,8 +570,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         if not self.torch_compile or not actor_critic.is_pure or self.device.type != "cpu":
             return actor_critic.act
         direct = cast(DirectActorCritic, actor_critic)
-        actor = self._compiled.get(
-            "actor", structure_of(self.policy), lambda: CompiledActor(direct, announce=self.verbose >= 1)
+        actor = self._compiled.get_or_make(
+            "actor", cache_key(self.policy), lambda: CompiledActor(direct, announce=self.verbose >= 1)
         )
         actor.bind()
         return actor.act
@@ -568,10 +581,12 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         if not self.torch_compile:
             return actor_critic.evaluate_actions
         direct = cast(DirectActorCritic, actor_critic)
-        evaluation = self._compiled.get(
+        evaluation = self._compiled.get_or_make(
             "evaluation",
-            structure_of(self.policy),
-            lambda: CompiledEvaluation(direct, any_size=self._rollouts_vary, announce=self.verbose >= 1),
+            cache_key(self.policy),
+            lambda: CompiledEvaluation(
+                direct, chunk_size=_COMPILED_ROWS if self._rollouts_vary else None, announce=self.verbose >= 1
+            ),
         )
         evaluation.bind()
         return evaluation

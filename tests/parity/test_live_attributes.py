@@ -9,8 +9,8 @@ import pytest
 import torch as th
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.compile import Run
 from sb3_ppo_ext.common.compile.program import Program
-from sb3_ppo_ext.common.compile.run import Run
 from sb3_ppo_ext.common.proximal import PolicyLoss
 
 
@@ -19,7 +19,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is traced is run as it is: what a compiler makes of it is tested elsewhere, and takes its time."""
     made: list[str] = []
 
-    def built(self: Program, graph: th.fx.GraphModule, inputs: Any, varies: Any) -> Run:
+    def built(self: Program, graph: th.fx.GraphModule, inputs: Any) -> Run:
         made.append(self._what)
         return th.no_grad()(lambda inputs: list(graph(*inputs)))
 

@@ -1,7 +1,4 @@
-"""
-What ``torch_compile=True`` compiles: the actor, the evaluation of a rollout, and a gradient step (gradients, clipping
-of their norm and Adam, over flat parameters), each as one program.
-"""
+"""A gradient step (gradients, clipping of their norm and Adam, over flat parameters) as one program."""
 
 from __future__ import annotations
 
@@ -9,20 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch as th
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from sb3_ppo_ext.common.compile.cuda import copied
 from sb3_ppo_ext.common.compile.live import LiveView, has_changed, is_number, noted_by
-from sb3_ppo_ext.common.compile.program import Program, Swappable
+from sb3_ppo_ext.common.compile.program import FunctionalModule, Program
 from sb3_ppo_ext.common.compile.support import REFUSED
-from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic, Evaluation, Kept, n_rows
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, obs_rows, take
+from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, take, take_padded
+from sb3_ppo_ext.common.torch_internals import flatten_tree
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
 from sb3_ppo_ext.common.update.step import Coefficients, Statistics, reached
-from sb3_ppo_ext.numerics import FisherVectorProduct
 
 
 class _Owned(NamedTuple):
@@ -61,7 +55,8 @@ class CompiledStep:
     :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
     :param parameters: candidates for what is updated; it is those that the loss depends on
     :param loss: to be minimised; if it is a method, what it reads of its object is seen by a :class:`LiveView`
-    :param any_size: whether one program is to serve rollouts and minibatches of any size; it is a little slower
+    :param pad_to: samples that each minibatch is padded to, so that one program is enough where no two have the same
+        size; the loss must heed their mask. None: a program is made for each size
     :param announce: whether to tell who is waiting that it is being compiled, and how long it took
     """
 
@@ -72,7 +67,7 @@ class CompiledStep:
         parameters: Sequence[nn.Parameter],
         loss: LossOfPolicy,
         *,
-        any_size: bool,
+        pad_to: int | None,
         announce: bool,
     ) -> None:
         assert isinstance(optimizer, th.optim.Adam)
@@ -81,9 +76,9 @@ class CompiledStep:
         self._candidates = list(parameters)
         self._owner = getattr(loss, "__self__", None)
         self._loss: LossOfPolicy = getattr(loss, "__func__", loss)
-        self._any_size = any_size
+        self._pad_to = pad_to
         self._announce = announce
-        self._module = Swappable(actor_critic.policy, self._compute_loss)
+        self._module = FunctionalModule(actor_critic.policy, self._compute_loss)
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
         self._device = self._candidates[0].device
@@ -116,7 +111,7 @@ class CompiledStep:
         """Put parameters and moments back into the policy and its optimiser."""
         if self._flat is None:
             return
-        copied(tree_leaves(self._taken), tree_leaves(self._fixed))
+        copied(flatten_tree(self._taken)[0], flatten_tree(self._fixed)[0])
         for flat, clock in zip(self._flat.parameters, self._taken[0].clocks, strict=True):
             self._flat.adam.state[flat]["step"].copy_(clock[0])
         self._flat.restore()
@@ -151,9 +146,8 @@ class CompiledStep:
             self._step,
             self._device,
             what="the gradient step",
-            any_size=self._any_size,
             announce=self._announce,
-            exact_tanh=_has_tanh_of_actions(self._actor_critic.policy),
+            exact_tanh=self._actor_critic.policy.squash_output,
         )
 
     def _take(self) -> None:
@@ -176,6 +170,8 @@ class CompiledStep:
         self._taken = self._fixed = owned, others
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
+        if self._pad_to is not None:
+            rollout, rows = take_padded(rollout, rows, self._pad_to), None
         try:
             return self._call(rollout, rows, coefficients)
         except ValueError:
@@ -193,30 +189,31 @@ class CompiledStep:
         assert self._program is not None
         if self._flat is None:
             self._take()
-        if self._bound_to[0] is not rollout or self._bound_to[1] is not coefficients:
-            self._bound_to = rollout, coefficients
+        bound = None if rows is None else rollout
+        if self._bound_to[0] is not bound or self._bound_to[1] is not coefficients:
+            self._bound_to = bound, coefficients
             self._coefficients = tuple(coefficients)
             values = [*coefficients.values(), *(float(getattr(self._owner, name)) for name in self._live_numbers)]
             numbers = th.tensor(values, dtype=th.float32)
             if self._device.type == "cuda":  # from where the host need not wait for it
                 numbers = numbers.pin_memory()
             numbers = numbers.to(self._device, non_blocking=True)
-            *self._fixed, _ = self._program.bind((*self._fixed, numbers), rollout)
-        (statistics,) = self._program() if rows is None else self._program(rows)
+            *self._fixed, _ = self._program.bind((*self._fixed, numbers), bound)
+        (statistics,) = self._program(rollout if rows is None else rows)
         return statistics
 
     def _step(
         self,
         fixed: tuple[_Owned, dict[str, th.Tensor], th.Tensor],
-        rollout: RolloutSamples,
-        rows: th.Tensor | None = None,
+        bound: RolloutSamples | None,
+        given: Any,
     ) -> list[th.Tensor]:
         owned, others, numbers = fixed
         assert self._flat is not None
         named_numbers = dict(zip((*self._coefficients, *self._live_numbers), numbers.unbind(), strict=True))
         coefficients = {name: named_numbers[name] for name in self._coefficients}
         live_numbers = {name: named_numbers[name] for name in self._live_numbers}
-        rollout_data = rollout if rows is None else take(rollout, rows)
+        rollout_data = given if bound is None else take(bound, given)
         with th.enable_grad():
             thetas = [theta.detach().requires_grad_() for theta in owned.thetas]
             piece_of = {
@@ -262,139 +259,3 @@ class CompiledStep:
             clock.copy_(th.where(takes_step, new_clock, clock))
         self.names = tuple(statistics)
         return [th.stack(list(statistics.values()))]  # to make and to keep one of each takes longer
-
-
-def _has_tanh_of_actions(policy: nn.Module) -> bool:
-    # The Jacobian of a squashed action is 1 - tanh^2 + 1e-6: the last digits count.
-    return bool(getattr(policy, "squash_output", False))
-
-
-class _OfRollouts:
-    """A method of a :class:`DirectActorCritic` as a program of the policy's tensors."""
-
-    def __init__(
-        self, policy: ActorCriticPolicy, method: Callable[..., Any], *, what: str, any_size: bool, announce: bool
-    ) -> None:
-        self._module = Swappable(policy, method)
-        self._program = Program(
-            self._results,
-            policy.device,
-            what=what,
-            any_size=any_size,
-            announce=announce,
-            exact_tanh=_has_tanh_of_actions(policy),
-        )
-
-    def bind(self) -> None:
-        """Take the parameters from the policy."""
-        self._program.bind(self._module.tensors())
-
-    def _results(self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, other: th.Tensor) -> list[th.Tensor]:
-        raise NotImplementedError
-
-
-class CompiledActor(_OfRollouts):
-    """
-    ``act`` as one program.
-
-    :param actor_critic: the policy
-    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
-    """
-
-    def __init__(self, actor_critic: DirectActorCritic, *, announce: bool) -> None:
-        super().__init__(actor_critic.policy, actor_critic.act_by, what="the actor", any_size=False, announce=announce)
-        self._noise = actor_critic.noise
-
-    def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
-        action, *kept = self._program(obs, self._noise(n_rows(obs)))
-        return action, Kept(kept[0], None, kept[1]) if kept else None
-
-    def _results(self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, noise: th.Tensor) -> list[th.Tensor]:
-        action, kept = self._module.call(tensors, obs, noise)
-        return [action] if kept is None else [action, kept.values, kept.params]
-
-
-class CompiledEvaluation(_OfRollouts):
-    """
-    ``evaluate_actions`` without gradients and entropy, as one program.
-
-    :param actor_critic: the policy
-    :param any_size: whether one program is to serve batches of any size
-    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
-    """
-
-    def __init__(self, actor_critic: DirectActorCritic, *, any_size: bool, announce: bool) -> None:
-        super().__init__(
-            actor_critic.policy,
-            actor_critic.evaluate_actions,
-            what="the evaluation of rollouts",
-            any_size=any_size,
-            announce=announce,
-        )
-
-    def __call__(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
-        values, log_prob, params = self._program(obs, actions)
-        return Evaluation(values, log_prob, None, params)
-
-    def _results(
-        self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, actions: th.Tensor
-    ) -> list[th.Tensor]:
-        evaluation = self._module.call(tensors, obs, actions)
-        return [evaluation.values, evaluation.log_prob, evaluation.params]
-
-
-class CompiledFisherVectorProduct:
-    """
-    :class:`~sb3_ppo_ext.numerics.FisherVectorProduct` of the actor as one program. It builds the graph in each product
-    anew, which takes less time than the products of a graph that is kept.
-
-    :param actor_critic: the policy
-    :param parameters: theta, among the policy's
-    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
-    """
-
-    def __init__(self, actor_critic: DirectActorCritic, parameters: Sequence[nn.Parameter], *, announce: bool) -> None:
-        self._module = Swappable(actor_critic.policy, actor_critic.params)
-        self._metric = actor_critic.family.fisher
-        self._parameters = list(parameters)
-        self._program = Program(
-            self._product, actor_critic.policy.device, what="the Fisher product", any_size=False, announce=announce
-        )
-
-    def of(
-        self, observations: PyTorchObs, chunks: Sequence[slice], *, damping: float
-    ) -> Callable[[th.Tensor], th.Tensor]:
-        """
-        By the present parameters.
-
-        :param observations: whose distributions it is the Fisher information of
-        :param chunks: ranges of them, to be multiplied one after the other
-        :param damping: multiple of the identity that is added
-        :return: ``v -> F v + damping * v``, v of shape ``(n,)``
-        """
-        parts = [((rows.stop - rows.start) / chunks[-1].stop, obs_rows(observations, rows)) for rows in chunks]
-        tensors = self._module.tensors()
-        if len(parts) == 1:
-            self._program.bind(tensors, parts[0][1])
-
-        def product(v: th.Tensor) -> th.Tensor:
-            result = damping * v
-            for share, obs in parts:
-                if len(parts) > 1:
-                    self._program.bind(tensors, obs)
-                result.add_(self._program(v)[0], alpha=share)
-            return result
-
-        return product
-
-    def _product(self, tensors: dict[str, th.Tensor], obs: PyTorchObs, v: th.Tensor) -> list[th.Tensor]:
-        theta = set(map(id, self._parameters))
-        with th.enable_grad():
-            named = self._module.tensors()
-            leaf_of = {
-                id(named[name]): tensor.detach().requires_grad_() if id(named[name]) in theta else tensor
-                for name, tensor in tensors.items()
-            }
-            outputs = self._module.call({name: leaf_of[id(tensor)] for name, tensor in named.items()}, obs)
-            leaves = [leaf_of[id(p)] for p in self._parameters]
-            return [FisherVectorProduct(outputs, leaves, self._metric)(v)]

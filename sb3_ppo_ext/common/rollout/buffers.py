@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
 from sb3_ppo_ext.common.advantages import generalized_advantages
 from sb3_ppo_ext.common.distributions import family_of_space
@@ -26,6 +27,7 @@ class RolloutSamples(NamedTuple):
     :param advantages: shape ``(batch,)``
     :param returns: shape ``(batch,)``
     :param old_params: parameters of the distribution that drew the actions, shape ``(batch, n_params)``
+    :param mask: True where a sample counts, shape ``(batch,)``; None if all do
     """
 
     observations: PyTorchObs
@@ -35,6 +37,7 @@ class RolloutSamples(NamedTuple):
     advantages: th.Tensor
     returns: th.Tensor
     old_params: th.Tensor
+    mask: th.Tensor | None = None
 
 
 class RolloutBuffer(sb3.RolloutBuffer):
@@ -252,7 +255,25 @@ def take(samples: RolloutSamples, rows: th.Tensor) -> RolloutSamples:
     :param rows: indices of them, shape ``(batch,)``
     """
     observations, *rest = samples
-    return RolloutSamples(obs_rows(observations, rows), *(tensor[rows] for tensor in rest))
+    return RolloutSamples(
+        obs_rows(observations, rows),
+        *(None if tensor is None else tensor[rows] for tensor in rest),  # type: ignore[arg-type]
+    )
+
+
+def take_padded(samples: RolloutSamples, rows: th.Tensor | None, n_rows: int) -> RolloutSamples:
+    """
+    Some of the samples and, up to a fixed number, the first one again and again, with a mask of those that count.
+
+    :param samples: of a rollout
+    :param rows: indices of them, at most ``n_rows``; None: all
+    :param n_rows: how many there are to be
+    """
+    if rows is None:
+        rows = th.arange(len(samples.returns), device=samples.returns.device)
+    counts = th.arange(n_rows, device=rows.device) < len(rows)
+    padded = take(samples, nn.functional.pad(rows, (0, n_rows - len(rows))))
+    return padded._replace(mask=counts if padded.mask is None else counts & padded.mask)
 
 
 def minibatches(

@@ -79,14 +79,15 @@ def critic_loss(
     actor_critic: ActorCritic, rollout_data: RolloutSamples, coefficients: Coefficients
 ) -> tuple[th.Tensor, Statistics]:
     """
-    Mean squared difference of values and returns.
+    Mean squared difference of values and returns, over the samples that count.
 
     :param actor_critic: the present policy
     :param rollout_data: a minibatch
     :param coefficients: not looked at
     :return: the loss, and the same to be logged
     """
-    loss = losses.value_loss(actor_critic.values(rollout_data.observations), rollout_data.returns).mean()
+    errors = losses.value_loss(actor_critic.values(rollout_data.observations), rollout_data.returns)
+    loss = losses.masked_mean(errors, rollout_data.mask)
     return loss, {"value_loss": loss.detach()}
 
 

@@ -24,8 +24,8 @@ from sb3_ppo_ext.common.compile.policy_programs import CompiledActor
 from sb3_ppo_ext.common.compile.program import Program
 from sb3_ppo_ext.common.compile.programs import CompiledStep
 from sb3_ppo_ext.common.errors import NonFiniteError
-from tests.envs import BOX, DICT, ScriptedEnv
-from tests.parity.smooth import SmoothCombined
+from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
+from tests.parity.smooth import SmoothCNN, SmoothCombined
 
 TORQUES = spaces.Box(-1.0, 1.0, (2,), np.float32)
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "seed": 0, "device": "cpu"}
@@ -110,6 +110,17 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
         spaces.Discrete(3),
         {"obs_space": DICT, "policy_kwargs": {"features_extractor_class": SmoothCombined}},
     ),
+    "reinforce, images": (
+        REINFORCE,
+        spaces.Discrete(3),
+        {
+            "policy": "CnnPolicy",
+            "obs_space": IMAGE,
+            "baseline": "value",
+            "n_critic_updates": 2,
+            "policy_kwargs": {"features_extractor_class": SmoothCNN},
+        },
+    ),
 }
 # With machine code, that is: to make it takes seconds a program, and these four have all spaces and kinds of programs.
 COMPILED = list(CASES)[:4]
@@ -118,7 +129,7 @@ COMPILED = list(CASES)[:4]
 def make_model(algorithm: Any, action_space: spaces.Space, **kwargs: Any) -> Any:
     obs_space = kwargs.pop("obs_space", BOX)
     env = make_vec_env(lambda: ScriptedEnv(obs_space, action_space), n_envs=2, seed=0)
-    policy = "MultiInputPolicy" if isinstance(obs_space, spaces.Dict) else "MlpPolicy"
+    policy = kwargs.pop("policy", "MultiInputPolicy" if isinstance(obs_space, spaces.Dict) else "MlpPolicy")
     if issubclass(algorithm, (DualClipPPO, AdaptiveKLPPO)):
         kwargs.setdefault("n_epochs", 1)
     settings = {**SMALL, **kwargs}

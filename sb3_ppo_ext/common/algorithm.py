@@ -174,8 +174,8 @@ class OnPolicyAlgorithm(SB3OnPolicyAlgorithm):
         if self.seed is not None:
             check_int("seed", self.seed, minimum=0, maximum=2**32 - 1)
         buffer_class = self.rollout_buffer_class
-        serves = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
-        if self._needs_old_params and not serves:
+        keeps_params = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
+        if self._needs_old_params and not keeps_params:
             name = getattr(buffer_class, "__name__", repr(buffer_class))
             raise ArgumentError(
                 f"rollout_buffer_class={name} is not allowed: {type(self).__name__} keeps the parameters of the action "

@@ -161,8 +161,8 @@ class REINFORCE(OnPolicyAlgorithm):
         completed within them; but at least 10,000, for those who call ``learn`` for a few steps at a time, and never
         less than the time limit that an environment was registered or made with
     :param torch_compile: whether to compile the actor, the evaluation of a batch and, with ``baseline="value"``, the
-        gradient step of the critic, for batches of any size; with the Adam optimiser and a policy that overrides none
-        of SB3's methods
+        gradient step of the critic, whose minibatches are padded to ``batch_size``; with the Adam optimiser and a
+        policy that overrides none of SB3's methods
     :raises ValueError: for an argument that is out of range or contradicts another, and for an episode that never ends
     """
 
@@ -487,7 +487,7 @@ class REINFORCE(OnPolicyAlgorithm):
         first = actor_critic.evaluate_actor(rollout.inputs.rows(slice(0, 1)), rollout.actions[:1])
         actor_parameters = reached(first.log_prob, self.policy.parameters())
         value_loss = fit_critic(
-            self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters)),
+            self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=self.batch_size),
             self.policy,
             actor_parameters,
             buffer,

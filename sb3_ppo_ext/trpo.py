@@ -17,8 +17,8 @@ from torch import nn
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
-from sb3_ppo_ext.common.compile.programs import CompiledFisherVectorProduct
-from sb3_ppo_ext.common.compile.support import structure_of
+from sb3_ppo_ext.common.compile.policy_programs import CompiledFisherVectorProduct
+from sb3_ppo_ext.common.compile.support import cache_key
 from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
@@ -405,9 +405,9 @@ class TRPO(OnPolicyAlgorithm):
         family = cast(Family, actor_critic.family)
         if self.torch_compile:
             direct = cast(DirectActorCritic, actor_critic)
-            product: CompiledFisherVectorProduct = self._compiled.get(
+            product: CompiledFisherVectorProduct = self._compiled.get_or_make(
                 "fisher",
-                (structure_of(self.policy), tuple(map(id, parameters))),
+                (cache_key(self.policy), tuple(map(id, parameters))),
                 lambda: CompiledFisherVectorProduct(direct, parameters, announce=self.verbose >= 1),
             )
             return product.at(inputs, chunks, damping=damping)

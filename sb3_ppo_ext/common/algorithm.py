@@ -14,9 +14,9 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_ppo_ext.common.compile.programs import CompiledActorCritic
+from sb3_ppo_ext.common.compile.policy_programs import CompiledActorCritic
 from sb3_ppo_ext.common.compile.step import CompiledStep
-from sb3_ppo_ext.common.compile.support import check_can_compile, check_compiler, constants_of, structure_of
+from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler, constants_of
 from sb3_ppo_ext.common.model import Model
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
@@ -155,12 +155,17 @@ class OnPolicyAlgorithm(Model):
         self._has_said_why_slow = True
 
     def _minibatch_step(
-        self, loss: Loss, parameters: Sequence[nn.Parameter], coefficients: Sequence[str] = ()
+        self,
+        loss: Loss,
+        parameters: Sequence[nn.Parameter],
+        coefficients: Sequence[str] = (),
+        pad_to: int | None = None,
     ) -> MinibatchStep:
         """
         :param loss: to be minimised, a pure function
         :param parameters: what is updated, among the policy's
         :param coefficients: the names of those that the loss will be given: a compiled step is for the same ones
+        :param pad_to: what a compiled step pads the minibatches to, for a loss that heeds their mask
         :return: what makes a gradient step on a minibatch
         """
         actor_critic, optimizer = self._actor_critic(for_update=True), self.policy.optimizer
@@ -168,17 +173,17 @@ class OnPolicyAlgorithm(Model):
             return EagerStep(optimizer, parameters, partial(loss, actor_critic), self._reducer)
         check_can_compile(actor_critic, optimizer)  # a user may have replaced them
         settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
-        key = (structure_of(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), tuple(coefficients))
-        return self._compiled.get(
+        key = (cache_key(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), tuple(coefficients))
+        return self._compiled.get_or_make(
             "step",
-            (*key, constants_of(loss)),
+            (*key, pad_to, constants_of(loss)),
             lambda: CompiledStep(
                 cast(DirectActorCritic, actor_critic),
                 optimizer,
                 parameters,
                 loss,
                 self._reducer,
-                any_size=self._rollouts_vary,
+                pad_to=pad_to,
                 announce=self.verbose >= 1,
             ),
         )
@@ -201,7 +206,9 @@ class OnPolicyAlgorithm(Model):
         if not self.torch_compile or not actor_critic.is_pure:
             return actor_critic
         direct = cast(DirectActorCritic, actor_critic)
-        return CompiledActorCritic(direct, self._compiled, any_size=self._rollouts_vary, announce=self.verbose >= 1)
+        return CompiledActorCritic(
+            direct, self._compiled, rollouts_vary=self._rollouts_vary, announce=self.verbose >= 1
+        )
 
     def collect_rollouts(
         self,

@@ -18,7 +18,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.common import construction
-from sb3_ppo_ext.common.compile.program import Programs
+from sb3_ppo_ext.common.compile.program import ProgramCache
 from sb3_ppo_ext.common.distributions import Family, family_of_policy
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import POLICY_ALIASES
@@ -169,7 +169,7 @@ class Model(SB3OnPolicyAlgorithm):
         self.policy = construction.make_policy(self)
         self._maybe_recommend_cpu()
         self._check_family()
-        self._compiled = Programs()
+        self._compiled = ProgramCache()
         self._has_said_why_slow = False
         self._policy_changes_in_rollouts = False
         buffer = self.rollout_buffer

@@ -101,6 +101,12 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if self.clip_range_vf is not None:
             self.clip_range_vf = as_schedule("clip_range_vf", self.clip_range_vf)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old in ("_policy_loss", "_coefficients"):
+            if old in vars(cls):  # it would never be called
+                raise TypeError(f"{cls.__name__} defines {old}, which is called {old[1:]} now; policy_loss is static")
+
     @staticmethod
     @abstractmethod
     def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, cast
 
 import torch as th
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from sb3_ppo_ext.common.compile.cuda import copied
-from sb3_ppo_ext.common.compile.program import Program, Swappable
+from sb3_ppo_ext.common.compile.program import FunctionalModule, Program
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.torch_internals import flatten_tree
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
 from sb3_ppo_ext.common.update.objective import Coefficients, Loss, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
@@ -53,7 +53,8 @@ class CompiledStep:
     :param parameters: candidates for what is updated; it is those that the loss depends on
     :param loss: to be minimised, a pure function
     :param reducer: of the gradients, before they are clipped
-    :param any_size: whether one program is to serve rollouts and minibatches of any size; it is a little slower
+    :param pad_to: samples that each minibatch is padded to, so that one program is enough where no two have the same
+        size; the loss must heed their mask. None: a program is made for each size
     :param announce: whether to tell who is waiting that it is being compiled, and how long it took
     """
 
@@ -65,7 +66,7 @@ class CompiledStep:
         loss: Loss,
         reducer: Reducer,
         *,
-        any_size: bool,
+        pad_to: int | None,
         announce: bool,
     ) -> None:
         assert isinstance(optimizer, th.optim.Adam)
@@ -74,7 +75,8 @@ class CompiledStep:
         self._candidates = list(parameters)
         self._loss = loss
         self._reducer = reducer
-        self._module = Swappable(actor_critic.policy, self._compute_loss)
+        self._pad_to = pad_to
+        self._module = FunctionalModule(actor_critic.policy, self._compute_loss)
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
         self._device = self._candidates[0].device
@@ -87,9 +89,8 @@ class CompiledStep:
                 function,
                 self._device,
                 what=what,
-                any_size=any_size,
                 announce=announce,
-                exact_tanh=has_tanh_of_actions(actor_critic.policy),
+                exact_tanh=actor_critic.policy.squash_output,
                 may_be_recorded=reducer.is_local,
             )
 
@@ -110,7 +111,7 @@ class CompiledStep:
         """Put parameters and moments back into the policy and its optimiser."""
         if self._flat is None:
             return
-        copied(tree_leaves(self._taken), tree_leaves(self._fixed))
+        copied(flatten_tree(self._taken)[0], flatten_tree(self._fixed)[0])
         for flat, clock in zip(self._flat.parameters, self._taken[0].clocks, strict=True):
             self._flat.adam.state[flat]["step"].copy_(clock[0])
         self._flat.restore()
@@ -119,14 +120,17 @@ class CompiledStep:
         del self._taken, self._fixed, self._bound_to
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
+        if self._pad_to is not None:
+            rollout, rows = rollout.padded(rows, self._pad_to), None
         if self._updated is None:
             self._updated = self._parameters_of_loss(rollout if rows is None else rollout.rows(rows), coefficients)
         if self._flat is None:
             self._take()
-        if self._bound_to[0] is not rollout or self._bound_to[1] is not coefficients:
-            self._bind(rollout, coefficients)
+        shared = None if rows is None else rollout  # what minibatches are cut out of
+        if self._bound_to[0] is not shared or self._bound_to[1] is not coefficients:
+            self._bind(shared, coefficients)
         self._take_learning_rates()
-        (statistics,) = self._program() if rows is None else self._program(rows)
+        (statistics,) = self._program(rollout if rows is None else rows)
         if not self._reducer.is_local:
             self._reducer.average(*self._fixed[0].gradients, statistics)
             (statistics,) = self._adam_program(statistics)
@@ -170,8 +174,8 @@ class CompiledStep:
         others = {name: t for name, t in self._module.tensors().items() if t not in self._flat}
         self._taken = self._fixed = owned, others
 
-    def _bind(self, rollout: RolloutSamples, coefficients: Mapping[str, float]) -> None:
-        """Let the next calls be on minibatches of a rollout, with these numbers in the loss."""
+    def _bind(self, rollout: RolloutSamples | None, coefficients: Mapping[str, float]) -> None:
+        """Let the next calls be on rows of a rollout, or on minibatches as they are, with these numbers in the loss."""
         self._bound_to = rollout, coefficients
         self._coefficients = tuple(coefficients)
         numbers = th.tensor([*coefficients.values()], dtype=th.float32)
@@ -191,12 +195,12 @@ class CompiledStep:
             for place, rate in zip(self._fixed[0].learning_rates, self._learning_rates, strict=True):
                 place.fill_(rate)
 
-    def _step(self, fixed: Any, rollout: RolloutSamples, rows: th.Tensor | None = None) -> list[th.Tensor]:
-        gradients, statistics = self._gradients(fixed, rollout, rows)
+    def _step(self, fixed: Any, rollout: RolloutSamples | None, minibatch: Any) -> list[th.Tensor]:
+        gradients, statistics = self._gradients(fixed, rollout, minibatch)
         return self._adam(fixed, gradients, statistics)
 
-    def _gradient_step(self, fixed: Any, rollout: RolloutSamples, rows: th.Tensor | None = None) -> list[th.Tensor]:
-        gradients, statistics = self._gradients(fixed, rollout, rows)
+    def _gradient_step(self, fixed: Any, rollout: RolloutSamples | None, minibatch: Any) -> list[th.Tensor]:
+        gradients, statistics = self._gradients(fixed, rollout, minibatch)
         for place, gradient in zip(fixed[0].gradients, gradients, strict=True):
             place.copy_(gradient)
         self._names_of_loss = tuple(statistics)
@@ -212,12 +216,12 @@ class CompiledStep:
     def _gradients(
         self,
         fixed: tuple[Owned, dict[str, th.Tensor], th.Tensor],
-        rollout: RolloutSamples,
-        rows: th.Tensor | None,
+        rollout: RolloutSamples | None,
+        minibatch: Any,
     ) -> tuple[list[th.Tensor], Statistics]:
         owned, others, numbers = fixed
         assert self._flat is not None
-        rollout_data = rollout if rows is None else rollout.rows(rows)
+        rollout_data = minibatch if rollout is None else rollout.rows(minibatch)
         with th.enable_grad():
             thetas = [theta.detach().requires_grad_() for theta in owned.thetas]
             piece_of = {
@@ -272,8 +276,3 @@ class CompiledStep:
             clock.copy_(th.where(takes_step, new_clock, clock))
         self.names = tuple(statistics)
         return [th.stack(list(statistics.values()))]  # to make and to keep one of each takes longer
-
-
-def has_tanh_of_actions(policy: nn.Module) -> bool:
-    # The Jacobian of a squashed action is 1 - tanh^2 + 1e-6: the last digits count.
-    return bool(getattr(policy, "squash_output", False))

@@ -20,7 +20,8 @@ import torch as th
 from torch import nn
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
-from sb3_ppo_ext.common.rollout.purity import has_hooks, impurity
+from sb3_ppo_ext.common.rollout.purity import BATCH_NORMS, has_hooks, impurity
+from sb3_ppo_ext.common.torch_internals import has_gradient_hooks
 
 REFUSED = "torch_compile=True is not allowed"
 
@@ -37,7 +38,7 @@ def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) 
             f"{REFUSED} with policy={type(policy).__name__}: it {DirectActorCritic.refusal(policy)}; use one of "
             "Stable-Baselines3's policies as it is, or torch_compile=False"
         )
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
+    if any(isinstance(module, BATCH_NORMS) for module in policy.modules()):
         raise ValueError(
             f"{REFUSED} with batch normalisation, whose running statistics a compiled step cannot change; use "
             "nn.LayerNorm or nn.GroupNorm, or torch_compile=False"
@@ -48,7 +49,7 @@ def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) 
             "does at each call. If the module is pure, say so by its attribute is_pure = True; otherwise "
             "torch_compile=False"
         )
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters()):
+    if has_gradient_hooks(policy.parameters()):
         raise ValueError(
             f"{REFUSED} with hooks on the gradients of parameters, which a program would not run: remove them, or use "
             "torch_compile=False"
@@ -101,7 +102,7 @@ def check_compiler(device: th.device) -> None:
         raise ValueError(f"{REFUSED} with a cache in {folder!r} ({error}); set TORCHINDUCTOR_CACHE_DIR") from error
 
 
-def structure_of(policy: nn.Module) -> Hashable:
+def cache_key(policy: nn.Module) -> Hashable:
     """
     What a program of a policy depends on, besides the values of its tensors: its modules and their settings, and which
     tensors are parameters. What a module keeps in other ways (in a list, say) is not looked at.

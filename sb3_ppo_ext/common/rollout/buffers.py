@@ -123,12 +123,13 @@ class RolloutBuffer(sb3.RolloutBuffer):
         """
         self.last_values = last_values.cpu().numpy().flatten()
         self._last_dones = np.asarray(dones, dtype=bool)
-        self.advantages = generalized_advantages(
+        advantages = generalized_advantages(
             *map(th.from_numpy, (self.rewards, self.values, self.last_values, self.terminated, self.truncated)),
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
             final_values=th.from_numpy(self.final_values),
-        ).numpy()
+        )
+        self.advantages = advantages.float().numpy()
         self.returns = self.advantages + self.values
         self._flat = None
 

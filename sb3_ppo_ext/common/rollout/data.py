@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
 from sb3_ppo_ext.losses import masked_mean
 
@@ -88,6 +89,19 @@ class RolloutSamples(NamedTuple):
         :param values: one number a sample, shape ``(batch,)``
         """
         return values.mean() if self.mask is None else masked_mean(values, self.mask)
+
+    def padded(self, rows: th.Tensor | None, n_rows: int) -> RolloutSamples:
+        """
+        Some of the samples and, up to a fixed number, the first one again and again, with a mask of those that count.
+
+        :param rows: indices of them, at most ``n_rows``; None: all
+        :param n_rows: how many there are to be
+        """
+        if rows is None:
+            rows = th.arange(len(self.returns), device=self.returns.device)
+        counts = th.arange(n_rows, device=rows.device) < len(rows)
+        padded = self.rows(nn.functional.pad(rows, (0, n_rows - len(rows))))
+        return padded._replace(mask=counts if padded.mask is None else counts & padded.mask)
 
     def rows(self, rows: slice | th.Tensor) -> RolloutSamples:
         """

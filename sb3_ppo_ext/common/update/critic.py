@@ -81,7 +81,7 @@ def critic_loss(
     actor_critic: ActorCritic, rollout_data: RolloutSamples, coefficients: Coefficients
 ) -> tuple[th.Tensor, Statistics]:
     """
-    Mean squared difference of values and returns.
+    Mean squared difference of values and returns, over the samples that count.
 
     :param actor_critic: the present policy
     :param rollout_data: a minibatch

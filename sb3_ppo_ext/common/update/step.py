@@ -11,6 +11,7 @@ from torch import nn
 
 from sb3_ppo_ext.common.errors import NonFiniteError
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.torch_internals import fused_step
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam
 from sb3_ppo_ext.common.update.objective import Coefficients, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
@@ -183,15 +184,12 @@ def clip_and_step(
     # The fused kernel divides the gradients by a number that it is given (it is made for loss scaling).
     grads = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
     grad_norm = th.linalg.vector_norm(grads[0] if len(grads) == 1 else th.cat(grads))
-    optimizer.grad_scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
     if grad_norm.device.type == "cuda":
-        # It leaves everything as it is where this says so, and the host need not wait for the norm.
-        optimizer.found_inf = grad_norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        # The kernel leaves everything as it is where it is told so, and the host need not wait for the norm.
+        fused_step(optimizer, grad_scale=scale, found_inf=grad_norm.isfinite().logical_not().float())
     elif math.isfinite(grad_norm.item()):
-        optimizer.step()
-    del optimizer.grad_scale  # type: ignore[attr-defined]
+        fused_step(optimizer, grad_scale=scale)
     return grad_norm
 
 

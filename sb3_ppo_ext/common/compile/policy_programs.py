@@ -1,4 +1,4 @@
-"""The actor, the evaluation of a rollout and the products with the Fisher matrix, each as one program."""
+"""A policy whose actor, evaluation of rollouts and products with the Fisher matrix are one program each."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-from sb3_ppo_ext.common.compile.program import Program, Programs, Swappable
-from sb3_ppo_ext.common.compile.step import has_tanh_of_actions
-from sb3_ppo_ext.common.compile.support import structure_of
+from sb3_ppo_ext.common.compile.program import FunctionalModule, Program, ProgramCache
+from sb3_ppo_ext.common.compile.support import cache_key
 from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation, Evaluation, StepEvaluation
 from sb3_ppo_ext.numerics import FisherVectorProduct
 
+# Where no two rollouts have the same size, so many rows are evaluated at a time.
+_CHUNK_SIZE = 256
 
-class _OfRollouts:
+
+class _PolicyProgram:
     """A method of a :class:`DirectActorCritic` as a program of the policy's tensors."""
 
-    def __init__(
-        self, policy: ActorCriticPolicy, method: Callable[..., Any], *, what: str, any_size: bool, announce: bool
-    ) -> None:
-        self._module = Swappable(policy, method)
+    def __init__(self, policy: ActorCriticPolicy, method: Callable[..., Any], *, what: str, announce: bool) -> None:
+        self._module = FunctionalModule(policy, method)
         self._program = Program(
             self._results,
             policy.device,
             what=what,
-            any_size=any_size,
             announce=announce,
-            exact_tanh=has_tanh_of_actions(policy),
+            exact_tanh=policy.squash_output,
         )
 
     def bind(self) -> None:
@@ -45,7 +44,7 @@ class _OfRollouts:
         raise NotImplementedError
 
 
-class CompiledActor(_OfRollouts):
+class CompiledActor(_PolicyProgram):
     """
     ``act`` as one program.
 
@@ -54,7 +53,7 @@ class CompiledActor(_OfRollouts):
     """
 
     def __init__(self, actor_critic: DirectActorCritic, *, announce: bool) -> None:
-        super().__init__(actor_critic.policy, actor_critic.act_by, what="the actor", any_size=False, announce=announce)
+        super().__init__(actor_critic.policy, actor_critic.act_by, what="the actor", announce=announce)
         self._noise = actor_critic.noise
 
     def act(self, inputs: PolicyInput) -> tuple[th.Tensor, StepEvaluation | None]:
@@ -68,27 +67,35 @@ class CompiledActor(_OfRollouts):
         return [action] if step is None else [action, step.values, step.params]
 
 
-class CompiledEvaluation(_OfRollouts):
+class CompiledEvaluation(_PolicyProgram):
     """
     ``evaluate_actions`` without gradients and entropy, as one program.
 
     :param actor_critic: the policy
-    :param any_size: whether one program is to serve batches of any size
+    :param chunk_size: samples that are evaluated at a time, so that one program is enough where no two rollouts have
+        the same size; None: all, and a program is made for each size
     :param announce: whether to tell who is waiting that it is being compiled, and how long it took
     """
 
-    def __init__(self, actor_critic: DirectActorCritic, *, any_size: bool, announce: bool) -> None:
+    def __init__(self, actor_critic: DirectActorCritic, *, chunk_size: int | None, announce: bool) -> None:
         super().__init__(
             actor_critic.policy,
             actor_critic.evaluate_actions,
             what="the evaluation of rollouts",
-            any_size=any_size,
             announce=announce,
         )
+        self._chunk_size = chunk_size
         self._family = actor_critic.family
 
     def evaluate_actions(self, inputs: PolicyInput, actions: th.Tensor) -> Evaluation:
-        values, log_prob, params = self._program(inputs, actions)
+        if self._chunk_size is None:
+            values, log_prob, params = self._program(inputs, actions)
+            return Evaluation(values, log_prob, None, params, self._family)
+        n = len(actions)
+        # The last chunk is padded with the last sample; what comes of that is cut off.
+        rows = th.arange(n + -n % self._chunk_size, device=actions.device).clamp(max=n - 1)
+        chunks = [self._program(inputs.rows(chunk), actions[chunk]) for chunk in th.split(rows, self._chunk_size)]
+        values, log_prob, params = (th.cat(parts)[:n] for parts in zip(*chunks, strict=True))
         return Evaluation(values, log_prob, None, params, self._family)
 
     def _results(
@@ -104,23 +111,26 @@ class CompiledActorCritic:
 
     :param actor_critic: the policy, pure
     :param programs: what has been compiled of it
-    :param any_size: whether one program is to evaluate rollouts of any size
+    :param rollouts_vary: whether no two rollouts have the same size
     :param announce: whether to tell who is waiting that something is being compiled, and how long it took
     """
 
     is_pure = True
 
-    def __init__(self, actor_critic: DirectActorCritic, programs: Programs, *, any_size: bool, announce: bool) -> None:
+    def __init__(
+        self, actor_critic: DirectActorCritic, programs: ProgramCache, *, rollouts_vary: bool, announce: bool
+    ) -> None:
         self.policy = actor_critic.policy
         self.family: Family | None = actor_critic.family
         self.act = actor_critic.act
-        key = structure_of(self.policy)
+        key = cache_key(self.policy)
         if self.policy.device.type == "cpu":  # elsewhere a step waits for its actions anyway
-            actor = programs.get("actor", key, lambda: CompiledActor(actor_critic, announce=announce))
+            actor = programs.get_or_make("actor", key, lambda: CompiledActor(actor_critic, announce=announce))
             actor.bind()
             self.act = actor.act
-        evaluation = programs.get(
-            "evaluation", key, lambda: CompiledEvaluation(actor_critic, any_size=any_size, announce=announce)
+        chunk_size = _CHUNK_SIZE if rollouts_vary else None
+        evaluation = programs.get_or_make(
+            "evaluation", key, lambda: CompiledEvaluation(actor_critic, chunk_size=chunk_size, announce=announce)
         )
         evaluation.bind()
         self.evaluate_actions = evaluation.evaluate_actions
@@ -140,12 +150,10 @@ class CompiledFisherVectorProduct:
     """
 
     def __init__(self, actor_critic: DirectActorCritic, parameters: Sequence[nn.Parameter], *, announce: bool) -> None:
-        self._module = Swappable(actor_critic.policy, actor_critic.params)
+        self._module = FunctionalModule(actor_critic.policy, actor_critic.params)
         self._metric = actor_critic.family.fisher
         self._parameters = list(parameters)
-        self._program = Program(
-            self._product, actor_critic.policy.device, what="the Fisher product", any_size=False, announce=announce
-        )
+        self._program = Program(self._product, actor_critic.policy.device, what="the Fisher product", announce=announce)
 
     def at(self, inputs: PolicyInput, chunks: Sequence[slice], *, damping: float) -> Callable[[th.Tensor], th.Tensor]:
         """

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.distributions import Family
-from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
-from sb3_ppo_ext.common.rollout.actor_critic import Evaluation
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.proximal import ProximalAlgorithm
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
 from sb3_ppo_ext.common.update.controllers import adapted_by_kl
-from sb3_ppo_ext.common.update.step import Coefficients
+from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 
 class AdaptiveKLPPO(ProximalAlgorithm):
@@ -140,38 +141,40 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         check_real("kl_coef_max", self.kl_coef_max, at_least=self.kl_coef_min)
         check_real("kl_coef", self.kl_coef, at_least=self.kl_coef_min, at_most=self.kl_coef_max)
 
-    def _coefficients(self) -> dict[str, float]:
-        coefficients = super()._coefficients()
-        coefficients["kl_coef"] = self.kl_coef
-        if self.clip_range is not None:
-            coefficients["clip_range"] = self._at_present(self.clip_range)
-        return coefficients
+    @staticmethod
+    def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:
+        """
+        The surrogate with the KL penalty; see :meth:`ProximalAlgorithm.policy_loss`.
 
-    def _policy_loss(
-        self, evaluation: Evaluation, rollout_data: RolloutSamples, coefficients: Coefficients
-    ) -> PolicyLoss:
-        kl = cast(Family, self._family).kl(rollout_data.old_params, evaluation.params)
-        kl_coef = coefficients["kl_coef"]
+        :param evaluation: of a minibatch by the present policy
+        :param samples: the minibatch
+        :param coefficients: ``kl_coef``, and ``clip_range`` where it is not None
+        """
+        kl, kl_coef = evaluation.kl_from(samples.old_params), coefficients["kl_coef"]
         if "clip_range" not in coefficients:
             loss, diagnostics = losses.kl_penalized_surrogate_loss(
-                evaluation.log_prob, rollout_data.old_log_prob, rollout_data.advantages, kl, kl_coef=kl_coef
+                evaluation.log_prob, samples.old_log_prob, samples.advantages, kl, kl_coef=kl_coef
             )
         else:
             clipped, diagnostics = losses.clipped_surrogate_loss(
-                evaluation.log_prob,
-                rollout_data.old_log_prob,
-                rollout_data.advantages,
-                clip_range=coefficients["clip_range"],
+                evaluation.log_prob, samples.old_log_prob, samples.advantages, clip_range=coefficients["clip_range"]
             )
             loss = clipped + kl_coef * kl
         statistics = {"approx_kl": diagnostics.kl_k3, "ratio_max": diagnostics.ratio_max}
         if "clip_range" in coefficients:
             statistics["clip_fraction"] = diagnostics.clip_fraction
-        return PolicyLoss(loss.mean(), statistics)
+        return PolicyLoss(samples.mean(loss), statistics)
+
+    def coefficients(self) -> dict[str, float]:
+        numbers = super().coefficients()
+        numbers["kl_coef"] = self.kl_coef
+        if self.clip_range is not None:
+            numbers["clip_range"] = self._current_value(self.clip_range)
+        return numbers
 
     def _after_update(self) -> None:
         kl = self._measured_kl()
-        target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
+        target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
         self.kl_coef = adapted_by_kl(
             self.kl_coef,
             kl,
@@ -193,24 +196,6 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         with th.no_grad():
             total = 0.0
             for rows in self._chunks(len(rollout.old_params)):
-                params = actor_critic.params(obs_rows(rollout.observations, rows))
+                params = actor_critic.params(rollout.inputs.rows(rows))
                 total += family.kl(rollout.old_params[rows], params).sum().item()
         return total / len(rollout.old_params)
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "AdaptiveKLPPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )

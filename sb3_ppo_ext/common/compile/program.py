@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
 from torch import fx, nn
@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sb3_ppo_ext.common.compile import cpu
 from sb3_ppo_ext.common.compile.announce import announced, is_bar_shown
@@ -64,6 +64,7 @@ class Program:
     :param announce: whether to tell who is waiting that something is being compiled, and how long it took; who has a
         progress bar is told in any case
     :param exact_tanh: whether ``tanh`` must be as accurate as torch has it; it takes three times as long
+    :param may_be_recorded: whether it may be a CUDA graph, which has its own copies of what is bound
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Program:
         any_size: bool,
         announce: bool,
         exact_tanh: bool = False,
+        may_be_recorded: bool = True,
     ) -> None:
         self._function = function
         self._device = device
@@ -82,7 +84,7 @@ class Program:
         self._what = what
         self._any_size = any_size
         self._announce = announce
-        self._is_recorded = can_record(device) and not any_size
+        self._is_recorded = may_be_recorded and can_record(device) and not any_size
         self._runs: dict[Hashable, dict[Hashable, Run]] = {}  # by the form of what is bound, then of the rest
         self._places: dict[Hashable, list[th.Tensor]] = {}
 
@@ -94,8 +96,8 @@ class Program:
         :param batch: tensors whose number of rows may
         :return: ``fixed``, as tensors that the calls write into
         """
-        leaves, self._structure = tree_flatten((fixed, batch))
-        self._n_fixed = len(tree_leaves(fixed))
+        leaves, self._structure = flatten((fixed, batch))
+        self._n_fixed = len(flatten(fixed)[0])
         forms = tuple(self._form(leaf, i >= self._n_fixed) for i, leaf in enumerate(leaves))
         self._runs_of_bound = self._runs.setdefault(forms, {})
         if self._is_recorded:
@@ -103,7 +105,7 @@ class Program:
                 self._places[forms] = [th.empty_like(leaf) for leaf in leaves]
             leaves = copied(self._places[forms], leaves)
         self._bound = leaves
-        return tree_unflatten(leaves, self._structure)[0]
+        return unflatten(leaves, self._structure)[0]
 
     def unbind(self) -> None:
         """Let go of what was bound."""
@@ -114,7 +116,7 @@ class Program:
         :param more: the other arguments of the function
         :return: what it gives
         """
-        leaves = tree_leaves(more) if any(isinstance(argument, dict) for argument in more) else more
+        leaves = more if all(isinstance(argument, th.Tensor) for argument in more) else flatten(more)[0]
         forms = tuple([self._form(leaf, True) for leaf in leaves])
         run = self._runs_of_bound.get(forms)
         if run is None:
@@ -130,12 +132,12 @@ class Program:
 
     @th.no_grad()
     def _first_call(self, forms: Hashable, more: tuple[Any, ...]) -> list[th.Tensor]:
-        bound = tree_unflatten(self._bound, self._structure)
-        leaves, structure = tree_flatten((*bound, *more))
+        bound = unflatten(self._bound, self._structure)
+        leaves, structure = flatten((*bound, *more))
         varies = [self._any_size and i >= self._n_fixed and leaf.shape[0] > 1 for i, leaf in enumerate(leaves)]
 
         def flat(*leaves: th.Tensor) -> list[th.Tensor]:
-            return list(self._function(*tree_unflatten(leaves, structure)))
+            return list(self._function(*unflatten(leaves, structure)))
 
         graph, constants = _traced(flat, leaves, self._decompositions, any_size=any(varies))
         if any(varies) and not _is_for_any_size(graph, varies):
@@ -162,6 +164,36 @@ class Program:
                 return cpu.machine_code(graph, inputs, varies)
             compiled = th.compile(graph, fullgraph=True, dynamic=any(varies))
             return th.no_grad()(lambda inputs: compiled(*inputs))
+
+
+class Structure(NamedTuple):
+    """How tensors are put together; what is None there stands for nothing."""
+
+    tree: TreeSpec
+    is_present: list[bool]
+
+
+def flatten(tree: Any) -> tuple[list[th.Tensor], Structure]:
+    """
+    The tensors in nested tuples, lists and dicts, without the places that are None.
+
+    :param tree: the nest
+    :return: the tensors, and how to put them together again
+    """
+    leaves, spec = tree_flatten(tree)
+    is_present = [leaf is not None for leaf in leaves]
+    return [leaf for leaf in leaves if leaf is not None], Structure(spec, is_present)
+
+
+def unflatten(tensors: Sequence[th.Tensor], structure: Structure) -> Any:
+    """
+    The inverse of :func:`flatten`.
+
+    :param tensors: the tensors
+    :param structure: how to put them together
+    """
+    rest = iter(tensors)
+    return tree_unflatten([next(rest) if present else None for present in structure.is_present], structure.tree)
 
 
 def _run_with(run: Run, constants: list[th.Tensor], inputs: list[th.Tensor]) -> list[th.Tensor]:

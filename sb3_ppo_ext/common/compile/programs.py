@@ -1,272 +1,22 @@
-"""
-What ``torch_compile=True`` compiles: the actor, the evaluation of a rollout, and a gradient step (gradients, clipping
-of their norm and Adam, over flat parameters), each as one program.
-"""
+"""The actor, the evaluation of a rollout and the products with the Fisher matrix, each as one program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from sb3_ppo_ext.common.compile.cuda import copied
-from sb3_ppo_ext.common.compile.live import LiveView, has_changed, is_number, noted_by
-from sb3_ppo_ext.common.compile.program import Program, Swappable
-from sb3_ppo_ext.common.compile.support import REFUSED
-from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic, Evaluation, Kept, n_rows
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, obs_rows, take
-from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
-from sb3_ppo_ext.common.update.step import Coefficients, Statistics, reached
+from sb3_ppo_ext.common.compile.program import Program, Programs, Swappable
+from sb3_ppo_ext.common.compile.step import has_tanh_of_actions
+from sb3_ppo_ext.common.compile.support import structure_of
+from sb3_ppo_ext.common.distributions import Family
+from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.rollout.data import PolicyInput
+from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation, Evaluation, StepEvaluation
 from sb3_ppo_ext.numerics import FisherVectorProduct
-
-
-class _Owned(NamedTuple):
-    """
-    What a compiled step changes, in place; one of each for each flat tensor of a :class:`FlatAdam`.
-
-    :param thetas: parameters
-    :param gradients: of the last step, clipped
-    :param exp_avgs: Adam's first moments
-    :param exp_avg_sqs: Adam's second moments
-    :param clocks: the number of steps t, beta1^t and beta2^t (a product a step is cheaper than a power). One tensor, as
-        the compiler of torch 2.13 loses what is written into a scalar on the CPU
-    :param learning_rates: one element each
-    """
-
-    thetas: list[th.Tensor]
-    gradients: list[th.Tensor]
-    exp_avgs: list[th.Tensor]
-    exp_avg_sqs: list[th.Tensor]
-    clocks: list[th.Tensor]
-    learning_rates: list[th.Tensor]
-
-
-LossOfPolicy = Callable[..., tuple[th.Tensor, Statistics]]
-"""The loss of a minibatch, called with the policy, the minibatch and coefficients; or a method of that kind."""
-
-
-class CompiledStep:
-    """
-    A gradient step of Adam on a minibatch loss, as one program.
-
-    Inside of ``with``, parameters and moments are those of a :class:`FlatAdam`; what may change from update to update
-    (learning rates, coefficients, numbers of the algorithm) enters as tensors, so that no new value is a new program.
-
-    :param actor_critic: the policy that the loss is of
-    :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
-    :param parameters: candidates for what is updated; it is those that the loss depends on
-    :param loss: to be minimised; if it is a method, what it reads of its object is seen by a :class:`LiveView`
-    :param any_size: whether one program is to serve rollouts and minibatches of any size; it is a little slower
-    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
-    """
-
-    def __init__(
-        self,
-        actor_critic: DirectActorCritic,
-        optimizer: th.optim.Optimizer,
-        parameters: Sequence[nn.Parameter],
-        loss: LossOfPolicy,
-        *,
-        any_size: bool,
-        announce: bool,
-    ) -> None:
-        assert isinstance(optimizer, th.optim.Adam)
-        self._actor_critic = actor_critic
-        self._optimizer = optimizer
-        self._candidates = list(parameters)
-        self._owner = getattr(loss, "__self__", None)
-        self._loss: LossOfPolicy = getattr(loss, "__func__", loss)
-        self._any_size = any_size
-        self._announce = announce
-        self._module = Swappable(actor_critic.policy, self._compute_loss)
-        self._betas = optimizer.param_groups[0]["betas"]
-        self._eps = optimizer.param_groups[0]["eps"]
-        self._device = self._candidates[0].device
-        self._flat: FlatAdam | None = None
-        self._may_have_live_numbers = True
-        self._forget_program()
-        self.names: tuple[str, ...] = ()
-
-    def _forget_program(self) -> None:
-        self._program: Program | None = None
-        self._live_numbers: tuple[str, ...] = ()
-        self._noted: dict[str, Any] = {}
-
-    def _compute_loss(
-        self, rollout_data: RolloutSamples, coefficients: Coefficients, numbers: Mapping[str, th.Tensor]
-    ) -> tuple[th.Tensor, Statistics]:
-        """The loss, the owner's numbers being tensors; what else it reads of its owner is noted."""
-        if self._owner is None:
-            return self._loss(self._actor_critic, rollout_data, coefficients)
-        self._view = LiveView(self._owner, numbers)
-        return self._loss(self._view, self._actor_critic, rollout_data, coefficients)
-
-    def __enter__(self) -> object:
-        if self._owner is not None and has_changed(self._owner, self._noted):
-            self._forget_program()
-        self._bound_to: tuple[object, object] = None, None
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Put parameters and moments back into the policy and its optimiser."""
-        if self._flat is None:
-            return
-        copied(tree_leaves(self._taken), tree_leaves(self._fixed))
-        for flat, clock in zip(self._flat.parameters, self._taken[0].clocks, strict=True):
-            self._flat.adam.state[flat]["step"].copy_(clock[0])
-        self._flat.restore()
-        if self._program is not None:
-            self._program.unbind()
-        self._flat = None
-        del self._taken, self._fixed, self._bound_to
-
-    def _prepare(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> None:
-        """
-        Compute the loss once as it is, to learn which parameters it depends on and which attributes it reads.
-
-        :param rollout_data: a minibatch
-        :param coefficients: of the loss
-        """
-        as_tensors = {name: th.tensor(value, device=self._device) for name, value in coefficients.items()}
-        buffers = list(self._actor_critic.policy.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        with th.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            try:
-                loss, _ = self._compute_loss(rollout_data, as_tensors, {})
-            except ValueError as error:
-                raise ValueError(f"{REFUSED}: {error}; or torch_compile=False") from error
-            finally:
-                copied(buffers, before)
-        self._updated = reached(loss, self._candidates)
-        noted = {} if self._owner is None else noted_by(self._view)
-        is_live = {name: self._may_have_live_numbers and is_number(value) for name, value in noted.items()}
-        self._live_numbers = tuple(name for name in noted if is_live[name])
-        self._noted = {name: value for name, value in noted.items() if not is_live[name]}
-        self._program = Program(
-            self._step,
-            self._device,
-            what="the gradient step",
-            any_size=self._any_size,
-            announce=self._announce,
-            exact_tanh=_has_tanh_of_actions(self._actor_critic.policy),
-        )
-
-    def _take(self) -> None:
-        """Take parameters, moments and learning rates from the policy and its optimiser."""
-        self._flat = FlatAdam(self._optimizer, self._updated)
-        beta1, beta2 = self._betas
-        states = [self._flat.adam.state[p] for p in self._flat.parameters]
-        owned = _Owned(
-            thetas=[p.data for p in self._flat.parameters],
-            gradients=[cast(th.Tensor, p.grad) for p in self._flat.parameters],
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            clocks=[
-                th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=self._device)
-                for count in self._flat.steps
-            ],
-            learning_rates=[th.tensor([group["lr"]], device=self._device) for group in self._flat.adam.param_groups],
-        )
-        others = {name: t for name, t in self._module.tensors().items() if t not in self._flat}
-        self._taken = self._fixed = owned, others
-
-    def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        try:
-            return self._call(rollout, rows, coefficients)
-        except ValueError:
-            if not self._live_numbers:
-                raise
-        # It may be that a number decides what is computed: a program is then for one value of it.
-        self._may_have_live_numbers = False
-        self._forget_program()
-        self._bound_to = None, None
-        return self._call(rollout, rows, coefficients)
-
-    def _call(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        if self._program is None:
-            self._prepare(rollout if rows is None else take(rollout, rows), coefficients)
-        assert self._program is not None
-        if self._flat is None:
-            self._take()
-        if self._bound_to[0] is not rollout or self._bound_to[1] is not coefficients:
-            self._bound_to = rollout, coefficients
-            self._coefficients = tuple(coefficients)
-            values = [*coefficients.values(), *(float(getattr(self._owner, name)) for name in self._live_numbers)]
-            numbers = th.tensor(values, dtype=th.float32)
-            if self._device.type == "cuda":  # from where the host need not wait for it
-                numbers = numbers.pin_memory()
-            numbers = numbers.to(self._device, non_blocking=True)
-            *self._fixed, _ = self._program.bind((*self._fixed, numbers), rollout)
-        (statistics,) = self._program() if rows is None else self._program(rows)
-        return statistics
-
-    def _step(
-        self,
-        fixed: tuple[_Owned, dict[str, th.Tensor], th.Tensor],
-        rollout: RolloutSamples,
-        rows: th.Tensor | None = None,
-    ) -> list[th.Tensor]:
-        owned, others, numbers = fixed
-        assert self._flat is not None
-        named_numbers = dict(zip((*self._coefficients, *self._live_numbers), numbers.unbind(), strict=True))
-        coefficients = {name: named_numbers[name] for name in self._coefficients}
-        live_numbers = {name: named_numbers[name] for name in self._live_numbers}
-        rollout_data = rollout if rows is None else take(rollout, rows)
-        with th.enable_grad():
-            thetas = [theta.detach().requires_grad_() for theta in owned.thetas]
-            piece_of = {
-                id(p): piece
-                for theta, members in zip(thetas, self._flat.members, strict=True)
-                for p, piece in zip(members, pieces(theta, [p.shape for p in members]), strict=True)
-            }
-            named = self._module.tensors().items()
-            updated = {name: piece_of[id(tensor)] for name, tensor in named if id(tensor) in piece_of}
-            loss, statistics = self._module.call({**updated, **others}, rollout_data, coefficients, live_numbers)
-            gradients = th.autograd.grad(loss, thetas)
-        norm = th.linalg.vector_norm(gradients[0] if len(gradients) == 1 else th.cat(gradients))
-        statistics["grad_norm"] = norm
-        takes_step = norm.isfinite()
-        if "kl_limit" in coefficients:
-            takes_step = takes_step & (statistics["approx_kl"] <= coefficients["kl_limit"])
-        scale = (coefficients["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
-
-        # Adam, as torch.optim.Adam computes it
-        beta1, beta2 = self._betas
-        for theta, gradient, last_gradient, exp_avg, exp_avg_sq, clock, learning_rate in zip(
-            owned.thetas,
-            gradients,
-            owned.gradients,
-            owned.exp_avgs,
-            owned.exp_avg_sqs,
-            owned.clocks,
-            owned.learning_rates,
-            strict=True,
-        ):
-            new_clock = th.stack((clock[0] + 1, clock[1] * beta1, clock[2] * beta2))
-            correction1 = (1 - new_clock[1]).reciprocal().float()
-            correction2 = (1 - new_clock[2]).rsqrt().float()
-            scaled = gradient * scale
-            new_exp_avg = exp_avg.lerp(scaled, 1 - beta1)
-            new_exp_avg_sq = exp_avg_sq * beta2 + scaled * scaled * (1 - beta2)
-            denominator = new_exp_avg_sq.sqrt() * correction2 + self._eps
-            new_theta = theta - learning_rate * correction1 * new_exp_avg / denominator
-            last_gradient.copy_(th.where(takes_step, scaled, last_gradient))
-            theta.copy_(th.where(takes_step, new_theta, theta))
-            exp_avg.copy_(th.where(takes_step, new_exp_avg, exp_avg))
-            exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
-            clock.copy_(th.where(takes_step, new_clock, clock))
-        self.names = tuple(statistics)
-        return [th.stack(list(statistics.values()))]  # to make and to keep one of each takes longer
-
-
-def _has_tanh_of_actions(policy: nn.Module) -> bool:
-    # The Jacobian of a squashed action is 1 - tanh^2 + 1e-6: the last digits count.
-    return bool(getattr(policy, "squash_output", False))
 
 
 class _OfRollouts:
@@ -282,14 +32,16 @@ class _OfRollouts:
             what=what,
             any_size=any_size,
             announce=announce,
-            exact_tanh=_has_tanh_of_actions(policy),
+            exact_tanh=has_tanh_of_actions(policy),
         )
 
     def bind(self) -> None:
         """Take the parameters from the policy."""
         self._program.bind(self._module.tensors())
 
-    def _results(self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, other: th.Tensor) -> list[th.Tensor]:
+    def _results(
+        self, tensors: dict[str, th.Tensor], batch: Any, inputs: PolicyInput, other: th.Tensor
+    ) -> list[th.Tensor]:
         raise NotImplementedError
 
 
@@ -305,13 +57,15 @@ class CompiledActor(_OfRollouts):
         super().__init__(actor_critic.policy, actor_critic.act_by, what="the actor", any_size=False, announce=announce)
         self._noise = actor_critic.noise
 
-    def act(self, obs: PyTorchObs) -> tuple[th.Tensor, Kept | None]:
-        action, *kept = self._program(obs, self._noise(n_rows(obs)))
-        return action, Kept(kept[0], None, kept[1]) if kept else None
+    def act(self, inputs: PolicyInput) -> tuple[th.Tensor, StepEvaluation | None]:
+        action, *step = self._program(inputs, self._noise(inputs.n_rows))
+        return action, StepEvaluation(step[0], None, step[1]) if step else None
 
-    def _results(self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, noise: th.Tensor) -> list[th.Tensor]:
-        action, kept = self._module.call(tensors, obs, noise)
-        return [action] if kept is None else [action, kept.values, kept.params]
+    def _results(
+        self, tensors: dict[str, th.Tensor], batch: Any, inputs: PolicyInput, noise: th.Tensor
+    ) -> list[th.Tensor]:
+        action, step = self._module.call(tensors, inputs, noise)
+        return [action] if step is None else [action, step.values, step.params]
 
 
 class CompiledEvaluation(_OfRollouts):
@@ -331,16 +85,48 @@ class CompiledEvaluation(_OfRollouts):
             any_size=any_size,
             announce=announce,
         )
+        self._family = actor_critic.family
 
-    def __call__(self, obs: PyTorchObs, actions: th.Tensor) -> Evaluation:
-        values, log_prob, params = self._program(obs, actions)
-        return Evaluation(values, log_prob, None, params)
+    def evaluate_actions(self, inputs: PolicyInput, actions: th.Tensor) -> Evaluation:
+        values, log_prob, params = self._program(inputs, actions)
+        return Evaluation(values, log_prob, None, params, self._family)
 
     def _results(
-        self, tensors: dict[str, th.Tensor], batch: Any, obs: PyTorchObs, actions: th.Tensor
+        self, tensors: dict[str, th.Tensor], batch: Any, inputs: PolicyInput, actions: th.Tensor
     ) -> list[th.Tensor]:
-        evaluation = self._module.call(tensors, obs, actions)
+        evaluation = self._module.call(tensors, inputs, actions)
         return [evaluation.values, evaluation.log_prob, evaluation.params]
+
+
+class CompiledActorCritic:
+    """
+    A policy that acts and evaluates rollouts by programs. For the rest it is the one that it is made of.
+
+    :param actor_critic: the policy, pure
+    :param programs: what has been compiled of it
+    :param any_size: whether one program is to evaluate rollouts of any size
+    :param announce: whether to tell who is waiting that something is being compiled, and how long it took
+    """
+
+    is_pure = True
+
+    def __init__(self, actor_critic: DirectActorCritic, programs: Programs, *, any_size: bool, announce: bool) -> None:
+        self.policy = actor_critic.policy
+        self.family: Family | None = actor_critic.family
+        self.act = actor_critic.act
+        key = structure_of(self.policy)
+        if self.policy.device.type == "cpu":  # elsewhere a step waits for its actions anyway
+            actor = programs.get("actor", key, lambda: CompiledActor(actor_critic, announce=announce))
+            actor.bind()
+            self.act = actor.act
+        evaluation = programs.get(
+            "evaluation", key, lambda: CompiledEvaluation(actor_critic, any_size=any_size, announce=announce)
+        )
+        evaluation.bind()
+        self.evaluate_actions = evaluation.evaluate_actions
+        self.evaluate_actor: Callable[[PolicyInput, th.Tensor], ActorEvaluation] = actor_critic.evaluate_actor
+        self.params: Callable[[PolicyInput], th.Tensor] = actor_critic.params
+        self.values: Callable[[PolicyInput], th.Tensor] = actor_critic.values
 
 
 class CompiledFisherVectorProduct:
@@ -361,33 +147,31 @@ class CompiledFisherVectorProduct:
             self._product, actor_critic.policy.device, what="the Fisher product", any_size=False, announce=announce
         )
 
-    def of(
-        self, observations: PyTorchObs, chunks: Sequence[slice], *, damping: float
-    ) -> Callable[[th.Tensor], th.Tensor]:
+    def at(self, inputs: PolicyInput, chunks: Sequence[slice], *, damping: float) -> Callable[[th.Tensor], th.Tensor]:
         """
         By the present parameters.
 
-        :param observations: whose distributions it is the Fisher information of
+        :param inputs: whose distributions it is the Fisher information of
         :param chunks: ranges of them, to be multiplied one after the other
         :param damping: multiple of the identity that is added
         :return: ``v -> F v + damping * v``, v of shape ``(n,)``
         """
-        parts = [((rows.stop - rows.start) / chunks[-1].stop, obs_rows(observations, rows)) for rows in chunks]
+        parts = [((rows.stop - rows.start) / chunks[-1].stop, inputs.rows(rows)) for rows in chunks]
         tensors = self._module.tensors()
         if len(parts) == 1:
             self._program.bind(tensors, parts[0][1])
 
         def product(v: th.Tensor) -> th.Tensor:
             result = damping * v
-            for share, obs in parts:
+            for share, some in parts:
                 if len(parts) > 1:
-                    self._program.bind(tensors, obs)
+                    self._program.bind(tensors, some)
                 result.add_(self._program(v)[0], alpha=share)
             return result
 
         return product
 
-    def _product(self, tensors: dict[str, th.Tensor], obs: PyTorchObs, v: th.Tensor) -> list[th.Tensor]:
+    def _product(self, tensors: dict[str, th.Tensor], inputs: PolicyInput, v: th.Tensor) -> list[th.Tensor]:
         theta = set(map(id, self._parameters))
         with th.enable_grad():
             named = self._module.tensors()
@@ -395,6 +179,6 @@ class CompiledFisherVectorProduct:
                 id(named[name]): tensor.detach().requires_grad_() if id(named[name]) in theta else tensor
                 for name, tensor in tensors.items()
             }
-            outputs = self._module.call({name: leaf_of[id(tensor)] for name, tensor in named.items()}, obs)
+            outputs = self._module.call({name: leaf_of[id(tensor)] for name, tensor in named.items()}, inputs)
             leaves = [leaf_of[id(p)] for p in self._parameters]
             return [FisherVectorProduct(outputs, leaves, self._metric)(v)]

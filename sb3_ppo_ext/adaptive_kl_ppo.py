@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch as th
@@ -17,42 +16,12 @@ from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
+from sb3_ppo_ext.common.update.controllers import adapted_by_kl
 from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 if TYPE_CHECKING:
     pass
-
-
-def adapted_kl_coef(
-    kl_coef: float,
-    kl: float,
-    *,
-    target_kl: float,
-    kl_tolerance: float = 1.5,
-    kl_coef_factor: float = 2.0,
-    kl_coef_min: float = 0.0,
-    kl_coef_max: float = math.inf,
-) -> float:
-    """
-    The penalty coefficient after an update that moved the policy by ``kl``: divided by ``kl_coef_factor`` if that is
-    below ``target_kl / kl_tolerance``, multiplied by it if above ``target_kl * kl_tolerance``, else as it was; Schulman
-    et al. 2017, arXiv 1707.06347, section 4.
-
-    :param kl_coef: beta, the coefficient of the update
-    :param kl: mean KL(old || new) over the rollout; if it is NaN the coefficient stays
-    :param target_kl: the KL that is aimed at
-    :param kl_tolerance: half-width of the band around the target, as a factor
-    :param kl_coef_factor: of one change
-    :param kl_coef_min: lower bound of the result
-    :param kl_coef_max: upper bound of the result
-    :return: the coefficient for the next update
-    """
-    if kl > target_kl * kl_tolerance:
-        kl_coef *= kl_coef_factor
-    elif kl < target_kl / kl_tolerance:
-        kl_coef /= kl_coef_factor
-    return min(max(kl_coef, kl_coef_min), kl_coef_max)
 
 
 class AdaptiveKLPPO(ProximalAlgorithm):
@@ -206,14 +175,14 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     def _after_update(self) -> None:
         kl = self._measured_kl()
         target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
-        self.kl_coef = adapted_kl_coef(
+        self.kl_coef = adapted_by_kl(
             self.kl_coef,
             kl,
             target_kl=target_kl,
-            kl_tolerance=self.kl_tolerance,
-            kl_coef_factor=self.kl_coef_factor,
-            kl_coef_min=self.kl_coef_min,
-            kl_coef_max=self.kl_coef_max,
+            tolerance=self.kl_tolerance,
+            factor=self.kl_coef_factor,
+            minimum=self.kl_coef_min,
+            maximum=self.kl_coef_max,
         )
         self.logger.record("train/kl", kl)
         self.logger.record("train/target_kl", target_kl)

@@ -22,12 +22,13 @@ from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
-from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule
+from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule, time_limit
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.update.objective import normalized
+from sb3_ppo_ext.common.update.scores import score_statistics
 from sb3_ppo_ext.common.update.step import clip_and_step, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
-from sb3_ppo_ext.numerics import flatten
+from sb3_ppo_ext.losses import baselines
 
 if TYPE_CHECKING:
     pass
@@ -38,63 +39,6 @@ DiscountFrom = Literal["present", "start"]
 
 _FIRST_BUFFER_SIZE = 256  # it grows with the episodes
 _MIN_EPISODE_LIMIT = 10_000
-
-
-def mean_of_other_episodes(returns: th.Tensor, episode: th.Tensor, n_episodes: int) -> th.Tensor:
-    """
-    For each sample, the mean of the returns at all steps of the other episodes.
-
-    :param returns: shape ``(batch,)``
-    :param episode: number of each sample's episode, shape ``(batch,)``
-    :param n_episodes: at least 2
-    :return: shape ``(batch,)``
-    """
-    sums, counts = returns.new_zeros(n_episodes), returns.new_zeros(n_episodes)
-    sums.index_add_(0, episode, returns)
-    counts.index_add_(0, episode, th.ones_like(returns))
-    return ((sums.sum() - sums) / (counts.sum() - counts))[episode]
-
-
-def leave_one_out(returns: th.Tensor, episode: th.Tensor, step: th.Tensor, n_episodes: int) -> th.Tensor:
-    """
-    For each sample, the mean over the other episodes of their return at the same step, 0 for an episode that has ended
-    by then: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", at every step.
-
-    :param returns: shape ``(batch,)``
-    :param episode: number of each sample's episode, shape ``(batch,)``
-    :param step: number of the step in its episode, shape ``(batch,)``
-    :param n_episodes: at least 2
-    :return: shape ``(batch,)``
-    """
-    sums = returns.new_zeros(int(step.max()) + 1)
-    sums.index_add_(0, step, returns)
-    return (sums[step] - returns) / (n_episodes - 1)
-
-
-def optimal_of_other_episodes(score_dot_gradient: th.Tensor, score_square: th.Tensor) -> th.Tensor:
-    """
-    For each episode, the constant that minimises the variance of the gradient estimate, ``b* = E[S'g] / E[S'S]`` with S
-    the sum of the episode's scores and g of its scores times returns, estimated from the other episodes. Peters &
-    Schaal 2008, "Reinforcement learning of motor skills with policy gradients", section 3.2, have one for each
-    parameter; this is one for all of them.
-
-    :param score_dot_gradient: ``S'g`` of each episode, shape ``(n_episodes,)``
-    :param score_square: ``S'S`` of each episode, shape ``(n_episodes,)``
-    :return: shape ``(n_episodes,)``; 0 where the other episodes have no score
-    """
-    # A product, as taking an episode off the total would leave rounding errors of the size of the largest.
-    others = 1.0 - th.eye(len(score_square), dtype=score_square.dtype, device=score_square.device)
-    numerator, denominator = others @ score_dot_gradient, others @ score_square
-    return th.where(denominator == 0.0, 0.0, numerator / denominator)
-
-
-def _time_limit(env: VecEnv) -> int:
-    """Steps after which the environments say that an episode is cut; 0 if they do not say."""
-    try:
-        specs = env.get_attr("spec")
-    except (AttributeError, NotImplementedError):  # a vector of environments that cannot be looked into
-        return 0
-    return max((getattr(spec, "max_episode_steps", None) or 0 for spec in specs), default=0)
 
 
 class REINFORCE(OnPolicyAlgorithm):
@@ -258,14 +202,6 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _check_can_learn(self) -> None:
         super()._check_can_learn()
-        self._check_n_episodes()
-
-    def _check_n_episodes(self) -> None:
-        """
-        When there is something to learn from only: an agent that is loaded to be watched may have one environment.
-
-        :raises ValueError: if a batch has too few episodes for the baseline
-        """
         if self.baseline in ("mean", "optimal", "leave_one_out") and self.env is not None and self._n_episodes < 2:
             raise ValueError(
                 f"episodes_per_env={self.episodes_per_env} with {self.n_envs} environment(s) is not allowed with "
@@ -283,7 +219,7 @@ class REINFORCE(OnPolicyAlgorithm):
         result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         assert self.env is not None
         self._episode_limit = self.max_episode_steps or max(
-            math.ceil(total_timesteps / self.n_envs), _MIN_EPISODE_LIMIT, _time_limit(self.env)
+            math.ceil(total_timesteps / self.n_envs), _MIN_EPISODE_LIMIT, time_limit(self.env)
         )
         return result
 
@@ -395,60 +331,28 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.baseline == "none":
             baseline = th.zeros_like(returns)
         elif self.baseline == "mean":
-            baseline = mean_of_other_episodes(returns, index.episode, n_episodes)
+            baseline = baselines.mean_of_other_episodes(returns, index.episode, n_episodes)
         elif self.baseline == "optimal":
-            statistics = self._score_statistics(actor_critic, rollout, index.episode, returns, discount)
-            baseline = optimal_of_other_episodes(*statistics)[index.episode]
+            statistics = score_statistics(
+                actor_critic,
+                rollout,
+                index.episode,
+                returns,
+                discount,
+                parameters=[p for p in self.policy.parameters() if p.requires_grad],
+                chunks=self._chunks,
+            )
+            baseline = baselines.optimal_of_other_episodes(*statistics)[index.episode]
         elif self.baseline == "leave_one_out" and self.returns == "total":  # one return an episode, whenever it ends
             baseline = ((totals.sum() - totals) / (n_episodes - 1))[index.episode]
         elif self.baseline == "leave_one_out":
-            baseline = leave_one_out(returns, index.episode, index.step, n_episodes)
+            baseline = baselines.leave_one_out(returns, index.episode, index.step, n_episodes)
         else:
             baseline = rollout.old_values
         advantages = returns - baseline
         if self.normalize_advantage:
             advantages = normalized(advantages)
         return discount * advantages
-
-    def _score_statistics(
-        self,
-        actor_critic: ActorCritic,
-        rollout: RolloutSamples,
-        episode: th.Tensor,
-        returns: th.Tensor,
-        discount: th.Tensor,
-    ) -> tuple[th.Tensor, th.Tensor]:
-        """
-        ``S'g`` and ``S'S`` of each episode, S being the gradient of the sum of its (discounted) log-probabilities, and
-        g of the same weighted by its returns.
-
-        :return: two tensors of shape ``(n_episodes,)``
-        """
-        statistics = []
-        for i in range(self._n_episodes):
-            rows = (episode == i).nonzero().flatten()
-            score = self._weighted_score(actor_critic, rollout, rows, discount[rows])
-            gradient = self._weighted_score(actor_critic, rollout, rows, (discount * returns)[rows])
-            statistics.append(th.stack((score.dot(gradient), score.dot(score))))
-        score_dot_gradient, score_square = th.stack(statistics, dim=1)
-        return score_dot_gradient, score_square
-
-    def _weighted_score(
-        self, actor_critic: ActorCritic, rollout: RolloutSamples, rows: th.Tensor, weights: th.Tensor
-    ) -> th.Tensor:
-        """
-        Gradient of the sum of some samples' log-probabilities, each times its weight.
-
-        :return: of all parameters, flat
-        """
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        total = [th.zeros_like(p) for p in parameters]
-        for chunk in self._chunks(len(rows)):
-            some = rollout.rows(rows[chunk])
-            log_prob = actor_critic.evaluate_actor(some.inputs, some.actions).log_prob
-            grads = th.autograd.grad(log_prob.dot(weights[chunk]), parameters, materialize_grads=True)
-            total = [t + g for t, g in zip(total, grads, strict=True)]
-        return flatten(total)
 
     def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples, weights: th.Tensor) -> bool:
         """

@@ -19,9 +19,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.common import construction
 from sb3_ppo_ext.common.compile.program import ProgramCache
-from sb3_ppo_ext.common.distributions import Family, family_of_policy
+from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import POLICY_ALIASES
+from sb3_ppo_ext.common.policy_distributions import family_of_policy
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
 from sb3_ppo_ext.common.saving.files import opened
 from sb3_ppo_ext.common.saving.model_file import replacements, write_model

@@ -28,7 +28,8 @@ from sb3_ppo_ext import REINFORCE, reinforce
 from sb3_ppo_ext.common.rollout import data
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import EpisodeBuffer, EpisodeIndex
-from sb3_ppo_ext.reinforce import leave_one_out, mean_of_other_episodes, optimal_of_other_episodes
+from sb3_ppo_ext.common.update.scores import score_statistics
+from sb3_ppo_ext.losses.baselines import leave_one_out, mean_of_other_episodes, optimal_of_other_episodes
 from tests.envs import ScriptedEnv
 
 GAMMA = 0.8
@@ -396,7 +397,15 @@ def statistics_of(model: REINFORCE, episodes: list[Trajectory]) -> tuple[np.ndar
         returns = th.tensor([rewards_to_go(episode)[0] for episode in episodes for _ in episode.states])
     elif model.discount_from == "start":
         discount = GAMMA ** index.step.float()
-    dots, squares = model._score_statistics(model._actor_critic(), rollout, index.episode, returns, discount)
+    dots, squares = score_statistics(
+        model._actor_critic(),
+        rollout,
+        index.episode,
+        returns,
+        discount,
+        parameters=list(model.policy.parameters()),
+        chunks=model._chunks,
+    )
     return dots.double().numpy(), squares.double().numpy()
 
 
@@ -585,7 +594,7 @@ def test_collected_by_hand(monkeypatch: pytest.MonkeyPatch, first_size: int) -> 
     np.testing.assert_allclose(rollout.returns.numpy(), expected, atol=1e-5)
     assert index.episode.tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 4, 5]
     assert index.step.tolist() == [0, 1, 0, 0, 0, 1, 2, 3, 0, 0]
-    assert {len(tensor) for tensor in rollout} == {10}
+    assert {len(tensor) for tensor in rollout if tensor is not None} == {10}
     minibatches = [len(batch.returns) for batch in model.rollout_buffer.get(4)]
     assert minibatches == [4, 4, 2]
     # Nor are the episodes that a waiting environment ends in the statistics.

@@ -23,8 +23,8 @@ from sb3_ppo_ext.common.compile import program as compiling
 from sb3_ppo_ext.common.compile.policy_programs import CompiledActor
 from sb3_ppo_ext.common.compile.program import Program
 from sb3_ppo_ext.common.compile.step import CompiledStep
-from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.errors import NonFiniteError
+from sb3_ppo_ext.common.rollout.data import PolicyInput
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
 from tests.parity.smooth import SmoothCNN, SmoothCombined
 

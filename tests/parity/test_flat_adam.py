@@ -137,6 +137,7 @@ def test_a_hook_in_the_convolutions_sees_what_it_would_see() -> None:
     from stable_baselines3.common.env_util import make_vec_env
 
     from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+    from sb3_ppo_ext.common.rollout.data import PolicyInput
     from tests.envs import IMAGE, ScriptedEnv, spaces
 
     env = make_vec_env(lambda: ScriptedEnv(IMAGE, spaces.Discrete(3)), seed=0)
@@ -144,7 +145,7 @@ def test_a_hook_in_the_convolutions_sees_what_it_would_see() -> None:
     seen: list[th.Tensor] = []
     model.policy.features_extractor.cnn[0].register_forward_hook(lambda _m, _i, out: seen.append(out))
     obs = th.as_tensor(env.reset())
-    DirectActorCritic(model.policy).values(obs)
+    DirectActorCritic(model.policy).values(PolicyInput(obs))
     model.policy.predict_values(obs)
     ours, theirs = seen
     assert (ours < 0).any()

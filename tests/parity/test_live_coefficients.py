@@ -154,9 +154,7 @@ class ReadsGlobals(DualClipPPO):
         return PolicyLoss(scaled(loss), statistics)
 
 
-def test_what_a_loss_reads_of_its_module_is_compiled_anew(
-    programs: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_loss_reads_of_its_module_is_compiled_anew(programs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     norms: dict[bool, list[float]] = {False: [], True: []}
     for torch_compile in norms:
         monkeypatch.setitem(globals(), "scales", True)

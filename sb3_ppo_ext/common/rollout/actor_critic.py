@@ -10,7 +10,8 @@ from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 
-from sb3_ppo_ext.common.distributions import Family, Gaussian, family_of_policy, family_of_space, params_of
+from sb3_ppo_ext.common.distributions import Family, Gaussian, family_of_space
+from sb3_ppo_ext.common.policy_distributions import family_of_policy, params_of
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation, Evaluation, StepEvaluation
 from sb3_ppo_ext.common.rollout.layers import apply, preprocessor, unrolled, unrolled_extractor

@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_ext.common.distributions import params_of
+from sb3_ppo_ext.common.policy_distributions import params_of
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.collector import env_by_env
 from sb3_ppo_ext.common.rollout.failures import raise_if_rollout_not_finite

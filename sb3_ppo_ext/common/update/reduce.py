@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch as th
@@ -34,3 +35,19 @@ class OneProcess:
 
     def average(self, *tensors: th.Tensor) -> None:
         pass
+
+
+def averaged(function: Callable[[th.Tensor], th.Tensor], reducer: Reducer) -> Callable[[th.Tensor], th.Tensor]:
+    """
+    The mean of a function over the processes.
+
+    :param function: of a tensor that all processes have
+    :param reducer: of its results
+    """
+
+    def result_of(x: th.Tensor) -> th.Tensor:
+        result = function(x)
+        reducer.average(result)
+        return result
+
+    return result_of

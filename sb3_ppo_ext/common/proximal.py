@@ -32,7 +32,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     :class:`stable_baselines3.PPO`.
     """
 
-    _reads: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C")
+    _loads_files_of: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C")
 
     def __init__(
         self,

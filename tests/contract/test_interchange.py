@@ -22,6 +22,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.saving.checkpoint import load_weights, resume, save_checkpoint
 from sb3_ppo_ext.common.saving.interchange import ALGORITHM
 from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, small
@@ -197,7 +198,7 @@ def test_contribs_trpo(action_space, factor, tmp_path):
     # A quantity of the whole action is so many times what sb3-contrib takes for it.
     obs, other = th.randn(5, 4), TRPO("MlpPolicy", make(action_space), seed=5, device="cpu").policy
     kl = kl_divergence(model.policy.get_distribution(obs), other.get_distribution(obs)).mean()
-    params = [DirectActorCritic(policy).params(obs) for policy in (loaded.policy, other)]
+    params = [DirectActorCritic(policy).params(PolicyInput(obs)) for policy in (loaded.policy, other)]
     joint = family_of_space(action_space).kl(*params).mean()
     assert joint.item() == pytest.approx(factor * kl.item(), rel=1e-4)
 

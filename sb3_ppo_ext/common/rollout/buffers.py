@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, PyTorchObs, RolloutBufferSamples
 
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
@@ -249,7 +249,20 @@ def minibatches(
             yield flat, rows
     else:
         for samples in rollout_buffer.get(batch_size):
-            yield cast(RolloutSamples, samples), None
+            yield samples if isinstance(samples, RolloutSamples) else _of_sb3(samples), None
+
+
+def _of_sb3(samples: RolloutBufferSamples | DictRolloutBufferSamples) -> RolloutSamples:
+    """What one of SB3's buffers gives, which does not know the distributions that acted."""
+    return RolloutSamples(
+        samples.observations,
+        samples.actions,
+        samples.old_values,
+        samples.old_log_prob,
+        samples.advantages,
+        samples.returns,
+        old_params=samples.advantages.new_empty((len(samples.advantages), 0)),
+    )
 
 
 def buffer_class_for(observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:

@@ -17,17 +17,20 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.algorithm import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, Kept
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
+from sb3_ppo_ext.common.construction import ACTION_SPACES
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
+from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
+from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.update.step import clip_and_step, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
 from sb3_ppo_ext.numerics import flatten
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 Returns = Literal["reward_to_go", "total"]
 Baseline = Literal["none", "mean", "optimal", "leave_one_out", "value"]
@@ -228,7 +231,6 @@ class REINFORCE(OnPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
             self._check_can_learn()
-            self._check_n_episodes()
 
     @property
     def _n_episodes(self) -> int:
@@ -253,6 +255,10 @@ class REINFORCE(OnPolicyAlgorithm):
                 f"bootstrap_timeouts=True with baseline={self.baseline!r} is not allowed: only baseline='value' learns "
                 "a value to bootstrap with"
             )
+
+    def _check_can_learn(self) -> None:
+        super()._check_can_learn()
+        self._check_n_episodes()
 
     def _check_n_episodes(self) -> None:
         """
@@ -282,7 +288,13 @@ class REINFORCE(OnPolicyAlgorithm):
         return result
 
     def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: SB3RolloutBuffer, n_rollout_steps: int
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: SB3RolloutBuffer,
+        n_rollout_steps: int,
+        *,
+        stop: StopRule | None = None,
     ) -> bool:
         """
         Run ``episodes_per_env`` complete episodes in each environment.
@@ -291,50 +303,33 @@ class REINFORCE(OnPolicyAlgorithm):
         :param callback: called at each step, and at the beginning and the end of the rollout
         :param rollout_buffer: to fill
         :param n_rollout_steps: not looked at: the episodes decide
+        :param stop: None; the rule is this algorithm's own
         :return: whether all episodes were run; False if the callback ended the rollout
         """
         starts = self._last_episode_starts
         assert starts is not None
-        # -1: first comes the rest of an episode that another policy began.
-        self._episodes_run = np.where(starts, 0, -1)
+        assert stop is None
         if starts.all():
             self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
+        stop = AfterEpisodes(
+            self.episodes_per_env,
+            starts,
+            self._episode_length,
+            max_episode_steps=self._episode_limit,
+            raise_endless=self._raise_endless,
+        )
         is_complete = is_stopped = False
         try:
-            is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, stop=stop)
             is_stopped = not is_complete
         finally:
             if is_stopped:  # by the callback, after a step: learn() goes on from what followed it
                 self._last_obs = callback.locals["new_obs"]
                 self._last_episode_starts = callback.locals["dones"]
-                self._count(callback.locals["dones"])
+                stop.count(callback.locals["dones"])
             elif not is_complete:  # the environments are in whatever state: learn() is to reset them
                 self._last_obs = None
         return is_complete
-
-    @property
-    def _is_running(self) -> np.ndarray:
-        """The environments whose episode counts."""
-        return (self._episodes_run >= 0) & (self._episodes_run < self.episodes_per_env)
-
-    def _count(self, dones: np.ndarray) -> None:
-        self._episode_length = np.where(dones, 0, self._episode_length + 1)
-        self._episodes_run += dones
-
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # Episodes that a waiting environment ends are shorter than most, those that a batch's end interrupted longer.
-        running = self._is_running
-        super()._update_info_buffer(
-            [info for info, counts in zip(infos, running, strict=True) if counts],
-            None if dones is None else dones[running],
-        )
-
-    def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
-        self._count(dones)
-        is_awaited = self._episodes_run < self.episodes_per_env
-        if (self._episode_length[is_awaited] >= self._episode_limit).any():
-            self._raise_endless()
-        return not is_awaited.any()
 
     def _raise_endless(self) -> None:
         if self.max_episode_steps is None:
@@ -349,14 +344,6 @@ class REINFORCE(OnPolicyAlgorithm):
             "time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., max_episode_steps=...)), or give "
             "REINFORCE a larger max_episode_steps if they are that long"
         )
-
-    def _evaluate_rollout(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, kept: list[Kept]) -> None:
-        cast(EpisodeBuffer, rollout_buffer).close(self.episodes_per_env)
-        super()._evaluate_rollout(actor_critic, rollout_buffer, kept)
-
-    @property
-    def _bootstraps_timeouts(self) -> bool:
-        return self.bootstrap_timeouts
 
     def train(self) -> None:
         """Update the policy from the episodes in the buffer: one step of the actor, then epochs of the critic."""
@@ -419,8 +406,8 @@ class REINFORCE(OnPolicyAlgorithm):
         else:
             baseline = rollout.old_values
         advantages = returns - baseline
-        if self.normalize_advantage and len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if self.normalize_advantage:
+            advantages = normalized(advantages)
         return discount * advantages
 
     def _score_statistics(
@@ -457,8 +444,8 @@ class REINFORCE(OnPolicyAlgorithm):
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         total = [th.zeros_like(p) for p in parameters]
         for chunk in self._chunks(len(rows)):
-            obs = obs_rows(rollout.observations, rows[chunk])
-            log_prob = actor_critic.evaluate_actor(obs, rollout.actions[rows[chunk]]).log_prob
+            some = rollout.rows(rows[chunk])
+            log_prob = actor_critic.evaluate_actor(some.inputs, some.actions).log_prob
             grads = th.autograd.grad(log_prob.dot(weights[chunk]), parameters, materialize_grads=True)
             total = [t + g for t, g in zip(total, grads, strict=True)]
         return flatten(total)
@@ -471,11 +458,10 @@ class REINFORCE(OnPolicyAlgorithm):
         """
         policy_loss = th.zeros((), device=weights.device)
         entropy_sum = th.zeros((), device=weights.device)
-        ent_coef = self._at_present(self.ent_coef)
+        ent_coef = self._current_value(self.ent_coef)
         self.policy.optimizer.zero_grad()
         for rows in self._chunks(len(weights)):
-            obs = obs_rows(rollout.observations, rows)
-            log_prob, entropy, _ = actor_critic.evaluate_actor(obs, rollout.actions[rows])
+            log_prob, entropy, _ = actor_critic.evaluate_actor(rollout.inputs.rows(rows), rollout.actions[rows])
             chunk_loss = losses.reinforce_loss(log_prob, weights[rows]).sum()
             if entropy is None:
                 # Estimated by the actions. The gradient of the estimate has the mean 0; with their scores it has not.
@@ -498,7 +484,7 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _fit_critic(self, actor_critic: ActorCritic, buffer: EpisodeBuffer) -> None:
         rollout = buffer.flat()
-        first = actor_critic.evaluate_actor(obs_rows(rollout.observations, slice(0, 1)), rollout.actions[:1])
+        first = actor_critic.evaluate_actor(rollout.inputs.rows(slice(0, 1)), rollout.actions[:1])
         actor_parameters = reached(first.log_prob, self.policy.parameters())
         value_loss = fit_critic(
             self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=self.batch_size),
@@ -511,22 +497,3 @@ class REINFORCE(OnPolicyAlgorithm):
         self.logger.record("train/value_loss", value_loss)
         explained = explained_variance(rollout.old_values.cpu().numpy(), rollout.returns.cpu().numpy())
         self.logger.record("train/explained_variance", explained)
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "REINFORCE",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        self._check_n_episodes()
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )

@@ -11,21 +11,25 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 from torch import nn
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.algorithm import ACTION_SPACES, OnPolicyAlgorithm
+from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.policy_programs import CompiledFisherVectorProduct
 from sb3_ppo_ext.common.compile.support import cache_key
+from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, ActorEvaluation, DirectActorCritic
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation
 from sb3_ppo_ext.common.saving.interchange import unpickled
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
+from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
     ChunkedFisherVectorProduct,
@@ -37,7 +41,7 @@ from sb3_ppo_ext.numerics import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 CG_DAMPING_PER_DIMENSION = 0.1
 
@@ -134,7 +138,7 @@ class TRPO(OnPolicyAlgorithm):
     """
 
     _needs_old_params: ClassVar[bool] = True
-    _reads: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
+    _loads_files_of: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
     _none_is_default: ClassVar[tuple[str, ...]] = ("target_kl", "cg_damping")
 
     def __init__(
@@ -241,8 +245,8 @@ class TRPO(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         if self.verbose >= 1:
-            target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
-            cg_damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
+            target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
+            cg_damping = self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION)
             print(
                 f"target_kl={target_kl:g}, cg_damping={cg_damping:g}: of the whole action, which has "
                 f"{n_action_dims(self.action_space)} dimension(s)"
@@ -277,8 +281,7 @@ class TRPO(OnPolicyAlgorithm):
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         rollout = buffer.flat()
         if self.normalize_advantage:
-            advantages = rollout.advantages
-            rollout = rollout._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
+            rollout = rollout._replace(advantages=normalized(rollout.advantages))
 
         step, actor_parameters = self._policy_step(actor_critic, rollout)
         if step.status in ("non_finite", "not_positive_definite", "zero_gradient"):
@@ -319,7 +322,7 @@ class TRPO(OnPolicyAlgorithm):
             fisher_vector_product, gradient, max_steps=self.cg_max_steps, rtol=self.cg_residual_tol
         )
         del fisher_vector_product  # and the graph that it keeps
-        target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
+        target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
         # The residual of conjugate gradient from zero is orthogonal to x, so x'(F + damping I)x = x'g.
         curvature = direction.dot(gradient).item()
         if not 0.0 < curvature < math.inf:
@@ -362,7 +365,7 @@ class TRPO(OnPolicyAlgorithm):
         """The objective of each sample: ``r A``, and the entropy if it has a weight."""
         log_prob, entropy, _ = actor
         objective = -losses.surrogate_loss(log_prob, old_log_prob, advantages).loss
-        ent_coef = self._at_present(self.ent_coef)
+        ent_coef = self._current_value(self.ent_coef)
         if ent_coef > 0.0:
             if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
                 entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
@@ -382,7 +385,7 @@ class TRPO(OnPolicyAlgorithm):
         total: dict[nn.Parameter, th.Tensor] = {}
         objective = 0.0
         for rows in self._chunks(n_samples):
-            actor = actor_critic.evaluate_actor(obs_rows(rollout.observations, rows), rollout.actions[rows])
+            actor = actor_critic.evaluate_actor(rollout.inputs.rows(rows), rollout.actions[rows])
             objectives = self._objective(actor, rollout.old_log_prob[rows], rollout.advantages[rows])
             chunk_objective = objectives.sum() / n_samples
             grads = th.autograd.grad(chunk_objective, candidates, allow_unused=True)
@@ -395,10 +398,10 @@ class TRPO(OnPolicyAlgorithm):
     def _fisher_vector_product(
         self, actor_critic: ActorCritic, rollout: RolloutSamples, parameters: list[nn.Parameter]
     ) -> Callable[[th.Tensor], th.Tensor]:
-        observations = obs_rows(rollout.observations, slice(None, None, self.sub_sampling_factor))
+        inputs = rollout.inputs.rows(slice(None, None, self.sub_sampling_factor))
         n_rows = len(range(0, len(rollout.advantages), self.sub_sampling_factor))
         chunks = list(self._chunks(n_rows))
-        damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
+        damping = self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION)
         family = cast(Family, actor_critic.family)
         if self.torch_compile:
             direct = cast(DirectActorCritic, actor_critic)
@@ -407,12 +410,12 @@ class TRPO(OnPolicyAlgorithm):
                 (cache_key(self.policy), tuple(map(id, parameters))),
                 lambda: CompiledFisherVectorProduct(direct, parameters, announce=self.verbose >= 1),
             )
-            return product.of(observations, chunks, damping=damping)
+            return product.at(inputs, chunks, damping=damping)
         if len(chunks) == 1:
-            outputs = actor_critic.params(observations)
+            outputs = actor_critic.params(inputs)
             return FisherVectorProduct(outputs, parameters, family.fisher, damping=damping)
         return ChunkedFisherVectorProduct(
-            lambda rows: actor_critic.params(obs_rows(observations, rows)),
+            lambda rows: actor_critic.params(inputs.rows(rows)),
             n_rows,
             parameters,
             family.fisher,
@@ -431,7 +434,7 @@ class TRPO(OnPolicyAlgorithm):
         n_samples = len(rollout.advantages)
         objective = kl = reverse_kl = th.zeros((), device=rollout.advantages.device)
         for rows in self._chunks(n_samples):
-            actor = actor_critic.evaluate_actor(obs_rows(rollout.observations, rows), rollout.actions[rows])
+            actor = actor_critic.evaluate_actor(rollout.inputs.rows(rows), rollout.actions[rows])
             objectives = self._objective(actor, rollout.old_log_prob[rows], rollout.advantages[rows])
             objective = objective + objectives.sum()
             kl = kl + family.kl(rollout.old_params[rows], actor.params).sum()
@@ -452,12 +455,12 @@ class TRPO(OnPolicyAlgorithm):
         record("train/predicted_improvement", step.predicted_improvement)
         record("train/actual_improvement", step.actual_improvement)
         record("train/kl", step.kl)
-        record("train/target_kl", self._joint(self.target_kl, TARGET_KL_PER_DIMENSION))
+        record("train/target_kl", self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION))
         self._log_ent_coef()
         record("train/step_fraction", step.fraction)
         record("train/cg_steps", step.cg_steps)
         record("train/cg_residual", step.cg_residual)
-        record("train/cg_damping", self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION))
+        record("train/cg_damping", self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION))
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         record("train/entropy_loss", self._entropy_loss(buffer.flat()))
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
@@ -469,21 +472,3 @@ class TRPO(OnPolicyAlgorithm):
         """Minus the mean entropy of the policy that collected a rollout; by its actions if there is no formula."""
         entropy = cast(Family, self._family).entropy(rollout.old_params)
         return (rollout.old_log_prob if entropy is None else -entropy).mean().item()
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "TRPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )

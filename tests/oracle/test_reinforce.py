@@ -25,8 +25,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, reinforce
-from sb3_ppo_ext.common import algorithm as base
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples
+from sb3_ppo_ext.common.rollout import data
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import EpisodeBuffer, EpisodeIndex
 from sb3_ppo_ext.reinforce import leave_one_out, mean_of_other_episodes, optimal_of_other_episodes
 from tests.envs import ScriptedEnv
@@ -402,7 +402,7 @@ def statistics_of(model: REINFORCE, episodes: list[Trajectory]) -> tuple[np.ndar
 
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 def test_score_statistics(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(base, "_CHUNK_ROWS", chunk)
+    monkeypatch.setattr(data, "CHUNK_ROWS", chunk)
     expected = []
     for trajectory in TRAJECTORIES:
         discounted = (GAMMA ** np.arange(len(trajectory.states)))[:, None] * scores(trajectory)
@@ -449,7 +449,7 @@ def test_short_and_long_episodes_by_hand() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 100])
 def test_step_is_the_mean_over_episodes_of_weighted_scores(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(base, "_CHUNK_ROWS", chunk)
+    monkeypatch.setattr(data, "CHUNK_ROWS", chunk)
     stacked = np.concatenate([scores(trajectory) for trajectory in TRAJECTORIES])
     weights = np.random.default_rng(0).normal(size=len(stacked))
     found = step_of(agent(len(TRAJECTORIES)), TRAJECTORIES, weights)

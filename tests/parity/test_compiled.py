@@ -22,8 +22,9 @@ from sb3_ppo_ext.common.compile import Run, cpu, cuda
 from sb3_ppo_ext.common.compile import program as compiling
 from sb3_ppo_ext.common.compile.policy_programs import CompiledActor
 from sb3_ppo_ext.common.compile.program import Program
-from sb3_ppo_ext.common.compile.programs import CompiledStep
+from sb3_ppo_ext.common.compile.step import CompiledStep
 from sb3_ppo_ext.common.errors import NonFiniteError
+from sb3_ppo_ext.common.rollout.data import PolicyInput
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
 from tests.parity.smooth import SmoothCNN, SmoothCombined
 
@@ -227,10 +228,10 @@ def agree_on_rollouts(model: Any) -> None:
     """Actions, from the same random numbers, and what is evaluated of them."""
     eager = model._actor_critic()
     model.policy.set_training_mode(False)
-    act, evaluate_actions = model._act(eager), model._evaluate_actions(eager)
-    obs = obs_as_tensor(model.env.reset(), model.device)
+    compiled = model._acting_policy()
+    obs = PolicyInput(obs_as_tensor(model.env.reset(), model.device))
     results = []
-    for function in (eager.act, act):
+    for function in (eager.act, compiled.act):
         th.manual_seed(1)
         results.append(function(obs))
     (expected, kept), (actions, our_kept) = results
@@ -242,7 +243,7 @@ def agree_on_rollouts(model: Any) -> None:
         return
     batch = model.rollout_buffer.flat_inputs()
     with th.no_grad():
-        evaluation, ours = eager.evaluate_actions(*batch), evaluate_actions(*batch)
+        evaluation, ours = eager.evaluate_actions(*batch), compiled.evaluate_actions(*batch)
     th.testing.assert_close(ours.values, evaluation.values, atol=1e-5, rtol=1e-4)
     th.testing.assert_close(ours.log_prob, evaluation.log_prob, atol=1e-4, rtol=1e-4)
     th.testing.assert_close(ours.params, evaluation.params, atol=1e-5, rtol=1e-4)
@@ -382,9 +383,9 @@ def test_what_is_replaced_is_seen() -> None:
     model.policy.mlp_extractor.policy_net[1] = th.nn.Sigmoid()  # which has no more to itself than Tanh
     agree_on_rollouts(model)
     parameters = th.nn.utils.parameters_to_vector(model.policy.parameters())
-    act = model._act(model._actor_critic())
+    act = model._acting_policy().act
     th.nn.utils.vector_to_parameters(2.0 * parameters.detach(), model.policy.parameters())  # by other memory
-    obs = obs_as_tensor(model.env.reset(), model.device)
+    obs = PolicyInput(obs_as_tensor(model.env.reset(), model.device))
     th.manual_seed(0)
     expected, _ = model._actor_critic().act(obs)
     th.manual_seed(0)

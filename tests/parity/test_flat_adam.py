@@ -114,7 +114,7 @@ def test_an_update_that_is_interrupted_leaves_a_whole_policy() -> None:
     """Ctrl-C in the middle of an update: the parameters have their own memory, the optimiser the moments so far."""
     model: Any = DualClipPPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=32, seed=0, device="cpu").learn(64)
     own = [p.data_ptr() for p in model.policy.parameters()]
-    policy_loss, n_calls = model._policy_loss, 0
+    policy_loss, n_calls = model.policy_loss, 0
 
     def interrupted(*args: Any) -> Any:
         nonlocal n_calls
@@ -123,12 +123,12 @@ def test_an_update_that_is_interrupted_leaves_a_whole_policy() -> None:
             raise KeyboardInterrupt
         return policy_loss(*args)
 
-    model._policy_loss = interrupted
+    model.policy_loss = interrupted
     with pytest.raises(KeyboardInterrupt):
         model.train()
     assert [p.data_ptr() for p in model.policy.parameters()] == own
     assert {state["step"].item() for state in model.policy.optimizer.state.values()} == {20 + 3}
-    del model._policy_loss
+    del model.policy_loss
     model.learn(64, reset_num_timesteps=False)
 
 

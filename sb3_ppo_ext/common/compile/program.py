@@ -60,6 +60,7 @@ class Program:
         progress bar is told in any case
     :param exact_tanh: whether ``tanh`` must be as accurate as torch has it, which takes three times as long: the
         Jacobian of a squashed action is 1 - tanh^2 + 1e-6, where the last digits count
+    :param may_be_recorded: whether it may become a CUDA graph, which has its own copies of what is bound
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class Program:
         what: str,
         announce: bool,
         exact_tanh: bool = False,
+        may_be_recorded: bool = True,
     ) -> None:
         self._function = function
         self._device = device
         self._decompositions = {} if exact_tanh or device.type != "cpu" else {th.ops.aten.tanh.default: _tanh}
         self._what = what
         self._announce = announce
-        self._is_recorded = can_record(device)
+        self._is_recorded = may_be_recorded and can_record(device)
         self._runs: dict[Hashable, dict[Hashable, Run]] = {}  # by the layout of what is bound, then of the rest
         self._places: dict[Hashable, list[th.Tensor]] = {}
 

@@ -10,14 +10,18 @@ import torch as th
 
 def tensors_in(tree: Any) -> list[th.Tensor]:
     """
-    :param tree: nested tuples, lists and dicts of tensors, or None where there is none
+    Fast, as an actor is called at every step.
+
+    :param tree: a tuple, list or dict of tensors and of such, and of None where there is none
     :return: the tensors, in their order
     """
-    if isinstance(tree, th.Tensor):
-        return [tree]
-    if tree is None:
-        return []
-    return [tensor for part in (tree.values() if isinstance(tree, dict) else tree) for tensor in tensors_in(part)]
+    found: list[th.Tensor] = []
+    for part in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(part, th.Tensor):
+            found.append(part)
+        elif part is not None:
+            found += tensors_in(part)
+    return found
 
 
 def with_tensors(tree: Any, tensors: Iterator[th.Tensor]) -> Any:

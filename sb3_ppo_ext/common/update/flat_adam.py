@@ -32,6 +32,7 @@ class FlatAdam:
         self.members: list[list[nn.Parameter]] = []
         self.parameters: list[nn.Parameter] = []
         self.steps: list[float] = []
+        self._sources: list[dict[str, Any]] = []
         groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             in_group = [p for p in group["params"] if p in wanted]
@@ -48,6 +49,7 @@ class FlatAdam:
                 self.parameters.append(flat)
                 self.steps.append(count)
                 groups.append({**group, "params": [flat]})
+                self._sources.append(group)
         self.adam = th.optim.Adam(groups) if groups else th.optim.Adam([nn.Parameter(th.empty(0))])
         for flat, members in zip(self.parameters, self.members, strict=True):
             states = [optimizer.state.get(p) or _first_state(p) for p in members]
@@ -80,6 +82,15 @@ class FlatAdam:
 
     def __contains__(self, parameter: th.Tensor) -> bool:
         return id(parameter) in self._ids
+
+    def learning_rates(self) -> list[float | th.Tensor]:
+        """The present learning rate of each of :attr:`parameters`, as the optimiser has it."""
+        return [group["lr"] for group in self._sources]
+
+    def take_learning_rates(self) -> None:
+        """Take the learning rates from the optimiser, as they may change between two steps."""
+        for group, source in zip(self.adam.param_groups, self._sources, strict=False):
+            group["lr"] = source["lr"]
 
     def zero_grad(self) -> None:
         for flat in self.parameters:

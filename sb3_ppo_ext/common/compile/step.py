@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch as th
 from torch import nn
 
 from sb3_ppo_ext.common.compile.cuda import copied
-from sb3_ppo_ext.common.compile.live import LiveView, has_changed, is_number, noted_by
 from sb3_ppo_ext.common.compile.program import FunctionalModule, Program
-from sb3_ppo_ext.common.compile.support import REFUSED
 from sb3_ppo_ext.common.compile.trees import tensors_in
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, take, take_padded
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
-from sb3_ppo_ext.common.update.step import Coefficients, Statistics, reached
+from sb3_ppo_ext.common.update.objective import Coefficients, Loss, Statistics
+from sb3_ppo_ext.common.update.reduce import Reducer
+from sb3_ppo_ext.common.update.step import reached
 
 
-class _Owned(NamedTuple):
+class Owned(NamedTuple):
     """
     What a compiled step changes, in place; one of each for each flat tensor of a :class:`FlatAdam`.
 
@@ -40,21 +40,19 @@ class _Owned(NamedTuple):
     learning_rates: list[th.Tensor]
 
 
-LossOfPolicy = Callable[..., tuple[th.Tensor, Statistics]]
-"""The loss of a minibatch, called with the policy, the minibatch and coefficients; or a method of that kind."""
-
-
 class CompiledStep:
     """
-    A gradient step of Adam on a minibatch loss, as one program.
+    A gradient step of Adam on a minibatch loss, as one program; as two, with the reduction of the gradients between
+    them, where several processes train one model.
 
-    Inside of ``with``, parameters and moments are those of a :class:`FlatAdam`; what may change from update to update
-    (learning rates, coefficients, numbers of the algorithm) enters as tensors, so that no new value is a new program.
+    Inside of ``with``, parameters and moments are those of a :class:`FlatAdam`; what may change meanwhile
+    (coefficients, learning rates) enters as tensors, so that no new value is a new program.
 
     :param actor_critic: the policy that the loss is of
     :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
     :param parameters: candidates for what is updated; it is those that the loss depends on
-    :param loss: to be minimised; if it is a method, what it reads of its object is seen by a :class:`LiveView`
+    :param loss: to be minimised, a pure function
+    :param reducer: of the gradients, before they are clipped
     :param pad_to: samples that each minibatch is padded to, so that one program is enough where no two have the same
         size; the loss must heed their mask. None: a program is made for each size
     :param announce: whether to tell who is waiting that it is being compiled, and how long it took
@@ -65,7 +63,8 @@ class CompiledStep:
         actor_critic: DirectActorCritic,
         optimizer: th.optim.Optimizer,
         parameters: Sequence[nn.Parameter],
-        loss: LossOfPolicy,
+        loss: Loss,
+        reducer: Reducer,
         *,
         pad_to: int | None,
         announce: bool,
@@ -74,36 +73,37 @@ class CompiledStep:
         self._actor_critic = actor_critic
         self._optimizer = optimizer
         self._candidates = list(parameters)
-        self._owner = getattr(loss, "__self__", None)
-        self._loss: LossOfPolicy = getattr(loss, "__func__", loss)
+        self._loss = loss
+        self._reducer = reducer
         self._pad_to = pad_to
-        self._announce = announce
         self._module = FunctionalModule(actor_critic.policy, self._compute_loss)
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
         self._device = self._candidates[0].device
         self._flat: FlatAdam | None = None
-        self._may_have_live_numbers = True
-        self._forget_program()
+        self._updated: list[nn.Parameter] | None = None
         self.names: tuple[str, ...] = ()
 
-    def _forget_program(self) -> None:
-        self._program: Program | None = None
-        self._live_numbers: tuple[str, ...] = ()
-        self._noted: dict[str, Any] = {}
+        def program(function: Any, what: str) -> Program:
+            return Program(
+                function,
+                self._device,
+                what=what,
+                announce=announce,
+                exact_tanh=actor_critic.policy.squash_output,
+                may_be_recorded=reducer.is_local,
+            )
 
-    def _compute_loss(
-        self, rollout_data: RolloutSamples, coefficients: Coefficients, numbers: Mapping[str, th.Tensor]
-    ) -> tuple[th.Tensor, Statistics]:
-        """The loss, the owner's numbers being tensors; what else it reads of its owner is noted."""
-        if self._owner is None:
-            return self._loss(self._actor_critic, rollout_data, coefficients)
-        self._view = LiveView(self._owner, numbers)
-        return self._loss(self._view, self._actor_critic, rollout_data, coefficients)
+        if reducer.is_local:
+            self._program = program(self._step, "the gradient step")
+        else:
+            self._program = program(self._gradient_step, "the gradients")
+            self._adam_program = program(self._adam_step, "the step of Adam")
+
+    def _compute_loss(self, rollout_data: RolloutSamples, coefficients: Coefficients) -> tuple[th.Tensor, Statistics]:
+        return self._loss(self._actor_critic, rollout_data, coefficients)
 
     def __enter__(self) -> object:
-        if self._owner is not None and has_changed(self._owner, self._noted):
-            self._forget_program()
         self._bound_to: tuple[object, object] = None, None
         return self
 
@@ -115,14 +115,32 @@ class CompiledStep:
         for flat, clock in zip(self._flat.parameters, self._taken[0].clocks, strict=True):
             self._flat.adam.state[flat]["step"].copy_(clock[0])
         self._flat.restore()
-        if self._program is not None:
-            self._program.unbind()
+        self._program.unbind()
         self._flat = None
         del self._taken, self._fixed, self._bound_to
 
-    def _prepare(self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]) -> None:
+    def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
+        if self._pad_to is not None:
+            rollout, rows = rollout.padded(rows, self._pad_to), None
+        if self._updated is None:
+            self._updated = self._parameters_of_loss(rollout if rows is None else rollout.rows(rows), coefficients)
+        if self._flat is None:
+            self._take()
+        shared = None if rows is None else rollout  # what minibatches are cut out of
+        if self._bound_to[0] is not shared or self._bound_to[1] is not coefficients:
+            self._bind(shared, coefficients)
+        self._take_learning_rates()
+        (statistics,) = self._program(rollout if rows is None else rows)
+        if not self._reducer.is_local:
+            self._reducer.average(*self._fixed[0].gradients, statistics)
+            (statistics,) = self._adam_program(statistics)
+        return statistics
+
+    def _parameters_of_loss(
+        self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]
+    ) -> list[nn.Parameter]:
         """
-        Compute the loss once as it is, to learn which parameters it depends on and which attributes it reads.
+        Those that the loss depends on. It is computed once as it is, and leaves no trace.
 
         :param rollout_data: a minibatch
         :param coefficients: of the loss
@@ -131,31 +149,18 @@ class CompiledStep:
         buffers = list(self._actor_critic.policy.buffers())
         before = [buffer.clone() for buffer in buffers]
         with th.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            try:
-                loss, _ = self._compute_loss(rollout_data, as_tensors, {})
-            except ValueError as error:
-                raise ValueError(f"{REFUSED}: {error}; or torch_compile=False") from error
-            finally:
-                copied(buffers, before)
-        self._updated = reached(loss, self._candidates)
-        noted = {} if self._owner is None else noted_by(self._view)
-        is_live = {name: self._may_have_live_numbers and is_number(value) for name, value in noted.items()}
-        self._live_numbers = tuple(name for name in noted if is_live[name])
-        self._noted = {name: value for name, value in noted.items() if not is_live[name]}
-        self._program = Program(
-            self._step,
-            self._device,
-            what="the gradient step",
-            announce=self._announce,
-            exact_tanh=self._actor_critic.policy.squash_output,
-        )
+            loss, _ = self._compute_loss(rollout_data, as_tensors)
+        copied(buffers, before)
+        return reached(loss, self._candidates)
 
     def _take(self) -> None:
-        """Take parameters, moments and learning rates from the policy and its optimiser."""
+        """Take parameters and moments from the policy and its optimiser."""
+        assert self._updated is not None
         self._flat = FlatAdam(self._optimizer, self._updated)
         beta1, beta2 = self._betas
         states = [self._flat.adam.state[p] for p in self._flat.parameters]
-        owned = _Owned(
+        self._learning_rates = [float(rate) for rate in self._flat.learning_rates()]
+        owned = Owned(
             thetas=[p.data for p in self._flat.parameters],
             gradients=[cast(th.Tensor, p.grad) for p in self._flat.parameters],
             exp_avgs=[state["exp_avg"] for state in states],
@@ -164,56 +169,59 @@ class CompiledStep:
                 th.tensor([count, beta1**count, beta2**count], dtype=th.float64, device=self._device)
                 for count in self._flat.steps
             ],
-            learning_rates=[th.tensor([group["lr"]], device=self._device) for group in self._flat.adam.param_groups],
+            learning_rates=[th.tensor([rate], device=self._device) for rate in self._learning_rates],
         )
         others = {name: t for name, t in self._module.tensors().items() if t not in self._flat}
         self._taken = self._fixed = owned, others
 
-    def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        if self._pad_to is not None:
-            rollout, rows = take_padded(rollout, rows, self._pad_to), None
-        try:
-            return self._call(rollout, rows, coefficients)
-        except ValueError:
-            if not self._live_numbers:
-                raise
-        # It may be that a number decides what is computed: a program is then for one value of it.
-        self._may_have_live_numbers = False
-        self._forget_program()
-        self._bound_to = None, None
-        return self._call(rollout, rows, coefficients)
+    def _bind(self, rollout: RolloutSamples | None, coefficients: Mapping[str, float]) -> None:
+        """Let the next calls be on rows of a rollout, or on minibatches as they are, with these numbers in the loss."""
+        self._bound_to = rollout, coefficients
+        self._coefficients = tuple(coefficients)
+        numbers = th.tensor([*coefficients.values()], dtype=th.float32)
+        if self._device.type == "cuda":  # from where the host need not wait for it
+            numbers = numbers.pin_memory()
+        numbers = numbers.to(self._device, non_blocking=True)
+        *self._fixed, _ = self._program.bind((*self._fixed, numbers), rollout)
+        if not self._reducer.is_local:
+            self._adam_program.bind((*self._fixed, numbers))
 
-    def _call(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        if self._program is None:
-            self._prepare(rollout if rows is None else take(rollout, rows), coefficients)
-        assert self._program is not None
-        if self._flat is None:
-            self._take()
-        bound = None if rows is None else rollout
-        if self._bound_to[0] is not bound or self._bound_to[1] is not coefficients:
-            self._bound_to = bound, coefficients
-            self._coefficients = tuple(coefficients)
-            values = [*coefficients.values(), *(float(getattr(self._owner, name)) for name in self._live_numbers)]
-            numbers = th.tensor(values, dtype=th.float32)
-            if self._device.type == "cuda":  # from where the host need not wait for it
-                numbers = numbers.pin_memory()
-            numbers = numbers.to(self._device, non_blocking=True)
-            *self._fixed, _ = self._program.bind((*self._fixed, numbers), bound)
-        (statistics,) = self._program(rollout if rows is None else rows)
-        return statistics
+    def _take_learning_rates(self) -> None:
+        """They may change between two steps."""
+        assert self._flat is not None
+        rates = self._flat.learning_rates()
+        if rates != self._learning_rates:
+            self._learning_rates = [float(rate) for rate in rates]
+            for place, rate in zip(self._fixed[0].learning_rates, self._learning_rates, strict=True):
+                place.fill_(rate)
 
-    def _step(
+    def _step(self, fixed: Any, rollout: RolloutSamples | None, minibatch: Any) -> list[th.Tensor]:
+        gradients, statistics = self._gradients(fixed, rollout, minibatch)
+        return self._adam(fixed, gradients, statistics)
+
+    def _gradient_step(self, fixed: Any, rollout: RolloutSamples | None, minibatch: Any) -> list[th.Tensor]:
+        gradients, statistics = self._gradients(fixed, rollout, minibatch)
+        for place, gradient in zip(fixed[0].gradients, gradients, strict=True):
+            place.copy_(gradient)
+        self._names_of_loss = tuple(statistics)
+        return [th.stack(list(statistics.values()))]
+
+    def _adam_step(self, fixed: Any, batch: Any, statistics: th.Tensor) -> list[th.Tensor]:
+        gradients = [gradient.clone() for gradient in fixed[0].gradients]
+        return self._adam(fixed, gradients, dict(zip(self._names_of_loss, statistics.unbind(), strict=True)))
+
+    def _named(self, numbers: th.Tensor) -> Coefficients:
+        return dict(zip(self._coefficients, numbers.unbind(), strict=True))
+
+    def _gradients(
         self,
-        fixed: tuple[_Owned, dict[str, th.Tensor], th.Tensor],
-        bound: RolloutSamples | None,
-        given: Any,
-    ) -> list[th.Tensor]:
+        fixed: tuple[Owned, dict[str, th.Tensor], th.Tensor],
+        rollout: RolloutSamples | None,
+        minibatch: Any,
+    ) -> tuple[list[th.Tensor], Statistics]:
         owned, others, numbers = fixed
         assert self._flat is not None
-        named_numbers = dict(zip((*self._coefficients, *self._live_numbers), numbers.unbind(), strict=True))
-        coefficients = {name: named_numbers[name] for name in self._coefficients}
-        live_numbers = {name: named_numbers[name] for name in self._live_numbers}
-        rollout_data = given if bound is None else take(bound, given)
+        rollout_data = minibatch if rollout is None else rollout.rows(minibatch)
         with th.enable_grad():
             thetas = [theta.detach().requires_grad_() for theta in owned.thetas]
             piece_of = {
@@ -223,8 +231,18 @@ class CompiledStep:
             }
             named = self._module.tensors().items()
             updated = {name: piece_of[id(tensor)] for name, tensor in named if id(tensor) in piece_of}
-            loss, statistics = self._module.call({**updated, **others}, rollout_data, coefficients, live_numbers)
-            gradients = th.autograd.grad(loss, thetas)
+            loss, statistics = self._module.call({**updated, **others}, rollout_data, self._named(numbers))
+            return list(th.autograd.grad(loss, thetas)), statistics
+
+    def _adam(
+        self,
+        fixed: tuple[Owned, dict[str, th.Tensor], th.Tensor],
+        gradients: list[th.Tensor],
+        statistics: Statistics,
+    ) -> list[th.Tensor]:
+        """Clip the gradients and make the step of Adam, as torch.optim.Adam computes it."""
+        owned, _, numbers = fixed
+        coefficients = self._named(numbers)
         norm = th.linalg.vector_norm(gradients[0] if len(gradients) == 1 else th.cat(gradients))
         statistics["grad_norm"] = norm
         takes_step = norm.isfinite()
@@ -232,7 +250,6 @@ class CompiledStep:
             takes_step = takes_step & (statistics["approx_kl"] <= coefficients["kl_limit"])
         scale = (coefficients["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
 
-        # Adam, as torch.optim.Adam computes it
         beta1, beta2 = self._betas
         for theta, gradient, last_gradient, exp_avg, exp_avg_sq, clock, learning_rate in zip(
             owned.thetas,

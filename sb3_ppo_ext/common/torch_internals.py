@@ -18,7 +18,6 @@ import torch as th
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # How often a tensor, or a view of it, has been written into. It shows that a callback has changed the policy during a
 # rollout, and how many parameters a backward pass has reached, without reading a number of them. Torch has nothing
@@ -80,24 +79,6 @@ def fused_step(optimizer: th.optim.Optimizer, *, grad_scale: th.Tensor, found_in
     optimizer.step()
     for name in handed_over:
         delattr(optimizer, name)
-
-
-def flatten_tree(tree: Any) -> tuple[list[th.Tensor], Callable[[Sequence[th.Tensor]], Any]]:
-    """
-    The tensors in nested tuples, lists and dicts, as a program takes them. ``torch.utils.pytree`` would take the place
-    of torch's private module once all releases have it.
-
-    :param tree: may hold None where there is no tensor
-    :return: the tensors, and what puts as many others in their places
-    """
-    leaves, structure = tree_flatten(tree)
-    is_tensor = [leaf is not None for leaf in leaves]
-
-    def unflatten(tensors: Sequence[th.Tensor]) -> Any:
-        rest = iter(tensors)
-        return tree_unflatten([next(rest) if present else None for present in is_tensor], structure)
-
-    return [leaf for leaf in leaves if leaf is not None], unflatten
 
 
 def traced(

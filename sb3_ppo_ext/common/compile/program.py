@@ -16,7 +16,8 @@ from sb3_ppo_ext.common.compile import Run, cpu
 from sb3_ppo_ext.common.compile.announce import announced, is_bar_shown
 from sb3_ppo_ext.common.compile.cuda import Recording, can_record, copied
 from sb3_ppo_ext.common.compile.support import REFUSED
-from sb3_ppo_ext.common.torch_internals import flatten_tree, traced
+from sb3_ppo_ext.common.compile.trees import tensors_in, with_tensors
+from sb3_ppo_ext.common.torch_internals import traced
 
 Compiled = TypeVar("Compiled")
 
@@ -89,8 +90,8 @@ class Program:
         :param batch: tensors that the calls do not write into
         :return: ``fixed``, as tensors that the calls write into
         """
-        leaves, self._unflatten_bound = flatten_tree((fixed, batch))
-        self._n_fixed = len(flatten_tree(fixed)[0])
+        leaves = tensors_in((fixed, batch))
+        self._n_fixed = len(tensors_in(fixed))
         layouts = _layouts(leaves)
         self._runs_of_bound = self._runs.setdefault(layouts, {})
         if self._is_recorded:
@@ -98,18 +99,20 @@ class Program:
                 self._places[layouts] = [th.empty_like(leaf) for leaf in leaves]
             leaves = copied(self._places[layouts], leaves)
         self._bound = leaves
-        return self._unflatten_bound(leaves)[0]
+        self._arguments = with_tensors((fixed, batch), iter(leaves))
+        return self._arguments[0]
 
     def unbind(self) -> None:
         """Let go of what was bound."""
         self._bound = []
+        self._arguments = ()
 
     def __call__(self, *more: Any) -> list[th.Tensor]:
         """
         :param more: the other arguments of the function
         :return: what it gives
         """
-        leaves = _tensors(more)
+        leaves = tensors_in(more)
         layouts = _layouts(leaves)
         run = self._runs_of_bound.get(layouts)
         if run is None:
@@ -118,10 +121,11 @@ class Program:
 
     @th.no_grad()
     def _first_call(self, layouts: Hashable, more: tuple[Any, ...]) -> list[th.Tensor]:
-        leaves, unflatten = flatten_tree((*self._unflatten_bound(self._bound), *more))
+        arguments = (*self._arguments, *more)
+        leaves = tensors_in(arguments)
 
         def flat(*leaves: th.Tensor) -> list[th.Tensor]:
-            return list(self._function(*unflatten(leaves)))
+            return list(self._function(*with_tensors(arguments, iter(leaves))))
 
         graph, constants = _traced(flat, leaves, self._decompositions)
         inputs = [*leaves, *constants]
@@ -143,19 +147,6 @@ class Program:
                 return cpu.machine_code(graph, inputs)
             compiled = th.compile(graph, fullgraph=True, dynamic=False)
             return th.no_grad()(lambda inputs: compiled(*inputs))
-
-
-def _tensors(arguments: tuple[Any, ...]) -> list[th.Tensor]:
-    """What ``flatten_tree`` gives, in a fraction of its time: an actor is called at every step."""
-    tensors: list[th.Tensor] = []
-    for argument in arguments:
-        if isinstance(argument, th.Tensor):
-            tensors.append(argument)
-        elif isinstance(argument, tuple):
-            tensors += _tensors(argument)
-        elif argument is not None:
-            tensors += flatten_tree(argument)[0]
-    return tensors
 
 
 def _layouts(tensors: Sequence[th.Tensor]) -> Hashable:

@@ -10,9 +10,9 @@ from torch import nn
 
 from sb3_ppo_ext.common.compile.cuda import copied
 from sb3_ppo_ext.common.compile.program import FunctionalModule, Program
+from sb3_ppo_ext.common.compile.trees import tensors_in
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
-from sb3_ppo_ext.common.torch_internals import flatten_tree
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
 from sb3_ppo_ext.common.update.objective import Coefficients, Loss, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
@@ -111,7 +111,7 @@ class CompiledStep:
         """Put parameters and moments back into the policy and its optimiser."""
         if self._flat is None:
             return
-        copied(flatten_tree(self._taken)[0], flatten_tree(self._fixed)[0])
+        copied(tensors_in(self._taken), tensors_in(self._fixed))
         for flat, clock in zip(self._flat.parameters, self._taken[0].clocks, strict=True):
             self._flat.adam.state[flat]["step"].copy_(clock[0])
         self._flat.restore()

@@ -17,7 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_ext import __version__
-from sb3_ppo_ext.zoo import cli
+from sb3_ppo_ext.zoo import commands
 from tests.contract.zoo import (
     MODEL,
     RUN,
@@ -333,9 +333,9 @@ def test_the_hubs_commands_know_our_algorithms(command: Command, monkeypatch: py
 def test_a_model_card_names_the_command_that_knows_the_algorithm(
     algo: str, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli._mend_hub()
+    commands._restore_generate_metadata()
     push_to_hub = importlib.import_module("rl_zoo3.push_to_hub")
-    monkeypatch.setattr(push_to_hub, "metadata_save", cli._save_model_card)  # as the command does
+    monkeypatch.setattr(push_to_hub, "metadata_save", commands._save_model_card)  # as the command does
     card, metadata = push_to_hub.generate_model_card(algo, "X", "me", "CartPole-v1", 1.0, 0.0, {}, {})
     push_to_hub.save_model_card(tmp_path, card, metadata)
     written = (tmp_path / "README.md").read_text()

@@ -158,9 +158,7 @@ def search(
     :param target: ``sb3-ppo-ext`` itself
     :return: the exit code
     """
-    is_file = options.conf_file.endswith((".py", ".yaml", ".yml"))  # or else a module
-    conf_file = str(Path(options.conf_file).resolve()) if is_file else options.conf_file
-    task = Task(**{**{name: getattr(options, name) for name in Task.__annotations__}, "conf_file": conf_file})
+    task = Task.from_options(options)
     task.entry()  # refuses what no trial could be started from
     trial_arguments = []
     for name in ("n_evaluations", "eval_episodes", "n_startup_trials", "sampler", "pruner", "device"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -40,6 +42,17 @@ class Task:
     env_kwargs: list[str]
     eval_env_kwargs: list[str]
     gym_packages: list[str]
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> Task:
+        """
+        :param options: of ``study run``
+        :return: the task that they say, with a configuration that is found from any folder
+        """
+        task = cls(**{name: getattr(options, name) for name in cls.__annotations__})
+        if task.conf_file.endswith((".py", ".yaml", ".yml")):  # or else it is a module
+            task.conf_file = str(Path(task.conf_file).resolve())
+        return task
 
     def environment_arguments(self) -> list[str]:
         """The part of the command line of ``train`` that says which environment is meant, and with which algorithm."""

@@ -1,4 +1,4 @@
-"""What the command line of ``sb3-ppo-ext study`` refuses, and that it does so in one line and before anything is begun."""
+"""What the command line of ``sb3-ppo-ext study`` refuses: in one line, and before anything is begun."""
 
 import os
 import re

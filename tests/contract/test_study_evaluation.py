@@ -43,9 +43,9 @@ def test_the_best_are_trained_again_and_the_winner_is_written(command: Command, 
     assert Counter((row["trial"], row["seed"]) for row in stored_rows()) == {
         (label, seed): 1 for label in ("default", "1", "2") for seed in (7, 8)
     }
-    means = {
-        row["trial"]: [float(r["mean"]) for r in stored_rows() if r["trial"] == row["trial"]] for row in stored_rows()
-    }
+    means: dict[str, list[float]] = {}
+    for row in stored_rows():
+        means.setdefault(row["trial"], []).append(row["mean"])
     for label, values in means.items():
         name = label if label == "default" else f"trial {label}"
         figures = rf"{name} .* {np.mean(values):.2f} +{np.std(values, ddof=1):.2f} +\d"
@@ -139,7 +139,6 @@ def test_arguments_of_an_evaluation_are_refused_before_it(command: Command, tmp_
 def test_what_was_trained_again_is_in_the_storage(command: Command, tmp_path: Path) -> None:
     where = ("--storage", "sqlite:///study.db")
     finished_study(tmp_path, 1.0, more=where)
-    assert "Train the best again" in command("study", "show", *where)
     output = command("study", "evaluate", "--seeds", "2", "--device", "cpu", *where)
     lines = [line for line in output.splitlines() if line.startswith(("  default ", "  trial 0 "))]
     assert len(lines) == 2

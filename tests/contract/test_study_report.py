@@ -31,6 +31,7 @@ def test_the_best_trials_are_shown_as_text_page_and_picture(command: Command, tm
     assert f"optuna-dashboard {STUDY_FOLDER / 'study.log'}" in output
     assert "takes at least 10 complete trials, and there are 3" in output
     assert "explains" not in output
+    assert "Train the best again" in output
 
     for trial in best * 4:
         study.add_trial(trial)

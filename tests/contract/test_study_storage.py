@@ -1,4 +1,4 @@
-"""A study of several processes, in a journal and in PostgreSQL: a process that dies loses its trial and nothing else."""
+"""A study of several processes, in a journal and in PostgreSQL: one that dies loses its trial and nothing else."""
 
 import contextlib
 import glob

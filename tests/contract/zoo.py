@@ -79,16 +79,13 @@ def trial_states() -> dict[str, int]:
 
 
 def finished_study(folder: Path, *values: float, more: tuple[str, ...] = ()) -> ZooStudy:
-    """What ``study run`` leaves behind after trials with these values, of which the first has drawn other numbers."""
+    """What ``study run`` leaves behind after complete trials with these values."""
     options = study_parser([held.ALGO]).parse_known_args(held.arguments(folder, 1, *more)[1:])[0]
     study = create_study(options)
     study.set_task(Task.from_options(options))
     for number, value in enumerate(values):
-        drawn = {
-            "one_minus_gamma": 0.01 * (number + 1),
-            "learning_rate": 0.05 / (number + 1),
-            "hidden": 4 + 4 * (number % 2),
-        }
+        gamma, rate, hidden = 0.01 * (number + 1), 0.05 / (number + 1), 4 + 4 * (number % 2)
+        drawn = {"one_minus_gamma": gamma, "learning_rate": rate, "hidden": hidden}
         fixed = optuna.trial.FixedTrial(drawn)
         held.sample(fixed, 2, 1, {})  # type: ignore[arg-type]
         study.optuna_study.add_trial(

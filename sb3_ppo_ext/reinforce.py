@@ -26,7 +26,7 @@ from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule, time_
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.update.scores import score_statistics
-from sb3_ppo_ext.common.update.step import clip_and_step, reached, use_fused_adam
+from sb3_ppo_ext.common.update.step import clip_and_step, gradients_of, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
 from sb3_ppo_ext.losses import baselines
 
@@ -252,7 +252,7 @@ class REINFORCE(OnPolicyAlgorithm):
             starts,
             self._episode_length,
             max_episode_steps=self._episode_limit,
-            raise_endless=self._raise_endless,
+            limit_in_words=self._limit_in_words(),
         )
         is_complete = is_stopped = False
         try:
@@ -267,18 +267,12 @@ class REINFORCE(OnPolicyAlgorithm):
                 self._last_obs = None
         return is_complete
 
-    def _raise_endless(self) -> None:
-        if self.max_episode_steps is None:
-            limit = (
-                f"{self._episode_limit} steps, the limit that max_episode_steps=None makes of total_timesteps="
-                f"{self._total_timesteps - self._num_timesteps_at_start} and {self.n_envs} environment(s)"
-            )
-        else:
-            limit = f"max_episode_steps={self.max_episode_steps} steps"
-        raise ValueError(
-            f"An episode has not ended within {limit}. REINFORCE learns from complete episodes: give the environment a "
-            "time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., max_episode_steps=...)), or give "
-            "REINFORCE a larger max_episode_steps if they are that long"
+    def _limit_in_words(self) -> str:
+        if self.max_episode_steps is not None:
+            return f"max_episode_steps={self.max_episode_steps} steps"
+        return (
+            f"{self._episode_limit} steps, the limit that max_episode_steps=None makes of total_timesteps="
+            f"{self._total_timesteps - self._num_timesteps_at_start} and {self.n_envs} environment(s)"
         )
 
     def train(self) -> None:
@@ -377,9 +371,9 @@ class REINFORCE(OnPolicyAlgorithm):
             loss.backward()  # type: ignore[no-untyped-call]
             policy_loss += chunk_loss.detach()
             entropy_sum += entropy.detach().sum()
-        grad_norm = clip_and_step(
-            self.policy.optimizer, self.policy.parameters(), max_grad_norm=self.max_grad_norm
-        ).item()
+        parameters = list(self.policy.parameters())
+        self._reducer.average(*gradients_of(parameters))
+        grad_norm = clip_and_step(self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm).item()
         self.logger.record("train/policy_gradient_loss", policy_loss.item() / self._n_episodes)
         self.logger.record("train/entropy_loss", -entropy_sum.item() / len(weights))
         self.logger.record("train/grad_norm", grad_norm)

@@ -77,6 +77,41 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     assert not doors, "these import each other in a circle, or import those that do"
 
 
+# The floors of common/, from the lowest to the highest: a file imports from its own room and from lower floors. The
+# rooms of one floor do not know each other.
+FLOORS: list[set[str]] = [
+    {"torch_internals", "errors"},
+    {"validation", "distributions"},
+    {"policy_distributions", "spaces"},
+    {"rollout"},
+    {"update"},
+    {"compile", "saving", "policies"},
+    {"construction"},
+    {"model"},
+    {"algorithm"},
+    {"proximal"},
+]
+# Where the modules were that older files and configurations name.
+OLD_NAMES = {"buffers", "checkpoint", "episodes"}
+
+
+def test_the_floors_of_common() -> None:
+    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+    for path in (PACKAGE / "common").rglob("*.py"):
+        here = path.relative_to(PACKAGE / "common").with_suffix("").parts[0]
+        if here in OLD_NAMES | {"__init__"}:
+            continue
+        for name in imports(path):
+            there = name.removeprefix("sb3_ppo_ext.common.").partition(".")[0]
+            if name.startswith("sb3_ppo_ext.common.") and there != here:
+                assert floor[there] < floor[here], f"{path.relative_to(PACKAGE)} must not import {name}"
+
+
+def test_no_file_is_long() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in MODULES}
+    assert {path: n for path, n in lengths.items() if n > 400} == {}
+
+
 # From the lowest to the highest; a file imports none that stands beside or above it.
 ZOO_LEVELS = """
 arguments errors interrupts search_spaces study.processes

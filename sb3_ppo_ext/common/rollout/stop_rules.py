@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -66,7 +65,7 @@ class AfterEpisodes:
     :param episode_starts: the environments that are about to begin an episode, bool, shape ``(n_envs,)``
     :param episode_lengths: steps so far of each environment's episode, shape ``(n_envs,)``, updated in place
     :param max_episode_steps: of an episode that is waited for
-    :param raise_endless: called if one is longer; it raises an error
+    :param limit_in_words: what that limit is, and where it comes from
     """
 
     def __init__(
@@ -76,13 +75,13 @@ class AfterEpisodes:
         episode_lengths: np.ndarray,
         *,
         max_episode_steps: int,
-        raise_endless: Callable[[], None],
+        limit_in_words: str,
     ) -> None:
         self._episodes_per_env = episodes_per_env
         self._completed = np.where(episode_starts, 0, -1)  # -1: first comes the rest of an episode that had begun
         self._episode_lengths = episode_lengths
         self._max_episode_steps = max_episode_steps
-        self._raise_endless = raise_endless
+        self._limit_in_words = limit_in_words
 
     @property
     def counted(self) -> np.ndarray:
@@ -104,7 +103,11 @@ class AfterEpisodes:
         self.count(dones)
         is_awaited = self._completed < self._episodes_per_env
         if (self._episode_lengths[is_awaited] >= self._max_episode_steps).any():
-            self._raise_endless()
+            raise ValueError(
+                f"An episode has not ended within {self._limit_in_words}. REINFORCE learns from complete episodes: give "
+                "the environment a time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., "
+                "max_episode_steps=...)), or give REINFORCE a larger max_episode_steps if they are that long"
+            )
         return not is_awaited.any()
 
     def close(self, rollout_buffer: RolloutBuffer) -> None:

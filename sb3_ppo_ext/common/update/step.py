@@ -103,14 +103,14 @@ class EagerStep:
                 self._make_flat(self._parameters)
             if self._has_flat_gradients(loss):
                 assert self._flat is not None
-                self._reducer.average(*(p.grad for p in self._flat.parameters if p.grad is not None))
+                self._reducer.average(*gradients_of(self._flat.parameters))
                 self._flat.take_learning_rates()
                 return clip_and_step(self._flat.adam, self._flat.parameters, max_grad_norm=max_grad_norm)
             self._leave_flat()
             self._may_be_flat = False
         self._optimizer.zero_grad()
         loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
-        self._reducer.average(*(p.grad for p in self._parameters if p.grad is not None))
+        self._reducer.average(*gradients_of(self._parameters))
         return clip_and_step(
             self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
         )
@@ -162,6 +162,15 @@ def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Pa
     return [parameter for parameter, grad in zip(candidates, grads, strict=True) if grad is not None]
 
 
+def gradients_of(parameters: Iterable[th.Tensor]) -> list[th.Tensor]:
+    """
+    The gradients that are there.
+
+    :param parameters: leaves of the autograd graph
+    """
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
 def clip_and_step(
     optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float, in_place: bool = False
 ) -> th.Tensor:
@@ -182,7 +191,7 @@ def clip_and_step(
         return grad_norm
 
     # The fused kernel divides the gradients by a number that it is given (it is made for loss scaling).
-    grads = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
+    grads = [gradient.flatten() for gradient in gradients_of(parameters)]
     grad_norm = th.linalg.vector_norm(grads[0] if len(grads) == 1 else th.cat(grads))
     scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
     if grad_norm.device.type == "cuda":

@@ -215,7 +215,7 @@ class ZooExperimentManager(ExperimentManager):
         if self.continue_training:
             options["reset_num_timesteps"] = False  # steps and schedules go on
             if model.tensorboard_log:
-                # SB3 would write into the newest log, whoever's that is.
+                # SB3 would write into the newest log, which may be that of another training.
                 name = options["tb_log_name"]
                 log_id = get_latest_log_id(model.tensorboard_log, name) + 1
                 Path(model.tensorboard_log, f"{name}_{log_id}").mkdir(parents=True, exist_ok=True)

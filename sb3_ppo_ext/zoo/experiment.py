@@ -247,11 +247,11 @@ class ZooExperimentManager(ExperimentManager):
 
     def _log_name(self, model: BaseAlgorithm) -> str:
         """The beginning of a TensorBoard folder's name: SB3's, unless another algorithm's class has the same name."""
+        if self.algo not in ALGORITHMS:
+            return str(inspect.signature(model.learn).parameters["tb_log_name"].default)
         name = type(model).__name__
         others = [key for key, algorithm in ALGOS.items() if algorithm.__name__ == name and key != self.algo]
-        if self.algo in ALGORITHMS and others:
-            return self.algo
-        return str(inspect.signature(model.learn).parameters["tb_log_name"].default)
+        return self.algo if others else name
 
     def hyperparameters_optimization(self) -> None:
         """Search; Ctrl-C is Optuna's to handle."""

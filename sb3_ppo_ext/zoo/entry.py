@@ -74,29 +74,29 @@ def _entries(config: str) -> dict[str, Any]:
     return dict(found["hyperparams"])
 
 
-def check_keys(hyperparams: dict[str, Any], algorithm: type, place: Callable[[str], str]) -> None:
+def check_keys(hyperparams: dict[str, Any], algorithm: type, location: Callable[[str], str]) -> None:
     """
     :param hyperparams: of an entry
     :param algorithm: whose constructor takes them
-    :param place: given a key, says where it stands
+    :param location: given a key, says where it stands
     :raises EntryError: if there is a key that nothing reads, or one is missing that rl_zoo3 cannot do without
     """
     constructor = set(inspect.signature(algorithm).parameters) - {"_init_setup_model"}
     for key in hyperparams:
         if key in _COMMAND_LINE_KEYS:
-            raise EntryError(f"{place(key)}: '{key}' is set on the command line, with --{key.replace('_', '-')}")
+            raise EntryError(f"{location(key)}: '{key}' is set on the command line, with --{key.replace('_', '-')}")
         if key not in constructor | _ZOO_KEYS:
             known = (constructor | _ZOO_KEYS) - _COMMAND_LINE_KEYS
-            raise EntryError(f"{place(key)}: unknown key '{key}'{nearest(key, sorted(known))}")
+            raise EntryError(f"{location(key)}: unknown key '{key}'{nearest(key, sorted(known))}")
     for key in ("n_timesteps", "policy"):
         if key not in hyperparams:
-            raise EntryError(f"{place(key)}: '{key}' is missing")
+            raise EntryError(f"{location(key)}: '{key}' is missing")
 
 
-def numbers(hyperparams: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+def read_numbers(hyperparams: dict[str, Any], location: Callable[[str], str]) -> dict[str, Any]:
     """
     :param hyperparams: of an entry
-    :param place: given a key, says where it stands
+    :param location: given a key, says where it stands
     :return: those that are numbers and were not read as such, or not as whole numbers
     :raises EntryError: if what counts something is no whole number of at least 1
     """
@@ -110,14 +110,14 @@ def numbers(hyperparams: dict[str, Any], place: Callable[[str], str]) -> dict[st
             try:
                 read[key] = whole_number(read.get(key, hyperparams[key]), minimum=1)
             except argparse.ArgumentTypeError as error:
-                raise EntryError(f"{place(key)}: {key}={error}") from None
+                raise EntryError(f"{location(key)}: {key}={error}") from None
     return read
 
 
-def check_normalize(hyperparams: dict[str, Any], place: Callable[[str], str]) -> None:
+def check_normalize(hyperparams: dict[str, Any], location: Callable[[str], str]) -> None:
     """
     :param hyperparams: of an entry
-    :param place: given a key, says where it stands
+    :param location: given a key, says where it stands
     :raises EntryError: if ``normalize`` is neither a bool, nor keyword arguments of VecNormalize, nor Python for one
     """
     normalize = hyperparams.get("normalize")
@@ -128,4 +128,4 @@ def check_normalize(hyperparams: dict[str, Any], place: Callable[[str], str]) ->
         if not isinstance(value, bool):
             inspect.signature(VecNormalize).bind(None, **dict(value))
     except Exception as error:  # whatever Python says of it
-        raise EntryError(f"{place('normalize')}: normalize={normalize!r} cannot be used; {error}") from None
+        raise EntryError(f"{location('normalize')}: normalize={normalize!r} cannot be used; {error}") from None

@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.utils import get_latest_run_id as get_latest_log_id
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ppo_ext.zoo.entry import check_config, check_keys, check_normalize, numbers
+from sb3_ppo_ext.zoo.entry import check_config, check_keys, check_normalize, read_numbers
 from sb3_ppo_ext.zoo.errors import EntryError, StudyError
 from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, sigint_blocked
 from sb3_ppo_ext.zoo.pretrained import check_agent_fits, normalize_as_agent
@@ -122,9 +122,9 @@ class ZooExperimentManager(ExperimentManager):
         """As rl_zoo3; but an agent that goes on has the statistics it was trained with, wherever they are."""
         if not self.continue_training:
             return super()._maybe_normalize(env, eval_env)
-        place = f"{self.config}, {self.env_name.gym_id}"
+        location = f"{self.config}, {self.env_name.gym_id}"
         agent = Path(self.trained_agent)
-        normalized = normalize_as_agent(env, agent, self.env_name, self.normalize, self.normalize_kwargs, place)
+        normalized = normalize_as_agent(env, agent, self.env_name, self.normalize, self.normalize_kwargs, location)
         if normalized is None:
             return env
         normalized.training = not eval_env
@@ -162,8 +162,8 @@ class ZooExperimentManager(ExperimentManager):
             saved_hyperparams = {name: hyperparams[name] for name in sorted(hyperparams)}
             print(f"With what was drawn for trial {trial_id} of study {self.study_name}:")
             pprint(saved_hyperparams)
-        check_keys(hyperparams, ALGOS[self.algo], self._place)
-        read = numbers(hyperparams, self._place)
+        check_keys(hyperparams, ALGOS[self.algo], self._location)
+        read = read_numbers(hyperparams, self._location)
         hyperparams.update(read)
         saved_hyperparams.update(read)
         return hyperparams, saved_hyperparams
@@ -186,7 +186,7 @@ class ZooExperimentManager(ExperimentManager):
             raise EntryError(str(error)) from None
         return dict(super().load_trial(storage, study_name, trial_id, convert))
 
-    def _place(self, key: str) -> str:
+    def _location(self, key: str) -> str:
         """Where a hyper-parameter stands, for a message."""
         file = "-params" if key in (self.custom_hyperparams or {}) else self.config
         return f"{file}, {self.env_name.gym_id}"
@@ -199,7 +199,7 @@ class ZooExperimentManager(ExperimentManager):
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
         """As rl_zoo3; but ``env_kwargs`` of the entry are those of the evaluation, too."""
-        check_normalize(hyperparams, self._place)
+        check_normalize(hyperparams, self._location)
         preprocessed = super()._preprocess_hyperparams(hyperparams)
         if not self._eval_env_kwargs_args:
             self.eval_env_kwargs = self.env_kwargs

@@ -30,7 +30,7 @@ def check_agent_fits(agent: str, algo: str) -> None:
 
 
 def normalize_as_agent(
-    env: VecEnv, agent: Path, env_name: str, normalize: Any, normalize_kwargs: dict[str, Any], place: str
+    env: VecEnv, agent: Path, env_name: str, normalize: Any, normalize_kwargs: dict[str, Any], location: str
 ) -> VecNormalize | None:
     """
     :param env: not normalised
@@ -38,7 +38,7 @@ def normalize_as_agent(
     :param env_name: the environment's, as in names of files
     :param normalize: as the entry says it
     :param normalize_kwargs: the same, as keyword arguments of VecNormalize
-    :param place: where the entry stands
+    :param location: where the entry stands
     :return: the environment, normalised by the statistics of the agent; None, if that has none
     :raises EntryError: if the entry does not fit the agent's statistics
     """
@@ -54,7 +54,7 @@ def normalize_as_agent(
     if bool(normalize) != (normalized is not None):
         what = f"with those in {source}" if normalized else f"without any in {agent} or beside it"
         raise EntryError(
-            f"{place}: normalize={normalize!r} does not fit an agent that was "
+            f"{location}: normalize={normalize!r} does not fit an agent that was "
             f"trained {what}: the statistics of VecNormalize belong to the agent"
         )
     if normalized is None:
@@ -65,7 +65,7 @@ def normalize_as_agent(
             normalized.gamma = value
         elif name != "training" and getattr(normalized, name, value) != value:
             raise EntryError(
-                f"{place}: normalize with {name}={value!r} does not fit {source}, "
+                f"{location}: normalize with {name}={value!r} does not fit {source}, "
                 f"which has {name}={getattr(normalized, name)!r}"
             )
     return normalized

@@ -1,5 +1,6 @@
 """``sb3-ppo-ext study export``: an exported entry trains what the trial has trained, whatever its policy is made of."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import yaml
 
 from sb3_ppo_ext import DualClipPPO
 from tests.contract import held
-from tests.contract.zoo import STUDY, STUDY_FOLDER, Command, load_study, stored_rows
+from tests.contract.zoo import STUDY, STUDY_FOLDER, Command, finished_study, load_study, stored_rows
 
 pytestmark = pytest.mark.usefixtures("held_space")
 
@@ -78,3 +79,18 @@ hyperparams = {held.ENV: {**held.ENTRY, "clip_range": lambda progress: 0.1, "pol
     files += [Path(f"logs/{held.ALGO}/{held.ENV}_1/{held.ENV}.zip")]
     evaluated, again = (DualClipPPO.load(file, device="cpu").policy for file in files)
     assert [one.tolist() for one in evaluated.parameters()] == [one.tolist() for one in again.parameters()]
+
+
+def test_an_export_that_fails_leaves_the_file_as_it_was(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(file: int) -> None:
+        raise OSError("the disk is full")
+
+    finished_study(tmp_path, 1.0)
+    Path("it.yml").write_text("before")
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        command("study", "export", "-o", "it.yml")
+    assert Path("it.yml").read_text() == "before"
+    assert sorted(os.listdir()) == ["held.yml", "it.yml", "logs"]

@@ -12,7 +12,7 @@ import yaml
 from gymnasium import spaces
 
 from sb3_ppo_ext.zoo.arguments import whole_number
-from tests.contract.zoo import RUN, SMALL, TRAIN, Command, load, run_folder, said
+from tests.contract.zoo import RUN, SMALL, TRAIN, Command, error_line, load, run_folder
 
 ROOT = Path(__file__).parents[2]
 MODEL = RUN / "CartPole-v1.zip"
@@ -113,7 +113,7 @@ def test_numbers_that_pyyaml_takes_for_strings(command: Command, algo: str) -> N
     ("key", "value"), [("n_timesteps", "many"), ("n_timesteps", 0), ("n_envs", 0), ("n_envs", 1.5), ("frame_stack", -1)]
 )
 def test_a_number_out_of_range_is_named_with_its_key(command: Command, algo: str, key: str, value: object) -> None:
-    output = said(command("train", "--algo", algo, "-conf", config(**{key: value}), code=1))
+    output = error_line(command("train", "--algo", algo, "-conf", config(**{key: value}), code=1))
     assert output.startswith(f"sb3-ppo-ext train: mine.yml, CartPole-v1: {key}={value!r} is not allowed")
 
 
@@ -130,11 +130,11 @@ def test_a_number_out_of_range_is_named_with_its_key(command: Command, algo: str
 def test_a_configuration_that_is_none(command: Command, name: str, content: str, answer: str) -> None:
     if content:
         Path(name).write_text(content)
-    assert answer in said(command(*TRAIN, "-conf", name, code=1))
+    assert answer in error_line(command(*TRAIN, "-conf", name, code=1))
 
 
 def test_a_typo_in_the_entry_of_an_algorithm_of_rl_zoo3_is_named(command: Command) -> None:
-    output = said(command("train", "--algo", "ppo", "-params", "clip_rnage:0.3", code=1))
+    output = error_line(command("train", "--algo", "ppo", "-params", "clip_rnage:0.3", code=1))
     assert output == "sb3-ppo-ext train: -params, CartPole-v1: unknown key 'clip_rnage'; the nearest is 'clip_range'"
 
 
@@ -161,9 +161,9 @@ gym.register("DictActions-v0", DictActionsEnv)  # type: ignore[arg-type]
 def test_what_sb3_refuses_is_one_line(command: Command, algo: str) -> None:
     Path("mine.yml").write_text(yaml.safe_dump({"default": {"n_timesteps": 64, **ENTRY}}))
     arguments = ["train", "--algo", algo, "-conf", "mine.yml", "--device", "cpu"]
-    output = said(command(*arguments, "--env", "DictObs-v0", code=1))
+    output = error_line(command(*arguments, "--env", "DictObs-v0", code=1))
     assert "You must use `MultiInputPolicy`" in output
-    output = said(command(*arguments, "--env", "DictActions-v0", "-params", "policy:MultiInputPolicy", code=1))
+    output = error_line(command(*arguments, "--env", "DictActions-v0", "-params", "policy:MultiInputPolicy", code=1))
     assert "Dict('a': Discrete(2))" in output or "The algorithm only supports" in output
 
 
@@ -176,12 +176,12 @@ def test_the_traceback_of_the_users_environment_is_kept(command: Command) -> Non
 @pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "PongNoFrameskip-v4"])
 def test_an_atari_game_without_its_package(command: Command, env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    output = said(command("train", "--env", env_id, code=1))
+    output = error_line(command("train", "--env", env_id, code=1))
     assert output.endswith(f"{env_id} is an Atari game, and ale-py is missing: pip install ale-py opencv-python")
 
 
 def test_an_environment_that_nobody_has_registered(command: Command) -> None:
-    output = said(command("train", "--env", "Nobody/Knows-v0", code=1))
+    output = error_line(command("train", "--env", "Nobody/Knows-v0", code=1))
     assert output.startswith("sb3-ppo-ext train: Nobody/Knows-v0 not found: a package that registers it must be")
     assert "maybe" not in output
 

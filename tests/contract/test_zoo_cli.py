@@ -25,11 +25,11 @@ from tests.contract.zoo import (
     SMALL,
     TRAIN,
     Command,
+    error_line,
     load,
     printed_command,
     printed_reward,
     run_folder,
-    said,
 )
 
 
@@ -173,15 +173,15 @@ def test_a_typo_is_named_with_its_file_and_the_right_key(command: Command) -> No
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": {**ENTRY, "clip_rnage": 0.1}}))
     output = command(*TRAIN, "-conf", "mine.yml", code=1)
     expected = "sb3-ppo-ext train: mine.yml, CartPole-v1: unknown key 'clip_rnage'; the nearest is 'clip_range'"
-    assert said(output) == expected
+    assert error_line(output) == expected
     assert "Traceback" not in output
     output = command(*TRAIN, "-params", "nenvs:3", code=1)
-    assert said(output) == "sb3-ppo-ext train: -params, CartPole-v1: unknown key 'nenvs'; the nearest is 'n_envs'"
+    assert error_line(output) == "sb3-ppo-ext train: -params, CartPole-v1: unknown key 'nenvs'; the nearest is 'n_envs'"
 
 
 def test_a_value_out_of_range_is_named_with_its_file(command: Command) -> None:
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": {**ENTRY, "gamma": 2}}))
-    output = said(command(*TRAIN, "-conf", "mine.yml", code=1))
+    output = error_line(command(*TRAIN, "-conf", "mine.yml", code=1))
     assert output.startswith("sb3-ppo-ext train: dual_clip_ppo on CartPole-v1, mine.yml: gamma=2 is not allowed")
 
 
@@ -201,19 +201,19 @@ def test_the_traceback_of_the_users_own_code_is_kept(command: Command) -> None:
 
 def test_what_the_command_line_sets_is_not_set_in_an_entry(command: Command) -> None:
     output = command(*TRAIN, "-params", "tensorboard_log:'logs'", code=1)
-    assert "'tensorboard_log' is set on the command line, with --tensorboard-log" in said(output)
+    assert "'tensorboard_log' is set on the command line, with --tensorboard-log" in error_line(output)
 
 
 @pytest.mark.parametrize("key", ["policy", "n_timesteps"])
 def test_a_missing_key_is_named(command: Command, key: str) -> None:
     entry = {name: value for name, value in ENTRY.items() if name != key}
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v1": entry}))
-    assert f"mine.yml, CartPole-v1: '{key}' is missing" in said(command(*TRAIN, "-conf", "mine.yml", code=1))
+    assert f"mine.yml, CartPole-v1: '{key}' is missing" in error_line(command(*TRAIN, "-conf", "mine.yml", code=1))
 
 
 def test_an_environment_without_an_entry_is_named(command: Command) -> None:
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v0": ENTRY, "Pendulum-v1": ENTRY}))
-    output = said(command(*TRAIN, "-conf", "mine.yml", code=1))
+    output = error_line(command(*TRAIN, "-conf", "mine.yml", code=1))
     assert output == "sb3-ppo-ext train: mine.yml has no entry for CartPole-v1; the nearest is 'CartPole-v0'"
 
     Path("mine.yml").write_text(yaml.safe_dump({"CartPole-v0": ENTRY, "default": ENTRY}))
@@ -223,9 +223,11 @@ def test_an_environment_without_an_entry_is_named(command: Command) -> None:
 
 
 def test_an_unknown_environment_and_an_agent_that_is_not_there_are_named(command: Command) -> None:
-    output = said(command("train", "--algo", "dual_clip_ppo", "--env", "CartPol-v1", code=1))
+    output = error_line(command("train", "--algo", "dual_clip_ppo", "--env", "CartPol-v1", code=1))
     assert output.startswith("sb3-ppo-ext train: CartPol-v1 not found")
-    output = said(command("enjoy", "--algo", "trpo_ext", "--env", "CartPole-v1", "-f", "logs", "--no-render", code=1))
+    output = error_line(
+        command("enjoy", "--algo", "trpo_ext", "--env", "CartPole-v1", "-f", "logs", "--no-render", code=1)
+    )
     assert output.startswith("sb3-ppo-ext enjoy: The logs/trpo_ext folder was not found")
 
 
@@ -319,9 +321,9 @@ def test_the_hubs_commands_know_our_algorithms(command: Command, monkeypatch: py
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     monkeypatch.delitem(sys.modules, "rl_zoo3.load_from_hub", raising=False)  # or running it is a warning
     where = ["--algo", "trpo_ext", "--env", "CartPole-v1", "-f", "logs"]
-    assert "set the environment variable `TRUST_REMOTE_CODE`" in said(command("load_from_hub", *where, code=1))
+    assert "set the environment variable `TRUST_REMOTE_CODE`" in error_line(command("load_from_hub", *where, code=1))
     refused = command("push_to_hub", *where, "-orga", "nobody", "--no-render", code=1)
-    assert said(refused) == "sb3-ppo-ext push_to_hub: The logs/trpo_ext folder was not found"
+    assert error_line(refused) == "sb3-ppo-ext push_to_hub: The logs/trpo_ext folder was not found"
 
 
 @pytest.mark.parametrize(("algo", "ours"), [("trpo_ext", True), ("ppo", False)])

@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_ppo_ext.zoo.interrupts import INTERRUPTED, Interrupts
-from tests.contract.zoo import MODEL, RUN, SMALL, TRAIN, Command, printed_command, printed_reward, said
+from tests.contract.zoo import MODEL, RUN, SMALL, TRAIN, Command, error_line, printed_command, printed_reward
 
 ROOT = Path(__file__).parents[2]
 # As in a shell in the foreground, wherever the tests run: in the background, Ctrl-C is ignored.
@@ -140,11 +140,11 @@ def test_before_training_nothing_is_left(command: Command, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rl_zoo3.exp_manager.ExperimentManager._save_config", interrupted)
-    assert said(command(*TRAIN, "-n", "1000", code=INTERRUPTED)) == "sb3-ppo-ext train: ended by Ctrl-C"
+    assert error_line(command(*TRAIN, "-n", "1000", code=INTERRUPTED)) == "sb3-ppo-ext train: ended by Ctrl-C"
     assert not RUN.exists()
 
 
 def test_a_search_that_is_interrupted_at_once(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(monkeypatch, 1, by=lambda: signal.raise_signal(signal.SIGINT))
     output = command(*TRAIN, "-n", "200", "-optimize", "--n-trials", "1", "--no-optim-plots", code=INTERRUPTED)
-    assert said(output) == "sb3-ppo-ext train: ended by Ctrl-C"
+    assert error_line(output) == "sb3-ppo-ext train: ended by Ctrl-C"

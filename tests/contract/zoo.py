@@ -56,7 +56,7 @@ def printed_reward(output: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
-def said(output: str) -> str:
+def error_line(output: str) -> str:
     """The one line that a refused command ends with."""
     assert "Traceback" not in output
     return output.strip().splitlines()[-1]

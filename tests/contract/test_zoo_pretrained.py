@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_ext import REINFORCE, DualClipPPO
-from tests.contract.zoo import RUN, SMALL, TRAIN, Command, load, printed_command, run_folder, said
+from tests.contract.zoo import RUN, SMALL, TRAIN, Command, error_line, load, printed_command, run_folder
 
 QUICK = ["--eval-freq", "-1", "--verbose", "0"]
 
@@ -82,12 +82,12 @@ def test_the_log_of_another_run_is_not_written_on(command: Command) -> None:
 def test_the_policy_of_an_agent_that_goes_on_is_not_changed(command: Command) -> None:
     command(*TRAIN, *QUICK, "-n", "64", *SMALL)
     more = ["-n", "128", *SMALL, "policy_kwargs:{net_arch: [8]}", "-i", str(RUN / "CartPole-v1.zip")]
-    assert "with -i, 'policy_kwargs' is what the agent was made with" in said(command(*TRAIN, *more, code=1))
+    assert "with -i, 'policy_kwargs' is what the agent was made with" in error_line(command(*TRAIN, *more, code=1))
 
 
 def test_another_algorithms_agent_is_refused(command: Command) -> None:
     command(*TRAIN, *QUICK, "-n", "64", *SMALL)
-    output = said(command("train", "--algo", "trpo_ext", "-n", "128", "-i", str(RUN / "CartPole-v1.zip"), code=1))
+    output = error_line(command("train", "--algo", "trpo_ext", "-n", "128", "-i", str(RUN / "CartPole-v1.zip"), code=1))
     assert "TRPO" in output
     assert "DualClipPPO" in output
 
@@ -126,15 +126,15 @@ def test_the_statistics_of_a_checkpoint_are_taken_over(command: Command, agent: 
 def test_statistics_that_do_not_fit_are_refused(command: Command) -> None:
     command(*TRAIN, *QUICK, "-conf", config(normalize=True))
     agent = "checkpoints/rl_model_128_steps.zip"
-    output = said(command(*TRAIN, "-conf", config(normalize=False), "-i", agent, code=1))
+    output = error_line(command(*TRAIN, "-conf", config(normalize=False), "-i", agent, code=1))
     assert f"normalize=False does not fit an agent that was trained with those in {agent}" in output
-    output = said(command(*TRAIN, "-conf", config(normalize={"clip_obs": 2.0}), "-i", agent, code=1))
+    output = error_line(command(*TRAIN, "-conf", config(normalize={"clip_obs": 2.0}), "-i", agent, code=1))
     assert f"normalize with clip_obs=2.0 does not fit {agent}, which has clip_obs=10.0" in output
 
 
 def test_an_agent_without_statistics_is_not_given_fresh_ones(command: Command) -> None:
     command(*TRAIN, *QUICK, "-conf", config())
-    output = said(command(*TRAIN, "-conf", config(normalize=True), "-i", str(RUN / "CartPole-v1.zip"), code=1))
+    output = error_line(command(*TRAIN, "-conf", config(normalize=True), "-i", str(RUN / "CartPole-v1.zip"), code=1))
     assert "normalize=True does not fit an agent that was trained without any in" in output
     assert not run_folder(2).exists()
 
@@ -145,11 +145,11 @@ def test_an_agent_of_ours_is_refused_by_an_algorithm_that_cannot_go_on_with_it(
     """Also by SB3's own, whose ``load`` takes any file."""
     REINFORCE("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "agent.zip")
     arguments = ["train", "--algo", "ppo", "--env", "CartPole-v1", "-n", "64", "-i", str(tmp_path / "agent.zip")]
-    assert "is of sb3_ppo_ext.REINFORCE, and --algo ppo cannot go on with it" in said(command(*arguments, code=1))
+    assert "is of sb3_ppo_ext.REINFORCE, and --algo ppo cannot go on with it" in error_line(command(*arguments, code=1))
 
 
 @pytest.mark.parametrize("normalize", ["maybe", "dict(norm_ob=False)"])
 def test_a_normalisation_that_there_is_not_is_one_line(command: Command, normalize: str) -> None:
-    line = said(command(*TRAIN, "-n", "64", "--eval-freq", "-1", "-params", f"normalize:{normalize}", code=1))
+    line = error_line(command(*TRAIN, "-n", "64", "--eval-freq", "-1", "-params", f"normalize:{normalize}", code=1))
     assert "-params, CartPole-v1: normalize=" in line
     assert "cannot be used; " in line

@@ -172,6 +172,7 @@ class DualClipPPO(ProximalAlgorithm):
             dual_clip=coefficients.get("dual_clip"),
             clip_range=coefficients["clip_range"],
             clip_range_high=coefficients.get("clip_range_high"),
+            mask=samples.mask,
         )
         diagnostics = surrogate.diagnostics
         return PolicyLoss(

@@ -104,8 +104,8 @@ class AfterEpisodes:
         is_awaited = self._completed < self._episodes_per_env
         if (self._episode_lengths[is_awaited] >= self._max_episode_steps).any():
             raise ValueError(
-                f"An episode has not ended within {self._limit_in_words}. REINFORCE learns from complete episodes: give "
-                "the environment a time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., "
+                f"An episode has not ended within {self._limit_in_words}. REINFORCE learns from complete episodes: "
+                "give the environment a time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., "
                 "max_episode_steps=...)), or give REINFORCE a larger max_episode_steps if they are that long"
             )
         return not is_awaited.any()

@@ -27,7 +27,8 @@ from sb3_ppo_ext.common.rollout.failures import explained
 from sb3_ppo_ext.common.rollout.purity import draws_noise, impurity
 from sb3_ppo_ext.common.rollout.step_by_step import collect_as_sb3
 from sb3_ppo_ext.common.rollout.stop_rules import AfterSteps, StopRule
-from sb3_ppo_ext.common.spaces import check_no_masks, n_action_dims
+from sb3_ppo_ext.common.rollout.vec_envs import check_no_masks
+from sb3_ppo_ext.common.spaces import n_action_dims
 from sb3_ppo_ext.common.update.objective import Loss
 from sb3_ppo_ext.common.update.reduce import OneProcess, Reducer
 from sb3_ppo_ext.common.update.step import EagerStep, MinibatchStep

@@ -125,9 +125,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         self.kl_coef_min = kl_coef_min
         self.kl_coef_max = kl_coef_max
         if _init_setup_model:
-            self._setup_model()
-            self._check_can_learn()
-            self._check_rollout_size(self.batch_size, self.normalize_advantage)
+            self._setup_new_model()
 
     def _validate(self) -> None:
         super()._validate()

@@ -174,8 +174,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.max_episode_steps = max_episode_steps
         self.torch_compile = torch_compile
         if _init_setup_model:
-            self._setup_model()
-            self._check_can_learn()
+            self._setup_new_model()
 
     @property
     def _n_episodes(self) -> int:

@@ -68,6 +68,11 @@ class OnPolicyAlgorithm(Model):
         copied = [{**info, "episode": dict(info["episode"])} if "episode" in info else info for info in infos]
         super()._update_info_buffer(copied, dones)
 
+    def _setup_new_model(self) -> None:
+        """Build what a new model consists of, and check what one that is loaded to be watched need not keep to."""
+        self._setup_model()
+        self._check_can_learn()
+
     def _check_can_learn(self) -> None:
         """
         For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled, and

@@ -109,7 +109,7 @@ def write_in_processes(path: str, n_processes: int) -> None:
 
 def test_processes_write_to_one_path(tmp_path):
     in_new_process(
-        "from tests.contract.test_whole_files import write_in_processes; write_in_processes(sys.argv[1], 3)",
+        "from tests.contract.test_atomic_files import write_in_processes; write_in_processes(sys.argv[1], 3)",
         tmp_path / "best.zip",
     )
     assert names(tmp_path) == {"best.zip"}

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.distributions import Family
-from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
-from sb3_ppo_ext.common.rollout.actor_critic import Evaluation
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.proximal import ProximalAlgorithm
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
-from sb3_ppo_ext.common.update.step import Coefficients
+from sb3_ppo_ext.common.update.controllers import adapted_by_kl
+from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
-
-def adapted_kl_coef(
-    kl_coef: float,
-    kl: float,
-    *,
-    target_kl: float,
-    kl_tolerance: float = 1.5,
-    kl_coef_factor: float = 2.0,
-    kl_coef_min: float = 0.0,
-    kl_coef_max: float = math.inf,
-) -> float:
-    """
-    The penalty coefficient after an update that moved the policy by ``kl``: divided by ``kl_coef_factor`` if that is
-    below ``target_kl / kl_tolerance``, multiplied by it if above ``target_kl * kl_tolerance``, else as it was; Schulman
-    et al. 2017, arXiv 1707.06347, section 4.
-
-    :param kl_coef: beta, the coefficient of the update
-    :param kl: mean KL(old || new) over the rollout; if it is NaN the coefficient stays
-    :param target_kl: the KL that is aimed at
-    :param kl_tolerance: half-width of the band around the target, as a factor
-    :param kl_coef_factor: of one change
-    :param kl_coef_min: lower bound of the result
-    :param kl_coef_max: upper bound of the result
-    :return: the coefficient for the next update
-    """
-    if kl > target_kl * kl_tolerance:
-        kl_coef *= kl_coef_factor
-    elif kl < target_kl / kl_tolerance:
-        kl_coef /= kl_coef_factor
-    return min(max(kl_coef, kl_coef_min), kl_coef_max)
+    pass
 
 
 class AdaptiveKLPPO(ProximalAlgorithm):
@@ -171,46 +141,48 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         check_real("kl_coef_max", self.kl_coef_max, at_least=self.kl_coef_min)
         check_real("kl_coef", self.kl_coef, at_least=self.kl_coef_min, at_most=self.kl_coef_max)
 
-    def _coefficients(self) -> dict[str, float]:
-        coefficients = super()._coefficients()
-        coefficients["kl_coef"] = self.kl_coef
-        if self.clip_range is not None:
-            coefficients["clip_range"] = self._at_present(self.clip_range)
-        return coefficients
+    @staticmethod
+    def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:
+        """
+        The surrogate with the KL penalty; see :meth:`ProximalAlgorithm.policy_loss`.
 
-    def _policy_loss(
-        self, evaluation: Evaluation, rollout_data: RolloutSamples, coefficients: Coefficients
-    ) -> PolicyLoss:
-        kl = cast(Family, self._family).kl(rollout_data.old_params, evaluation.params)
-        kl_coef = coefficients["kl_coef"]
+        :param evaluation: of a minibatch by the present policy
+        :param samples: the minibatch
+        :param coefficients: ``kl_coef``, and ``clip_range`` where it is not None
+        """
+        kl, kl_coef = evaluation.kl_from(samples.old_params), coefficients["kl_coef"]
         if "clip_range" not in coefficients:
             loss, diagnostics = losses.kl_penalized_surrogate_loss(
-                evaluation.log_prob, rollout_data.old_log_prob, rollout_data.advantages, kl, kl_coef=kl_coef
+                evaluation.log_prob, samples.old_log_prob, samples.advantages, kl, kl_coef=kl_coef
             )
         else:
             clipped, diagnostics = losses.clipped_surrogate_loss(
-                evaluation.log_prob,
-                rollout_data.old_log_prob,
-                rollout_data.advantages,
-                clip_range=coefficients["clip_range"],
+                evaluation.log_prob, samples.old_log_prob, samples.advantages, clip_range=coefficients["clip_range"]
             )
             loss = clipped + kl_coef * kl
         statistics = {"approx_kl": diagnostics.kl_k3, "ratio_max": diagnostics.ratio_max}
         if "clip_range" in coefficients:
             statistics["clip_fraction"] = diagnostics.clip_fraction
-        return PolicyLoss(loss.mean(), statistics)
+        return PolicyLoss(samples.mean(loss), statistics)
+
+    def coefficients(self) -> dict[str, float]:
+        numbers = super().coefficients()
+        numbers["kl_coef"] = self.kl_coef
+        if self.clip_range is not None:
+            numbers["clip_range"] = self._current_value(self.clip_range)
+        return numbers
 
     def _after_update(self) -> None:
         kl = self._measured_kl()
-        target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
-        self.kl_coef = adapted_kl_coef(
+        target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
+        self.kl_coef = adapted_by_kl(
             self.kl_coef,
             kl,
             target_kl=target_kl,
-            kl_tolerance=self.kl_tolerance,
-            kl_coef_factor=self.kl_coef_factor,
-            kl_coef_min=self.kl_coef_min,
-            kl_coef_max=self.kl_coef_max,
+            tolerance=self.kl_tolerance,
+            factor=self.kl_coef_factor,
+            minimum=self.kl_coef_min,
+            maximum=self.kl_coef_max,
         )
         self.logger.record("train/kl", kl)
         self.logger.record("train/target_kl", target_kl)
@@ -224,24 +196,6 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         with th.no_grad():
             total = 0.0
             for rows in self._chunks(len(rollout.old_params)):
-                params = actor_critic.params(obs_rows(rollout.observations, rows))
+                params = actor_critic.params(rollout.inputs.rows(rows))
                 total += family.kl(rollout.old_params[rows], params).sum().item()
         return total / len(rollout.old_params)
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "AdaptiveKLPPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )

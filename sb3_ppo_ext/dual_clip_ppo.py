@@ -7,15 +7,14 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from typing_extensions import Self
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.proximal import PolicyLoss, ProximalAlgorithm
-from sb3_ppo_ext.common.rollout.actor_critic import Evaluation
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples
-from sb3_ppo_ext.common.update.step import Coefficients
+from sb3_ppo_ext.common.proximal import ProximalAlgorithm
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.evaluation import Evaluation
+from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 
@@ -157,29 +156,26 @@ class DualClipPPO(ProximalAlgorithm):
         if self.target_kl is not None:
             check_real("target_kl", self.target_kl, above=0.0)
 
-    def _coefficients(self) -> dict[str, float]:
-        coefficients = super()._coefficients()
-        coefficients["clip_range"] = self._at_present(self.clip_range)
-        if self.clip_range_high is not None:
-            coefficients["clip_range_high"] = self._at_present(self.clip_range_high)
-        if self.dual_clip is not None:
-            coefficients["dual_clip"] = self._at_present(self.dual_clip)
-        return coefficients
+    @staticmethod
+    def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:
+        """
+        The dual-clip surrogate; see :meth:`ProximalAlgorithm.policy_loss`.
 
-    def _policy_loss(
-        self, evaluation: Evaluation, rollout_data: RolloutSamples, coefficients: Coefficients
-    ) -> PolicyLoss:
+        :param evaluation: of a minibatch by the present policy
+        :param samples: the minibatch
+        :param coefficients: ``clip_range``, and ``clip_range_high`` and ``dual_clip`` where they are not None
+        """
         surrogate = losses.dual_clip_surrogate_loss(
             evaluation.log_prob,
-            rollout_data.old_log_prob,
-            rollout_data.advantages,
+            samples.old_log_prob,
+            samples.advantages,
             dual_clip=coefficients.get("dual_clip"),
             clip_range=coefficients["clip_range"],
             clip_range_high=coefficients.get("clip_range_high"),
         )
         diagnostics = surrogate.diagnostics
         return PolicyLoss(
-            surrogate.loss.mean(),
+            samples.mean(surrogate.loss),
             {
                 "approx_kl": diagnostics.kl_k3,
                 "clip_fraction": diagnostics.clip_fraction,
@@ -188,23 +184,14 @@ class DualClipPPO(ProximalAlgorithm):
             },
         )
 
+    def coefficients(self) -> dict[str, float]:
+        numbers = super().coefficients()
+        numbers["clip_range"] = self._current_value(self.clip_range)
+        if self.clip_range_high is not None:
+            numbers["clip_range_high"] = self._current_value(self.clip_range_high)
+        if self.dual_clip is not None:
+            numbers["dual_clip"] = self._current_value(self.dual_clip)
+        return numbers
+
     def _kl_limit(self) -> float | None:
         return None if self.target_kl is None else 1.5 * self.target_kl
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "DualClipPPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )

@@ -17,17 +17,21 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.algorithm import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, Kept
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
+from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
+from sb3_ppo_ext.common.construction import ACTION_SPACES
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
+from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule, time_limit
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
-from sb3_ppo_ext.common.update.step import clip_and_step, reached, use_fused_adam
+from sb3_ppo_ext.common.update.objective import normalized
+from sb3_ppo_ext.common.update.scores import score_statistics
+from sb3_ppo_ext.common.update.step import clip_and_step, gradients_of, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
-from sb3_ppo_ext.numerics import flatten
+from sb3_ppo_ext.losses import baselines
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 Returns = Literal["reward_to_go", "total"]
 Baseline = Literal["none", "mean", "optimal", "leave_one_out", "value"]
@@ -35,63 +39,6 @@ DiscountFrom = Literal["present", "start"]
 
 _FIRST_BUFFER_SIZE = 256  # it grows with the episodes
 _MIN_EPISODE_LIMIT = 10_000
-
-
-def mean_of_other_episodes(returns: th.Tensor, episode: th.Tensor, n_episodes: int) -> th.Tensor:
-    """
-    For each sample, the mean of the returns at all steps of the other episodes.
-
-    :param returns: shape ``(batch,)``
-    :param episode: number of each sample's episode, shape ``(batch,)``
-    :param n_episodes: at least 2
-    :return: shape ``(batch,)``
-    """
-    sums, counts = returns.new_zeros(n_episodes), returns.new_zeros(n_episodes)
-    sums.index_add_(0, episode, returns)
-    counts.index_add_(0, episode, th.ones_like(returns))
-    return ((sums.sum() - sums) / (counts.sum() - counts))[episode]
-
-
-def leave_one_out(returns: th.Tensor, episode: th.Tensor, step: th.Tensor, n_episodes: int) -> th.Tensor:
-    """
-    For each sample, the mean over the other episodes of their return at the same step, 0 for an episode that has ended
-    by then: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", at every step.
-
-    :param returns: shape ``(batch,)``
-    :param episode: number of each sample's episode, shape ``(batch,)``
-    :param step: number of the step in its episode, shape ``(batch,)``
-    :param n_episodes: at least 2
-    :return: shape ``(batch,)``
-    """
-    sums = returns.new_zeros(int(step.max()) + 1)
-    sums.index_add_(0, step, returns)
-    return (sums[step] - returns) / (n_episodes - 1)
-
-
-def optimal_of_other_episodes(score_dot_gradient: th.Tensor, score_square: th.Tensor) -> th.Tensor:
-    """
-    For each episode, the constant that minimises the variance of the gradient estimate, ``b* = E[S'g] / E[S'S]`` with S
-    the sum of the episode's scores and g of its scores times returns, estimated from the other episodes. Peters &
-    Schaal 2008, "Reinforcement learning of motor skills with policy gradients", section 3.2, have one for each
-    parameter; this is one for all of them.
-
-    :param score_dot_gradient: ``S'g`` of each episode, shape ``(n_episodes,)``
-    :param score_square: ``S'S`` of each episode, shape ``(n_episodes,)``
-    :return: shape ``(n_episodes,)``; 0 where the other episodes have no score
-    """
-    # A product, as taking an episode off the total would leave rounding errors of the size of the largest.
-    others = 1.0 - th.eye(len(score_square), dtype=score_square.dtype, device=score_square.device)
-    numerator, denominator = others @ score_dot_gradient, others @ score_square
-    return th.where(denominator == 0.0, 0.0, numerator / denominator)
-
-
-def _time_limit(env: VecEnv) -> int:
-    """Steps after which the environments say that an episode is cut; 0 if they do not say."""
-    try:
-        specs = env.get_attr("spec")
-    except (AttributeError, NotImplementedError):  # a vector of environments that cannot be looked into
-        return 0
-    return max((getattr(spec, "max_episode_steps", None) or 0 for spec in specs), default=0)
 
 
 class REINFORCE(OnPolicyAlgorithm):
@@ -158,8 +105,8 @@ class REINFORCE(OnPolicyAlgorithm):
         completed within them; but at least 10,000, for those who call ``learn`` for a few steps at a time, and never
         less than the time limit that an environment was registered or made with
     :param torch_compile: whether to compile the actor, the evaluation of a batch and, with ``baseline="value"``, the
-        gradient step of the critic, for batches of any size; with the Adam optimiser and a policy that overrides none
-        of SB3's methods
+        gradient step of the critic, whose minibatches are padded to ``batch_size``; with the Adam optimiser and a
+        policy that overrides none of SB3's methods
     :raises ValueError: for an argument that is out of range or contradicts another, and for an episode that never ends
     """
 
@@ -228,7 +175,6 @@ class REINFORCE(OnPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
             self._check_can_learn()
-            self._check_n_episodes()
 
     @property
     def _n_episodes(self) -> int:
@@ -254,12 +200,8 @@ class REINFORCE(OnPolicyAlgorithm):
                 "a value to bootstrap with"
             )
 
-    def _check_n_episodes(self) -> None:
-        """
-        When there is something to learn from only: an agent that is loaded to be watched may have one environment.
-
-        :raises ValueError: if a batch has too few episodes for the baseline
-        """
+    def _check_can_learn(self) -> None:
+        super()._check_can_learn()
         if self.baseline in ("mean", "optimal", "leave_one_out") and self.env is not None and self._n_episodes < 2:
             raise ValueError(
                 f"episodes_per_env={self.episodes_per_env} with {self.n_envs} environment(s) is not allowed with "
@@ -277,12 +219,18 @@ class REINFORCE(OnPolicyAlgorithm):
         result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         assert self.env is not None
         self._episode_limit = self.max_episode_steps or max(
-            math.ceil(total_timesteps / self.n_envs), _MIN_EPISODE_LIMIT, _time_limit(self.env)
+            math.ceil(total_timesteps / self.n_envs), _MIN_EPISODE_LIMIT, time_limit(self.env)
         )
         return result
 
     def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: SB3RolloutBuffer, n_rollout_steps: int
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: SB3RolloutBuffer,
+        n_rollout_steps: int,
+        *,
+        stop: StopRule | None = None,
     ) -> bool:
         """
         Run ``episodes_per_env`` complete episodes in each environment.
@@ -291,72 +239,41 @@ class REINFORCE(OnPolicyAlgorithm):
         :param callback: called at each step, and at the beginning and the end of the rollout
         :param rollout_buffer: to fill
         :param n_rollout_steps: not looked at: the episodes decide
+        :param stop: None; the rule is this algorithm's own
         :return: whether all episodes were run; False if the callback ended the rollout
         """
         starts = self._last_episode_starts
         assert starts is not None
-        # -1: first comes the rest of an episode that another policy began.
-        self._episodes_run = np.where(starts, 0, -1)
+        assert stop is None
         if starts.all():
             self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
+        stop = AfterEpisodes(
+            self.episodes_per_env,
+            starts,
+            self._episode_length,
+            max_episode_steps=self._episode_limit,
+            limit_in_words=self._limit_in_words(),
+        )
         is_complete = is_stopped = False
         try:
-            is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, stop=stop)
             is_stopped = not is_complete
         finally:
             if is_stopped:  # by the callback, after a step: learn() goes on from what followed it
                 self._last_obs = callback.locals["new_obs"]
                 self._last_episode_starts = callback.locals["dones"]
-                self._count(callback.locals["dones"])
+                stop.count(callback.locals["dones"])
             elif not is_complete:  # the environments are in whatever state: learn() is to reset them
                 self._last_obs = None
         return is_complete
 
-    @property
-    def _is_running(self) -> np.ndarray:
-        """The environments whose episode counts."""
-        return (self._episodes_run >= 0) & (self._episodes_run < self.episodes_per_env)
-
-    def _count(self, dones: np.ndarray) -> None:
-        self._episode_length = np.where(dones, 0, self._episode_length + 1)
-        self._episodes_run += dones
-
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # Episodes that a waiting environment ends are shorter than most, those that a batch's end interrupted longer.
-        running = self._is_running
-        super()._update_info_buffer(
-            [info for info, counts in zip(infos, running, strict=True) if counts],
-            None if dones is None else dones[running],
+    def _limit_in_words(self) -> str:
+        if self.max_episode_steps is not None:
+            return f"max_episode_steps={self.max_episode_steps} steps"
+        return (
+            f"{self._episode_limit} steps, the limit that max_episode_steps=None makes of total_timesteps="
+            f"{self._total_timesteps - self._num_timesteps_at_start} and {self.n_envs} environment(s)"
         )
-
-    def _rollout_is_complete(self, n_steps: int, n_rollout_steps: int, dones: np.ndarray) -> bool:
-        self._count(dones)
-        is_awaited = self._episodes_run < self.episodes_per_env
-        if (self._episode_length[is_awaited] >= self._episode_limit).any():
-            self._raise_endless()
-        return not is_awaited.any()
-
-    def _raise_endless(self) -> None:
-        if self.max_episode_steps is None:
-            limit = (
-                f"{self._episode_limit} steps, the limit that max_episode_steps=None makes of total_timesteps="
-                f"{self._total_timesteps - self._num_timesteps_at_start} and {self.n_envs} environment(s)"
-            )
-        else:
-            limit = f"max_episode_steps={self.max_episode_steps} steps"
-        raise ValueError(
-            f"An episode has not ended within {limit}. REINFORCE learns from complete episodes: give the environment a "
-            "time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., max_episode_steps=...)), or give "
-            "REINFORCE a larger max_episode_steps if they are that long"
-        )
-
-    def _evaluate_rollout(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer, kept: list[Kept]) -> None:
-        cast(EpisodeBuffer, rollout_buffer).close(self.episodes_per_env)
-        super()._evaluate_rollout(actor_critic, rollout_buffer, kept)
-
-    @property
-    def _bootstraps_timeouts(self) -> bool:
-        return self.bootstrap_timeouts
 
     def train(self) -> None:
         """Update the policy from the episodes in the buffer: one step of the actor, then epochs of the critic."""
@@ -408,60 +325,28 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.baseline == "none":
             baseline = th.zeros_like(returns)
         elif self.baseline == "mean":
-            baseline = mean_of_other_episodes(returns, index.episode, n_episodes)
+            baseline = baselines.mean_of_other_episodes(returns, index.episode, n_episodes)
         elif self.baseline == "optimal":
-            statistics = self._score_statistics(actor_critic, rollout, index.episode, returns, discount)
-            baseline = optimal_of_other_episodes(*statistics)[index.episode]
+            statistics = score_statistics(
+                actor_critic,
+                rollout,
+                index.episode,
+                returns,
+                discount,
+                parameters=[p for p in self.policy.parameters() if p.requires_grad],
+                chunks=self._chunks,
+            )
+            baseline = baselines.optimal_of_other_episodes(*statistics)[index.episode]
         elif self.baseline == "leave_one_out" and self.returns == "total":  # one return an episode, whenever it ends
             baseline = ((totals.sum() - totals) / (n_episodes - 1))[index.episode]
         elif self.baseline == "leave_one_out":
-            baseline = leave_one_out(returns, index.episode, index.step, n_episodes)
+            baseline = baselines.leave_one_out(returns, index.episode, index.step, n_episodes)
         else:
             baseline = rollout.old_values
         advantages = returns - baseline
-        if self.normalize_advantage and len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if self.normalize_advantage:
+            advantages = normalized(advantages)
         return discount * advantages
-
-    def _score_statistics(
-        self,
-        actor_critic: ActorCritic,
-        rollout: RolloutSamples,
-        episode: th.Tensor,
-        returns: th.Tensor,
-        discount: th.Tensor,
-    ) -> tuple[th.Tensor, th.Tensor]:
-        """
-        ``S'g`` and ``S'S`` of each episode, S being the gradient of the sum of its (discounted) log-probabilities, and
-        g of the same weighted by its returns.
-
-        :return: two tensors of shape ``(n_episodes,)``
-        """
-        statistics = []
-        for i in range(self._n_episodes):
-            rows = (episode == i).nonzero().flatten()
-            score = self._weighted_score(actor_critic, rollout, rows, discount[rows])
-            gradient = self._weighted_score(actor_critic, rollout, rows, (discount * returns)[rows])
-            statistics.append(th.stack((score.dot(gradient), score.dot(score))))
-        score_dot_gradient, score_square = th.stack(statistics, dim=1)
-        return score_dot_gradient, score_square
-
-    def _weighted_score(
-        self, actor_critic: ActorCritic, rollout: RolloutSamples, rows: th.Tensor, weights: th.Tensor
-    ) -> th.Tensor:
-        """
-        Gradient of the sum of some samples' log-probabilities, each times its weight.
-
-        :return: of all parameters, flat
-        """
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        total = [th.zeros_like(p) for p in parameters]
-        for chunk in self._chunks(len(rows)):
-            obs = obs_rows(rollout.observations, rows[chunk])
-            log_prob = actor_critic.evaluate_actor(obs, rollout.actions[rows[chunk]]).log_prob
-            grads = th.autograd.grad(log_prob.dot(weights[chunk]), parameters, materialize_grads=True)
-            total = [t + g for t, g in zip(total, grads, strict=True)]
-        return flatten(total)
 
     def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples, weights: th.Tensor) -> bool:
         """
@@ -471,11 +356,10 @@ class REINFORCE(OnPolicyAlgorithm):
         """
         policy_loss = th.zeros((), device=weights.device)
         entropy_sum = th.zeros((), device=weights.device)
-        ent_coef = self._at_present(self.ent_coef)
+        ent_coef = self._current_value(self.ent_coef)
         self.policy.optimizer.zero_grad()
         for rows in self._chunks(len(weights)):
-            obs = obs_rows(rollout.observations, rows)
-            log_prob, entropy, _ = actor_critic.evaluate_actor(obs, rollout.actions[rows])
+            log_prob, entropy, _ = actor_critic.evaluate_actor(rollout.inputs.rows(rows), rollout.actions[rows])
             chunk_loss = losses.reinforce_loss(log_prob, weights[rows]).sum()
             if entropy is None:
                 # Estimated by the actions. The gradient of the estimate has the mean 0; with their scores it has not.
@@ -487,9 +371,9 @@ class REINFORCE(OnPolicyAlgorithm):
             loss.backward()  # type: ignore[no-untyped-call]
             policy_loss += chunk_loss.detach()
             entropy_sum += entropy.detach().sum()
-        grad_norm = clip_and_step(
-            self.policy.optimizer, self.policy.parameters(), max_grad_norm=self.max_grad_norm
-        ).item()
+        parameters = list(self.policy.parameters())
+        self._reducer.average(*gradients_of(parameters))
+        grad_norm = clip_and_step(self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm).item()
         self.logger.record("train/policy_gradient_loss", policy_loss.item() / self._n_episodes)
         self.logger.record("train/entropy_loss", -entropy_sum.item() / len(weights))
         self.logger.record("train/grad_norm", grad_norm)
@@ -498,10 +382,10 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _fit_critic(self, actor_critic: ActorCritic, buffer: EpisodeBuffer) -> None:
         rollout = buffer.flat()
-        first = actor_critic.evaluate_actor(obs_rows(rollout.observations, slice(0, 1)), rollout.actions[:1])
+        first = actor_critic.evaluate_actor(rollout.inputs.rows(slice(0, 1)), rollout.actions[:1])
         actor_parameters = reached(first.log_prob, self.policy.parameters())
         value_loss = fit_critic(
-            self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters)),
+            self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=self.batch_size),
             self.policy,
             actor_parameters,
             buffer,
@@ -511,22 +395,3 @@ class REINFORCE(OnPolicyAlgorithm):
         self.logger.record("train/value_loss", value_loss)
         explained = explained_variance(rollout.old_values.cpu().numpy(), rollout.returns.cpu().numpy())
         self.logger.record("train/explained_variance", explained)
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "REINFORCE",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        self._check_n_episodes()
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )

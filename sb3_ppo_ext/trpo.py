@@ -5,39 +5,38 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 from torch import nn
 
-from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.algorithm import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.compile.programs import CompiledFisherVectorProduct
-from sb3_ppo_ext.common.compile.support import structure_of
+from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
+from sb3_ppo_ext.common.compile.policy_programs import CompiledFisherVectorProduct
+from sb3_ppo_ext.common.compile.support import cache_key
+from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, ActorEvaluation, DirectActorCritic
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, RolloutSamples, obs_rows
-from sb3_ppo_ext.common.saving.interchange import unpickled
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.saving.interchange import whole_action_values
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
+from sb3_ppo_ext.common.update.fisher import fisher_vector_product
+from sb3_ppo_ext.common.update.objective import normalized
+from sb3_ppo_ext.common.update.reduce import averaged
+from sb3_ppo_ext.common.update.surrogate import Surrogate
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
-    ChunkedFisherVectorProduct,
-    FisherVectorProduct,
     backtracking_line_search,
     conjugate_gradient,
-    flatten,
     unflatten_like,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 CG_DAMPING_PER_DIMENSION = 0.1
 
@@ -134,7 +133,7 @@ class TRPO(OnPolicyAlgorithm):
     """
 
     _needs_old_params: ClassVar[bool] = True
-    _reads: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
+    _loads_files_of: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
     _none_is_default: ClassVar[tuple[str, ...]] = ("target_kl", "cg_damping")
 
     def __init__(
@@ -241,8 +240,8 @@ class TRPO(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         if self.verbose >= 1:
-            target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
-            cg_damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
+            target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
+            cg_damping = self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION)
             print(
                 f"target_kl={target_kl:g}, cg_damping={cg_damping:g}: of the whole action, which has "
                 f"{n_action_dims(self.action_space)} dimension(s)"
@@ -251,22 +250,7 @@ class TRPO(OnPolicyAlgorithm):
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
         adapted = super()._adapted(origin, attributes)
-        if origin == _OF_CONTRIB:
-            action_space = unpickled(attributes, "action_space")
-            # sb3-contrib's KL divergence is the mean over the dimensions of an action, of a MultiDiscrete the sum.
-            n_dims = 1 if isinstance(action_space, spaces.MultiDiscrete) else n_action_dims(action_space)
-            joint: dict[str, Any] = {
-                name: n_dims * attributes[name] for name in ("target_kl", "cg_damping") if name in attributes
-            }
-            if n_dims > 1 and joint:
-                warnings.warn(
-                    f"A model of sb3-contrib's TRPO is loaded, whose target_kl and cg_damping are means over the "
-                    f"{n_dims} dimensions of an action. Here they are of the whole action: "
-                    + ", ".join(f"{name}={attributes[name]:g} became {value:g}" for name, value in joint.items()),
-                    stacklevel=3,
-                )
-            adapted.update(joint)
-        return adapted
+        return adapted | whole_action_values(attributes) if origin == _OF_CONTRIB else adapted
 
     def train(self) -> None:
         """Update the policy from the rollout in the buffer: one step of the actor, then epochs of the critic."""
@@ -277,8 +261,7 @@ class TRPO(OnPolicyAlgorithm):
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         rollout = buffer.flat()
         if self.normalize_advantage:
-            advantages = rollout.advantages
-            rollout = rollout._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
+            rollout = rollout._replace(advantages=normalized(rollout.advantages))
 
         step, actor_parameters = self._policy_step(actor_critic, rollout)
         if step.status in ("non_finite", "not_positive_definite", "zero_gradient"):
@@ -307,19 +290,28 @@ class TRPO(OnPolicyAlgorithm):
         :param rollout: all samples, their advantages normalised if asked for
         :return: what became of it, and the parameters that the actor depends on
         """
-        gradient, objective, parameters = self._objective_gradient(actor_critic, rollout)
+        surrogate = Surrogate(
+            actor_critic,
+            cast(Family, actor_critic.family),
+            rollout,
+            ent_coef=self._current_value(self.ent_coef),
+            chunks=self._chunks,
+            reducer=self._reducer,
+        )
+        candidates = [p for p in self.policy.parameters() if p.requires_grad]
+        gradient, objective, parameters = surrogate.gradient(candidates)
         of_loss = unflatten_like(-gradient, parameters)
         if not (math.isfinite(objective) and bool(gradient.isfinite().all())):
             return PolicyStep("non_finite", objective, gradients=of_loss), parameters
         if not bool(gradient.any()):
             return PolicyStep("zero_gradient", objective, gradients=of_loss), parameters
 
-        fisher_vector_product = self._fisher_vector_product(actor_critic, rollout, parameters)
+        product = averaged(self._fisher_vector_product(actor_critic, rollout, parameters), self._reducer)
         direction, cg_steps, cg_residual, cg_status = conjugate_gradient(
-            fisher_vector_product, gradient, max_steps=self.cg_max_steps, rtol=self.cg_residual_tol
+            product, gradient, max_steps=self.cg_max_steps, rtol=self.cg_residual_tol
         )
-        del fisher_vector_product  # and the graph that it keeps
-        target_kl = self._joint(self.target_kl, TARGET_KL_PER_DIMENSION)
+        del product  # and the graph that it keeps
+        target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
         # The residual of conjugate gradient from zero is orthogonal to x, so x'(F + damping I)x = x'g.
         curvature = direction.dot(gradient).item()
         if not 0.0 < curvature < math.inf:
@@ -330,7 +322,8 @@ class TRPO(OnPolicyAlgorithm):
 
         def evaluate() -> tuple[th.Tensor, th.Tensor]:
             nonlocal reverse_kl
-            objective, kl, reverse_kl = self._objective_and_kls(actor_critic, rollout)
+            self._project()  # parameters that have bounds, back within them
+            objective, kl, reverse_kl = surrogate.value_and_kls()
             return objective, kl
 
         search = backtracking_line_search(
@@ -358,85 +351,22 @@ class TRPO(OnPolicyAlgorithm):
         )
         return step, parameters
 
-    def _objective(self, actor: ActorEvaluation, old_log_prob: th.Tensor, advantages: th.Tensor) -> th.Tensor:
-        """The objective of each sample: ``r A``, and the entropy if it has a weight."""
-        log_prob, entropy, _ = actor
-        objective = -losses.surrogate_loss(log_prob, old_log_prob, advantages).loss
-        ent_coef = self._at_present(self.ent_coef)
-        if ent_coef > 0.0:
-            if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
-                entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
-            objective = objective + ent_coef * entropy
-        return objective
-
-    def _objective_gradient(
-        self, actor_critic: ActorCritic, rollout: RolloutSamples
-    ) -> tuple[th.Tensor, float, list[nn.Parameter]]:
-        """
-        Gradient and value of the mean objective, and the parameters that its graph reaches: those of the actor.
-
-        :return: the gradient, shape ``(n,)``, the objective and the parameters, n elements in all
-        """
-        candidates = [p for p in self.policy.parameters() if p.requires_grad]
-        n_samples = len(rollout.advantages)
-        total: dict[nn.Parameter, th.Tensor] = {}
-        objective = 0.0
-        for rows in self._chunks(n_samples):
-            actor = actor_critic.evaluate_actor(obs_rows(rollout.observations, rows), rollout.actions[rows])
-            objectives = self._objective(actor, rollout.old_log_prob[rows], rollout.advantages[rows])
-            chunk_objective = objectives.sum() / n_samples
-            grads = th.autograd.grad(chunk_objective, candidates, allow_unused=True)
-            for parameter, grad in zip(candidates, grads, strict=True):
-                if grad is not None:
-                    total[parameter] = total[parameter] + grad if parameter in total else grad
-            objective += chunk_objective.item()
-        return flatten(list(total.values())), objective, list(total)
-
     def _fisher_vector_product(
         self, actor_critic: ActorCritic, rollout: RolloutSamples, parameters: list[nn.Parameter]
     ) -> Callable[[th.Tensor], th.Tensor]:
-        observations = obs_rows(rollout.observations, slice(None, None, self.sub_sampling_factor))
-        n_rows = len(range(0, len(rollout.advantages), self.sub_sampling_factor))
-        chunks = list(self._chunks(n_rows))
-        damping = self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION)
-        family = cast(Family, actor_critic.family)
-        if self.torch_compile:
-            direct = cast(DirectActorCritic, actor_critic)
-            product: CompiledFisherVectorProduct = self._compiled.get(
-                "fisher",
-                (structure_of(self.policy), tuple(map(id, parameters))),
-                lambda: CompiledFisherVectorProduct(direct, parameters, announce=self.verbose >= 1),
-            )
-            return product.of(observations, chunks, damping=damping)
-        if len(chunks) == 1:
-            outputs = actor_critic.params(observations)
-            return FisherVectorProduct(outputs, parameters, family.fisher, damping=damping)
-        return ChunkedFisherVectorProduct(
-            lambda rows: actor_critic.params(obs_rows(observations, rows)),
-            n_rows,
-            parameters,
-            family.fisher,
-            chunk_size=chunks[0].stop,
-            damping=damping,
+        inputs = rollout.inputs.rows(slice(None, None, self.sub_sampling_factor))
+        chunks = list(self._chunks(len(range(0, len(rollout.advantages), self.sub_sampling_factor))))
+        damping = self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION)
+        if not self.torch_compile:
+            family = cast(Family, actor_critic.family)
+            return fisher_vector_product(actor_critic, family, inputs, parameters, chunks, damping=damping)
+        direct = cast(DirectActorCritic, actor_critic)
+        product: CompiledFisherVectorProduct = self._compiled.get_or_make(
+            "fisher",
+            (cache_key(self.policy), tuple(map(id, parameters))),
+            lambda: CompiledFisherVectorProduct(direct, parameters, announce=self.verbose >= 1),
         )
-
-    def _objective_and_kls(
-        self, actor_critic: ActorCritic, rollout: RolloutSamples
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """
-        Mean objective, KL(old || new) and KL(new || old) by the present parameters, put back within their bounds first.
-        """
-        self._project()
-        family = cast(Family, actor_critic.family)
-        n_samples = len(rollout.advantages)
-        objective = kl = reverse_kl = th.zeros((), device=rollout.advantages.device)
-        for rows in self._chunks(n_samples):
-            actor = actor_critic.evaluate_actor(obs_rows(rollout.observations, rows), rollout.actions[rows])
-            objectives = self._objective(actor, rollout.old_log_prob[rows], rollout.advantages[rows])
-            objective = objective + objectives.sum()
-            kl = kl + family.kl(rollout.old_params[rows], actor.params).sum()
-            reverse_kl = reverse_kl + family.kl(actor.params, rollout.old_params[rows]).sum()
-        return objective / n_samples, kl / n_samples, reverse_kl / n_samples
+        return product.at(inputs, chunks, damping=damping)
 
     def _log_update(self, step: PolicyStep) -> None:
         accepted = step.status == "accepted"
@@ -452,38 +382,18 @@ class TRPO(OnPolicyAlgorithm):
         record("train/predicted_improvement", step.predicted_improvement)
         record("train/actual_improvement", step.actual_improvement)
         record("train/kl", step.kl)
-        record("train/target_kl", self._joint(self.target_kl, TARGET_KL_PER_DIMENSION))
+        record("train/target_kl", self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION))
         self._log_ent_coef()
         record("train/step_fraction", step.fraction)
         record("train/cg_steps", step.cg_steps)
         record("train/cg_residual", step.cg_residual)
-        record("train/cg_damping", self._joint(self.cg_damping, CG_DAMPING_PER_DIMENSION))
+        record("train/cg_damping", self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION))
         buffer = cast(RolloutBuffer, self.rollout_buffer)
-        record("train/entropy_loss", self._entropy_loss(buffer.flat()))
+        # Of the policy that collected the rollout; by its actions if there is no formula.
+        entropy = cast(Family, self._family).entropy(buffer.flat().old_params)
+        entropy_loss = buffer.flat().old_log_prob if entropy is None else -entropy
+        record("train/entropy_loss", entropy_loss.mean().item())
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         if hasattr(self.policy, "log_std"):
             record("train/std", self.policy.log_std.detach().exp().mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
-
-    def _entropy_loss(self, rollout: RolloutSamples) -> float:
-        """Minus the mean entropy of the policy that collected a rollout; by its actions if there is no formula."""
-        entropy = cast(Family, self._family).entropy(rollout.old_params)
-        return (rollout.old_log_prob if entropy is None else -entropy).mean().item()
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "TRPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )

@@ -11,8 +11,7 @@ import pytest
 import torch as th
 from torch import fx
 
-from sb3_ppo_ext.common.compile import cpu
-from sb3_ppo_ext.common.compile.run import Run
+from sb3_ppo_ext.common.compile import Run, cpu
 
 th.set_num_threads(1)  # small networks run fastest on one thread, and sums then always add in one order
 
@@ -45,19 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Programs run as they were traced, one operation after the other, in the forms only that machine code would be for.
+    Programs run as they were traced, one operation after the other, in the layouts only that machine code would be for.
 
     For what does not depend on the machine code: to make it takes seconds a program.
     """
 
-    def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
-        forms = [(x.dtype, x.stride(), x.shape[1 if v else 0 :]) for x, v in zip(inputs, varies, strict=True)]
+    def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
+        layouts = [(x.dtype, x.stride(), x.shape) for x in inputs]
 
         @th.no_grad()
         def run(inputs: list[th.Tensor]) -> list[th.Tensor]:
-            assert forms == [
-                (x.dtype, x.stride(), x.shape[1 if v else 0 :]) for x, v in zip(inputs, varies, strict=True)
-            ]
+            assert layouts == [(x.dtype, x.stride(), x.shape) for x in inputs]
             return list(graph(*inputs))
 
         return run

@@ -18,6 +18,7 @@ from torch import nn
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
+from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.update.step import reached
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
@@ -77,12 +78,12 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         actor_critic: ActorCritic = (
             DirectActorCritic(self) if DirectActorCritic.supports(self) else SB3ActorCritic(self, with_params=False)
         )
-        obs, _ = self.obs_to_tensor(_zeros(self.observation_space))
+        inputs = PolicyInput(self.obs_to_tensor(_zeros(self.observation_space))[0])
         was_training = self.training
         self.set_training_mode(False)  # one sample would be no batch to normalise
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        of_actor = set(reached(actor_critic.params(obs), parameters))
-        of_critic = [p for p in reached(actor_critic.values(obs), parameters) if p not in of_actor]
+        of_actor = set(reached(actor_critic.params(inputs), parameters))
+        of_critic = [p for p in reached(actor_critic.values(inputs), parameters) if p not in of_actor]
         self.set_training_mode(was_training)
         for group in self.optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in set(of_critic)]

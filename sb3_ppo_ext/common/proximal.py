@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -12,24 +12,14 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 
-from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.algorithm import ACTION_SPACES, OnPolicyAlgorithm
-from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, Evaluation
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, minibatches
-from sb3_ppo_ext.common.update.step import Coefficients, Statistics, raise_if_not_finite
+from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
+from sb3_ppo_ext.common.construction import ACTION_SPACES
+from sb3_ppo_ext.common.rollout.buffers import minibatches
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.evaluation import Evaluation
+from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
+from sb3_ppo_ext.common.update.step import raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
-
-
-class PolicyLoss(NamedTuple):
-    """
-    What an algorithm makes of a minibatch.
-
-    :param loss: to be minimised, a scalar
-    :param statistics: what to log of it, scalars without gradient, by the name they are logged under
-    """
-
-    loss: th.Tensor
-    statistics: Statistics
 
 
 class ProximalAlgorithm(OnPolicyAlgorithm):
@@ -37,11 +27,12 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     Epochs of minibatches over one rollout, minimising
     ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``.
 
-    A child gives its policy loss (:meth:`_policy_loss`); it may limit an update (:meth:`_kl_limit`) and act after it
-    (:meth:`_after_update`). The arguments are those of :class:`stable_baselines3.PPO`.
+    A child gives its :meth:`policy_loss`, and the numbers in it by :meth:`coefficients`; it may limit an update
+    (:meth:`_kl_limit`) and act after it (:meth:`_after_update`). The arguments are those of
+    :class:`stable_baselines3.PPO`.
     """
 
-    _reads: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C")
+    _loads_files_of: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C")
 
     def __init__(
         self,
@@ -110,24 +101,33 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if self.clip_range_vf is not None:
             self.clip_range_vf = as_schedule("clip_range_vf", self.clip_range_vf)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old in ("_policy_loss", "_coefficients"):
+            if old in vars(cls):  # it would never be called
+                raise TypeError(f"{cls.__name__} defines {old}, which is called {old[1:]} now; policy_loss is static")
+
+    @staticmethod
     @abstractmethod
-    def _policy_loss(
-        self, evaluation: Evaluation, rollout_data: RolloutSamples, coefficients: Coefficients
-    ) -> PolicyLoss:
+    def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:
         """
-        The algorithm's own loss.
+        The algorithm's own part of the loss, a pure function: a static method, which has no ``self``.
 
         :param evaluation: of the minibatch by the present policy
-        :param rollout_data: the minibatch, its advantages normalised if asked for
-        :param coefficients: what :meth:`_coefficients` gave for this update
+        :param samples: the minibatch, its advantages normalised if asked for
+        :param coefficients: what :meth:`coefficients` gave for this update
+        :return: the loss of the minibatch, to be minimised, and what to log of it
         """
 
-    def _coefficients(self) -> dict[str, float]:
-        """The numbers in the loss that may follow a schedule, at the present progress; logged by these names."""
-        scheduled = {"ent_coef": self._at_present(self.ent_coef)}
+    def coefficients(self) -> dict[str, float]:
+        """
+        The numbers in the loss, now. They are logged by these names, and a compiled step sees each of them change; with
+        other names, it is another step.
+        """
+        numbers = {"ent_coef": self._current_value(self.ent_coef)}
         if self.clip_range_vf is not None:
-            scheduled["clip_range_vf"] = self._at_present(self.clip_range_vf)
-        return scheduled
+            numbers["clip_range_vf"] = self._current_value(self.clip_range_vf)
+        return numbers
 
     def _kl_limit(self) -> float | None:
         """An update ends before the step of a minibatch whose ``approx_kl`` is above this; None: never."""
@@ -141,9 +141,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self._check_old_params()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        scheduled = self._coefficients()
+        numbers = self.coefficients()
         coefficients = {
-            **scheduled,
+            **numbers,
             "vf_coef": float(self.vf_coef),
             "max_grad_norm": float(self.max_grad_norm),
         }
@@ -151,7 +151,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if kl_limit is not None:
             coefficients["kl_limit"] = kl_limit = float(np.float32(kl_limit))  # as what it is compared with
         step = self._minibatch_step(
-            self._minibatch_loss,
+            ActorCriticLoss(self.policy_loss, self.normalize_advantage),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
         )
@@ -173,45 +173,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         series = dict(zip(step.names, th.stack(history, dim=1).tolist(), strict=True))
         if stopped_at is not None:
             series["grad_norm"].pop()  # of a step that was not made
-        self._log_update(series, scheduled, stopped_at)
+        self._log_update(series, numbers, stopped_at)
         self._after_update()
 
-    def _minibatch_loss(
-        self, actor_critic: ActorCritic, rollout_data: RolloutSamples, coefficients: Coefficients
-    ) -> tuple[th.Tensor, Statistics]:
-        """
-        The loss of a minibatch.
-
-        :param actor_critic: the present policy
-        :param rollout_data: the minibatch
-        :param coefficients: numbers in the loss
-        :return: the loss, a scalar, and what to log of it
-        """
-        if self.normalize_advantage and rollout_data.advantages.shape[0] > 1:
-            advantages = rollout_data.advantages
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-            rollout_data = rollout_data._replace(advantages=advantages)
-        evaluation = actor_critic.evaluate_actions(rollout_data.observations, rollout_data.actions)
-        policy_loss, statistics = self._policy_loss(evaluation, rollout_data, coefficients)
-        value_loss = self._value_loss(evaluation.values, rollout_data, coefficients)
-        entropy_loss = -(evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy).mean()
-        loss = policy_loss + coefficients["vf_coef"] * value_loss
-        if not isinstance(coefficients["ent_coef"], float) or coefficients["ent_coef"] > 0.0:
-            loss = loss + coefficients["ent_coef"] * entropy_loss  # without a weight, it need not be differentiated
-        statistics["policy_gradient_loss"] = policy_loss.detach()
-        statistics["value_loss"] = value_loss.detach()
-        statistics["entropy_loss"] = entropy_loss.detach()
-        statistics["loss"] = loss.detach()
-        return loss, statistics
-
-    def _value_loss(self, values: th.Tensor, rollout_data: RolloutSamples, coefficients: Coefficients) -> th.Tensor:
-        if "clip_range_vf" not in coefficients:
-            return losses.value_loss(values, rollout_data.returns).mean()
-        return losses.prediction_clipped_value_loss(
-            values, rollout_data.old_values, rollout_data.returns, clip_range_vf=coefficients["clip_range_vf"]
-        ).mean()
-
-    def _log_update(self, series: dict[str, list[float]], scheduled: dict[str, float], stopped_at: int | None) -> None:
+    def _log_update(self, series: dict[str, list[float]], numbers: dict[str, float], stopped_at: int | None) -> None:
         """Log the mean of each statistic over all minibatches (of one that is called a maximum, the maximum)."""
         for name, values in series.items():
             if not values:
@@ -223,7 +188,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.detach().exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, value in scheduled.items():
+        for name, value in numbers.items():
             self.logger.record(f"train/{name}", value)
         if stopped_at is not None:
             self.logger.record("train/early_stop_epoch", stopped_at)

@@ -1,9 +1,11 @@
 """
-Losses of policy-gradient methods: pure functions of tensors that need torch and nothing else.
+Losses of policy-gradient methods, and the advantages and returns they learn from: pure functions of tensors that need
+torch and nothing else.
 
 A ``*_loss`` is elementwise and minimised; the caller reduces it. Tensors may have any shape, the same for all; ``mask``
 is 1 or True where an element counts. A hyper-parameter is a number, which is checked, or a 0-d tensor, whose value is
-not read on the host, so that schedules can enter a compiled graph.
+not read on the host, so that schedules can enter a compiled graph. Advantages and returns are made of whole rollouts,
+of shape ``(T, n_envs)``; see :mod:`sb3_ppo_ext.losses.targets`.
 
 Tensors of 16 bits (float16, bfloat16) are computed with in float32, and what comes back is float32: the ratio e^20 and
 the sum of a long batch are no numbers in float16. Their gradients arrive in 16 bits, as autograd has it; one beyond
@@ -36,6 +38,7 @@ from sb3_ppo_ext.losses.surrogates import (
     reinforce_loss,
     surrogate_loss,
 )
+from sb3_ppo_ext.losses.targets import generalized_advantages, n_step_returns
 from sb3_ppo_ext.losses.values import pessimistic_clipped_value_loss, prediction_clipped_value_loss, value_loss
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "aggregate",
     "clipped_surrogate_loss",
     "dual_clip_surrogate_loss",
+    "generalized_advantages",
     "kl_abs",
     "kl_k1",
     "kl_k2",
@@ -52,6 +56,7 @@ __all__ = [
     "kl_penalized_surrogate_loss",
     "log_ratio",
     "masked_mean",
+    "n_step_returns",
     "pessimistic_clipped_value_loss",
     "prediction_clipped_value_loss",
     "probability_ratio",

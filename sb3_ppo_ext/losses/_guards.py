@@ -53,6 +53,7 @@ def checked_scalar(
     value: ScalarOrNone,
     *,
     minimum: float = 0.0,
+    maximum: float = math.inf,
     exclusive: bool = False,
     finite: bool = False,
     optional: bool = False,
@@ -65,6 +66,7 @@ def checked_scalar(
     :param name: of the argument
     :param value: a number, a 0-d tensor, or None for "not given" where that is allowed
     :param minimum: the smallest value allowed
+    :param maximum: the largest value allowed
     :param exclusive: whether ``minimum`` itself is refused
     :param finite: whether infinity is refused
     :param optional: whether None is allowed
@@ -83,9 +85,11 @@ def checked_scalar(
         raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
     number = cast(float, given)
     in_range = number > minimum if exclusive else number >= minimum
-    if not in_range or (finite and number == math.inf):
+    if not in_range or number > maximum or (finite and number == math.inf):
         relation = ">" if exclusive else ">="
-        raise ValueError(f"{name} must be {relation} {minimum}{' and finite' if finite else ''}, got {value}")
+        and_finite = " and finite" if finite else ""
+        and_at_most = f" and <= {maximum}" if maximum < math.inf else ""
+        raise ValueError(f"{name} must be {relation} {minimum}{and_finite}{and_at_most}, got {value}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""rl_zoo3's command lines, read more kindly: what is wrong is said in one line, and the defaults are this package's."""
+"""rl_zoo3's command lines, with errors of one line, the defaults of this package, and numbers such as 1e5."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from rl_zoo3 import utils
 DEFAULT_ALGORITHM = "dual_clip_ppo"
 LOG_FOLDER = "logs"
 
-# What makes no sense with less than one.
+# Flags that take a number of at least one.
 _COUNTS = {"--n-timesteps", "--eval-episodes", "--n-eval-envs", "--n-envs", "--n-jobs", "--n-trials"}
 
 _INIT = argparse.ArgumentParser.__init__
 
 
 @contextlib.contextmanager
-def read_kindly() -> Iterator[None]:
-    """What makes a parser inside of the ``with`` block gets a :class:`Parser`, until a command line is read."""
+def own_parsers() -> Iterator[None]:
+    """Every parser that is made inside of the ``with`` block is a :class:`Parser`, until a command line is read."""
     before = argparse.ArgumentParser.__init__
 
-    def made(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
+    def init(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
         before(self, *arguments, **options)
         if type(self) is argparse.ArgumentParser:
             self.__class__ = Parser
             self.prog = sys.argv[0]  # `sb3-ppo-ext train`; rl_zoo3's plots put a sentence here
 
-    argparse.ArgumentParser.__init__ = made  # type: ignore[method-assign]
+    argparse.ArgumentParser.__init__ = init  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -45,14 +45,10 @@ def read_kindly() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """What a parser of rl_zoo3 becomes."""
+    """Adds rl_zoo3's arguments with the types and defaults of this package, and says in one line what is wrong."""
 
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
-        """
-        :param flags: of an argument of rl_zoo3
-        :param options: as rl_zoo3 has them
-        :return: the argument as it is here
-        """
+        """As :meth:`argparse.ArgumentParser.add_argument`, for arguments as rl_zoo3 has them."""
         if "--algo" in flags and "choices" in options:
             options["type"] = partial(_algorithm, known=options["choices"])
             if options.get("default") == "ppo":
@@ -68,13 +64,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*flags, **options)
 
     def parse_args(self, *arguments: Any, **options: Any) -> argparse.Namespace:  # type: ignore[override]
-        """
-        Say what the user may not expect.
-
-        :param arguments: those of :meth:`argparse.ArgumentParser.parse_args`
-        :param options: likewise
-        :return: what was read
-        """
+        """As :meth:`argparse.ArgumentParser.parse_args`; prints what was chosen in the user's place."""
         argparse.ArgumentParser.__init__ = _INIT  # type: ignore[method-assign]  # others are not rl_zoo3's
         parsed: argparse.Namespace = super().parse_args(*arguments, **options)
         if "algo" in parsed and parsed.algo is None:
@@ -87,9 +77,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> Any:
-        """
-        :param message: what is wrong; rl_zoo3's sixty lines of usage would hide it
-        """
+        """End the program with this message, which rl_zoo3's sixty lines of usage would hide."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -103,12 +91,7 @@ class StoreDict(utils.StoreDict):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """
-        :param parser: of the command line
-        :param namespace: for what is read
-        :param values: the pairs
-        :param option_string: the flag
-        """
+        """As :meth:`argparse.Action.__call__`; a second flag adds to the pairs of the first."""
         given: dict[str, Any] = dict(getattr(namespace, self.dest) or {})
         for text in values:
             key, colon, value = text.partition(":")
@@ -117,10 +100,10 @@ class StoreDict(utils.StoreDict):
                 raise argparse.ArgumentError(self, f"{text!r} must be written {assigned}:{assigned_value}")
             if not (colon and key and value):
                 raise argparse.ArgumentError(self, f"{text!r} is no pair key:value, such as gamma:0.9")
-            given[key] = self._evaluated(parser, text, value)
+            given[key] = self._evaluate(parser, text, value)
         setattr(namespace, self.dest, given)
 
-    def _evaluated(self, parser: argparse.ArgumentParser, text: str, value: str) -> Any:
+    def _evaluate(self, parser: argparse.ArgumentParser, text: str, value: str) -> Any:
         read = argparse.Namespace()
         try:
             super().__call__(parser, read, [f"value:{value}"])  # type: ignore[no-untyped-call]
@@ -155,10 +138,7 @@ def whole_number(text: object, minimum: float = -math.inf) -> int:
 
 
 def _seed(text: str) -> int:
-    """
-    :param text: of a seed
-    :return: the seed; one below 0 is drawn by rl_zoo3
-    """
+    """A seed; for one below 0, rl_zoo3 draws one."""
     seed = whole_number(text)
     if seed >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be below 2**32")
@@ -167,9 +147,9 @@ def _seed(text: str) -> int:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """
-    :param name: what was asked for
-    :param known: what there is
-    :return: the rest of a message, naming what was probably meant
+    :param name: that is not known
+    :param known: all names that are
+    :return: the end of a message, which names the nearest of them
     """
     return "".join(f"; the nearest is '{match}'" for match in difflib.get_close_matches(name, known, 1, cutoff=0.0))
 
@@ -178,7 +158,8 @@ def _algorithm(name: str, known: Sequence[str]) -> str:
     """
     :param name: of an algorithm, as the user has written it
     :param known: keys of algorithms
-    :return: the same, if it is one
+    :return: the name
+    :raises argparse.ArgumentTypeError: if it is not known
     """
     if name in known:
         return name

@@ -1,69 +1,32 @@
-"""rl_zoo3's experiment manager, at home with our algorithms and with a closing word after a training."""
+"""rl_zoo3's experiment manager, for our algorithms too, with clear errors and a summary after a training."""
 
-import argparse
 import contextlib
-import importlib
 import inspect
 import os
-import re
-import runpy
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from pprint import pprint
 from types import SimpleNamespace
 from typing import Any, cast
 
 import optuna
-import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.utils import get_latest_run_id as get_latest_log_id
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ppo_ext.common.saving.checkpoint import load_vec_normalize
-from sb3_ppo_ext.common.saving.interchange import mark_of
-from sb3_ppo_ext.zoo.arguments import nearest, whole_number
-from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, not_inherited
+from sb3_ppo_ext.zoo.entry import check_config, check_keys, check_normalize, numbers
+from sb3_ppo_ext.zoo.errors import EntryError, StudyError
+from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, sigint_blocked
+from sb3_ppo_ext.zoo.pretrained import check_agent_fits, normalize_as_agent
 from sb3_ppo_ext.zoo.registration import ALGORITHMS
-from sb3_ppo_ext.zoo.storage import StudyError, complete_trial, load_study, open_storage
+from sb3_ppo_ext.zoo.study.processes import process_name
+from sb3_ppo_ext.zoo.study.storage import complete_trial, load_study, open_storage
+from sb3_ppo_ext.zoo.study.trials import BUDGET, WORKER, merge_hyperparams, run_trial
 from sb3_ppo_ext.zoo.summary import summary
-from sb3_ppo_ext.zoo.trials import merged, run_trial
-from sb3_ppo_ext.zoo.workers import process_name
-
-# What rl_zoo3 reads from an entry itself; `policy` and all other keys go to the algorithm's constructor.
-_ZOO_KEYS = {
-    "callback",
-    "env_kwargs",
-    "env_wrapper",
-    "frame_stack",
-    "monitor_kwargs",
-    "n_envs",
-    "n_timesteps",
-    "noise_std",
-    "noise_type",
-    "normalize",
-    "vec_env_wrapper",
-}
-# Those of them that count something.
-_COUNTS = ("frame_stack", "n_envs", "n_timesteps")
-# What rl_zoo3 passes to the constructor from the command line.
-_COMMAND_LINE_KEYS = {"device", "env", "seed", "tensorboard_log", "verbose"}
-
-# A number of YAML 1.2; PyYAML reads YAML 1.1, for which 3e-4 is a string.
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-class EntryError(ValueError):
-    """An entry or its file is wrong; the message names it."""
-
-
-def _as_keywords(normalize: Any) -> dict[str, Any]:
-    """What rl_zoo3 makes of ``normalize``: a bool, or keywords of VecNormalize, or Python that says one of them."""
-    value = eval(normalize) if isinstance(normalize, str) else normalize
-    return {} if isinstance(value, bool) else dict(value)
 
 
 class ZooExperimentManager(ExperimentManager):
@@ -72,8 +35,8 @@ class ZooExperimentManager(ExperimentManager):
     order if it is interrupted; evaluates and sums up after a training.
 
     :param arguments: those of :class:`rl_zoo3.exp_manager.ExperimentManager`
-    :param program: how to start ``sb3-ppo-ext``, for the commands in the closing summary
-    :param interrupts: what Ctrl-C does, if it is handled
+    :param program: how to start ``sb3-ppo-ext``, for the commands in the summary
+    :param interrupts: handles Ctrl-C, if it is handled
     :param options: those of :class:`rl_zoo3.exp_manager.ExperimentManager`
     """
 
@@ -87,8 +50,7 @@ class ZooExperimentManager(ExperimentManager):
         super().__init__(*arguments, **options)
         self.program = program
         self.interrupts = interrupts or Interrupts()
-        self.stopped_at_once = False
-        self.asked_for: int | None = None  # steps, if that is not where the training ends
+        self.requested_timesteps: int | None = None  # if the training does not end there
         self._has_folder = False
         self._envs: list[VecEnv] = []
 
@@ -104,7 +66,7 @@ class ZooExperimentManager(ExperimentManager):
         except EntryError:
             raise
         except Exception as error:
-            if self.interrupts.count:  # the environments, say, have got it too
+            if self.interrupts.count:  # the environments, say, were interrupted too
                 raise KeyboardInterrupt from error
             if not isinstance(error, (AssertionError, NotImplementedError, ValueError)) or not str(error):
                 raise
@@ -117,7 +79,7 @@ class ZooExperimentManager(ExperimentManager):
 
     def create_log_folder(self) -> None:
         """Take a folder that no other training has, not even one that began at the same time."""
-        with self.interrupts.undisturbed():
+        with self.interrupts.uninterrupted():
             while not self._has_folder:
                 try:
                     os.makedirs(self.save_path)
@@ -129,10 +91,7 @@ class ZooExperimentManager(ExperimentManager):
         super().create_log_folder()  # type: ignore[no-untyped-call]
 
     def _clean_up(self) -> None:
-        """
-        Of a training that does not take place. `enjoy` looks into the newest folder, which must not be one without an
-        agent.
-        """
+        """Leave nothing of a training that does not take place: `enjoy` takes the newest folder to have an agent."""
         for env in self._envs:
             with contextlib.suppress(Exception):
                 env.close()
@@ -142,13 +101,13 @@ class ZooExperimentManager(ExperimentManager):
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """
         :param n_envs: how many
-        :param eval_env: whether to evaluate in
+        :param eval_env: whether they are for evaluation
         :param no_log: whether no monitor file is written
         :return: the environments
         """
         self.interrupts.check()
         in_processes = self.vec_env_class is not DummyVecEnv
-        with not_inherited() if in_processes else contextlib.nullcontext():
+        with sigint_blocked() if in_processes else contextlib.nullcontext():
             self._envs.append(super().create_envs(n_envs, eval_env, no_log))
         return self._envs[-1]
 
@@ -160,64 +119,30 @@ class ZooExperimentManager(ExperimentManager):
                 callback.save_vecnormalize = self.normalize
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
-        """
-        :param env: not normalised
-        :param eval_env: whether to evaluate in
-        :return: the same, normalised if the entry says so, by the statistics of an agent that goes on
-        """
+        """As rl_zoo3; but an agent that goes on has the statistics it was trained with, wherever they are."""
         if not self.continue_training:
             return super()._maybe_normalize(env, eval_env)
+        place = f"{self.config}, {self.env_name.gym_id}"
         agent = Path(self.trained_agent)
-        normalized, source = None, agent
-        with contextlib.suppress(ValueError):  # no model file; loading the agent will say so
-            normalized = load_vec_normalize(agent, env)  # a checkpoint of SafeCheckpointCallback
-        files = [agent.parent / self.env_name / "vecnormalize.pkl"]
-        if re.search(r"_\d+_steps\.zip$", agent.name):  # a checkpoint of SB3's callback
-            files.insert(0, agent.with_name(re.sub(r"_(\d+_steps)\.zip$", r"_vecnormalize_\1.pkl", agent.name)))
-        for file in files:
-            if normalized is None and file.is_file():
-                normalized, source = VecNormalize.load(str(file), env), file
-        if bool(self.normalize) != (normalized is not None):
-            what = f"with those in {source}" if normalized else f"without any in {agent} or beside it"
-            raise EntryError(
-                f"{self.config}, {self.env_name.gym_id}: normalize={self.normalize!r} does not fit an agent that was "
-                f"trained {what}: the statistics of VecNormalize belong to the agent"
-            )
+        normalized = normalize_as_agent(env, agent, self.env_name, self.normalize, self.normalize_kwargs, place)
         if normalized is None:
             return env
-        print(f"Statistics of VecNormalize from {source}")
-        for name, value in self.normalize_kwargs.items():
-            if name == "gamma":  # follows the entry's, which may be changed
-                normalized.gamma = value
-            elif name != "training" and getattr(normalized, name, value) != value:
-                raise EntryError(
-                    f"{self.config}, {self.env_name.gym_id}: normalize with {name}={value!r} does not fit {source}, "
-                    f"which has {name}={getattr(normalized, name)!r}"
-                )
         normalized.training = not eval_env
         normalized.norm_reward = normalized.norm_reward and not eval_env
         return normalized
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
-        """
-        :param hyperparams: for the constructor
-        :param env: to train in
-        :return: the agent that goes on
-        """
+        """As rl_zoo3, with the number of steps that are still to be made."""
         for key in {"policy", "policy_kwargs"} & set(self.custom_hyperparams or {}):
             raise EntryError(f"-params, {self.env_name.gym_id}: with -i, '{key}' is what the agent was made with")
-        if self.algo not in ALGORITHMS:  # their load() takes any file
-            with open(self.trained_agent, "rb") as file:
-                mark = mark_of(file)
-            takes = {"ppo": ("sb3_ppo_ext.DualClipPPO", "sb3_ppo_ext.AdaptiveKLPPO"), "trpo": ("sb3_ppo_ext.TRPO",)}
-            if mark is not None and mark not in takes.get(self.algo, ()):
-                raise EntryError(f"{self.trained_agent} is of {mark}, and --algo {self.algo} cannot go on with it")
+        if self.algo not in ALGORITHMS:
+            check_agent_fits(self.trained_agent, self.algo)
         model = super()._load_pretrained_agent(hyperparams, env)
         done = model.num_timesteps
         if done >= self.n_timesteps:
-            self.asked_for = self.n_timesteps
+            self.requested_timesteps = self.n_timesteps
             self.n_timesteps += done
-            print(f"The agent has made its {self.asked_for:,} steps: it makes as many again")
+            print(f"The agent has made its {self.requested_timesteps:,} steps: it makes as many again")
         print(f"Going on from step {done:,} to {self.n_timesteps:,}")
         return model
 
@@ -226,28 +151,21 @@ class ZooExperimentManager(ExperimentManager):
         :return: the hyper-parameters of the environment's entry, and the same once more, to be saved
         """
         self.interrupts.check()
-        self._check_entry()
+        check_config(self.config, self.env_name.gym_id, self._is_atari)
         trial_id, self.trial_id = self.trial_id, None  # rl_zoo3 would replace policy_kwargs, and take 0 for no trial
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         if trial_id is not None:
             if not self.storage or not self.study_name:
                 raise EntryError(f"--trial-id {trial_id} needs --storage and --study-name, which say of which study")
             drawn = self.load_trial(self.storage, self.study_name, trial_id)
-            hyperparams = merged(merged(hyperparams, drawn), self.custom_hyperparams or {})
+            hyperparams = merge_hyperparams(merge_hyperparams(hyperparams, drawn), self.custom_hyperparams or {})
             saved_hyperparams = {name: hyperparams[name] for name in sorted(hyperparams)}
             print(f"With what was drawn for trial {trial_id} of study {self.study_name}:")
             pprint(saved_hyperparams)
-        self._check_keys(hyperparams)
-        for key, value in hyperparams.items():
-            if isinstance(value, str) and _NUMBER.fullmatch(value):
-                number = float(value)
-                hyperparams[key] = saved_hyperparams[key] = int(number) if number.is_integer() else number
-        for key in _COUNTS:
-            if hyperparams.get(key) is not None:
-                try:
-                    hyperparams[key] = saved_hyperparams[key] = whole_number(hyperparams[key], minimum=1)
-                except argparse.ArgumentTypeError as error:
-                    raise EntryError(f"{self._where(key)}: {key}={error}") from None
+        check_keys(hyperparams, ALGOS[self.algo], self._place)
+        read = numbers(hyperparams, self._place)
+        hyperparams.update(read)
+        saved_hyperparams.update(read)
         return hyperparams, saved_hyperparams
 
     def load_trial(
@@ -268,81 +186,20 @@ class ZooExperimentManager(ExperimentManager):
             raise EntryError(str(error)) from None
         return dict(super().load_trial(storage, study_name, trial_id, convert))
 
-    def _where(self, key: str) -> str:
-        """
-        :param key: of the hyper-parameters
-        :return: where it was given
-        """
+    def _place(self, key: str) -> str:
+        """Where a hyper-parameter stands, for a message."""
         file = "-params" if key in (self.custom_hyperparams or {}) else self.config
         return f"{file}, {self.env_name.gym_id}"
 
-    def _check_entry(self) -> None:
-        """Say so if the configuration has no entry for the environment."""
-        if self.config.endswith((".yml", ".yaml")):
-            try:
-                entries = yaml.safe_load(Path(self.config).read_text()) or {}
-            except yaml.YAMLError as error:
-                raise EntryError(f"{self.config} is no YAML: {error}") from error
-            if not isinstance(entries, dict):
-                raise EntryError(f"{self.config} has no entries: it must be hyper-parameters by environment")
-        else:
-            if self.config.endswith(".py"):
-                found = runpy.run_path(self.config)
-            else:
-                found = vars(importlib.import_module(self.config))
-            if not isinstance(found.get("hyperparams"), dict):
-                raise EntryError(f"{self.config} has no dictionary 'hyperparams'")
-            entries = found["hyperparams"]
-
-        env_id = self.env_name.gym_id
-        key = env_id if env_id in entries else "atari" if self._is_atari else "default"
-        if key != env_id and not (self._is_atari and key in entries):
-            message = f"{self.config} has no entry for {env_id}{nearest(env_id, _entry_names(entries))}"
-            if key not in entries:
-                raise EntryError(message)
-            print(message)
-        if not isinstance(entries[key], dict):
-            raise EntryError(f"{self.config}, {key}: {entries[key]!r} is no hyper-parameters, each with its name")
-
-    def _check_keys(self, hyperparams: dict[str, Any]) -> None:
-        """Refuse an entry with a key that nothing reads, or without one that rl_zoo3 cannot do without."""
-        constructor = set(inspect.signature(ALGOS[self.algo]).parameters) - {"_init_setup_model"}
-        for key in hyperparams:
-            if key in _COMMAND_LINE_KEYS:
-                raise EntryError(
-                    f"{self._where(key)}: '{key}' is set on the command line, with --{key.replace('_', '-')}"
-                )
-            if key not in constructor | _ZOO_KEYS:
-                known = (constructor | _ZOO_KEYS) - _COMMAND_LINE_KEYS
-                raise EntryError(f"{self._where(key)}: unknown key '{key}'{nearest(key, sorted(known))}")
-        for key in ("n_timesteps", "policy"):
-            if key not in hyperparams:
-                raise EntryError(f"{self.config}, {self.env_name.gym_id}: '{key}' is missing")
-
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        """
-        Leave all of them to our constructors, which read numbers, rl_zoo3's strings and None, and refuse anything else.
-
-        :param hyperparams: of an entry
-        :return: the same
-        """
+        """Leave schedules to our constructors, which read numbers, rl_zoo3's strings and None."""
         if self.algo in ALGORITHMS:
             return hyperparams
         return super()._preprocess_schedules(hyperparams)
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
-        """
-        Evaluate in the environment that is trained in, also where the entry says ``env_kwargs``.
-
-        :param hyperparams: of an entry
-        :return: as of :class:`rl_zoo3.exp_manager.ExperimentManager`
-        """
-        normalize = hyperparams.get("normalize")
-        try:
-            if normalize is not None:
-                inspect.signature(VecNormalize).bind(None, **_as_keywords(normalize))
-        except Exception as error:  # whatever Python says of it
-            raise EntryError(f"{self._where('normalize')}: normalize={normalize!r} cannot be used; {error}") from None
+        """As rl_zoo3; but ``env_kwargs`` of the entry are those of the evaluation, too."""
+        check_normalize(hyperparams, self._place)
         preprocessed = super()._preprocess_hyperparams(hyperparams)
         if not self._eval_env_kwargs_args:
             self.eval_env_kwargs = self.env_kwargs
@@ -373,7 +230,7 @@ class ZooExperimentManager(ExperimentManager):
         self.interrupts.check()
         try:
             with self.interrupts.stage():
-                # What rl_zoo3 asks of a model here.
+                # All that rl_zoo3 uses of a model here.
                 super().learn(cast(BaseAlgorithm, SimpleNamespace(learn=learn, env=model.env, policy=model.policy)))
         except (Exception, KeyboardInterrupt) as error:
             if not self.interrupts.caused(error):
@@ -383,17 +240,13 @@ class ZooExperimentManager(ExperimentManager):
             if model.env is not None:
                 with contextlib.suppress(Exception):
                     model.env.close()
-        self.stopped_at_once = self.interrupts.count > 1
         for callback in self.callbacks:
             if isinstance(callback, EvalCallback):  # rl_zoo3 leaves it open, with all that it may hold
                 with contextlib.suppress(Exception):
                     callback.eval_env.close()
 
     def _log_name(self, model: BaseAlgorithm) -> str:
-        """
-        :param model: to train
-        :return: how its folder for TensorBoard begins: as SB3 has it, if no other algorithm has the same name
-        """
+        """The beginning of a TensorBoard folder's name: SB3's, unless another algorithm's class has the same name."""
         name = type(model).__name__
         others = [key for key, algorithm in ALGOS.items() if algorithm.__name__ == name and key != self.algo]
         if self.algo in ALGORITHMS and others:
@@ -421,23 +274,15 @@ class ZooExperimentManager(ExperimentManager):
         :param trial: of a study
         :return: the mean reward of the last evaluation
         """
-        trial.set_user_attr("budget", [self.n_timesteps, self.n_evaluations])
-        trial.set_user_attr("worker", process_name(os.getpid()))
+        trial.set_user_attr(BUDGET, [self.n_timesteps, self.n_evaluations])
+        trial.set_user_attr(WORKER, process_name(os.getpid()))
         return run_trial(self, trial)
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """
-        Save the model, then say how good it is, where everything lies and how to go on.
+        Save the model, then print how good it is, where everything lies and how to go on.
 
         :param model: the trained model; the training may have been interrupted
         """
         super().save_trained_model(model)
-        print(summary(self, model))
-
-
-def _entry_names(entries: Iterable[str]) -> list[str]:
-    """
-    :param entries: of a configuration
-    :return: those that name an environment
-    """
-    return sorted({str(entry) for entry in entries} - {"default", "atari"})
+        print(summary(self, model, self.program, self.interrupts, self.requested_timesteps))

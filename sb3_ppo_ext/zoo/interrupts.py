@@ -1,4 +1,4 @@
-"""Ctrl-C during a training: a wish that is granted where nothing is half done."""
+"""Ctrl-C during a training: it ends the training between two steps, where nothing is half done."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
 
 class Interrupts:
     """
-    Counts how often Ctrl-C was pressed, and raises :class:`KeyboardInterrupt` only when patience is at its end.
+    Counts how often Ctrl-C was pressed, and raises :class:`KeyboardInterrupt` only if that is more than ``patience``.
 
-    An exception that may come anywhere breaks what it comes into: a lock of the progress bar, a compiler, half a step
-    of the environments. So a training looks at :attr:`count` between its steps and ends in order. Who presses a second
-    time does not want to wait, and gets the exception.
+    An exception that may be raised anywhere breaks what it interrupts: a lock of the progress bar, a compiler, half a
+    step of the environments. So a training checks :attr:`count` between its steps and ends in order. A user who presses
+    a second time does not want to wait, and the exception is raised.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.patience: float = 0  # as many are counted only; the next one is an exception
+        self.patience: float = 0  # so many are only counted; the next one raises the exception
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -42,7 +42,7 @@ class Interrupts:
 
         def without_interrupts(unraisable: Any) -> None:
             if not isinstance(unraisable.exc_value, KeyboardInterrupt):
-                hook(unraisable)  # else it came where no exception can leave; it is counted, and looked at later
+                hook(unraisable)  # an interrupt where no exception can be raised is counted, and checked later
 
         sys.unraisablehook = without_interrupts
         signal.signal(signal.SIGINT, self._handle)
@@ -55,7 +55,7 @@ class Interrupts:
     def _handle(self, signal_number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.count > self.patience:
-            if self.patience:  # what cleans up, and whoever is told by the count, is not to be interrupted again
+            if self.patience:  # what cleans up after the exception is not to be interrupted again
                 self.patience = math.inf
             raise KeyboardInterrupt
         if self.patience < math.inf:
@@ -64,7 +64,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[None]:
-        """What is inside of the ``with`` block looks at :attr:`count`; what follows it is not to be interrupted."""
+        """The ``with`` block checks :attr:`count` itself; what follows it is not to be interrupted."""
         self.count, self.patience = 0, 1
         try:
             yield
@@ -80,8 +80,8 @@ class Interrupts:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """What is inside of the ``with`` block is quick, and is done as a whole."""
+    def uninterrupted(self) -> Iterator[None]:
+        """For a ``with`` block that is quick, and must be done as a whole."""
         patience, self.patience = self.patience, math.inf
         try:
             yield
@@ -91,8 +91,8 @@ class Interrupts:
     def caused(self, error: BaseException) -> bool:
         """
         :param error: that has ended a training
-        :return: whether Ctrl-C is behind it: it was raised for that, on the way out from that, or by something that
-            Ctrl-C has ended too, such as a compiler or a simulator
+        :return: whether Ctrl-C has caused it: directly, while it was being handled, or by ending something else (a
+            compiler, a simulator)
         """
         seen: BaseException | None = error
         while seen is not None:
@@ -103,11 +103,7 @@ class Interrupts:
 
 
 class StopIfInterrupted(BaseCallback):
-    """
-    Ends a training at the step that follows Ctrl-C.
-
-    :param interrupts: to look at
-    """
+    """Ends a training at the step that follows Ctrl-C."""
 
     def __init__(self, interrupts: Interrupts) -> None:
         super().__init__()
@@ -116,15 +112,15 @@ class StopIfInterrupted(BaseCallback):
     def _on_step(self) -> bool:
         return self.interrupts.count == 0
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a callback may be saved with what it belongs to
+    def __reduce__(self) -> tuple[Any, ...]:  # a callback may be saved with a model
         return StopIfInterrupted, (Interrupts(),)
 
 
 @contextlib.contextmanager
-def not_inherited() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
     """
     Ctrl-C waits for the end of the ``with`` block, and never reaches processes that are started in it: in a terminal it
-    is sent to all of them, and an environment that ended before the training would end the training with an error.
+    is sent to all of them, and one that ended before its parent would end that with an error.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

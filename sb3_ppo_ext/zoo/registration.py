@@ -39,20 +39,20 @@ def register() -> None:
     for key in ALGORITHMS:
         HYPERPARAMS_SAMPLER.setdefault(key, SAMPLERS[key])
         HYPERPARAMS_CONVERTER.setdefault(key, CONVERTERS[key])
-    made = exp_manager.ExperimentManager.__init__
-    if not hasattr(made, "finds_our_configurations"):
-        exp_manager.ExperimentManager.__init__ = _finding_our_configurations(made)  # type: ignore[method-assign]
+    init = exp_manager.ExperimentManager.__init__
+    if not hasattr(init, "finds_our_configurations"):
+        exp_manager.ExperimentManager.__init__ = _finding_our_configurations(init)  # type: ignore[method-assign]
 
 
-def _finding_our_configurations(made: Callable[..., None]) -> Callable[..., None]:
+def _finding_our_configurations(init: Callable[..., None]) -> Callable[..., None]:
     """
-    :param made: how rl_zoo3's manager is made; it looks for every configuration in rl_zoo3's own folder
-    :return: the same, but those of our algorithms are found where they are
+    :param init: of rl_zoo3's manager, which looks for every configuration in rl_zoo3's own folder
+    :return: the same, but the configurations of our algorithms are found where they are
     """
 
-    @functools.wraps(made)
+    @functools.wraps(init)
     def wrapper(self: exp_manager.ExperimentManager, *arguments: Any, **options: Any) -> None:
-        made(self, *arguments, **options)
+        init(self, *arguments, **options)
         theirs = Path(exp_manager.__file__).parent / "hyperparams" / f"{self.algo}.yml"
         if self.algo in ALGORITHMS and Path(self.config) == theirs:
             self.config = str(config_path(self.algo))

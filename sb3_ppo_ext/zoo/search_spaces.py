@@ -1,10 +1,12 @@
 """
 What an Optuna study of each of our algorithms searches.
 
-rl_zoo3 calls a sampler for each trial of a study, and a converter alone where it loads a trial: the converter makes of
-the numbers that were drawn the arguments that the sampler returned. As in rl_zoo3's own spaces, a trial's arguments
-take the place of the entry's. What a space leaves out stays as the entry has it, inside of ``policy_kwargs`` too: the
-activation function, the features extractor, the optimizer.
+rl_zoo3 calls a sampler for each trial of a study, and a converter alone where it loads a trial: the converter makes the
+constructor's arguments, which the sampler returned, of the numbers that were drawn. ``n_actions`` and
+``additional_args`` are for rl_zoo3's own samplers; ours do not use them.
+
+As in rl_zoo3's own spaces, a trial's arguments take the place of the entry's. What a space leaves out stays as the
+entry has it, inside of ``policy_kwargs`` too: the activation function, the features extractor, the optimizer.
 
 Each number is drawn from a range of its own, which no other number changes: Optuna's samplers learn best from those.
 Numbers that depend on each other are drawn as a factor (minibatches of a rollout, high over low clip range), so that no
@@ -23,12 +25,12 @@ from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 Params = dict[str, Any]
 
 
-def _drawn(trial: optuna.Trial, convert: Callable[[Params], Params], params: Params) -> Params:
+def _converted(trial: optuna.Trial, convert: Callable[[Params], Params], params: Params) -> Params:
     """
     :param trial: that the numbers were drawn for
     :param convert: the algorithm's converter
     :param params: what was drawn
-    :return: the constructor's arguments; those that nobody can read off the trial are noted in it
+    :return: the constructor's arguments; those that are not among the numbers are added to the trial's attributes
     """
     hyperparams = convert(params)
     for name in hyperparams.keys() - params.keys() - {"policy_kwargs"}:
@@ -36,7 +38,7 @@ def _drawn(trial: optuna.Trial, convert: Callable[[Params], Params], params: Par
     return hyperparams
 
 
-def _task(trial: optuna.Trial, n_envs: int) -> Params:
+def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
     """
     What every space has.
 
@@ -53,7 +55,7 @@ def _task(trial: optuna.Trial, n_envs: int) -> Params:
     }
 
 
-def _rollout(
+def _sample_rollout(
     trial: optuna.Trial, n_envs: int, batch_size_pow: tuple[int, int], n_minibatches_pow: tuple[int, int]
 ) -> Params:
     """
@@ -66,51 +68,41 @@ def _rollout(
 
     :param trial: to draw for
     :param n_envs: number of environments
-    :param batch_size_pow: first and last power of two
-    :param n_minibatches_pow: first and last power of two
+    :param batch_size_pow: lowest and highest exponent of two
+    :param n_minibatches_pow: likewise
+    :return: what was drawn
     """
     return {
-        **_task(trial, n_envs),
+        **_sample_common(trial, n_envs),
         "batch_size_pow": trial.suggest_int("batch_size_pow", *batch_size_pow),
         "n_minibatches_pow": trial.suggest_int("n_minibatches_pow", *n_minibatches_pow),
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 1e-3, 0.2, log=True),
     }
 
 
-def _proximal(trial: optuna.Trial, n_envs: int) -> Params:
+def _sample_proximal(trial: optuna.Trial, n_envs: int) -> Params:
     """
     What the spaces of both proximal policy optimisations have: rollout, minibatches, gamma, lambda and network; and
 
     - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
-
-    :param trial: to draw for
-    :param n_envs: number of environments
     """
     return {
-        **_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
+        **_sample_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
         "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
     }
 
 
-def _converted(sampled_params: Params) -> Params:
-    """
-    :param sampled_params: as drawn
-    :return: what rl_zoo3 makes of them, without an activation function, which none of our spaces has
-    """
+def _convert_common_params(sampled_params: Params) -> Params:
+    """rl_zoo3's conversion, without an activation function, which none of our spaces has."""
     hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
     del hyperparams["policy_kwargs"]["activation_fn"]
     return hyperparams
 
 
 def convert_rollout_params(sampled_params: Params) -> Params:
-    """
-    The converter of AdaptiveKLPPO.
-
-    :param sampled_params: as drawn
-    :return: the constructor's arguments
-    """
-    hyperparams = _converted(sampled_params)
+    """The converter of AdaptiveKLPPO."""
+    hyperparams = _convert_common_params(sampled_params)
     n_envs, n_minibatches = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_minibatches_pow")
     batch_size = hyperparams["batch_size"]
     whole = batch_size // math.gcd(batch_size, n_envs)  # the fewest steps of all environments without a remainder
@@ -119,10 +111,6 @@ def convert_rollout_params(sampled_params: Params) -> Params:
 
 
 def convert_dual_clip_ppo_params(sampled_params: Params) -> Params:
-    """
-    :param sampled_params: as drawn
-    :return: the constructor's arguments
-    """
     hyperparams = convert_rollout_params(sampled_params)
     hyperparams["clip_range_high"] = hyperparams["clip_range"] * hyperparams.pop("clip_range_ratio")
     return hyperparams
@@ -137,18 +125,12 @@ def sample_dual_clip_ppo_params(
     - ``clip_range``: where an update ends
     - ``clip_range_ratio``: of high to low clip range, from symmetric to twice as far up
     - ``dual_clip``: from near the first clip to where it hardly ever acts; above 1 + clip_range_high for all of these
-
-    :param trial: to draw for
-    :param n_actions: not looked at
-    :param n_envs: number of environments
-    :param additional_args: not looked at
-    :return: the constructor's arguments
     """
-    return _drawn(
+    return _converted(
         trial,
         convert_dual_clip_ppo_params,
         {
-            **_proximal(trial, n_envs),
+            **_sample_proximal(trial, n_envs),
             "clip_range": trial.suggest_float("clip_range", 0.1, 0.4),
             "clip_range_ratio": trial.suggest_float("clip_range_ratio", 1.0, 2.0),
             "dual_clip": trial.suggest_float("dual_clip", 2.0, 6.0),
@@ -168,18 +150,12 @@ def sample_adaptive_kl_ppo_params(
 
     The tolerance and the factor of the adaptation are left alone: the paper (Schulman et al. 2017, section 4) finds
     that little depends on them.
-
-    :param trial: to draw for
-    :param n_actions: not looked at
-    :param n_envs: number of environments
-    :param additional_args: not looked at
-    :return: the constructor's arguments
     """
-    return _drawn(
+    return _converted(
         trial,
         convert_rollout_params,
         {
-            **_proximal(trial, n_envs),
+            **_sample_proximal(trial, n_envs),
             "target_kl": trial.suggest_float("target_kl", 0.003, 0.3, log=True),
             "kl_coef": trial.suggest_float("kl_coef", 0.1, 10.0, log=True),
         },
@@ -187,10 +163,6 @@ def sample_adaptive_kl_ppo_params(
 
 
 def convert_trpo_params(sampled_params: Params) -> Params:
-    """
-    :param sampled_params: as drawn
-    :return: the constructor's arguments
-    """
     hyperparams = convert_rollout_params(sampled_params)
     # The critic's steps leave alone what the actor depends on: of shared features it would learn the last layers only.
     hyperparams["policy_kwargs"]["share_features_extractor"] = False
@@ -209,18 +181,12 @@ def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     - ``learning_rate``, ``n_critic_updates``: how well the critic fits, which the advantages depend on
 
     The line search is left alone: it acts only on a step that the quadratic model misjudges.
-
-    :param trial: to draw for
-    :param n_actions: not looked at
-    :param n_envs: number of environments
-    :param additional_args: not looked at
-    :return: the constructor's arguments
     """
-    return _drawn(
+    return _converted(
         trial,
         convert_trpo_params,
         {
-            **_rollout(trial, n_envs, batch_size_pow=(6, 8), n_minibatches_pow=(3, 6)),
+            **_sample_rollout(trial, n_envs, batch_size_pow=(6, 8), n_minibatches_pow=(3, 6)),
             "learning_rate": trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True),
             "n_critic_updates": trial.suggest_int("n_critic_updates", 5, 30),
             "target_kl": trial.suggest_float("target_kl", 0.003, 0.3, log=True),
@@ -231,11 +197,7 @@ def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
 
 
 def convert_reinforce_params(sampled_params: Params) -> Params:
-    """
-    :param sampled_params: as drawn
-    :return: the constructor's arguments
-    """
-    hyperparams = _converted({**sampled_params, "one_minus_gae_lambda": 0.0})
+    hyperparams = _convert_common_params({**sampled_params, "one_minus_gae_lambda": 0.0})
     del hyperparams["gae_lambda"]  # its returns are complete
     n_envs, n_episodes = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_episodes_pow")
     hyperparams["episodes_per_env"] = math.ceil(n_episodes / n_envs)
@@ -259,18 +221,12 @@ def sample_reinforce_params(
     - ``normalize_advantage``: one size of step for all scales of reward, or an unbiased gradient
 
     The returns are those of the entry; "total" has the same mean as the rewards-to-go and more variance.
-
-    :param trial: to draw for
-    :param n_actions: not looked at
-    :param n_envs: number of environments
-    :param additional_args: not looked at
-    :return: the constructor's arguments
     """
-    return _drawn(
+    return _converted(
         trial,
         convert_reinforce_params,
         {
-            **_task(trial, n_envs),
+            **_sample_common(trial, n_envs),
             "n_episodes_pow": trial.suggest_int("n_episodes_pow", 2, 6),
             "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True),
             "ent_coef": trial.suggest_float("ent_coef", 1e-5, 0.1, log=True),

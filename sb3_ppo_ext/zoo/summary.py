@@ -1,4 +1,4 @@
-"""The closing word after a training: how good the agent is, where everything lies, how to go on."""
+"""The summary after a training: how good the agent is, where everything lies, how to go on."""
 
 from __future__ import annotations
 
@@ -9,28 +9,37 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
+from sb3_ppo_ext.common.saving.files import write_whole
 from sb3_ppo_ext.zoo.arguments import LOG_FOLDER
-
-if TYPE_CHECKING:
-    from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
+from sb3_ppo_ext.zoo.interrupts import Interrupts
 
 N_EPISODES = 20
-RESULT = "final_evaluation.json"  # the same for a program, beside the configuration
+RESULT = "final_evaluation.json"  # what the summary says of the reward, for programs; beside the configuration
 
 
-def summary(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
+def summary(
+    manager: ExperimentManager,
+    model: BaseAlgorithm,
+    program: Sequence[str],
+    interrupts: Interrupts,
+    requested_timesteps: int | None,
+) -> str:
     """
-    The model is saved when this is called, and no trouble with the environment may keep its user from hearing that.
+    The model is saved when this is called, and an error of the environment must not keep its user from learning that.
 
     :param manager: the manager of the training that has just been saved
     :param model: the trained model, which is evaluated once more
+    :param program: how to start ``sb3-ppo-ext``
+    :param interrupts: handles Ctrl-C
+    :param requested_timesteps: the steps that were asked for, if the training does not end there
     :return: a few lines for a person
     """
     algo, env_id = manager.algo, manager.env_name.gym_id
@@ -42,7 +51,7 @@ def summary(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
     lines = [
         "",
         f"{algo} on {env_id}, {done:,} steps{of_budget}",
-        f"  reward       {_reward(manager, model)}",
+        f"  reward       {_reward(manager, model, interrupts)}",
         f"  model        {model_path}",
     ]
     lines += [
@@ -65,20 +74,20 @@ def summary(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
     if gym_packages:
         enjoy += ["--gym-packages", *gym_packages]
     if run_id.isdigit():  # rl_zoo3 finds runs by number; one named with --uuid has none
-        lines += ["", "Watch the agent:", f"  {shlex.join([*manager.program, *enjoy])}"]
+        lines += ["", "Watch the agent:", f"  {shlex.join([*program, *enjoy])}"]
 
     train = ["train", *_without_flags(sys.argv[1:], "-i", "--trained-agent")]
     if done < budget:
         note = f"  (from step {done:,} to {budget:,}; schedules go on where they are)"
-        if manager.asked_for is not None:
+        if requested_timesteps is not None:
             train = [*_without_flags(train, "-n", "--n-timesteps"), "-n", str(budget)]
     else:
-        longer = done + (manager.asked_for or budget)
+        longer = done + (requested_timesteps or budget)
         note = (
             f"  (from step {done:,} to {longer:,}; a schedule such as lin_0.2 goes on as that of the longer training, "
             f"at {1 - done / longer:.0%} of its start)"
         )
-    lines += ["", "Continue the training:", f"  {shlex.join([*manager.program, *train, '-i', str(model_path)])}", note]
+    lines += ["", "Continue the training:", f"  {shlex.join([*program, *train, '-i', str(model_path)])}", note]
     if manager.tensorboard_log:
         tensorboard = [str(Path(sys.executable).with_name("tensorboard")), "--logdir", manager.tensorboard_log]
         lines += ["", "Open TensorBoard:", f"  {shlex.join(tensorboard)}"]
@@ -88,8 +97,8 @@ def summary(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
 def _without_flags(arguments: Sequence[str], *flags: str) -> list[str]:
     """
     :param arguments: of ``train``
-    :param flags: each with one value
-    :return: the arguments without those
+    :param flags: each of which takes one value
+    :return: the arguments without these flags and their values
     """
     kept = [argument for argument in arguments if not argument.startswith(tuple(f"{flag}=" for flag in flags))]
     return [
@@ -99,14 +108,8 @@ def _without_flags(arguments: Sequence[str], *flags: str) -> list[str]:
     ]
 
 
-def _reward(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
-    """
-    Evaluate, and write the result beside the configuration.
-
-    :param manager: the manager of the training
-    :param model: the trained model
-    :return: how good it is, in words
-    """
+def _reward(manager: ExperimentManager, model: BaseAlgorithm, interrupts: Interrupts) -> str:
+    """Evaluate, write the result beside the configuration, and return it in words."""
     if manager.eval_freq <= 0:  # by which the user says that there is to be no evaluation
         rewards = [episode["r"] for episode in model.ep_info_buffer or ()]
         if not rewards:
@@ -114,10 +117,12 @@ def _reward(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
         of = f"the training's last {len(rewards)} episodes"
         return f"{np.mean(rewards):.2f} +/- {np.std(rewards):.2f} (mean and std of {of})"
     try:
-        with manager.interrupts.stage():
-            mean, std = _evaluate(manager, model)
+        if interrupts.count > 1:  # a user who has pressed Ctrl-C twice does not want to wait
+            raise KeyboardInterrupt
+        with interrupts.stage():
+            mean, std = _evaluate(manager, model, interrupts)
         result = {"mean": mean, "std": std, "n_episodes": N_EPISODES, "num_timesteps": model.num_timesteps}
-        Path(manager.params_path, RESULT).write_text(json.dumps(result))
+        write_whole(Path(manager.params_path, RESULT), memoryview(json.dumps(result).encode()))
     except KeyboardInterrupt:
         return "not measured: Ctrl-C ended the evaluation"
     except Exception as error:  # whatever an environment may do
@@ -126,27 +131,23 @@ def _reward(manager: ZooExperimentManager, model: BaseAlgorithm) -> str:
     return f"{mean:.2f} +/- {std:.2f} (mean and std of {N_EPISODES} episodes, {actions} actions)"
 
 
-def _evaluate(manager: ZooExperimentManager, model: BaseAlgorithm) -> tuple[float, float]:
+def _evaluate(manager: ExperimentManager, model: BaseAlgorithm, interrupts: Interrupts) -> tuple[float, float]:
     """
-    :param manager: the manager of the training
-    :param model: the trained model
     :return: mean and standard deviation of an episode's reward, as the environment gives it
-    :raises KeyboardInterrupt: if the user wants to wait no longer
+    :raises KeyboardInterrupt: if Ctrl-C is pressed meanwhile
     """
-    if manager.stopped_at_once:
-        raise KeyboardInterrupt
     print(f"Evaluating {N_EPISODES} episodes", flush=True)
-
-    def look(local_variables: dict[str, Any], global_variables: dict[str, Any]) -> None:
-        manager.interrupts.check()
-
     with contextlib.redirect_stdout(io.StringIO()):  # what the manager says of every environment has been said twice
         env = manager.create_envs(manager.n_eval_envs, eval_env=True)
     training_env = model.get_env()
     if training_env is not None and model.get_vec_normalize_env() is not None:
         sync_envs_normalization(training_env, env)
+
+    def check_interrupts(local_variables: dict[str, Any], global_variables: dict[str, Any]) -> None:
+        interrupts.check()
+
     try:
-        mean, std = evaluate_policy(model, env, N_EPISODES, manager.deterministic_eval, callback=look)
+        mean, std = evaluate_policy(model, env, N_EPISODES, manager.deterministic_eval, callback=check_interrupts)
     finally:
         with contextlib.suppress(Exception):
             env.close()

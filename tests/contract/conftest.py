@@ -1,14 +1,21 @@
 """What tests of the command ``sb3-ppo-ext`` are given."""
 
+import multiprocessing
 import sys
 from pathlib import Path
 
 import pytest
 import rl_zoo3.train
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 
 from sb3_ppo_ext.zoo.cli import main
+from tests.contract import held
 from tests.contract.zoo import SCRIPT, Command
+
+if "forkserver" in multiprocessing.get_all_start_methods():
+    # Whichever test starts the server: each process of a study would import torch for itself otherwise.
+    multiprocessing.set_forkserver_preload(["sb3_ppo_ext.zoo.cli", "rl_zoo3.train", "torch._dynamo", "pandas"])
 
 
 @pytest.fixture
@@ -29,3 +36,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return captured.out + captured.err
 
     return run
+
+
+@pytest.fixture
+def held_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process converts what trials of :mod:`tests.contract.held` have drawn; the workers do so anyway."""
+    monkeypatch.setitem(HYPERPARAMS_CONVERTER, held.ALGO, held.convert)

@@ -219,7 +219,7 @@ def test_schedules_in_every_form() -> None:
     )
     model._current_progress_remaining = 0.5
     assert model.lr_schedule(0.5) == pytest.approx(5e-4)
-    assert model._coefficients() == pytest.approx(
+    assert model.coefficients() == pytest.approx(
         {"clip_range": 0.2, "clip_range_high": 0.25, "clip_range_vf": 0.25, "dual_clip": 2.5, "ent_coef": 0.0}
     )
 
@@ -237,8 +237,8 @@ def test_a_schedule_may_return_what_float_takes(of: Any) -> None:
     )
     model._current_progress_remaining = 0.5
     assert model.lr_schedule(0.5) == pytest.approx(5e-4)
-    assert model._coefficients() == pytest.approx({"clip_range": 0.2, "dual_clip": 2.5, "ent_coef": 0.5})
-    assert all(type(value) is float for value in model._coefficients().values())
+    assert model.coefficients() == pytest.approx({"clip_range": 0.2, "dual_clip": 2.5, "ent_coef": 0.5})
+    assert all(type(value) is float for value in model.coefficients().values())
 
 
 class Records(BaseCallback):

@@ -11,9 +11,7 @@ from sb3_ppo_ext.common.compile.program import Program
 
 
 def run(*, announce: bool) -> None:
-    program = Program(
-        lambda fixed, batch, x: [fixed[0] + 2.0 * x], th.device("cpu"), what="a sum", any_size=False, announce=announce
-    )
+    program = Program(lambda fixed, batch, x: [fixed[0] + 2.0 * x], th.device("cpu"), what="a sum", announce=announce)
     program.bind((th.ones(3),))
     assert th.equal(program(th.ones(3))[0], th.full((3,), 3.0))
 
@@ -22,13 +20,13 @@ def run(*, announce: bool) -> None:
 def _nothing_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled, into an empty folder; a file is where the program would be kept."""
 
-    def compiled(graph: th.fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> object:
-        place = cpu.place_of(graph, inputs, varies)
+    def compiled(graph: th.fx.GraphModule, inputs: list[th.Tensor]) -> object:
+        place = cpu.cache_path(graph, inputs)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
         return lambda inputs: list(graph(*inputs))
 
-    monkeypatch.setattr(cpu, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cpu, "compiler_cache_folder", lambda: tmp_path)
     monkeypatch.setattr(cpu, "machine_code", compiled)
 
 

@@ -79,8 +79,8 @@ def test_files_of_before_whose_attributes_are_schedules(tmp_path: Path) -> None:
         setattr(model, name, as_schedule(name, getattr(model, name), may_be_zero=True))
     model.save(tmp_path / "model")
     loaded = DualClipPPO.load(tmp_path / "model", env=env(), device="cpu")
-    assert loaded._at_present(loaded.dual_clip) == 4.0
-    assert loaded.learn(2 * ROLLOUT)._coefficients()["dual_clip"] == 2.0
+    assert loaded._current_value(loaded.dual_clip) == 4.0
+    assert loaded.learn(2 * ROLLOUT).coefficients()["dual_clip"] == 2.0
 
 
 class Sets(BaseCallback):

@@ -22,6 +22,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.saving.checkpoint import load_weights, resume, save_checkpoint
 from sb3_ppo_ext.common.saving.interchange import ALGORITHM
 from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, small
@@ -190,14 +191,14 @@ def test_contribs_trpo(action_space, factor, tmp_path):
     else:
         loaded = load()
     assert_same_policy(loaded, model)
-    assert loaded._joint(loaded.target_kl, math.nan) == pytest.approx(0.02 * factor)
-    assert loaded._joint(loaded.cg_damping, math.nan) == pytest.approx(0.05 * factor)
+    assert loaded._whole_action_value(loaded.target_kl, math.nan) == pytest.approx(0.02 * factor)
+    assert loaded._whole_action_value(loaded.cg_damping, math.nan) == pytest.approx(0.05 * factor)
     assert loaded.sub_sampling_factor == 2
     assert loaded.cg_max_steps == 7
     # A quantity of the whole action is so many times what sb3-contrib takes for it.
     obs, other = th.randn(5, 4), TRPO("MlpPolicy", make(action_space), seed=5, device="cpu").policy
     kl = kl_divergence(model.policy.get_distribution(obs), other.get_distribution(obs)).mean()
-    params = [DirectActorCritic(policy).params(obs) for policy in (loaded.policy, other)]
+    params = [DirectActorCritic(policy).params(PolicyInput(obs)) for policy in (loaded.policy, other)]
     joint = family_of_space(action_space).kl(*params).mean()
     assert joint.item() == pytest.approx(factor * kl.item(), rel=1e-4)
 
@@ -207,7 +208,7 @@ def test_contribs_trpo(action_space, factor, tmp_path):
         {"custom_objects": {"target_kl": 0.5, "cg_damping": 0.6, "action_space": action_space}},
     ):
         own = load(**arguments)  # a user's numbers are of the whole action, as everywhere here
-        assert (own._joint(own.target_kl, math.nan), own.cg_damping) == (0.5, 0.6)
+        assert (own._whole_action_value(own.target_kl, math.nan), own.cg_damping) == (0.5, 0.6)
 
 
 def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
@@ -253,7 +254,7 @@ def test_models_of_another_kind_are_refused(by, tmp_path):
         "another kind of algorithm": (DQN, "MlpPolicy", {"buffer_size": 10}),
     }
     for name, (of, policy, arguments) in others.items():
-        if name in by._reads:
+        if name in by._loads_files_of:
             continue
         of(policy, "CartPole-v1", device="cpu", **arguments).save(tmp_path / "model")
         with pytest.raises(ValueError, match=rf"model.* cannot be loaded by {by.__name__}: it is a model of {name}"):
@@ -296,4 +297,4 @@ def test_what_is_none_is_none_again(tmp_path):
         numbers = dict.fromkeys(names, 0.5)
         for arguments in ({"custom_objects": numbers}, numbers):
             loaded = algorithm.load(tmp_path / "model", device="cpu", **arguments)
-            assert [loaded._joint(getattr(loaded, name), math.nan) for name in names] == [0.5] * len(names)
+            assert [loaded._whole_action_value(getattr(loaded, name), math.nan) for name in names] == [0.5] * len(names)

@@ -63,6 +63,80 @@ def test_no_door_opens_upward(path: Path) -> None:
         assert there in ALLOWED[here] or is_itself, f"{here} must not import {name}"
 
 
+def files() -> dict[str, Path]:
+    """All files of the package, by what they are imported as."""
+    names = {path: ("sb3_ppo_ext", *path.relative_to(PACKAGE).with_suffix("").parts) for path in MODULES}
+    return {".".join(name[:-1] if name[-1] == "__init__" else name): path for path, name in names.items()}
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports in functions count, too."""
+    doors = {name: set(imports(path)) & set(files()) - {name} for name, path in files().items()}
+    while leaves := {name for name, there in doors.items() if not there}:
+        doors = {name: there - leaves for name, there in doors.items() if name not in leaves}
+    assert not doors, "these import each other in a circle, or import those that do"
+
+
+# The floors of common/, from the lowest to the highest: a file imports from its own room and from lower floors. The
+# rooms of one floor do not know each other.
+FLOORS: list[set[str]] = [
+    {"torch_internals", "errors"},
+    {"validation", "distributions"},
+    {"policy_distributions", "spaces"},
+    {"rollout"},
+    {"update"},
+    {"compile", "saving", "policies"},
+    {"construction"},
+    {"model"},
+    {"algorithm"},
+    {"proximal"},
+]
+# Where the modules were that older files and configurations name.
+OLD_NAMES = {"buffers", "checkpoint", "episodes"}
+
+
+def test_the_floors_of_common() -> None:
+    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+    for path in (PACKAGE / "common").rglob("*.py"):
+        here = path.relative_to(PACKAGE / "common").with_suffix("").parts[0]
+        if here in OLD_NAMES | {"__init__"}:
+            continue
+        for name in imports(path):
+            there = name.removeprefix("sb3_ppo_ext.common.").partition(".")[0]
+            if name.startswith("sb3_ppo_ext.common.") and there != here:
+                assert floor[there] < floor[here], f"{path.relative_to(PACKAGE)} must not import {name}"
+
+
+def test_no_file_is_long() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in MODULES}
+    assert {path: n for path, n in lengths.items() if n > 400} == {}
+
+
+# From the lowest to the highest; a file imports none that stands beside or above it.
+ZOO_LEVELS = """
+arguments errors interrupts search_spaces study.processes
+entry pretrained registration summary study.storage study.trials study.workers study.parser study.train_arguments
+experiment
+commands study.task
+study.study
+study.candidates study.search
+study.evaluation study.export study.plots
+study.report
+study.commands
+cli
+"""
+
+
+def test_the_doors_of_the_zoo_open_downward() -> None:
+    start = "sb3_ppo_ext.zoo."
+    level = {start + name: number for number, line in enumerate(ZOO_LEVELS.split("\n")) for name in line.split()}
+    inside = {name: path for name, path in files().items() if name.startswith(start)}
+    assert set(level) == set(inside) - {f"{start}__main__", f"{start}study"}
+    for name in level:
+        higher = {there for there in imports(inside[name]) if level.get(there, -1) >= level[name]}
+        assert not higher, f"{name} must not import {higher}"
+
+
 @pytest.mark.parametrize("folder", ["losses", "numerics"])
 def test_losses_and_numerics_need_torch_alone(folder: str) -> None:
     allowed = {"torch", "sb3_ppo_ext", *sys.stdlib_module_names}

@@ -77,7 +77,7 @@ def test_trpos_trust_region_is_of_the_bounded_policy() -> None:
         model.learn(ROLLOUT)
     rollout = model.rollout_buffer.flat()
     with th.no_grad():
-        kl = model._family.kl(rollout.old_params, model._actor_critic().params(rollout.observations)).mean().item()
+        kl = model._family.kl(rollout.old_params, model._actor_critic().params(rollout.inputs)).mean().item()
     assert model.logger.name_to_value["train/kl"] == pytest.approx(kl, rel=1e-5)
     assert model.logger.name_to_value["train/is_line_search_success"] == 1.0
     assert 0.0 < kl <= 0.5

@@ -233,6 +233,6 @@ def test_a_shared_extractor_is_trained_by_the_actor_alone_where_the_critic_must_
     ).learn(ROLLOUT)
     rollout = model.rollout_buffer.flat()
     with th.no_grad():
-        params = model._actor_critic().params(rollout.observations)
+        params = model._actor_critic().params(rollout.inputs)
         kl = model._family.kl(rollout.old_params, params).mean().item()
     assert model.logger.name_to_value["train/kl"] == pytest.approx(kl, rel=1e-4, abs=1e-7)

@@ -296,5 +296,5 @@ def test_integer_actions_are_stored_as_they_were_drawn(algorithm: Any, dtype: An
     model.collect_rollouts(model.env, callback, model.rollout_buffer, ROLLOUT)
     flat = model.rollout_buffer.flat()
     with th.no_grad():
-        log_prob = model._actor_critic().evaluate_actor(flat.observations, flat.actions).log_prob
+        log_prob = model._actor_critic().evaluate_actor(flat.inputs, flat.actions).log_prob
     th.testing.assert_close(log_prob, flat.old_log_prob, atol=1e-5, rtol=1e-5)

@@ -246,7 +246,7 @@ def test_a_distribution_of_ones_own(algorithm: Any, policy: Any) -> None:
     def check_and_train() -> None:
         flat = model.rollout_buffer.flat()
         with th.no_grad():
-            log_prob = model._actor_critic().evaluate_actor(flat.observations, flat.actions).log_prob
+            log_prob = model._actor_critic().evaluate_actor(flat.inputs, flat.actions).log_prob
         ratios.extend((log_prob - flat.old_log_prob).exp().tolist())
         train()
 
@@ -263,7 +263,7 @@ def test_the_ratio_of_a_squashed_policy_to_itself_is_one(algorithm: Any) -> None
     model.collect_rollouts(model.env, callback, model.rollout_buffer, ROLLOUT)
     flat = model.rollout_buffer.flat()
     with th.no_grad():
-        actor = model._actor_critic().evaluate_actor(flat.observations, flat.actions)
+        actor = model._actor_critic().evaluate_actor(flat.inputs, flat.actions)
     th.testing.assert_close(actor.log_prob, flat.old_log_prob, atol=1e-4, rtol=1e-4)
     if algorithm in (AdaptiveKLPPO, TRPO):
         th.testing.assert_close(

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +198,7 @@ def test_flags_and_seeds_that_are_none(command: Command) -> None:
     assert "it must be below 2**32" in command("train", "--seed", "4294967296", code=2)
 
 
-def test_only_the_command_itself_is_read_kindly(command: Command) -> None:
+def test_parsers_of_the_users_modules_are_left_alone(command: Command) -> None:
     """A module of the user's that reads a command line of its own is given what the standard library has."""
     Path("my_module.py").write_text(
         "import argparse\n"
@@ -210,15 +209,6 @@ def test_only_the_command_itself_is_read_kindly(command: Command) -> None:
     )
     command(*TRAIN, "-n", "64", "--eval-freq", "-1", "--gym-packages", "my_module", *SMALL)
     assert not run_folder(2).exists()
-
-
-@pytest.mark.parametrize(("missing", "arguments"), [("rl_zoo3", ["--help"]), ("optuna", ["train"])])
-def test_without_the_zoo_one_line_says_what_to_install(missing: str, arguments: list[str]) -> None:
-    code = f"import sys, sb3_ppo_ext_cli; sys.modules[{missing!r}] = None; sys.exit(sb3_ppo_ext_cli.main())"
-    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert run.stdout == ""
-    assert run.stderr == f'sb3-ppo-ext: {missing} is missing: pip install "sb3-ppo-ext[zoo]"\n'
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -17,7 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_ext import __version__
-from sb3_ppo_ext.zoo import cli
+from sb3_ppo_ext.zoo import commands
 from tests.contract.zoo import (
     MODEL,
     RUN,
@@ -33,24 +33,17 @@ from tests.contract.zoo import (
 )
 
 
-def start(arguments: list[str], folder: Path) -> str:
-    run = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
-
-def test_train_and_every_command_that_it_prints(tmp_path: Path) -> None:
-    output = start(
-        [SCRIPT, *TRAIN, "-n", "1000", "--seed", "1", "--eval-freq", "400", "-P", "-tb", "logs/tb", "-f", "my logs"],
-        tmp_path,
-    )
-    run = tmp_path / "my logs" / "dual_clip_ppo" / "CartPole-v1_1"
+@pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")  # of SB3's own bar
+def test_train_and_every_command_that_it_prints(command: Command) -> None:
+    arguments = ["-n", "1000", "--seed", "1", "--eval-freq", "400", "-P", "-tb", "logs/tb", "-f", "my logs"]
+    output = command(*TRAIN, *arguments, "-params", "n_epochs:1")
+    run = Path("my logs/dual_clip_ppo/CartPole-v1_1")
     assert (run / "CartPole-v1.zip").is_file()
     assert yaml.unsafe_load((run / "CartPole-v1" / "config.yml").read_text())["clip_range"] == "lin_0.2"
     assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [400, 800]
-    assert len(list((tmp_path / "logs" / "tb" / "CartPole-v1" / "DualClipPPO_1").glob("events.*"))) == 1
+    assert len(list(Path("logs/tb/CartPole-v1/DualClipPPO_1").glob("events.*"))) == 1
     for path in re.findall(r"my logs/\S+\.(?:zip|yml|npz)", output):
-        assert (tmp_path / path).is_file()
+        assert Path(path).is_file()
 
     mean, std = printed_reward(output)
     env = make_vec_env("CartPole-v1", seed=1)
@@ -59,14 +52,14 @@ def test_train_and_every_command_that_it_prints(tmp_path: Path) -> None:
 
     watch = printed_command(output, "Watch the agent:")
     assert watch[0] == SCRIPT
-    assert "Episode Reward" in start([*watch, "--no-render", "-n", "300"], tmp_path)
+    assert "Episode Reward" in command(*watch[1:], "--no-render", "-n", "300")
 
     proceed = printed_command(output, "Continue the training:")
     assert (
         "(from step 1,024 to 2,024; a schedule such as lin_0.2 goes on as that of the longer training, at 49% of"
         in output
     )
-    continued = start(proceed, tmp_path)
+    continued = command(*proceed[1:])
     assert "Going on from step 1,024 to 2,024" in continued
     assert "Loading pretrained agent" in continued
     assert printed_command(continued, "Continue the training:").count("-i") == 1  # and not the one it started from
@@ -145,12 +138,12 @@ def test_an_algorithm_of_rl_zoo3_trains_as_well(command: Command) -> None:
 
 
 def test_hyperparameters_of_the_command_line_reach_the_model(command: Command) -> None:
-    command(*TRAIN, "-n", "300", "-params", "dual_clip:4.0", "clip_range_high:'lin_0.3'")
+    command(*TRAIN, "-n", "64", "--eval-freq", "-1", *SMALL, "dual_clip:4.0", "clip_range_high:'lin_0.3'")
     model = load(MODEL)
     assert model.dual_clip == 4.0
     assert model.clip_range_high == "lin_0.3"
     assert model.clip_range(0.5) == pytest.approx(0.1)
-    command(*TRAIN, "-n", "300", "-params", "dual_clip:None", "-i", str(MODEL))
+    command(*TRAIN, "-n", "128", "--eval-freq", "-1", *SMALL, "dual_clip:None", "-i", str(MODEL))
     assert load(Path("logs/dual_clip_ppo/CartPole-v1_2/CartPole-v1.zip")).dual_clip is None
 
 
@@ -308,7 +301,9 @@ def test_the_users_modules_are_found(tmp_path: Path) -> None:
     )
     tmp_path.joinpath("my_conf.py").write_text(f"hyperparams = {{'Mine-v0': {ENTRY!r}}}")
     arguments = ["train", "--env", "Mine-v0", "-n", "64", "--gym-packages", "my_env", "-conf", "my_conf"]
-    start([SCRIPT, *arguments, "--eval-freq", "-1"], tmp_path)
+    run = subprocess.run([SCRIPT, *arguments, "--eval-freq", "-1"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert printed_command(run.stdout, "Watch the agent:")[0] == SCRIPT
 
 
 def test_benchmark_evaluates_with_our_command(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,9 +328,9 @@ def test_the_hubs_commands_know_our_algorithms(command: Command, monkeypatch: py
 def test_a_model_card_names_the_command_that_knows_the_algorithm(
     algo: str, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli._mend_hub()
+    commands._restore_generate_metadata()
     push_to_hub = importlib.import_module("rl_zoo3.push_to_hub")
-    monkeypatch.setattr(push_to_hub, "metadata_save", cli._save_model_card)  # as the command does
+    monkeypatch.setattr(push_to_hub, "metadata_save", commands._save_model_card)  # as the command does
     card, metadata = push_to_hub.generate_model_card(algo, "X", "me", "CartPole-v1", 1.0, 0.0, {}, {})
     push_to_hub.save_model_card(tmp_path, card, metadata)
     written = (tmp_path / "README.md").read_text()

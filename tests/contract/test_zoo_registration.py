@@ -21,10 +21,6 @@ def _algos_restored(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(ALGOS, key, raising=False)
 
 
-def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
 def test_register_twice_is_the_same_as_once() -> None:
     register()
     once = dict(ALGOS)
@@ -77,23 +73,34 @@ def test_a_missing_configuration_is_named() -> None:
         config_path("nothing")
 
 
-def test_the_package_alone_imports_nothing_of_the_zoo() -> None:
+def test_who_has_no_zoo_imports_nothing_of_it_and_is_told_how_to_get_it() -> None:
     code = """
 import sys, stable_baselines3
 before = set(sys.modules)  # SB3 itself looks for tensorboard
 import sb3_ppo_ext
 print({"rl_zoo3", "optuna", "tensorboard", "sb3_contrib"} & (set(sys.modules) - before))
-"""
-    assert run_python(code).strip() == "set()"
 
-
-def test_a_missing_zoo_says_how_to_get_it() -> None:
-    code = """
-import sys
 sys.modules["rl_zoo3"] = None
 try:
     import sb3_ppo_ext.zoo
 except ImportError as error:
     print(error)
+
+import sb3_ppo_ext_cli
+sys.stderr = sys.stdout
+for missing, command in (("rl_zoo3", "--help"), ("optuna", "train")):
+    sys.modules.pop("rl_zoo3", None)
+    sys.modules[missing] = None
+    sys.argv = ["sb3-ppo-ext", command]
+    print(sb3_ppo_ext_cli.main())
 """
-    assert 'pip install "sb3-ppo-ext[zoo]"' in run_python(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "set()",
+        'sb3_ppo_ext.zoo needs rl_zoo3, and rl_zoo3 is missing: pip install "sb3-ppo-ext[zoo]"',
+        'sb3-ppo-ext: rl_zoo3 is missing: pip install "sb3-ppo-ext[zoo]"',
+        "1",
+        'sb3-ppo-ext: optuna is missing: pip install "sb3-ppo-ext[zoo]"',
+        "1",
+    ]

@@ -1,8 +1,7 @@
-"""The penalty coefficient's rule by literals, the penalised optimum in closed form, and identities with PPO."""
+"""The penalised optimum in closed form, identities with PPO, and the coefficient from update to update."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +13,9 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.adaptive_kl_ppo import adapted_kl_coef
 from tests.envs import BOX, ScriptedEnv
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0, "device": "cpu"}
-
-
-@pytest.mark.parametrize(
-    ("kl", "expected"),
-    [
-        (0.0, 0.5),
-        (0.0066, 0.5),  # below 0.01 / 1.5 = 0.00666...
-        (0.0067, 1.0),
-        (0.01, 1.0),
-        (0.0149, 1.0),
-        (0.0151, 2.0),  # above 0.01 * 1.5
-        (math.inf, 2.0),
-        (math.nan, 1.0),
-    ],
-)
-def test_rule(kl: float, expected: float) -> None:
-    assert adapted_kl_coef(1.0, kl, target_kl=0.01) == expected
-
-
-def test_rule_at_its_bounds() -> None:
-    bounds = {"target_kl": 0.01, "kl_coef_min": 0.3, "kl_coef_max": 3.0}
-    assert adapted_kl_coef(0.5, 0.0, **bounds) == 0.3
-    assert adapted_kl_coef(0.3, 0.0, **bounds) == 0.3
-    assert adapted_kl_coef(2.0, 1.0, **bounds) == 3.0
-    assert adapted_kl_coef(3.0, 1.0, **bounds) == 3.0
-
-
-def test_rule_with_other_settings() -> None:
-    assert adapted_kl_coef(1.0, 0.021, target_kl=0.01, kl_tolerance=2.0, kl_coef_factor=1.2) == 1.2
-    assert adapted_kl_coef(1.0, 0.019, target_kl=0.01, kl_tolerance=2.0, kl_coef_factor=1.2) == 1.0
-    assert adapted_kl_coef(7.0, 5.0, target_kl=0.01, kl_coef_factor=1.0) == 7.0  # held fixed
 
 
 def filled(action_space: spaces.Space, n_envs: int = 2, **kwargs: Any) -> AdaptiveKLPPO:
@@ -197,3 +164,15 @@ def test_coefficient_is_logged_as_used() -> None:
     model = AdaptiveKLPPO("MlpPolicy", "CartPole-v1", target_kl=1e-6, kl_coef=3.0, **SMALL).learn(64)
     assert model.logger.name_to_value["train/kl_coef"] == 3.0
     assert model.kl_coef == 6.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target_kl": 1e-6, "kl_coef_factor": 3.0, "kl_coef_max": 5.0}, 5.0),  # 1, 3, 9
+        ({"target_kl": 1e3, "kl_coef_factor": 4.0, "kl_coef_min": 0.125}, 0.125),  # 1, 1/4, 1/16
+        ({"target_kl": 1e-6, "kl_tolerance": 1e9}, 1.0),
+    ],
+)
+def test_coefficient_by_other_settings(settings: dict[str, Any], expected: float) -> None:
+    assert AdaptiveKLPPO("MlpPolicy", "CartPole-v1", **SMALL, **settings).learn(128).kl_coef == expected

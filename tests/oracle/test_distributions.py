@@ -8,15 +8,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import distributions as sb3
 
-from sb3_ppo_ext.common.distributions import (
-    Bernoulli,
-    Categorical,
-    Family,
-    Gaussian,
-    SquashedGaussian,
-    family_of_space,
-    params_of,
-)
+from sb3_ppo_ext.common.distributions import Bernoulli, Categorical, Family, Gaussian, SquashedGaussian, family_of_space
+from sb3_ppo_ext.common.policy_distributions import params_of
 
 BATCH = 7
 DISCRETE: list[Family] = [Categorical((4,)), Categorical((3, 2, 4)), Bernoulli(3)]

@@ -14,7 +14,8 @@ import pytest
 import torch as th
 from stable_baselines3.common import distributions as sb3
 
-from sb3_ppo_ext.common.distributions import Bernoulli, Categorical, Family, params_of
+from sb3_ppo_ext.common.distributions import Bernoulli, Categorical, Family
+from sb3_ppo_ext.common.policy_distributions import params_of
 
 BATCH = 5
 LEAST = th.finfo(th.float64).min

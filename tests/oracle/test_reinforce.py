@@ -25,10 +25,11 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, reinforce
-from sb3_ppo_ext.common import algorithm as base
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples
+from sb3_ppo_ext.common.rollout import data
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import EpisodeBuffer, EpisodeIndex
-from sb3_ppo_ext.reinforce import leave_one_out, mean_of_other_episodes, optimal_of_other_episodes
+from sb3_ppo_ext.common.update.scores import score_statistics
+from sb3_ppo_ext.losses.baselines import leave_one_out, mean_of_other_episodes, optimal_of_other_episodes
 from tests.envs import ScriptedEnv
 
 GAMMA = 0.8
@@ -396,13 +397,21 @@ def statistics_of(model: REINFORCE, episodes: list[Trajectory]) -> tuple[np.ndar
         returns = th.tensor([rewards_to_go(episode)[0] for episode in episodes for _ in episode.states])
     elif model.discount_from == "start":
         discount = GAMMA ** index.step.float()
-    dots, squares = model._score_statistics(model._actor_critic(), rollout, index.episode, returns, discount)
+    dots, squares = score_statistics(
+        model._actor_critic(),
+        rollout,
+        index.episode,
+        returns,
+        discount,
+        parameters=list(model.policy.parameters()),
+        chunks=model._chunks,
+    )
     return dots.double().numpy(), squares.double().numpy()
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 def test_score_statistics(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(base, "_CHUNK_ROWS", chunk)
+    monkeypatch.setattr(data, "CHUNK_ROWS", chunk)
     expected = []
     for trajectory in TRAJECTORIES:
         discounted = (GAMMA ** np.arange(len(trajectory.states)))[:, None] * scores(trajectory)
@@ -449,7 +458,7 @@ def test_short_and_long_episodes_by_hand() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 100])
 def test_step_is_the_mean_over_episodes_of_weighted_scores(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(base, "_CHUNK_ROWS", chunk)
+    monkeypatch.setattr(data, "CHUNK_ROWS", chunk)
     stacked = np.concatenate([scores(trajectory) for trajectory in TRAJECTORIES])
     weights = np.random.default_rng(0).normal(size=len(stacked))
     found = step_of(agent(len(TRAJECTORIES)), TRAJECTORIES, weights)
@@ -585,7 +594,7 @@ def test_collected_by_hand(monkeypatch: pytest.MonkeyPatch, first_size: int) -> 
     np.testing.assert_allclose(rollout.returns.numpy(), expected, atol=1e-5)
     assert index.episode.tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 4, 5]
     assert index.step.tolist() == [0, 1, 0, 0, 0, 1, 2, 3, 0, 0]
-    assert {len(tensor) for tensor in rollout} == {10}
+    assert {len(tensor) for tensor in rollout if tensor is not None} == {10}
     minibatches = [len(batch.returns) for batch in model.rollout_buffer.get(4)]
     assert minibatches == [4, 4, 2]
     # Nor are the episodes that a waiting environment ends in the statistics.

@@ -19,7 +19,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from sb3_ppo_ext import TRPO
-from sb3_ppo_ext.common import algorithm as base
+from sb3_ppo_ext.common.rollout import data
 from sb3_ppo_ext.trpo import PolicyStep
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
 
@@ -267,7 +267,7 @@ def test_chunks_add_up_to_the_whole(subsampling: int, monkeypatch: pytest.Monkey
     """A rollout that is too large for one pass gives the same step as one that is not."""
     steps = []
     for rows in (2**14, 60):
-        monkeypatch.setattr(base, "_CHUNK_ROWS", rows)
+        monkeypatch.setattr(data, "CHUNK_ROWS", rows)
         model = make_model(TORQUES, sub_sampling_factor=subsampling, ent_coef=0.01)
         before = flat_parameters(model.policy)
         assert policy_step(model).status == "accepted"

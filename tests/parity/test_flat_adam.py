@@ -114,7 +114,7 @@ def test_an_update_that_is_interrupted_leaves_a_whole_policy() -> None:
     """Ctrl-C in the middle of an update: the parameters have their own memory, the optimiser the moments so far."""
     model: Any = DualClipPPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=32, seed=0, device="cpu").learn(64)
     own = [p.data_ptr() for p in model.policy.parameters()]
-    policy_loss, n_calls = model._policy_loss, 0
+    policy_loss, n_calls = model.policy_loss, 0
 
     def interrupted(*args: Any) -> Any:
         nonlocal n_calls
@@ -123,12 +123,12 @@ def test_an_update_that_is_interrupted_leaves_a_whole_policy() -> None:
             raise KeyboardInterrupt
         return policy_loss(*args)
 
-    model._policy_loss = interrupted
+    model.policy_loss = interrupted
     with pytest.raises(KeyboardInterrupt):
         model.train()
     assert [p.data_ptr() for p in model.policy.parameters()] == own
     assert {state["step"].item() for state in model.policy.optimizer.state.values()} == {20 + 3}
-    del model._policy_loss
+    del model.policy_loss
     model.learn(64, reset_num_timesteps=False)
 
 
@@ -137,6 +137,7 @@ def test_a_hook_in_the_convolutions_sees_what_it_would_see() -> None:
     from stable_baselines3.common.env_util import make_vec_env
 
     from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+    from sb3_ppo_ext.common.rollout.data import PolicyInput
     from tests.envs import IMAGE, ScriptedEnv, spaces
 
     env = make_vec_env(lambda: ScriptedEnv(IMAGE, spaces.Discrete(3)), seed=0)
@@ -144,7 +145,7 @@ def test_a_hook_in_the_convolutions_sees_what_it_would_see() -> None:
     seen: list[th.Tensor] = []
     model.policy.features_extractor.cnn[0].register_forward_hook(lambda _m, _i, out: seen.append(out))
     obs = th.as_tensor(env.reset())
-    DirectActorCritic(model.policy).values(obs)
+    DirectActorCritic(model.policy).values(PolicyInput(obs))
     model.policy.predict_values(obs)
     ours, theirs = seen
     assert (ours < 0).any()

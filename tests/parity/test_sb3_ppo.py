@@ -218,7 +218,10 @@ def test_a_missing_bootstrap_would_be_seen() -> None:
 
 @pytest.mark.parametrize("obs_space", [BOX, DICT], ids=["box", "dict"])
 def test_time_limits_are_bootstrapped_as_sb3_does(obs_space: spaces.Space[Any]) -> None:
-    """Episodes that end terminated, truncated, and both at once: same rewards, advantages and returns as SB3's."""
+    """
+    Episodes that end terminated, truncated, and both at once: advantages and returns are SB3's. Rewards are those of
+    the environment; SB3 adds the values of final observations to them.
+    """
 
     class Recording(PPO):
         def train(self) -> None:
@@ -233,8 +236,12 @@ def test_time_limits_are_bootstrapped_as_sb3_does(obs_space: spaces.Space[Any]) 
     theirs = train(Recording, env, policy, {"gamma": 0.9}, n_envs=2).rollout_buffer
     ours = train(OurRecording, env, policy, {"gamma": 0.9}, n_envs=2).rollout_buffer
     assert np.array_equal(ours.episode_starts, theirs.episode_starts)
-    for name in ("rewards", "values", "log_probs", "advantages", "returns"):
+    for name in ("values", "log_probs", "advantages", "returns"):
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(ours.rewards + 0.9 * ours.final_values, theirs.rewards, atol=2e-6)
+    assert ours.truncated.any()
+    assert ours.terminated.any()
+    assert np.array_equal(ours.final_values != 0.0, ours.truncated)
 
 
 def test_bootstrapping_by_hand() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch as th
 
-from sb3_ppo_ext.common.compile.run import Run
+from sb3_ppo_ext.common.compile import Run
 
 
 class Recording:

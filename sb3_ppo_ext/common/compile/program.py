@@ -6,45 +6,42 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch as th
 from torch import fx, nn
 from torch.func import functional_call
-from torch.fx.experimental import _config as fx_config
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb3_ppo_ext.common.compile import cpu
+from sb3_ppo_ext.common.compile import Run, cpu
 from sb3_ppo_ext.common.compile.announce import announced, is_bar_shown
 from sb3_ppo_ext.common.compile.cuda import Recording, can_record, copied
-from sb3_ppo_ext.common.compile.run import Run
 from sb3_ppo_ext.common.compile.support import REFUSED
+from sb3_ppo_ext.common.compile.trees import tensors_in, with_tensors
+from sb3_ppo_ext.common.torch_internals import traced
 
 Compiled = TypeVar("Compiled")
 
 
-class Programs:
+class ProgramCache:
     """What a model has compiled, by name. A copy of the model has nothing of it."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[Hashable, Any]] = {}
 
-    def get(self, name: str, form: Hashable, make: Callable[[], Compiled]) -> Compiled:
+    def get_or_make(self, name: str, key: Hashable, make: Callable[[], Compiled]) -> Compiled:
         """
         :param name: of something compiled
-        :param form: what it depends on, besides the values of tensors
+        :param key: what it depends on, besides the values of tensors
         :param make: makes it
-        :return: what was made for this form before, or is made now
+        :return: what was made for this key, if that was the last one, or is made now
         """
-        if name not in self._kept or self._kept[name][0] != form:
-            self._kept[name] = form, make()
+        if name not in self._kept or self._kept[name][0] != key:
+            self._kept[name] = key, make()
         compiled: Compiled = self._kept[name][1]
         return compiled
 
-    def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
-        return Programs, ()
+    def __reduce__(self) -> tuple[type[ProgramCache], tuple[()]]:
+        return ProgramCache, ()
 
 
 class Program:
@@ -55,15 +52,15 @@ class Program:
     what torch itself keeps. On CUDA it is recorded as a CUDA graph, which reads and writes where it was recorded: what
     is bound is copied there once, and :meth:`bind` says where that is.
 
-    :param function: of ``(fixed, batch, *more)``, tuples, dicts and lists of tensors; it gives a sequence of tensors,
-        and may write into ``fixed``
+    :param function: of ``(fixed, batch, *more)``, tuples, dicts and lists of tensors, or None; it gives a sequence of
+        tensors, and may write into ``fixed``
     :param device: of all tensors
     :param what: it is, in words
-    :param any_size: whether one program is to serve any number of rows, the first dimension of what is in ``batch``
-        and ``more``; it is a little slower, and not recorded
     :param announce: whether to tell who is waiting that something is being compiled, and how long it took; who has a
         progress bar is told in any case
-    :param exact_tanh: whether ``tanh`` must be as accurate as torch has it; it takes three times as long
+    :param exact_tanh: whether ``tanh`` must be as accurate as torch has it, which takes three times as long: the
+        Jacobian of a squashed action is 1 - tanh^2 + 1e-6, where the last digits count
+    :param may_be_recorded: whether it may become a CUDA graph, which has its own copies of what is bound
     """
 
     def __init__(
@@ -72,96 +69,89 @@ class Program:
         device: th.device,
         *,
         what: str,
-        any_size: bool,
         announce: bool,
         exact_tanh: bool = False,
+        may_be_recorded: bool = True,
     ) -> None:
         self._function = function
         self._device = device
         self._decompositions = {} if exact_tanh or device.type != "cpu" else {th.ops.aten.tanh.default: _tanh}
         self._what = what
-        self._any_size = any_size
         self._announce = announce
-        self._is_recorded = can_record(device) and not any_size
-        self._runs: dict[Hashable, dict[Hashable, Run]] = {}  # by the form of what is bound, then of the rest
+        self._is_recorded = may_be_recorded and can_record(device)
+        self._runs: dict[Hashable, dict[Hashable, Run]] = {}  # by the layout of what is bound, then of the rest
         self._places: dict[Hashable, list[th.Tensor]] = {}
 
-    def bind(self, fixed: Any, batch: Any = ()) -> Any:
+    def bind(self, fixed: Any, batch: Any = None) -> Any:
         """
         Set the first two arguments of the calls that follow.
 
-        :param fixed: tensors whose shapes never change
-        :param batch: tensors whose number of rows may
+        :param fixed: tensors
+        :param batch: tensors that the calls do not write into
         :return: ``fixed``, as tensors that the calls write into
         """
-        leaves, self._structure = tree_flatten((fixed, batch))
-        self._n_fixed = len(tree_leaves(fixed))
-        forms = tuple(self._form(leaf, i >= self._n_fixed) for i, leaf in enumerate(leaves))
-        self._runs_of_bound = self._runs.setdefault(forms, {})
+        leaves = tensors_in((fixed, batch))
+        self._n_fixed = len(tensors_in(fixed))
+        layouts = _layouts(leaves)
+        self._runs_of_bound = self._runs.setdefault(layouts, {})
         if self._is_recorded:
-            if forms not in self._places:
-                self._places[forms] = [th.empty_like(leaf) for leaf in leaves]
-            leaves = copied(self._places[forms], leaves)
+            if layouts not in self._places:
+                self._places[layouts] = [th.empty_like(leaf) for leaf in leaves]
+            leaves = copied(self._places[layouts], leaves)
         self._bound = leaves
-        return tree_unflatten(leaves, self._structure)[0]
+        self._arguments = with_tensors((fixed, batch), iter(leaves))
+        return self._arguments[0]
 
     def unbind(self) -> None:
         """Let go of what was bound."""
         self._bound = []
+        self._arguments = ()
 
     def __call__(self, *more: Any) -> list[th.Tensor]:
         """
         :param more: the other arguments of the function
         :return: what it gives
         """
-        leaves = tree_leaves(more) if any(isinstance(argument, dict) for argument in more) else more
-        forms = tuple([self._form(leaf, True) for leaf in leaves])
-        run = self._runs_of_bound.get(forms)
+        leaves = tensors_in(more)
+        layouts = _layouts(leaves)
+        run = self._runs_of_bound.get(layouts)
         if run is None:
-            return self._first_call(forms, more)
+            return self._first_call(layouts, more)
         return run([*self._bound, *leaves])
 
-    def _form(self, tensor: th.Tensor, is_batch: bool) -> Hashable:
-        """What a program depends on; where it is for any number of rows: 0, 1 or many, as torch tells them apart."""
-        shape = tensor.shape
-        if is_batch and self._any_size:
-            return (min(shape[0], 2), *shape[1:]), tensor.stride(), tensor.dtype
-        return shape, tensor.stride(), tensor.dtype
-
     @th.no_grad()
-    def _first_call(self, forms: Hashable, more: tuple[Any, ...]) -> list[th.Tensor]:
-        bound = tree_unflatten(self._bound, self._structure)
-        leaves, structure = tree_flatten((*bound, *more))
-        varies = [self._any_size and i >= self._n_fixed and leaf.shape[0] > 1 for i, leaf in enumerate(leaves)]
+    def _first_call(self, layouts: Hashable, more: tuple[Any, ...]) -> list[th.Tensor]:
+        arguments = (*self._arguments, *more)
+        leaves = tensors_in(arguments)
 
         def flat(*leaves: th.Tensor) -> list[th.Tensor]:
-            return list(self._function(*tree_unflatten(leaves, structure)))
+            return list(self._function(*with_tensors(arguments, iter(leaves))))
 
-        graph, constants = _traced(flat, leaves, self._decompositions, any_size=any(varies))
-        if any(varies) and not _is_for_any_size(graph, varies):
-            raise ValueError(
-                f"{REFUSED} with this policy and batches of any size: what it computes depends on the number of "
-                "rows. Where that is len(x), x.shape[0] may do; otherwise torch_compile=False"
-            )
-        inputs, varies = [*leaves, *constants], [*varies, *(False for _ in constants)]
-        is_kept = self._device.type == "cpu" and cpu.place_of(graph, inputs, varies).exists()
+        graph, constants = _traced(flat, leaves, self._decompositions)
+        inputs = [*leaves, *constants]
+        is_kept = self._device.type == "cpu" and cpu.cache_path(graph, inputs).exists()
         with announced(self._what, (self._announce or is_bar_shown()) and not is_kept):
-            run = self._built(graph, inputs, varies)
+            run = self._built(graph, inputs)
             if constants:
                 run = partial(_run_with, run, constants)
             if self._is_recorded:
                 run = Recording(run, leaves, self._n_fixed, len(self._bound))
             result = run(leaves)
-        self._runs_of_bound[forms] = run
+        self._runs_of_bound[layouts] = run
         return result
 
-    def _built(self, graph: fx.GraphModule, inputs: list[th.Tensor], varies: list[bool]) -> Run:
+    def _built(self, graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch's own code
             if self._device.type == "cpu":
-                return cpu.machine_code(graph, inputs, varies)
-            compiled = th.compile(graph, fullgraph=True, dynamic=any(varies))
+                return cpu.machine_code(graph, inputs)
+            compiled = th.compile(graph, fullgraph=True, dynamic=False)
             return th.no_grad()(lambda inputs: compiled(*inputs))
+
+
+def _layouts(tensors: Sequence[th.Tensor]) -> Hashable:
+    """What a program depends on."""
+    return tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
 
 
 def _run_with(run: Run, constants: list[th.Tensor], inputs: list[th.Tensor]) -> list[th.Tensor]:
@@ -172,8 +162,6 @@ def _traced(
     function: Callable[..., list[th.Tensor]],
     leaves: list[th.Tensor],
     decompositions: dict[Any, Callable[..., Any]],
-    *,
-    any_size: bool,
 ) -> tuple[fx.GraphModule, list[th.Tensor]]:
     """
     The operations that a function does, gradients among them.
@@ -183,15 +171,8 @@ def _traced(
     :raises ValueError: if it does other things than operations on tensors
     """
     try:
-        with fx_config.patch(use_duck_shape=False), warnings.catch_warnings():  # type: ignore[attr-defined]
-            warnings.simplefilter("ignore")  # about torch's own code
-            graph = make_fx(
-                function,
-                decomposition_table=decompositions,
-                tracing_mode="symbolic" if any_size else "fake",
-                _allow_non_fake_inputs=True,
-            )(*leaves)
-            return graph, _lifted(graph)
+        graph = traced(function, leaves, decompositions)
+        return graph, _lifted(graph)
     except Exception as error:
         raise ValueError(
             f"{REFUSED} with this policy: what it computes must be operations of torch on its inputs, the same ones "
@@ -227,29 +208,7 @@ def _lifted(graph: fx.GraphModule) -> list[th.Tensor]:
     return [attrgetter(name)(graph).detach() for name in lifted]
 
 
-def _is_for_any_size(graph: fx.GraphModule, varies: list[bool]) -> bool:
-    """
-    Whether a graph that was traced with some number of rows is the same for others.
-
-    :param graph: traced with symbols for sizes
-    :param varies: which of its inputs have any number of rows
-    """
-    sizes = cast(ShapeEnv, graph.shape_env)
-    inputs = graph.graph.find_nodes(op="placeholder")
-    rows = [node.meta["val"].shape[0] for node, v in zip(inputs, varies, strict=False) if v]
-    if not all(isinstance(n, th.SymInt) for n in rows):
-        return False
-    symbols = {sizes.replace(n.node.expr) for n in rows}
-    conditions = [sizes.replace(guard.expr) for guard in sizes.guards]
-    return all(
-        str(condition.subs(dict.fromkeys(symbols, n))) == "True"
-        for n in (2, 3, 5, 64, 1000, 4097, 10**6)
-        for condition in conditions
-        if condition.free_symbols & symbols
-    ) and all(symbol.is_symbol for symbol in symbols)
-
-
-class Swappable(nn.Module):
+class FunctionalModule(nn.Module):
     """A function of a policy as a module, so that ``functional_call`` can swap the policy's tensors."""
 
     def __init__(self, policy: nn.Module, function: Callable[..., Any]) -> None:
@@ -273,8 +232,10 @@ class Swappable(nn.Module):
         return {
             f"{path}.{name}": tensor
             for path, module in self.named_modules()
-            for name, tensor in (*module._parameters.items(), *module._buffers.items())
-            if tensor is not None
+            for name, tensor in (
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            )
         }
 
     def call(self, tensors: Mapping[str, th.Tensor], *args: Any) -> Any:

@@ -1,54 +1,42 @@
-"""SB3's rollout buffers: transitions are added step by step, what the policy says of them once, at the end."""
+"""The rollout: SB3's buffers, which hold what happened, and later what the policy and the targets say of it."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, PyTorchObs, RolloutBufferSamples
 
-from sb3_ppo_ext.common.advantages import generalized_advantages
 from sb3_ppo_ext.common.distributions import family_of_space
-
-
-class RolloutSamples(NamedTuple):
-    """
-    A minibatch: the fields of SB3's ``RolloutBufferSamples``, and the distribution that the actions were drawn from.
-
-    :param observations: shape ``(batch, *obs_shape)``, or a dict of such, in the dtype of the observation space
-    :param actions: shape ``(batch, action_dim)``
-    :param old_values: shape ``(batch,)``
-    :param old_log_prob: shape ``(batch,)``
-    :param advantages: shape ``(batch,)``
-    :param returns: shape ``(batch,)``
-    :param old_params: parameters of the distribution that drew the actions, shape ``(batch, n_params)``
-    """
-
-    observations: PyTorchObs
-    actions: th.Tensor
-    old_values: th.Tensor
-    old_log_prob: th.Tensor
-    advantages: th.Tensor
-    returns: th.Tensor
-    old_params: th.Tensor
+from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
+from sb3_ppo_ext.losses.targets import generalized_advantages
 
 
 class RolloutBuffer(sb3.RolloutBuffer):
     """
-    A rollout buffer that also holds the distribution parameters of each step, ``distribution_params``, shape
-    ``(n_steps, n_envs, n_params)``. Takes the arguments of SB3's.
+    A rollout buffer that also holds, besides what SB3's does and in arrays of shape ``(n_steps, n_envs, ...)``:
 
-    It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once.
-    Its arrays keep the shape ``(n_steps, n_envs, ...)``; :meth:`get` moves a flat copy of them to the device once, and
-    cuts its minibatches out of that.
+    - ``distribution_params``: the parameters of the distributions that drew the actions;
+    - ``truncated``, ``terminated``: whether the step ended an episode, by a time limit or by itself;
+    - ``final_values``: where the step was truncated, the value of the observation that the episode ended with; else 0;
+    - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step.
+
+    ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them.
+
+    It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once;
+    advantages and returns are computed from it. :meth:`get` moves a flat copy to the device once, and cuts its
+    minibatches out of that. Takes the arguments of SB3's.
     """
 
     observations: Any  # an array, or for Dict observations a dict of arrays
     distribution_params: np.ndarray
+    truncated: np.ndarray
+    final_values: np.ndarray
+    last_values: np.ndarray
 
     def reset(self) -> None:
         super().reset()
@@ -56,11 +44,22 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self.distribution_params = np.zeros((self.buffer_size, self.n_envs, n_params), dtype=np.float32)
         if isinstance(self.action_space, spaces.Box) and not np.issubdtype(self.actions.dtype, np.floating):
             self.actions = self.actions.astype(np.float32)  # integers would not be the actions that were drawn
+        self.truncated = np.zeros((self.buffer_size, self.n_envs), dtype=bool)
+        self.final_values = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
+        self.last_values = np.zeros(self.n_envs, dtype=np.float32)
+        self._last_dones = np.zeros(self.n_envs, dtype=bool)
         self.forget_flat()
+
+    @property
+    def terminated(self) -> np.ndarray:
+        """Whether the step ended an episode, other than by a time limit; shape ``(n_steps, n_envs)``."""
+        ends: np.ndarray = np.concatenate((self.episode_starts[1:] != 0.0, self._last_dones[None]))
+        terminated: np.ndarray = ends & ~self.truncated
+        return terminated
 
     def forget_flat(self) -> None:
         """Let go of what was made of the arrays, as they may have changed."""
-        self._flat_inputs: tuple[PyTorchObs, th.Tensor] | None = None
+        self._flat_inputs: tuple[PolicyInput, th.Tensor] | None = None
         self._flat: RolloutSamples | None = None
 
     @property
@@ -122,45 +121,43 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :param last_values: values of the observations after the last step, one an environment
         :param dones: whether the last step ended an episode, shape ``(n_envs,)``
         """
-        self.advantages = generalized_advantages(
-            self.rewards,
-            self.values,
-            self.episode_starts,
-            last_values.cpu().numpy().flatten(),
-            dones,
+        self.last_values = last_values.cpu().numpy().flatten()
+        self._last_dones = np.asarray(dones, dtype=bool)
+        advantages = generalized_advantages(
+            *map(th.from_numpy, (self.rewards, self.values, self.last_values, self.terminated, self.truncated)),
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
+            final_values=th.from_numpy(self.final_values),
         )
+        self.advantages = advantages.float().numpy()
         self.returns = self.advantages + self.values
         self._flat = None
 
-    def flat_inputs(self) -> tuple[PyTorchObs, th.Tensor]:
+    def flat_inputs(self) -> tuple[PolicyInput, th.Tensor]:
         """
-        The observations and actions of the whole rollout on the device, in SB3's order: all steps of the first
-        environment, then of the next. They are moved there once.
+        What the policy acted on and its actions, of the whole rollout, on the device, in SB3's order: all steps of the
+        first environment, then of the next. They are moved there once.
 
-        :return: observations, and actions of shape ``(n_envs * n_steps, action_dim)``
+        :return: inputs, and actions of shape ``(n_envs * n_steps, action_dim)``
         """
         if self._flat_inputs is None:
             actions = self.actions.astype(np.float32, copy=False)  # as SB3: MultiBinary's int8 could not be trained on
-            self._flat_inputs = self._flat_obs(), self._to_flat(actions)
+            self._flat_inputs = PolicyInput(self._flat_obs()), self._to_flat(actions)
         return self._flat_inputs
 
-    def inputs_so_far(self) -> tuple[PyTorchObs, th.Tensor]:
+    def inputs_so_far(self) -> tuple[PolicyInput, th.Tensor]:
         """
-        The observations and actions of the steps that have been added, on the device, step by step.
+        What the policy acted on and its actions, of the steps that have been added, on the device, step by step.
 
-        :return: observations, and actions of shape ``(n_steps * n_envs, action_dim)``
+        :return: inputs, and actions of shape ``(n_steps * n_envs, action_dim)``
         """
 
         def step_by_step(array: np.ndarray) -> th.Tensor:
             return self.to_torch(array[: self.pos].reshape(-1, *array.shape[2:]))
 
-        observations = self.observations
-        if isinstance(observations, dict):
-            of_keys: PyTorchObs = {key: step_by_step(array) for key, array in observations.items()}
-            return of_keys, step_by_step(self.actions.astype(np.float32, copy=False))
-        return step_by_step(observations), step_by_step(self.actions.astype(np.float32, copy=False))
+        obs = self.observations
+        flat_obs = {k: step_by_step(v) for k, v in obs.items()} if isinstance(obs, dict) else step_by_step(obs)
+        return PolicyInput(flat_obs), step_by_step(self.actions.astype(np.float32, copy=False))
 
     def flat(self) -> RolloutSamples:
         """
@@ -170,15 +167,18 @@ class RolloutBuffer(sb3.RolloutBuffer):
         """
         assert self.full, "the rollout buffer is not full"
         if self._flat is None:
-            observations, actions = self.flat_inputs()
+            inputs, actions = self.flat_inputs()
             self._flat = RolloutSamples(
-                observations,
+                inputs.obs,
                 actions,
                 self._to_flat(self.values).flatten(),
                 self._to_flat(self.log_probs).flatten(),
                 self._to_flat(self.advantages).flatten(),
                 self._to_flat(self.returns).flatten(),
                 self._to_flat(self._params_of_samples()),
+                inputs.mask,
+                inputs.state,
+                inputs.starts,
             )
         return self._flat
 
@@ -206,7 +206,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         """
         flat = self.flat()
         for rows in self.shuffled_rows(batch_size or len(flat.returns)):
-            yield take(flat, rows)
+            yield flat.rows(rows)
 
     def shuffled_rows(self, batch_size: int) -> tuple[th.Tensor, ...]:
         """
@@ -232,29 +232,6 @@ class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[m
         return {key: self._to_flat(array) for key, array in self.observations.items()}
 
 
-def obs_rows(observations: PyTorchObs, rows: slice | th.Tensor) -> PyTorchObs:
-    """
-    Some of a batch of observations.
-
-    :param observations: a tensor, or for Dict observations a dict of tensors
-    :param rows: a range or indices of them
-    """
-    if isinstance(observations, dict):
-        return {key: value[rows] for key, value in observations.items()}
-    return observations[rows]
-
-
-def take(samples: RolloutSamples, rows: th.Tensor) -> RolloutSamples:
-    """
-    Some of the samples.
-
-    :param samples: of a rollout
-    :param rows: indices of them, shape ``(batch,)``
-    """
-    observations, *rest = samples
-    return RolloutSamples(obs_rows(observations, rows), *(tensor[rows] for tensor in rest))
-
-
 def minibatches(
     rollout_buffer: sb3.RolloutBuffer, batch_size: int
 ) -> Iterator[tuple[RolloutSamples, th.Tensor | None]]:
@@ -272,7 +249,20 @@ def minibatches(
             yield flat, rows
     else:
         for samples in rollout_buffer.get(batch_size):
-            yield cast(RolloutSamples, samples), None
+            yield samples if isinstance(samples, RolloutSamples) else _of_sb3(samples), None
+
+
+def _of_sb3(samples: RolloutBufferSamples | DictRolloutBufferSamples) -> RolloutSamples:
+    """What one of SB3's buffers gives, which does not know the distributions that acted."""
+    return RolloutSamples(
+        samples.observations,
+        samples.actions,
+        samples.old_values,
+        samples.old_log_prob,
+        samples.advantages,
+        samples.returns,
+        old_params=samples.advantages.new_empty((len(samples.advantages), 0)),
+    )
 
 
 def buffer_class_for(observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer, RolloutBuffer, RolloutSamples, take
+from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer, RolloutBuffer
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
 
 
 class EpisodeIndex(NamedTuple):
@@ -71,6 +72,7 @@ class EpisodeBuffer(RolloutBuffer):
         self.actions = resized(self.actions)
         self.rewards = resized(self.rewards)
         self.episode_starts = resized(self.episode_starts)
+        self.truncated, self.final_values = resized(self.truncated), resized(self.final_values)
         self.distribution_params = resized(self.distribution_params)  # a policy of the user's own may not set them
         self.buffer_size = n_steps
 
@@ -81,7 +83,7 @@ class EpisodeBuffer(RolloutBuffer):
     def flat(self) -> RolloutSamples:
         """The samples that count: those of the complete episodes, one episode after the other."""
         if self._flat is None:
-            self._flat = take(super().flat(), self._counts)
+            self._flat = super().flat().rows(self._counts)
         return self._flat
 
 

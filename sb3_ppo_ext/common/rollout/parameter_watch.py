@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 
 import torch as th
 from torch import nn
 
 from sb3_ppo_ext.common.rollout.purity import has_hooks
-
-_VERSION = attrgetter("_version")
+from sb3_ppo_ext.common.torch_internals import version_of
 
 
 def _structure(policy: nn.Module) -> list[tuple[int, ...]]:
@@ -35,7 +33,7 @@ class ParameterWatch:
         self._version = self._present_version()
 
     def _present_version(self) -> int:
-        return sum(map(_VERSION, self._tensors))
+        return sum(map(version_of, self._tensors))
 
     def is_touched(self) -> bool:
         """Whether anything was written since the last call; costs next to nothing, and misses what ``.data`` hides."""

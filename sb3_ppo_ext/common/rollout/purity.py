@@ -21,7 +21,9 @@ from __future__ import annotations
 from stable_baselines3.common import torch_layers as sb3
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
-from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
+
+from sb3_ppo_ext.common.torch_internals import has_module_hooks
 
 _PURE: frozenset[type[nn.Module]] = frozenset(
     {
@@ -91,6 +93,19 @@ _PURE: frozenset[type[nn.Module]] = frozenset(
 )
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+# What draws random numbers in training mode.
+_NOISY = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    nn.RReLU,
+)
+
 _METHODS = frozenset({"forward", "forward_actor", "forward_critic"})
 
 
@@ -100,17 +115,7 @@ def has_hooks(module: nn.Module) -> bool:
 
     :param module: looked at alone, without what is in it
     """
-    return bool(
-        not _METHODS.isdisjoint(vars(module))
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+    return not _METHODS.isdisjoint(vars(module)) or has_module_hooks(module)
 
 
 def has_hooks_inside(module: nn.Module) -> bool:
@@ -129,9 +134,7 @@ def keeps_statistics(policy: ActorCriticPolicy) -> bool:
     :param policy: whose modules are looked at
     """
     known = _PURE | {type(policy)}
-    return any(
-        type(module) not in known or isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()
-    )
+    return any(type(module) not in known or isinstance(module, BATCH_NORMS) for module in policy.modules())
 
 
 def draws_noise(policy: nn.Module) -> bool:
@@ -140,9 +143,7 @@ def draws_noise(policy: nn.Module) -> bool:
 
     :param policy: while it acts
     """
-    return any(
-        module.training and isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in policy.modules()
-    )
+    return any(module.training and isinstance(module, _NOISY) for module in policy.modules())
 
 
 def impurity(policy: ActorCriticPolicy) -> str | None:
@@ -152,7 +153,7 @@ def impurity(policy: ActorCriticPolicy) -> str | None:
     :param policy: one that computes by Stable-Baselines3's own methods
     :return: a sentence about the first module that is not known to be pure; None if all are
     """
-    if "parametrizations" in policy._modules:
+    if is_parametrized(policy):
         return "policy has parametrizations of its own parameters"
     names = ["pi_features_extractor", "mlp_extractor", "action_net", "value_net"]
     if not policy.share_features_extractor:
@@ -171,12 +172,12 @@ def _impurity(name: str, module: nn.Module) -> str | None:
         if getattr(module, "is_pure", False) is not True:
             return f"{name} ({type(module).__name__}) is not known to be a pure function of parameters and observations"
         return f"{name} ({type(module).__name__}) has hooks inside" if has_hooks_inside(module) else None
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+    if isinstance(module, BATCH_NORMS) and module.running_mean is None:
         return f"{name} ({type(module).__name__}) normalises by the batch, also in evaluation mode"
     if type(module) is nn.Embedding and module.max_norm is not None:
         return f"{name} (Embedding) changes its weights in each pass, by max_norm"
-    for child_name, child in module._modules.items():
-        found = None if child is None else _impurity(f"{name}.{child_name}", child)
+    for child_name, child in module.named_children():
+        found = _impurity(f"{name}.{child_name}", child)
         if found is not None:
             return found
     return None

@@ -219,7 +219,7 @@ def resume(
         if defect is not None:
             raise ValueError(f"{path} cannot be resumed: {defect}")
         mark = mark_of(file)
-        if mark is not None and not hasattr(algo_class, "_reads"):  # SB3's and sb3-contrib's load() takes any
+        if mark is not None and not hasattr(algo_class, "_loads_files_of"):  # SB3's and sb3-contrib's load() takes any
             check_origin(mark, algo_class, (), path)
         with zipfile.ZipFile(file) as archive:
             state = pickle.loads(archive.read(_TRAINING_STATE))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+import warnings
 import zipfile
 from collections.abc import Collection
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_ppo_ext.common.saving.files import ReadableFile, name_of_file
+from sb3_ppo_ext.common.spaces import n_action_dims
 
 # The member of a model file that names its algorithm. SB3 passes over it.
 ALGORITHM = "_algorithm"
@@ -139,3 +142,25 @@ def check_origin(origin: str, algorithm: type[BaseAlgorithm], also: Collection[s
         f"{path} cannot be loaded by {algorithm.__name__}: it is a model of {origin}. Load it with that; or take its "
         "weights alone, for a model that you have made: load_weights(path, model.policy)"
     )
+
+
+def whole_action_values(attributes: dict[str, Any]) -> dict[str, float]:
+    """
+    ``target_kl`` and ``cg_damping`` of a model of sb3-contrib's TRPO, as they are for the whole action.
+
+    :param attributes: as :func:`attributes_of` gives them
+    """
+    action_space = unpickled(attributes, "action_space")
+    # sb3-contrib's KL divergence is the mean over the dimensions of an action, of a MultiDiscrete the sum.
+    n_dims = 1 if isinstance(action_space, spaces.MultiDiscrete) else n_action_dims(action_space)
+    values: dict[str, float] = {
+        name: n_dims * attributes[name] for name in ("target_kl", "cg_damping") if name in attributes
+    }
+    if n_dims > 1 and values:
+        warnings.warn(
+            f"A model of sb3-contrib's TRPO is loaded, whose target_kl and cg_damping are means over the {n_dims} "
+            "dimensions of an action. Here they are of the whole action: "
+            + ", ".join(f"{name}={attributes[name]:g} became {value:g}" for name, value in values.items()),
+            stacklevel=5,
+        )
+    return values

@@ -13,9 +13,11 @@ from torch import nn
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, minibatches, obs_rows
+from sb3_ppo_ext.common.rollout.buffers import minibatches
+from sb3_ppo_ext.common.rollout.data import RolloutSamples, rows_of
 from sb3_ppo_ext.common.rollout.purity import keeps_statistics
-from sb3_ppo_ext.common.update.step import Coefficients, MinibatchStep, Statistics
+from sb3_ppo_ext.common.update.objective import Coefficients, Statistics
+from sb3_ppo_ext.common.update.step import MinibatchStep
 
 
 def set_critic_training_mode(policy: ActorCriticPolicy, actor_parameters: Sequence[nn.Parameter]) -> None:
@@ -60,7 +62,7 @@ def update_statistics(policy: ActorCriticPolicy, observations: PyTorchObs, n_sam
         return
     policy.set_training_mode(True)
     for rows in th.arange(n_samples).tensor_split(-(-n_samples // batch_size)):
-        policy.get_distribution(obs_rows(observations, rows.to(policy.device)))
+        policy.get_distribution(rows_of(observations, rows.to(policy.device)))
     policy.set_training_mode(False)
 
 
@@ -79,14 +81,14 @@ def critic_loss(
     actor_critic: ActorCritic, rollout_data: RolloutSamples, coefficients: Coefficients
 ) -> tuple[th.Tensor, Statistics]:
     """
-    Mean squared difference of values and returns.
+    Mean squared difference of values and returns, over the samples that count.
 
     :param actor_critic: the present policy
     :param rollout_data: a minibatch
     :param coefficients: not looked at
     :return: the loss, and the same to be logged
     """
-    loss = losses.value_loss(actor_critic.values(rollout_data.observations), rollout_data.returns).mean()
+    loss = rollout_data.mean(losses.value_loss(actor_critic.values(rollout_data.inputs), rollout_data.returns))
     return loss, {"value_loss": loss.detach()}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch as th
 from torch import nn
 
+from sb3_ppo_ext.common.torch_internals import has_gradient_hooks, has_step_hooks, version_of
+
 
 class FlatAdam:
     """
@@ -30,6 +32,7 @@ class FlatAdam:
         self.members: list[list[nn.Parameter]] = []
         self.parameters: list[nn.Parameter] = []
         self.steps: list[float] = []
+        self._sources: list[dict[str, Any]] = []
         groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             in_group = [p for p in group["params"] if p in wanted]
@@ -46,6 +49,7 @@ class FlatAdam:
                 self.parameters.append(flat)
                 self.steps.append(count)
                 groups.append({**group, "params": [flat]})
+                self._sources.append(group)
         self.adam = th.optim.Adam(groups) if groups else th.optim.Adam([nn.Parameter(th.empty(0))])
         for flat, members in zip(self.parameters, self.members, strict=True):
             states = [optimizer.state.get(p) or _first_state(p) for p in members]
@@ -63,7 +67,7 @@ class FlatAdam:
         """
         if type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):
             return False
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        if has_step_hooks(optimizer):
             return False
         # A coupled weight decay would be added to gradients that are not there.
         if any(not group["fused"] or group["amsgrad"] or group["weight_decay"] for group in optimizer.param_groups):
@@ -72,23 +76,32 @@ class FlatAdam:
         if len(in_groups) != len(set(in_groups)) or not {id(p) for p in parameters} <= set(in_groups):
             return False
         # A backward pass may be made twice, and a hook must run once.
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+        if has_gradient_hooks(parameters):
             return False
         return len({(p.device, p.dtype) for p in parameters}) == 1
 
     def __contains__(self, parameter: th.Tensor) -> bool:
         return id(parameter) in self._ids
 
+    def learning_rates(self) -> list[float | th.Tensor]:
+        """The present learning rate of each of :attr:`parameters`, as the optimiser has it."""
+        return [group["lr"] for group in self._sources]
+
+    def take_learning_rates(self) -> None:
+        """Take the learning rates from the optimiser, as they may change between two steps."""
+        for group, source in zip(self.adam.param_groups, self._sources, strict=False):
+            group["lr"] = source["lr"]
+
     def zero_grad(self) -> None:
         for flat in self.parameters:
             assert flat.grad is not None
             flat.grad.zero_()
-        self._versions = [flat.grad._version for flat in self.parameters if flat.grad is not None]
+        self._versions = [version_of(flat.grad) for flat in self.parameters if flat.grad is not None]
 
     def all_have_gradients(self) -> bool:
         """Whether the backward pass since :meth:`zero_grad` reached every parameter: each adds to its piece once."""
         return all(
-            flat.grad is not None and flat.grad._version - version == len(members)
+            flat.grad is not None and version_of(flat.grad) - version == len(members)
             for flat, version, members in zip(self.parameters, self._versions, self.members, strict=True)
         )
 

@@ -10,17 +10,11 @@ import torch as th
 from torch import nn
 
 from sb3_ppo_ext.common.errors import NonFiniteError
-from sb3_ppo_ext.common.rollout.buffers import RolloutSamples, take
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.torch_internals import fused_step
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam
-
-Coefficients = Mapping[str, float | th.Tensor]
-"""Numbers that a loss asks for by name: floats, or scalars on the device where a graph is compiled."""
-
-Statistics = dict[str, th.Tensor]
-"""Scalars without gradient, by the name they are logged under."""
-
-MinibatchLoss = Callable[[RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]]
-"""The loss of a minibatch, a scalar, and statistics of it."""
+from sb3_ppo_ext.common.update.objective import Coefficients, Statistics
+from sb3_ppo_ext.common.update.reduce import Reducer
 
 
 class MinibatchStep(Protocol):
@@ -60,18 +54,24 @@ class EagerStep:
 
     :param optimizer: of the policy
     :param parameters: what is updated; their gradients are clipped together
-    :param minibatch_loss: to be minimised
+    :param loss: of a minibatch, to be minimised
+    :param reducer: of the gradients, before they are clipped
     """
 
     def __init__(
-        self, optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter], minibatch_loss: MinibatchLoss
+        self,
+        optimizer: th.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        loss: Callable[[RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]],
+        reducer: Reducer,
     ) -> None:
         self._parameters = list(parameters)
         updated = set(parameters)
         others = any(p not in updated for group in optimizer.param_groups for p in group["params"])
         self._inputs = self._parameters if others else None  # naming all of them takes longer than naming none
         self._optimizer = optimizer
-        self._minibatch_loss = minibatch_loss
+        self._loss = loss
+        self._reducer = reducer
         self._flat: FlatAdam | None = None
         self.names: tuple[str, ...] = ()
 
@@ -87,8 +87,8 @@ class EagerStep:
         self._leave_flat()
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        rollout_data = rollout if rows is None else take(rollout, rows)
-        loss, statistics = self._minibatch_loss(rollout_data, coefficients)
+        rollout_data = rollout if rows is None else rollout.rows(rows)
+        loss, statistics = self._loss(rollout_data, coefficients)
         if "kl_limit" in coefficients and statistics["approx_kl"].item() > coefficients["kl_limit"]:
             statistics["grad_norm"] = th.zeros_like(loss)
         else:
@@ -103,11 +103,14 @@ class EagerStep:
                 self._make_flat(self._parameters)
             if self._has_flat_gradients(loss):
                 assert self._flat is not None
+                self._reducer.average(*gradients_of(self._flat.parameters))
+                self._flat.take_learning_rates()
                 return clip_and_step(self._flat.adam, self._flat.parameters, max_grad_norm=max_grad_norm)
             self._leave_flat()
             self._may_be_flat = False
         self._optimizer.zero_grad()
         loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
+        self._reducer.average(*gradients_of(self._parameters))
         return clip_and_step(
             self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
         )
@@ -159,6 +162,15 @@ def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Pa
     return [parameter for parameter, grad in zip(candidates, grads, strict=True) if grad is not None]
 
 
+def gradients_of(parameters: Iterable[th.Tensor]) -> list[th.Tensor]:
+    """
+    The gradients that are there.
+
+    :param parameters: leaves of the autograd graph
+    """
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
 def clip_and_step(
     optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float, in_place: bool = False
 ) -> th.Tensor:
@@ -179,17 +191,14 @@ def clip_and_step(
         return grad_norm
 
     # The fused kernel divides the gradients by a number that it is given (it is made for loss scaling).
-    grads = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
+    grads = [gradient.flatten() for gradient in gradients_of(parameters)]
     grad_norm = th.linalg.vector_norm(grads[0] if len(grads) == 1 else th.cat(grads))
-    optimizer.grad_scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
     if grad_norm.device.type == "cuda":
-        # It leaves everything as it is where this says so, and the host need not wait for the norm.
-        optimizer.found_inf = grad_norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        # The kernel leaves everything as it is where it is told so, and the host need not wait for the norm.
+        fused_step(optimizer, grad_scale=scale, found_inf=grad_norm.isfinite().logical_not().float())
     elif math.isfinite(grad_norm.item()):
-        optimizer.step()
-    del optimizer.grad_scale  # type: ignore[attr-defined]
+        fused_step(optimizer, grad_scale=scale)
     return grad_norm
 
 

@@ -11,23 +11,27 @@ import rl_zoo3.exp_manager
 from optuna.trial import FrozenTrial, TrialState
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_ppo_ext.zoo.storage import StudyError
+from sb3_ppo_ext.zoo.errors import StudyError
 
-REASON = "reason"  # the attribute of a trial that says why it has failed or was pruned
-_GIVE_UP = 10  # trials in a row that end with an error end `train -optimize`
+# The attributes that we give to a trial.
+REASON = "reason"  # why it has failed or was pruned
+WORKER = "worker"  # the name of the process that runs it
+BUDGET = "budget"  # its steps and evaluations
+
+_MAX_ERRORS = 10  # trials in a row that end with an error end `train -optimize`
 
 Params = dict[str, Any]
 
 
-def evaluated(value: Any) -> Any:
+def evaluate_python(value: Any) -> Any:
     """
-    :param value: of an entry, where rl_zoo3 allows Python, e.g. of ``policy_kwargs``
+    :param value: of an entry, where rl_zoo3 allows Python as a string, e.g. of ``policy_kwargs``
     :return: what rl_zoo3 makes of it
     """
     return eval(value, vars(rl_zoo3.exp_manager)) if isinstance(value, str) else value
 
 
-def merged(entry: Params, drawn: Params) -> Params:
+def merge_hyperparams(entry: Params, drawn: Params) -> Params:
     """
     Put what was drawn for a trial into the entry. It takes the place of what the entry says; keyword arguments, whose
     names end in ``_kwargs``, are merged one by one, at any depth. So an entry keeps its features extractor when the
@@ -40,17 +44,17 @@ def merged(entry: Params, drawn: Params) -> Params:
     both = {**entry, **drawn}
     for name in entry.keys() & drawn.keys():
         if name.endswith("_kwargs"):
-            before, after = evaluated(entry[name]), evaluated(drawn[name])
+            before, after = evaluate_python(entry[name]), evaluate_python(drawn[name])
             if isinstance(before, dict) and isinstance(after, dict):
-                both[name] = merged(before, after)
+                both[name] = merge_hyperparams(before, after)
     return both
 
 
-def real(name: str, value: Any) -> tuple[str, Any]:
+def decode_param(name: str, value: Any) -> tuple[str, Any]:
     """
     :param name: of a number that was drawn, as rl_zoo3's samplers and ours call it
     :param value: what was drawn
-    :return: name and value of what is meant: ``batch_size`` 32 for ``batch_size_pow`` 5
+    :return: the hyper-parameter and its value: ``batch_size`` and 32 for ``batch_size_pow`` and 5
     """
     if name.startswith("one_minus_"):
         return name.removeprefix("one_minus_"), 1 - value
@@ -59,7 +63,19 @@ def real(name: str, value: Any) -> tuple[str, Any]:
     return name, value
 
 
-class _Entry(dict[str, Any]):
+def format_value(value: Any) -> str:
+    """The value of a hyper-parameter for a person."""
+    if isinstance(value, dict):  # a net_arch, which is often the same for actor and critic
+        parts = {name: format_value(part) for name, part in value.items()}
+        if len(set(parts.values())) == 1:
+            return next(iter(parts.values()))
+        return ", ".join(f"{name} {part}" for name, part in parts.items())
+    if isinstance(value, float):
+        return f"{value:.5g}" if 0.9 < value < 1 else f"{value:.3g}"  # 1 - value matters there
+    return getattr(value, "__name__", str(value))
+
+
+class _TrialHyperparams(dict[str, Any]):
     """
     The hyper-parameters of an entry. rl_zoo3 copies them for each trial and updates the copy with what was drawn, which
     would drop the entry's ``policy_kwargs``; here the update merges.
@@ -72,15 +88,11 @@ class _Entry(dict[str, Any]):
         super().__init__(hyperparams)
         self.normalize_kwargs = normalize_kwargs
 
-    def copy(self) -> _Entry:
-        """An entry of its own for a trial."""
-        return _Entry(self, self.normalize_kwargs)
+    def copy(self) -> _TrialHyperparams:
+        return _TrialHyperparams(self, self.normalize_kwargs)
 
     def update(self, drawn: Params) -> None:  # type: ignore[override]
-        """
-        :param drawn: for the trial
-        """
-        super().update(merged(self, drawn))
+        super().update(merge_hyperparams(self, drawn))
         if "gamma" in drawn:
             self.normalize_kwargs["gamma"] = drawn["gamma"]
 
@@ -98,7 +110,7 @@ def run_trial(manager: ExperimentManager, trial: optuna.Trial) -> float:
     """
     own = copy.copy(manager)  # trials may run in threads, and each has its own discount factor
     own.normalize_kwargs = dict(manager.normalize_kwargs)
-    own._hyperparams = _Entry(manager._hyperparams, own.normalize_kwargs)
+    own._hyperparams = _TrialHyperparams(manager._hyperparams, own.normalize_kwargs)
     try:
         return float(ExperimentManager.objective(own, trial))
     except optuna.TrialPruned as pruned:
@@ -108,36 +120,27 @@ def run_trial(manager: ExperimentManager, trial: optuna.Trial) -> float:
             if pruned.args:  # by a callback that says why
                 trial.set_user_attr(REASON, str(pruned))
             raise
-        trial.set_user_attr(REASON, _described(error))
-        if _gives_up(trial):
-            raise StudyError(f"{_GIVE_UP} trials in a row have failed, the last with {_described(error)}") from error
+        trial.set_user_attr(REASON, _describe(error))
+        if _all_recent_failed(trial):
+            raise StudyError(f"{_MAX_ERRORS} trials in a row have failed, the last with {_describe(error)}") from error
         return float("nan")
     except Exception as error:
-        trial.set_user_attr(REASON, _described(error))
+        trial.set_user_attr(REASON, _describe(error))
         raise
 
 
-def _described(error: BaseException) -> str:
-    """
-    :param error: that has ended a trial
-    :return: its type and what it says, in one line
-    """
+def _describe(error: BaseException) -> str:
+    """An error's type and message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
-def _gives_up(trial: optuna.Trial) -> bool:
-    """
-    :param trial: that has failed with an error
-    :return: whether all trials before it have, and no more need be tried
-    """
+def _all_recent_failed(trial: optuna.Trial) -> bool:
+    """Whether the trials before this one, which has failed with an error, have done so too."""
     ended = [other for other in trial.study.get_trials(deepcopy=False) if other.state.is_finished()]
-    last = ended[1 - _GIVE_UP :]
-    return len(last) == _GIVE_UP - 1 and all(map(failed_with_error, last))
+    last = ended[1 - _MAX_ERRORS :]
+    return len(last) == _MAX_ERRORS - 1 and all(map(failed_with_error, last))
 
 
 def failed_with_error(trial: FrozenTrial) -> bool:
-    """
-    :param trial: of a study
-    :return: whether an error has ended it, and not an interruption
-    """
+    """Whether an error has ended a trial, and not an interruption."""
     return trial.state is TrialState.FAIL and REASON in trial.user_attrs

@@ -21,8 +21,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.zoo import ALGORITHMS, ZooExperimentManager, register
 from sb3_ppo_ext.zoo.cli import main
-from sb3_ppo_ext.zoo.storage import StudyError
-from sb3_ppo_ext.zoo.trials import merged
+from sb3_ppo_ext.zoo.errors import StudyError
+from sb3_ppo_ext.zoo.study.trials import merge_hyperparams
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +201,7 @@ def test_a_trial_is_merged_into_its_entry() -> None:
         "rollout_buffer_kwargs": {"some": 1},
     }
     before = copy.deepcopy((entry, drawn))
-    assert merged(entry, drawn) == {
+    assert merge_hyperparams(entry, drawn) == {
         "gamma": 0.75,
         "vf_coef": 0.5,
         "policy_kwargs": {

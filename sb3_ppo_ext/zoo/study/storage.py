@@ -1,4 +1,4 @@
-"""Where studies lie: a journal file or a database, opened with errors of one line."""
+"""Where studies are stored: a journal file or a database. What goes wrong with one is an error of one line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-
-class StudyError(ValueError):
-    """What the user has to change, in one line."""
+from sb3_ppo_ext.zoo.errors import StudyError
 
 
 @contextlib.contextmanager
 def storage_errors(storage: str) -> Iterator[None]:
-    """
-    :param storage: whose errors inside of the ``with`` block become a :class:`StudyError`
-    """
+    """Errors of a storage, inside of the ``with`` block, become a :class:`StudyError` that names it."""
     try:
         yield
     except StudyError:
@@ -42,13 +38,13 @@ def storage_errors(storage: str) -> Iterator[None]:
         else:
             lines = str(error.__cause__ or error).strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
-        raise StudyError(f"storage {shown(storage)} cannot be used: {reason}") from error
+        raise StudyError(f"storage {without_password(storage)} cannot be used: {reason}") from error
 
 
-def shown(storage: str) -> str:
+def without_password(storage: str) -> str:
     """
     :param storage: as the user gave it
-    :return: the same without a password
+    :return: the same for a message
     """
     try:
         return sqlalchemy.engine.make_url(storage).render_as_string(hide_password=True)
@@ -58,8 +54,10 @@ def shown(storage: str) -> str:
 
 def open_storage(storage: str, create: bool) -> BaseStorage:
     """
-    :param storage: as rl_zoo3 is told it
-    :param create: a file that does not exist
+    :param storage: a path that ends in ``.log``, or a database's URL, as rl_zoo3 takes it
+    :param create: whether a file that does not exist is created
+    :return: the storage
+    :raises StudyError: if it cannot be used
     """
     path = storage.removeprefix("sqlite:///") if storage.startswith("sqlite:///") else storage
     if path == storage and "://" in storage:
@@ -103,7 +101,7 @@ def load_study(storage: str, opened: BaseStorage, name: str) -> optuna.Study:
         names = sorted(optuna.get_all_study_names(opened))
         if name not in names:
             has = f"it has {', '.join(names)}" if names else "it has none"
-            raise StudyError(f"there is no study '{name}' in {shown(storage)}; {has}")
+            raise StudyError(f"there is no study '{name}' in {without_password(storage)}; {has}")
         study = optuna.load_study(storage=opened, study_name=name)
         if study.directions != [StudyDirection.MAXIMIZE]:
             raise StudyError(f"study '{name}' does not maximize one value, as the studies of this program do")
@@ -124,7 +122,13 @@ def complete_trial(study: optuna.Study, number: int) -> FrozenTrial:
     for trial in trials:
         if trial.number == number:
             if trial.state is not TrialState.COMPLETE:
-                state = trial.state.name.lower().replace("fail", "failed")
-                raise StudyError(f"trial {number} of study '{study.study_name}' is not complete but {state}; {has}")
+                raise StudyError(
+                    f"trial {number} of study '{study.study_name}' is not complete but {state_name(trial.state)}; {has}"
+                )
             return trial
     raise StudyError(f"study '{study.study_name}' has no trial {number}; it has {len(trials)} trials, {has}")
+
+
+def state_name(state: TrialState) -> str:
+    """The name of a trial's state for a message."""
+    return state.name.lower().replace("fail", "failed")

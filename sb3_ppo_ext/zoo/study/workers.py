@@ -7,20 +7,20 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from sb3_ppo_ext.zoo.interrupts import sigint_blocked
+
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 # The last two are imported by torch's optimisers and by rl_zoo3's report, when they are first needed.
-_IMPORTED = ["sb3_ppo_ext.zoo.cli", "rl_zoo3.train", "torch._dynamo", "pandas"]
+_PRELOADED = ["rl_zoo3.train", "torch._dynamo", "pandas"]
 
 
 class Workers:
@@ -31,18 +31,21 @@ class Workers:
     is the leader of a session: Ctrl-C in the terminal reaches this process alone, which then ends the others in order.
 
     :param n_slots: how many processes run at a time
+    :param target: what each process runs, with its arguments in ``sys.argv``: a function of a module, that returns the
+        exit code
     :param grace: seconds that an interrupted process has before it is killed
     """
 
-    def __init__(self, n_slots: int, grace: float = 20.0) -> None:
+    def __init__(self, n_slots: int, target: Callable[[], int], grace: float = 20.0) -> None:
         self.slots: dict[int, BaseProcess | None] = dict.fromkeys(range(1, n_slots + 1))
+        self.target = target
         self.grace = grace
         for name, value in _ONE_THREAD.items():
             os.environ.setdefault(name, value)
         self._context: Any = multiprocessing.get_context("spawn")
         if "forkserver" in multiprocessing.get_all_start_methods():
             self._context = multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload(_IMPORTED)
+            self._context.set_forkserver_preload([target.__module__, *_PRELOADED])
 
     @property
     def free(self) -> list[int]:
@@ -58,16 +61,16 @@ class Workers:
         """
         :param slot: a free one
         :param arguments: of ``sb3-ppo-ext``
-        :param log: what the process prints is added to this file
+        :param log: the process appends its output to this file
         """
-        process = self._context.Process(target=_work, args=(list(arguments), str(log.resolve()), os.getcwd()))
-        if hasattr(os, "fork"):
-            resource_tracker.ensure_running()  # starting it would let interrupts through again
-        with _without_interrupt():  # the server is started with the first process, and inherits what is blocked
+        process = self._context.Process(
+            target=_run_in_process, args=(self.target, list(arguments), str(log.resolve()), os.getcwd())
+        )
+        with sigint_blocked():  # the server is started with the first process, and inherits what is blocked
             process.start()
         self.slots[slot] = process
 
-    def ended(self, timeout: float = 0.0) -> dict[int, int]:
+    def wait(self, timeout: float = 0.0) -> dict[int, int]:
         """
         Wait until a process ends, and free the slots of all that have.
 
@@ -81,7 +84,7 @@ class Workers:
                 process.join()
                 assert process.exitcode is not None
                 codes[slot] = process.exitcode
-                self._kill(process)  # what it has started itself
+                self._kill(process)  # with all that it has started itself
                 self.slots[slot] = None
         return codes
 
@@ -98,7 +101,7 @@ class Workers:
                         os.kill(_pid(process), signal.SIGINT)
                 deadline = time.monotonic() + self.grace
                 while self.running and time.monotonic() < deadline:
-                    self.ended(deadline - time.monotonic())
+                    self.wait(deadline - time.monotonic())
         finally:
             for slot, process in self.running.items():
                 self._kill(process)
@@ -107,86 +110,29 @@ class Workers:
 
     @staticmethod
     def _kill(process: BaseProcess) -> None:
-        """
-        :param process: to be killed with all that it has started
-        """
+        """Kill a process with all that it has started."""
         process.kill()
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(_pid(process), signal.SIGKILL)
 
 
-def process_name(pid: int) -> str:
-    """
-    :param pid: of a process on this machine
-    :return: ``host:pid:start``, which no other process ever has
-    """
-    return f"{socket.gethostname()}:{pid}:{_start_time(pid)}"
-
-
-def is_here(name: str) -> bool:
-    """
-    :param name: of a process
-    :return: whether it was started on this machine
-    """
-    return name.split(":")[0] == socket.gethostname()
-
-
-def is_alive(name: str) -> bool:
-    """
-    :param name: of a process on this machine
-    """
-    _, pid, start = name.split(":")
-    return start == _start_time(int(pid)) != "gone"
-
-
-def _start_time(pid: int) -> str:
-    """
-    :param pid: of a process on this machine
-    :return: when it was started, in units of the system's own and empty where the system does not tell; or "gone"
-    """
-    if os.name != "posix":
-        return ""
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return "gone"
-        except PermissionError:
-            pass
-        return ""
-    try:
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return "gone"
-    return "gone" if state in "ZX" else numbers[18]
+def last_line(log: Path) -> str:
+    """The last line of a worker's log."""
+    content = log.read_text(errors="replace").strip() if log.exists() else ""
+    return content.splitlines()[-1] if content else "nothing"
 
 
 def _pid(process: BaseProcess) -> int:
-    """
-    :param process: one that was started
-    """
-    assert process.pid is not None
+    assert process.pid is not None  # it was started
     return process.pid
 
 
-@contextlib.contextmanager
-def _without_interrupt() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _work(arguments: list[str], log: str, folder: str) -> None:
+def _run_in_process(target: Callable[[], int], arguments: list[str], log: str, folder: str) -> None:
     """
     What a process does.
 
+    :param target: to run
     :param arguments: of ``sb3-ppo-ext``
     :param log: absolute path of the file for its output
     :param folder: that relative paths in the arguments start from
@@ -203,11 +149,8 @@ def _work(arguments: list[str], log: str, folder: str) -> None:
     threading.Thread(target=_interrupt_with_parent, daemon=True).start()
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-    from sb3_ppo_ext.zoo.cli import main
-
     print(f"\n$ sb3-ppo-ext {' '.join(arguments)}", flush=True)
-    sys.exit(main())
+    sys.exit(target())
 
 
 def _interrupt_with_parent() -> None:

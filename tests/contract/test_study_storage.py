@@ -1,4 +1,4 @@
-"""A study of several processes on each kind of storage: whoever dies takes one trial along, and nothing else."""
+"""A study of several processes, in a journal and in PostgreSQL: one that dies loses its trial and nothing else."""
 
 import contextlib
 import glob
@@ -7,22 +7,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy.pool
 from optuna.trial import TrialState
 
-from sb3_ppo_ext.zoo.cli import main
 from tests.contract import held
+from tests.contract.zoo import Command, in_background, journal, two_running_trials, wait_for
 
 APT_SECONDS = 100  # for each of two commands; a test has 300 in all
 
@@ -88,46 +84,30 @@ def postgresql() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture(params=["journal", "sqlite", "postgresql"])
+@pytest.fixture(params=["journal", "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "postgresql":
         url = request.getfixturevalue("postgresql")
         assert isinstance(url, str)
         return url
-    return {"journal": str(tmp_path / "a" / "study.log"), "sqlite": f"sqlite:///{tmp_path}/study.db"}[request.param]
+    return str(tmp_path / "a" / "study.log")
 
 
-def opened(storage: str) -> optuna.Study:
-    if storage.endswith(".log"):
-        backend: Any = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
-    else:
-        backend = optuna.storages.RDBStorage(storage, engine_kwargs={"poolclass": sqlalchemy.pool.NullPool})
-    return optuna.load_study(storage=backend, study_name="held")
-
-
-def in_background(act: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    return thread
-
-
-def test_a_killed_worker_loses_its_trial_and_nothing_else(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("held_space")
+def test_a_killed_worker_loses_its_trial_and_nothing_else(storage: str, command: Command, tmp_path: Path) -> None:
     hold = tmp_path / "hold"
     hold.touch()
     killed: list[int] = []
 
+    def load() -> optuna.Study:
+        if storage.endswith(".log"):
+            return optuna.load_study(storage=journal(Path(storage)), study_name="held")
+        backend = optuna.storages.RDBStorage(storage, engine_kwargs={"poolclass": sqlalchemy.pool.NullPool})
+        return optuna.load_study(storage=backend, study_name="held")
+
     def kill_one() -> None:
         try:
-            workers: dict[str, int] = {}
-            deadline = time.monotonic() + 60
-            while len(workers) < 2 and time.monotonic() < deadline:
-                time.sleep(0.1)
-                if Path("logs/studies/held/worker-2.log").exists():  # and the study, hence
-                    trials = opened(storage).get_trials(states=[TrialState.RUNNING])
-                    workers = {t.user_attrs["worker"]: t.number for t in trials if "worker" in t.user_attrs}
+            workers = wait_for(lambda: two_running_trials(load))
             victim = min(workers)
             os.kill(int(victim.split(":")[1]), signal.SIGKILL)
             killed.append(workers[victim])
@@ -135,22 +115,18 @@ def test_a_killed_worker_loses_its_trial_and_nothing_else(
             hold.unlink()
 
     thread = in_background(kill_one)
-    command = held.arguments(tmp_path, 5, "--workers", "2", "--storage", storage, "--study-name", "held")
-    monkeypatch.setattr(sys, "argv", ["sb3-ppo-ext", *command])
-    assert main() == 0
+    run = held.arguments(tmp_path, 3, "--storage", storage, "--study-name", "held")
+    output = command(*run)
     thread.join()
 
-    trials = opened(storage).trials
-    assert Counter(trial.state for trial in trials) == {TrialState.COMPLETE: 5, TrialState.FAIL: 1}
+    trials = load().trials
+    assert Counter(trial.state for trial in trials) == {TrialState.COMPLETE: 3, TrialState.FAIL: 1}
     assert [trial.number for trial in trials if trial.state is TrialState.FAIL] == killed
-    workers = [trial.user_attrs["worker"] for trial in trials]
-    assert len(set(workers)) == 6
-    assert len({tuple(trial.params.values()) for trial in trials}) == 6  # no two were seeded alike
-    output = capsys.readouterr().out
+    assert len({trial.user_attrs["worker"] for trial in trials}) == 4
+    assert len({tuple(trial.params.values()) for trial in trials}) == 4  # no two were seeded alike
     assert "was ended by SIGKILL" in output
     assert f"trial {killed[0]}: interrupted or lost" in output
-    assert "5 of 5 trials (5 complete, 1 failed)" in output
+    assert "3 of 3 trials (3 complete, 1 failed)" in output
 
-    monkeypatch.setattr(sys, "argv", ["sb3-ppo-ext", *command])
-    assert main() == 0  # has nothing left to do
-    assert len(opened(storage).trials) == 6
+    command(*run)  # has nothing left to do
+    assert len(load().trials) == 4

@@ -1,30 +1,27 @@
-"""Episodes that a time limit has cut, and the values of what they ended with."""
+"""The values of the observations that episodes ended with which a time limit has cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
 from sb3_ppo_ext.common.rollout.failures import raise_if_final_not_finite
 
 
-class Timeouts:
+class FinalValues:
     """
-    The final observations of the episodes of a rollout that a time limit has cut.
+    The values of the final observations of a rollout's truncated episodes.
 
     :param actor_critic: that collects the rollout. If it is pure, the observations are evaluated together, after the
         rollout; if not, each when it comes, as SB3 does it
-    :param rollout_buffer: of the rollout
     """
 
-    def __init__(self, actor_critic: ActorCritic, rollout_buffer: RolloutBuffer) -> None:
+    def __init__(self, actor_critic: ActorCritic) -> None:
         self.actor_critic = actor_critic
-        self._rollout_buffer = rollout_buffer
         self._steps: list[int] = []
         self._env_indices: list[int] = []
         self._final_obs: list[Any] = []
@@ -47,25 +44,19 @@ class Timeouts:
         else:
             self._values.append(self._evaluated([final_obs], len(self) - 1))
 
-    def evaluate(self, chunks: Callable[[int], Iterable[slice]]) -> None:
-        """
-        Evaluate the final observations that have not been evaluated yet.
-
-        :param chunks: cuts so many observations into ranges, to be evaluated together
-        """
+    def evaluate(self) -> None:
+        """Evaluate the final observations that have not been evaluated yet."""
         first = len(self) - len(self._final_obs)
-        for chunk in chunks(len(self._final_obs)):
-            self._values.append(self._evaluated(self._final_obs[chunk], first + chunk.start))
+        for rows in chunks(len(self._final_obs), self.actor_critic.policy.observation_space):
+            self._values.append(self._evaluated(self._final_obs[rows], first + rows.start))
         self._final_obs = []
 
-    def bootstrap(self, gamma: float) -> None:
+    def write_into(self, final_values: np.ndarray) -> None:
         """
-        Add the discounted value of the final observation to the last reward of each of the episodes.
-
-        :param gamma: discount factor
+        :param final_values: of a rollout, shape ``(n_steps, n_envs)``
         """
         if self._values:
-            self._rollout_buffer.rewards[self._steps, self._env_indices] += gamma * np.concatenate(self._values)
+            final_values[self._steps, self._env_indices] = np.concatenate(self._values)
 
     @th.no_grad()
     def _evaluated(self, final_obs: list[Any], first: int) -> np.ndarray:
@@ -74,6 +65,6 @@ class Timeouts:
         else:
             stacked = np.stack(final_obs)
         policy = self.actor_critic.policy
-        values: np.ndarray = self.actor_critic.values(policy.obs_to_tensor(stacked)[0]).cpu().numpy()
+        values: np.ndarray = self.actor_critic.values(PolicyInput(policy.obs_to_tensor(stacked)[0])).cpu().numpy()
         raise_if_final_not_finite(values, stacked, self._steps[first:], self._env_indices[first:])
         return values

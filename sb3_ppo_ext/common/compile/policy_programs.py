@@ -1,0 +1,192 @@
+"""A policy whose actor, evaluation of rollouts and products with the Fisher matrix are one program each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+
+from sb3_ppo_ext.common.compile.program import FunctionalModule, Program, ProgramCache
+from sb3_ppo_ext.common.compile.support import cache_key
+from sb3_ppo_ext.common.distributions import Family
+from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.rollout.data import PolicyInput
+from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation, Evaluation, StepEvaluation
+from sb3_ppo_ext.numerics import FisherVectorProduct
+
+# Where no two rollouts have the same size, so many rows are evaluated at a time.
+_CHUNK_SIZE = 256
+
+
+class _PolicyProgram:
+    """A method of a :class:`DirectActorCritic` as a program of the policy's tensors."""
+
+    def __init__(self, policy: ActorCriticPolicy, method: Callable[..., Any], *, what: str, announce: bool) -> None:
+        self._module = FunctionalModule(policy, method)
+        self._program = Program(
+            self._results,
+            policy.device,
+            what=what,
+            announce=announce,
+            exact_tanh=policy.squash_output,
+        )
+
+    def bind(self) -> None:
+        """Take the parameters from the policy."""
+        self._program.bind(self._module.tensors())
+
+    def _results(
+        self, tensors: dict[str, th.Tensor], batch: Any, inputs: PolicyInput, other: th.Tensor
+    ) -> list[th.Tensor]:
+        raise NotImplementedError
+
+
+class CompiledActor(_PolicyProgram):
+    """
+    ``act`` as one program.
+
+    :param actor_critic: the policy
+    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    """
+
+    def __init__(self, actor_critic: DirectActorCritic, *, announce: bool) -> None:
+        super().__init__(actor_critic.policy, actor_critic.act_by, what="the actor", announce=announce)
+        self._noise = actor_critic.noise
+
+    def act(self, inputs: PolicyInput) -> tuple[th.Tensor, StepEvaluation | None]:
+        action, *step = self._program(inputs, self._noise(inputs.n_rows))
+        return action, StepEvaluation(step[0], None, step[1]) if step else None
+
+    def _results(
+        self, tensors: dict[str, th.Tensor], batch: Any, inputs: PolicyInput, noise: th.Tensor
+    ) -> list[th.Tensor]:
+        action, step = self._module.call(tensors, inputs, noise)
+        return [action] if step is None else [action, step.values, step.params]
+
+
+class CompiledEvaluation(_PolicyProgram):
+    """
+    ``evaluate_actions`` without gradients and entropy, as one program.
+
+    :param actor_critic: the policy
+    :param chunk_size: samples that are evaluated at a time, so that one program is enough where no two rollouts have
+        the same size; None: all, and a program is made for each size
+    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    """
+
+    def __init__(self, actor_critic: DirectActorCritic, *, chunk_size: int | None, announce: bool) -> None:
+        super().__init__(
+            actor_critic.policy,
+            actor_critic.evaluate_actions,
+            what="the evaluation of rollouts",
+            announce=announce,
+        )
+        self._chunk_size = chunk_size
+        self._family = actor_critic.family
+
+    def evaluate_actions(self, inputs: PolicyInput, actions: th.Tensor) -> Evaluation:
+        if self._chunk_size is None:
+            values, log_prob, params = self._program(inputs, actions)
+            return Evaluation(values, log_prob, None, params, self._family)
+        n = len(actions)
+        # The last chunk is padded with the last sample; what comes of that is cut off.
+        rows = th.arange(n + -n % self._chunk_size, device=actions.device).clamp(max=n - 1)
+        chunks = [self._program(inputs.rows(chunk), actions[chunk]) for chunk in th.split(rows, self._chunk_size)]
+        values, log_prob, params = (th.cat(parts)[:n] for parts in zip(*chunks, strict=True))
+        return Evaluation(values, log_prob, None, params, self._family)
+
+    def _results(
+        self, tensors: dict[str, th.Tensor], batch: Any, inputs: PolicyInput, actions: th.Tensor
+    ) -> list[th.Tensor]:
+        evaluation = self._module.call(tensors, inputs, actions)
+        return [evaluation.values, evaluation.log_prob, evaluation.params]
+
+
+class CompiledActorCritic:
+    """
+    A policy that acts and evaluates rollouts by programs. For the rest it is the one that it is made of.
+
+    :param actor_critic: the policy, pure
+    :param programs: what has been compiled of it
+    :param rollouts_vary: whether no two rollouts have the same size
+    :param announce: whether to tell who is waiting that something is being compiled, and how long it took
+    """
+
+    is_pure = True
+
+    def __init__(
+        self, actor_critic: DirectActorCritic, programs: ProgramCache, *, rollouts_vary: bool, announce: bool
+    ) -> None:
+        self.policy = actor_critic.policy
+        self.family: Family | None = actor_critic.family
+        self.act = actor_critic.act
+        key = cache_key(self.policy)
+        if self.policy.device.type == "cpu":  # elsewhere a step waits for its actions anyway
+            actor = programs.get_or_make("actor", key, lambda: CompiledActor(actor_critic, announce=announce))
+            actor.bind()
+            self.act = actor.act
+        chunk_size = _CHUNK_SIZE if rollouts_vary else None
+        evaluation = programs.get_or_make(
+            "evaluation", key, lambda: CompiledEvaluation(actor_critic, chunk_size=chunk_size, announce=announce)
+        )
+        evaluation.bind()
+        self.evaluate_actions = evaluation.evaluate_actions
+        self.evaluate_actor: Callable[[PolicyInput, th.Tensor], ActorEvaluation] = actor_critic.evaluate_actor
+        self.params: Callable[[PolicyInput], th.Tensor] = actor_critic.params
+        self.values: Callable[[PolicyInput], th.Tensor] = actor_critic.values
+
+
+class CompiledFisherVectorProduct:
+    """
+    :class:`~sb3_ppo_ext.numerics.FisherVectorProduct` of the actor as one program. It builds the graph in each product
+    anew, which takes less time than the products of a graph that is kept.
+
+    :param actor_critic: the policy
+    :param parameters: theta, among the policy's
+    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    """
+
+    def __init__(self, actor_critic: DirectActorCritic, parameters: Sequence[nn.Parameter], *, announce: bool) -> None:
+        self._module = FunctionalModule(actor_critic.policy, actor_critic.params)
+        self._metric = actor_critic.family.fisher
+        self._parameters = list(parameters)
+        self._program = Program(self._product, actor_critic.policy.device, what="the Fisher product", announce=announce)
+
+    def at(self, inputs: PolicyInput, chunks: Sequence[slice], *, damping: float) -> Callable[[th.Tensor], th.Tensor]:
+        """
+        By the present parameters.
+
+        :param inputs: whose distributions it is the Fisher information of
+        :param chunks: ranges of them, to be multiplied one after the other
+        :param damping: multiple of the identity that is added
+        :return: ``v -> F v + damping * v``, v of shape ``(n,)``
+        """
+        parts = [((rows.stop - rows.start) / chunks[-1].stop, inputs.rows(rows)) for rows in chunks]
+        tensors = self._module.tensors()
+        if len(parts) == 1:
+            self._program.bind(tensors, parts[0][1])
+
+        def product(v: th.Tensor) -> th.Tensor:
+            result = damping * v
+            for share, some in parts:
+                if len(parts) > 1:
+                    self._program.bind(tensors, some)
+                result.add_(self._program(v)[0], alpha=share)
+            return result
+
+        return product
+
+    def _product(self, tensors: dict[str, th.Tensor], inputs: PolicyInput, v: th.Tensor) -> list[th.Tensor]:
+        theta = set(map(id, self._parameters))
+        with th.enable_grad():
+            named = self._module.tensors()
+            leaf_of = {
+                id(named[name]): tensor.detach().requires_grad_() if id(named[name]) in theta else tensor
+                for name, tensor in tensors.items()
+            }
+            outputs = self._module.call({name: leaf_of[id(tensor)] for name, tensor in named.items()}, inputs)
+            leaves = [leaf_of[id(p)] for p in self._parameters]
+            return [FisherVectorProduct(outputs, leaves, self._metric)(v)]

@@ -1,0 +1,139 @@
+"""Making the buffer and the policy of an algorithm; an error is put down to the arguments that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.policies import check_policy_class, keywords_of
+from sb3_ppo_ext.common.spaces import fitting_policies
+from sb3_ppo_ext.common.validation import did_you_mean
+
+
+def set_seed(algorithm: OnPolicyAlgorithm) -> None:
+    """
+    Seed everything that draws random numbers.
+
+    :param algorithm: whose ``seed`` it is
+    :raises ArgumentError: if the environments cannot be seeded
+    """
+    try:
+        algorithm.set_random_seed(algorithm.seed)
+    except (AttributeError, NotImplementedError) as error:
+        raise ArgumentError(
+            f"seed={algorithm.seed!r} is not allowed with this vector of environments, "
+            f"{name_of(type(algorithm.env))}: its seed() does not work ({type(error).__name__}: {error}); it must be "
+            "None, or seed() must work"
+        ) from error
+
+
+def make_rollout_buffer(algorithm: OnPolicyAlgorithm) -> RolloutBuffer:
+    """
+    The buffer that the arguments of an algorithm describe.
+
+    :param algorithm: whose ``rollout_buffer_class`` and ``rollout_buffer_kwargs`` are read
+    :raises ArgumentError: if the class refuses its arguments, whatever it says it by: SB3 asserts, or stumbles
+    """
+    buffer_class: Any = algorithm.rollout_buffer_class
+    kwargs = algorithm.rollout_buffer_kwargs
+    with _refusal(
+        algorithm,
+        f"rollout_buffer_class={name_of(buffer_class)} with rollout_buffer_kwargs={kwargs!r}",
+        "a subclass of Stable-Baselines3's RolloutBuffer, of DictRolloutBuffer for Dict observations",
+        lambda: keywords_of(buffer_class),
+    ):
+        buffer: RolloutBuffer = buffer_class(
+            algorithm.n_steps,
+            algorithm.observation_space,
+            algorithm.action_space,
+            device=algorithm.device,
+            gamma=algorithm.gamma,
+            gae_lambda=algorithm.gae_lambda,
+            n_envs=algorithm.n_envs,
+            **kwargs,
+        )
+    return buffer
+
+
+def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
+    """
+    The policy that the arguments of an algorithm describe, on its device.
+
+    :param algorithm: whose ``policy_class`` and ``policy_kwargs`` are read
+    :raises ArgumentError: if it is no policy, or refuses its arguments
+    """
+    policy_class: Any = algorithm.policy_class
+    kwargs = algorithm.policy_kwargs
+    given = f"policy={policy_name(algorithm)}"
+    check_policy_class(policy_class, given)
+    with _refusal(
+        algorithm,
+        f"{given} with policy_kwargs={kwargs!r}",
+        fitting_policies(algorithm.observation_space),
+        lambda: keywords_of(policy_class, *kwargs.values()),
+    ):
+        policy: ActorCriticPolicy = policy_class(
+            algorithm.observation_space,
+            algorithm.action_space,
+            algorithm.lr_schedule,
+            use_sde=algorithm.use_sde,
+            **kwargs,
+        ).to(algorithm.device)
+        check_policy_class(type(policy), given)  # of a function in a class's place, what it returns
+    return policy
+
+
+@contextmanager
+def _refusal(
+    algorithm: OnPolicyAlgorithm, given: str, allowed: str, keywords: Callable[[], set[str]]
+) -> Iterator[None]:
+    """
+    :param algorithm: whose spaces it is for
+    :param given: what is being made, as the user gave it
+    :param allowed: what is as a rule
+    :param keywords: gives the names of the arguments that there are
+    :raises ArgumentError: in place of an error by which a constructor shows that it cannot take its arguments
+    """
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        if isinstance(error, (th.OutOfMemoryError, th.AcceleratorError)):
+            raise
+        raise ArgumentError(
+            f"{given} is not allowed ({type(error).__name__}: {error}); it must be what takes "
+            f"observation_space={algorithm.observation_space} and action_space={algorithm.action_space}, such as "
+            f"{allowed}{did_you_mean(error, keywords)}"
+        ) from error
+
+
+def policy_name(algorithm: OnPolicyAlgorithm) -> str:
+    """
+    The policy of an algorithm as its user names it.
+
+    :param algorithm: whose ``policy_class`` it is
+    """
+    policy_class: Any = algorithm.policy_class
+    aliases = (alias for alias, aliased in algorithm.policy_aliases.items() if aliased is policy_class)
+    return next(aliases, name_of(policy_class))
+
+
+def name_of(factory: Any) -> str:
+    """
+    The name of a class, or of what a user has put in a class's place.
+
+    :param factory: what makes objects
+    """
+    return getattr(factory, "__name__", repr(factory))
+
+
+ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)

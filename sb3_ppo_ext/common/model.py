@@ -1,0 +1,302 @@
+"""An SB3 algorithm as it is made, checked, saved and loaded."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import gymnasium as gym
+import torch as th
+from stable_baselines3.common import buffers as sb3_buffers
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as SB3OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_ext.common import construction
+from sb3_ppo_ext.common.compile.program import ProgramCache
+from sb3_ppo_ext.common.distributions import Family
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.policies import POLICY_ALIASES
+from sb3_ppo_ext.common.policy_distributions import family_of_policy
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
+from sb3_ppo_ext.common.saving.files import opened
+from sb3_ppo_ext.common.saving.model_file import replacements, write_model
+from sb3_ppo_ext.common.spaces import check_env, check_spaces
+from sb3_ppo_ext.common.validation import (
+    as_schedule,
+    check_bool,
+    check_device,
+    check_int,
+    check_one_of,
+    check_output,
+    check_real,
+    value_at,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Model(SB3OnPolicyAlgorithm):
+    """
+    SB3's base of on-policy algorithms: arguments are checked before anything is built, files are written whole and
+    loaded by the algorithms that they fit. How it learns is :class:`sb3_ppo_ext.common.algorithm.OnPolicyAlgorithm`'s.
+
+    Takes the arguments of :class:`stable_baselines3.common.on_policy_algorithm.OnPolicyAlgorithm`.
+
+    :raises ValueError: for what cannot be used or cannot be used together, before anything is trained
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
+
+    learning_rate: float | str | Schedule  # type: ignore[assignment]
+    ent_coef: float | str | Schedule  # type: ignore[assignment]
+    torch_compile: bool = False
+
+    # Other algorithms whose files are loaded, by the names that are imported.
+    _loads_files_of: ClassVar[tuple[str, ...]] = ()
+
+    # Arguments that may be None here, and may not in SB3's or sb3-contrib's algorithm that takes them.
+    _none_is_default: ClassVar[tuple[str, ...]] = ()
+
+    # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
+    _needs_old_params: ClassVar[bool] = False
+
+    # Whether one rollout has more samples than another.
+    _rollouts_vary: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        policy: str | type[BasePolicy],
+        env: GymEnv | str | None,
+        *,
+        use_sde: bool = False,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        check_output(verbose, tensorboard_log)
+        check_device(device)
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            check_env(env)
+            if isinstance(env, (gym.Env, VecEnv)):  # SB3 adapts an environment of OpenAI Gym
+                check_spaces(env, use_sde=use_sde)
+        super().__init__(
+            policy,  # type: ignore[arg-type]
+            env,  # type: ignore[arg-type]
+            use_sde=use_sde,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            **kwargs,
+        )
+        if "cuda" in str(device) and self.device.type != "cuda":
+            warnings.warn(f"device={str(device)!r}: torch finds no CUDA here, so the CPU is used", stacklevel=2)
+
+    def _validate(self) -> None:
+        """
+        Check the hyper-parameters. Called before anything is built, for a new model and for one that is loaded.
+
+        An attribute keeps what the user gave, be it a number, a function or the RL Zoo's string;
+        :meth:`_current_value` reads it. Only the learning rate has a schedule beside it, ``lr_schedule``, and only the
+        clip ranges become schedules themselves, because SB3 has it so.
+
+        :raises ValueError: naming the argument, its value and what is allowed
+        """
+        # The RL Zoo loads a trained agent with a learning rate of 0.
+        as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
+        check_int("n_steps", self.n_steps, minimum=1)
+        check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
+        check_real("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0)
+        as_schedule("ent_coef", self.ent_coef, may_be_zero=True)
+        check_bool("use_sde", self.use_sde)
+        check_bool("torch_compile", self.torch_compile)
+        check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
+        check_int("stats_window_size", self._stats_window_size, minimum=1)
+        if self.seed is not None:
+            check_int("seed", self.seed, minimum=0, maximum=2**32 - 1)
+        buffer_class = self.rollout_buffer_class
+        holds_params = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
+        if self._needs_old_params and not holds_params:
+            raise ArgumentError(
+                f"rollout_buffer_class={construction.name_of(buffer_class)} is not allowed: {type(self).__name__} "
+                "keeps the parameters of the action distributions in the buffer, which must be a subclass of "
+                "sb3_ppo_ext.common.buffers.RolloutBuffer"
+            )
+
+    def _check_rollout_size(self, batch_size: int, normalize_advantage: bool) -> None:
+        """
+        For a new model only: one that is loaded to be watched may have any number of environments.
+
+        :param batch_size: samples in a minibatch
+        :param normalize_advantage: whether the advantages are to be normalised
+        :raises ValueError: if a rollout is too small for that
+        """
+        if self.env is None:
+            return
+        n_samples = self.n_steps * self.n_envs
+        if normalize_advantage and n_samples < 2:
+            raise ArgumentError(
+                f"n_steps={self.n_steps} with {self.n_envs} environment(s) is not allowed: the advantages of a "
+                "rollout of one sample cannot be normalised; n_steps * n_envs must be at least 2"
+            )
+        if n_samples % batch_size:
+            warnings.warn(
+                f"batch_size={batch_size} does not divide n_steps * n_envs = {n_samples}: at the end of each epoch "
+                f"there will be a truncated mini-batch of size {n_samples % batch_size}. A factor of {n_samples} is "
+                "recommended "
+                f"(n_steps={self.n_steps}, n_envs={self.n_envs}).",
+                stacklevel=2,
+            )
+
+    def _setup_model(self) -> None:
+        if not hasattr(self, "observation_space"):  # what a loaded model has from its file
+            raise ArgumentError(
+                "env=None is not allowed: it must be an environment, a vector of them, or the id of one"
+            )
+        if self.rollout_buffer_class in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
+            self.rollout_buffer_class = buffer_class_for(self.observation_space)  # which derives from SB3's
+        self._validate()
+        self._setup_lr_schedule()
+        construction.set_seed(self)
+        self.rollout_buffer = construction.make_rollout_buffer(self)
+        self.policy = construction.make_policy(self)
+        self._maybe_recommend_cpu()
+        self._check_family()
+        self._compiled = ProgramCache()
+        self._has_said_why_slow = False
+        self._policy_changes_in_rollouts = False
+        buffer = self.rollout_buffer
+        if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
+            print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        check_one_of("policy", policy_name, list(self.policy_aliases))
+        return super()._get_policy_from_name(policy_name)
+
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        As SB3: put another training environment in place of the present one.
+
+        :param env: an environment, or a vector of them
+        :param force_reset: whether ``learn`` resets it first
+        :raises ValueError: for what is neither
+        """
+        check_env(env)
+        super().set_env(env, force_reset)
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        As SB3, but a file is written whole or not at all (what was there before stays until then), and names the
+        algorithm, so that no other takes it for its own.
+
+        :param path: of the file, or an open file
+        :param exclude: attributes to leave out, besides those that always are
+        :param include: attributes to put in, of those that would be left out
+        :raises OSError: if it cannot be written
+        """
+        content = io.BytesIO()
+        super().save(content, exclude=exclude, include=include)
+        write_model(path, content, type(self))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        As SB3: the model of a file, made anew. Nothing is checked that only learning needs.
+
+        A model of another algorithm is refused. A class and those that derive from it are one algorithm; files of SB3
+        and sb3-contrib are taken where the algorithms are of one kind: of ``PPO`` and ``A2C`` by ``DualClipPPO`` and
+        ``AdaptiveKLPPO``, which have defaults of their own for what such a file lacks, and of sb3-contrib's ``TRPO`` by
+        ``TRPO``.
+
+        :param path: of the file, ``.zip`` may be left out; or an open file
+        :param env: to train on in; None if it is to be watched only
+        :param device: "cpu", "cuda" or "auto"
+        :param custom_objects: attributes to put in place of those in the file, by name
+        :param print_system_info: whether to print on what the model was saved, and what this is
+        :param force_reset: whether ``learn`` resets the environments first
+        :param kwargs: attributes to change
+        :return: the model
+        :raises OSError: if the file cannot be read
+        :raises ValueError: if it is truncated, damaged or no model of this algorithm, or for an attribute that is out
+            of range
+        """
+        check_device(device)
+        with opened(path) as file:
+            custom_objects, kwargs = replacements(
+                file,
+                path,
+                cls,
+                also=cls._loads_files_of,
+                optional=cls._none_is_default,
+                adapt=cls._adapted,
+                custom_objects=custom_objects or {},
+                given=kwargs,
+            )
+            return super().load(file, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    @classmethod
+    def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
+        """
+        What has to be put in place of the attributes in a file.
+
+        :param origin: the algorithm whose model it is
+        :param attributes: in the file, as :func:`attributes_of` gives them, without those that the user replaces
+        """
+        buffer_class = attributes.get("rollout_buffer_class")
+        if isinstance(buffer_class, dict) and str(buffer_class.get("__module__")).startswith("sb3_contrib."):
+            return {"rollout_buffer_class": None}  # it is filled by an algorithm of its own
+        return {}
+
+    def _excluded_save_params(self) -> list[str]:
+        excluded = [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
+        # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
+        excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
+        if self.rollout_buffer_class is buffer_class_for(self.observation_space) or self._rollouts_vary:
+            excluded.append("rollout_buffer_class")
+        return excluded
+
+    def _current_value(self, schedule: float | str | Schedule) -> float:
+        """The present value of a hyper-parameter: of what the user gave, or a callback has put in its place."""
+        return value_at(schedule, self._current_progress_remaining)
+
+    @property
+    def _family(self) -> Family | None:
+        """The formulas of the policy's distributions; None for a distribution of the user's own."""
+        return family_of_policy(self.policy)
+
+    def _check_family(self) -> None:
+        """
+        :raises ValueError: if the updates need the KL divergence of a distribution that has no formula for it
+        """
+        if self._needs_old_params and self._family is None:
+            raise ValueError(
+                f"policy={construction.policy_name(self)} is not allowed: {type(self).__name__} needs the exact KL "
+                f"divergence of its distributions, and {type(self.policy.action_dist).__name__} has formulas of its "
+                "own; it must be one of stable_baselines3.common.distributions, or derive from one without overriding "
+                "its formulas. DualClipPPO and REINFORCE learn with any distribution"
+            )

@@ -1,0 +1,74 @@
+"""The distributions of SB3's policies: which family they are of, and their parameters."""
+
+from __future__ import annotations
+
+import torch as th
+from stable_baselines3.common import distributions as sb3
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_ppo_ext.common.distributions import Bernoulli, Categorical, Family, Gaussian, family_of_space
+
+
+def family_of_policy(policy: ActorCriticPolicy) -> Family | None:
+    """
+    The family of the distributions that a policy makes.
+
+    :param policy: of SB3, or of the user's own
+    :return: the family; None if the class of its distribution is none of SB3's, nor derived from one without overriding
+        the formulas
+    """
+    space, kind = policy.action_space, type(policy.action_dist)
+    base = next((c for c in kind.__mro__ if c in _SB3_DISTRIBUTIONS), None)
+    if (
+        base is None
+        or any(name in vars(policy.action_dist) for name in _FORMULAS)
+        or any(name in vars(c) for c in kind.__mro__[: kind.__mro__.index(base)] for name in _FORMULAS)
+    ):
+        return None
+    squashes = base is sb3.SquashedDiagGaussianDistribution or getattr(policy.action_dist, "bijector", None) is not None
+    family = family_of_space(space, squash_output=squashes)
+    return family if isinstance(family, _SB3_DISTRIBUTIONS[base]) else None
+
+
+_SB3_DISTRIBUTIONS: dict[type[sb3.Distribution], type[Family]] = {
+    sb3.DiagGaussianDistribution: Gaussian,
+    sb3.SquashedDiagGaussianDistribution: Gaussian,
+    sb3.StateDependentNoiseDistribution: Gaussian,
+    sb3.CategoricalDistribution: Categorical,
+    sb3.MultiCategoricalDistribution: Categorical,
+    sb3.BernoulliDistribution: Bernoulli,
+}
+
+# Where a derived class has one of these of its own, it is another distribution.
+_FORMULAS = (
+    "proba_distribution",
+    "log_prob",
+    "entropy",
+    "sample",
+    "get_actions",
+    "actions_from_params",
+    "log_prob_from_params",
+    "get_std",
+    "get_noise",
+)
+
+
+def params_of(distribution: sb3.Distribution) -> th.Tensor:
+    """
+    Parameters of one of SB3's distribution objects, as its family reads them.
+
+    :param distribution: what ``policy.get_distribution(obs)`` returns
+    :return: shape ``(batch, n_params)``, part of the same autograd graph
+    :raises ValueError: for a class that SB3 does not have
+    """
+    if isinstance(distribution, (sb3.DiagGaussianDistribution, sb3.StateDependentNoiseDistribution)):
+        normal = distribution.distribution
+        return th.cat((normal.mean, normal.stddev), dim=1)
+    if isinstance(distribution, (sb3.CategoricalDistribution, sb3.BernoulliDistribution)):
+        return distribution.distribution.logits
+    if isinstance(distribution, sb3.MultiCategoricalDistribution):
+        return th.cat([categorical.logits for categorical in distribution.distribution], dim=1)
+    raise ValueError(
+        f"distribution={type(distribution).__name__} is not supported where an exact KL divergence is needed: "
+        "it must be one of the classes of stable_baselines3.common.distributions"
+    )

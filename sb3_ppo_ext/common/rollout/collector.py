@@ -1,0 +1,277 @@
+"""Collecting a rollout with the actor alone, and evaluating it once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
+from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
+from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
+from sb3_ppo_ext.common.rollout.final_values import FinalValues
+from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
+from sb3_ppo_ext.common.rollout.stop_rules import StopRule
+
+Act = Callable[[PolicyInput], tuple[th.Tensor, StepEvaluation | None]]
+
+
+class Collector:
+    """
+    Collects one rollout of an algorithm: :meth:`collect` steps the environments, :meth:`evaluate` puts into the buffer
+    what the policy says of it.
+
+    A policy that is pure acts by its actor alone, and is evaluated when the rollout is complete. If a callback changes
+    it meanwhile, the steps so far are evaluated by the policy that made them, and each later one at once.
+
+    :param algorithm: whose rollout it is; its observations and its count of time steps move on
+    :param env: the training environment
+    :param callback: called at each step
+    :param rollout_buffer: to fill, empty
+    :param stop: when the rollout ends
+    :param acting_policy: gives the policy as it is now; ``step_by_step=True`` if it must evaluate each step at once
+    :param keeps_final_values: whether the values of the observations are wanted that a time limit ends episodes with
+    :param step_by_step: whether to evaluate each step at once, as a callback is known to change the policy within a
+        rollout; the attribute becomes true when that is seen
+    """
+
+    def __init__(
+        self,
+        algorithm: OnPolicyAlgorithm,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        stop: StopRule,
+        acting_policy: Callable[..., ActorCritic],
+        *,
+        keeps_final_values: bool,
+        step_by_step: bool,
+    ) -> None:
+        self.step_by_step = step_by_step
+        self._algorithm = algorithm
+        self._env = env
+        self._callback = callback
+        self._buffer = rollout_buffer
+        self._stop = stop
+        self._acting_policy = acting_policy
+        self._keeps_final_values = keeps_final_values
+        self._actor_critic = acting_policy(step_by_step=step_by_step)
+        self._watch = ParameterWatch(algorithm.policy) if self._actor_critic.is_pure else None
+        self._final_values = FinalValues(self._actor_critic)
+        self._steps: list[StepEvaluation] = []
+
+    def collect(self, n_rollout_steps: int) -> bool:
+        """
+        Step the environments until the rollout is complete.
+
+        :param n_rollout_steps: as ``collect_rollouts`` got it, for callbacks to look at
+        :return: False if the callback ended the rollout before
+        """
+        algorithm, env, callback, rollout_buffer = self._algorithm, self._env, self._callback, self._buffer
+        policy, device, use_sde = algorithm.policy, algorithm.device, algorithm.use_sde
+        action_shape = (env.num_envs, *(algorithm.action_space.shape or ()))
+        action_space = algorithm.action_space
+        is_as_made = type(env) is DummyVecEnv  # a wrapper may change an observation and not the final one
+        act: Act = self._actor_critic.act
+        n_steps = 0
+
+        while True:
+            if use_sde and algorithm.sde_sample_freq > 0 and n_steps % algorithm.sde_sample_freq == 0:
+                algorithm.policy.reset_noise(env.num_envs)
+            if self.step_by_step:  # what acts now may have other layers
+                policy = algorithm.policy
+                act = self._take_policy()
+
+            obs_tensor = obs_as_tensor(algorithm._last_obs, device)  # type: ignore[arg-type]
+            action_tensor, step = act(PolicyInput(obs_tensor))
+            if step is not None:
+                self._steps.append(step)
+            actions = action_tensor.cpu().numpy().reshape(action_shape)
+            clipped_actions = to_env(actions, policy, action_space)
+            # Before the step, as an environment may write its next observation into the same array.
+            rollout_buffer.add_observation(algorithm._last_obs, algorithm._last_episode_starts)  # type: ignore[arg-type]
+
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+
+            algorithm.num_timesteps += env.num_envs
+            callback.update_locals(
+                {
+                    "self": algorithm,
+                    "env": env,
+                    "callback": callback,
+                    "rollout_buffer": rollout_buffer,
+                    "n_rollout_steps": n_rollout_steps,
+                    "n_steps": n_steps,
+                    "obs_tensor": obs_tensor,
+                    "actions": actions,
+                    "clipped_actions": clipped_actions,
+                    "new_obs": new_obs,
+                    "rewards": rewards,
+                    "dones": dones,
+                    "infos": infos,
+                }
+            )
+            if not callback.on_step():
+                return False
+
+            self._note_episodes(infos, dones)
+            if dones.any():
+                for idx in dones.nonzero()[0]:
+                    final_obs = infos[idx].get("terminal_observation")
+                    if is_as_made:
+                        raise_if_misshapen(final_obs, algorithm.observation_space, int(idx))
+                    if infos[idx].get("TimeLimit.truncated", False):
+                        rollout_buffer.truncated[n_steps, idx] = True
+                        if final_obs is not None and self._keeps_final_values:
+                            self._final_values.add(n_steps, int(idx), final_obs)
+
+            rollout_buffer.add_transition(actions, rewards)
+            n_steps += 1
+            algorithm._last_obs = new_obs  # type: ignore[assignment]
+            algorithm._last_episode_starts = dones
+            if self._watch is not None and self._watch.is_touched() and self._watch.has_changed():
+                self._follow_change()
+            if self._stop.is_complete(n_steps, dones):
+                break
+
+        self._stop.close(rollout_buffer)
+        if self._watch is not None and (self._watch.is_replaced(algorithm.policy) or self._watch.has_changed()):
+            self.step_by_step = True
+            warnings.warn(
+                "The policy was changed while it collected a rollout, in a way that is seen only at the end of it (by "
+                ".data, or by another tensor, layer or hook). In this one rollout the change was not followed as "
+                "Stable-Baselines3 would follow it; from the next rollout on it is, as each step is evaluated at once",
+                stacklevel=2,
+            )
+        return True
+
+    @th.no_grad()
+    def evaluate(self) -> th.Tensor:
+        """
+        Put values, log-probabilities and distribution parameters of the steps into the buffer, and the values of final
+        observations.
+
+        :return: the values of the observations after the last step, shape ``(n_envs,)``
+        :raises NonFiniteError: if a reward is not finite, or what follows from an observation
+        """
+        buffer, last_obs = self._buffer, self._algorithm._last_obs
+        self._evaluate_steps()
+        last_values = self._actor_critic.values(PolicyInput(obs_as_tensor(last_obs, self._algorithm.device)))  # type: ignore[arg-type]
+        raise_if_rollout_not_finite(buffer, last_values.cpu().numpy(), last_obs)
+        self._final_values.evaluate()
+        self._final_values.write_into(buffer.final_values)
+        return last_values
+
+    def _take_policy(self) -> Act:
+        """Act and evaluate with the policy as it is now, step by step."""
+        self._actor_critic = self._final_values.actor_critic = self._acting_policy(step_by_step=True)
+        return self._actor_critic.act
+
+    @th.no_grad()
+    def _follow_change(self) -> None:
+        """Evaluate the steps so far by the policy that made them, as a callback has changed it."""
+        assert self._watch is not None
+        with self._watch.as_at_first():
+            self._steps = self._steps or self._evaluations_so_far()
+            self._final_values.evaluate()
+        self._watch = None
+        self.step_by_step = True
+
+    def _note_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
+        counted = self._stop.counted
+        if counted is not None:
+            infos = [info for info, counts in zip(infos, counted, strict=True) if counts]
+            dones = dones[counted]
+        self._algorithm._update_info_buffer(infos, dones)
+
+    def _evaluations_so_far(self) -> list[StepEvaluation]:
+        """Values and distribution parameters of the steps that the rollout has so far, for each."""
+        inputs, actions = self._buffer.inputs_so_far()
+        parts = [
+            self._actor_critic.evaluate_actions(inputs.rows(rows), actions[rows])
+            for rows in chunks(len(actions), self._algorithm.observation_space)
+        ]
+        values = th.split(th.cat([part.values for part in parts]), self._env.num_envs)
+        params = th.split(th.cat([part.params for part in parts]), self._env.num_envs)
+        return [StepEvaluation(of_values, None, of_params) for of_values, of_params in zip(values, params, strict=True)]
+
+    def _evaluate_steps(self) -> None:
+        """Put values, log-probabilities and distribution parameters of all steps into the buffer."""
+        inputs, actions = self._buffer.flat_inputs()
+        if not self._steps:
+            evaluate_actions, space = self._actor_critic.evaluate_actions, self._algorithm.observation_space
+            parts = [evaluate_actions(inputs.rows(rows), actions[rows]) for rows in chunks(len(actions), space)]
+            self._buffer.set_evaluation(
+                th.cat([part.values for part in parts]),
+                th.cat([part.log_prob for part in parts]),
+                th.cat([part.params for part in parts]),
+            )
+            return
+        values, log_probs, params = (env_by_env(parts) for parts in zip(*self._steps, strict=True))
+        if params is not None:
+            family = self._actor_critic.family
+            assert family is not None
+            of_params = family.log_prob(params, actions)
+            if log_probs is None:
+                log_probs = of_params
+            else:
+                self._check_params(of_params, log_probs)
+        assert values is not None
+        assert log_probs is not None
+        self._buffer.set_evaluation(values, log_probs, params)
+
+    def _check_params(self, of_params: th.Tensor, log_probs: th.Tensor) -> None:
+        """
+        :param of_params: log-probabilities of the actions by the parameters of the policy's distributions
+        :param log_probs: by the policy itself
+        :raises ValueError: if they are not of the same distributions
+        """
+        # Rounding alone makes them differ for single actions, at the end of a squashed range.
+        differs = (of_params - log_probs).abs() > 0.01 * (1.0 + log_probs.abs())
+        if differs.float().mean() > 0.5:
+            policy = self._actor_critic.policy
+            raise ValueError(
+                f"policy={type(policy).__name__} is not allowed: its log-probabilities are not those of its "
+                f"action_dist (a {type(policy.action_dist).__name__}), whose exact KL divergence "
+                f"{type(self._algorithm).__name__} needs. No update was made. DualClipPPO and REINFORCE learn with any "
+                "distribution"
+            )
+
+
+def to_env(actions: np.ndarray, policy: Any, action_space: spaces.Space[Any]) -> np.ndarray:
+    """
+    A copy of the actions as the environment takes them, which may write into it: those of a Box are unscaled if they
+    are squashed, else clipped to the bounds.
+
+    :param actions: as the policy drew them, shape ``(n_envs, *action_shape)``
+    :param policy: that drew them
+    :param action_space: of the environment
+    """
+    if not isinstance(action_space, spaces.Box):
+        return actions.copy()
+    if policy.squash_output:
+        unscaled: np.ndarray = policy.unscale_action(actions)
+        return unscaled
+    # np.clip does the same in three times the time
+    clipped: np.ndarray = np.minimum(np.maximum(actions, action_space.low), action_space.high)
+    return clipped
+
+
+def env_by_env(steps: Sequence[th.Tensor | None]) -> th.Tensor | None:
+    """
+    What each step gave for all environments, in the order of the flat rollout; None if the steps did not give it.
+
+    :param steps: one tensor of shape ``(n_envs, ...)`` a step, or None
+    """
+    present = [step for step in steps if step is not None]
+    return th.stack(present, dim=1).flatten(0, 1) if present else None

@@ -1,0 +1,136 @@
+"""What passes from the environments to the optimiser: inputs of a policy, and samples of a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+from sb3_ppo_ext.losses import masked_mean
+
+# A rollout is evaluated in chunks of at most this many input numbers and rows, which bounds the memory it takes.
+CHUNK_NUMBERS = 2**24
+CHUNK_ROWS = 2**14
+
+
+class PolicyInput(NamedTuple):
+    """
+    What a policy computes from. What a policy has no use for is None, and then nothing is computed, stored or compiled
+    for it.
+
+    :param obs: a batch of observations, shape ``(batch, *obs_shape)``, or a dict of such
+    :param mask: which actions are allowed, bool, shape ``(batch, n_actions)``; None: all
+    :param state: of a recurrent policy, before the first observation
+    :param starts: whether an observation is the first of its episode, shape ``(batch,)``; None: nobody asks
+    """
+
+    obs: PyTorchObs
+    mask: th.Tensor | None = None
+    state: Any = None
+    starts: th.Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """The number of observations."""
+        return (next(iter(self.obs.values())) if isinstance(self.obs, dict) else self.obs).shape[0]
+
+    def rows(self, rows: slice | th.Tensor) -> PolicyInput:
+        """
+        Some of the batch.
+
+        :param rows: a range or indices
+        """
+        return PolicyInput(*(rows_of(part, rows) for part in self))
+
+
+class RolloutSamples(NamedTuple):
+    """
+    Samples of a rollout: the fields of SB3's ``RolloutBufferSamples``, and what else the updates here ask for.
+
+    :param observations: shape ``(batch, *obs_shape)``, or a dict of such, in the dtype of the observation space
+    :param actions: shape ``(batch, action_dim)``
+    :param old_values: shape ``(batch,)``
+    :param old_log_prob: shape ``(batch,)``
+    :param advantages: shape ``(batch,)``
+    :param returns: shape ``(batch,)``
+    :param old_params: parameters of the distribution that drew the actions, shape ``(batch, n_params)``
+    :param action_masks: which actions were allowed, bool, shape ``(batch, n_actions)``; None: all
+    :param states: of a recurrent policy, at the beginning of the sequences; None: it has none
+    :param episode_starts: whether a sample is the first of its episode, shape ``(batch,)``; None: nobody asks
+    :param mask: which samples count, bool, shape ``(batch,)``; None: all. The others fill a minibatch up to its size
+    """
+
+    observations: PyTorchObs
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    old_params: th.Tensor
+    action_masks: th.Tensor | None = None
+    states: Any = None
+    episode_starts: th.Tensor | None = None
+    mask: th.Tensor | None = None
+
+    @property
+    def inputs(self) -> PolicyInput:
+        """What the policy acted on."""
+        return PolicyInput(self.observations, self.action_masks, self.states, self.episode_starts)
+
+    def mean(self, values: th.Tensor) -> th.Tensor:
+        """
+        Mean over the samples that count.
+
+        :param values: one number a sample, shape ``(batch,)``
+        """
+        return values.mean() if self.mask is None else masked_mean(values, self.mask)
+
+    def padded(self, rows: th.Tensor | None, n_rows: int) -> RolloutSamples:
+        """
+        Some of the samples and, up to a fixed number, the first one again and again, with a mask of those that count.
+
+        :param rows: indices of them, at most ``n_rows``; None: all
+        :param n_rows: how many there are to be
+        """
+        if rows is None:
+            rows = th.arange(len(self.returns), device=self.returns.device)
+        counts = th.arange(n_rows, device=rows.device) < len(rows)
+        padded = self.rows(nn.functional.pad(rows, (0, n_rows - len(rows))))
+        return padded._replace(mask=counts if padded.mask is None else counts & padded.mask)
+
+    def rows(self, rows: slice | th.Tensor) -> RolloutSamples:
+        """
+        Some of the samples.
+
+        :param rows: a range or indices
+        """
+        return RolloutSamples(*(rows_of(part, rows) for part in self))
+
+
+def rows_of(part: Any, rows: slice | th.Tensor) -> Any:
+    """
+    Some rows of a tensor, or of a dict of tensors; None of None.
+
+    :param part: the first dimension of each tensor is the batch
+    :param rows: a range or indices
+    """
+    if part is None:
+        return None
+    return {key: tensor[rows] for key, tensor in part.items()} if isinstance(part, dict) else part[rows]
+
+
+def chunks(n_samples: int, observation_space: spaces.Space[Any]) -> Iterator[slice]:
+    """
+    Cut a rollout so that the memory a pass through the networks takes is bounded.
+
+    :param n_samples: to be cut
+    :param observation_space: of their observations
+    """
+    size = max(get_flattened_obs_dim(observation_space), 1)
+    rows = max(1, min(CHUNK_ROWS, CHUNK_NUMBERS // size))
+    return (slice(start, min(start + rows, n_samples)) for start in range(0, n_samples, rows))

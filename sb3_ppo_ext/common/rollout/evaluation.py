@@ -1,0 +1,65 @@
+"""What a policy says of a batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_ppo_ext.common.distributions import Family
+
+
+class Evaluation(NamedTuple):
+    """
+    What the present policy says of a batch of observations and of the actions that were taken there.
+
+    :param values: shape ``(batch,)``
+    :param log_prob: log-probability of the actions, shape ``(batch,)``
+    :param entropy: shape ``(batch,)``; ``None`` where there is no closed form
+    :param params: distribution parameters, shape ``(batch, n_params)``, or ``(batch, 0)`` if nobody wants them
+    :param family: the formulas that read them; None for a distribution of the user's own
+    """
+
+    values: th.Tensor
+    log_prob: th.Tensor
+    entropy: th.Tensor | None
+    params: th.Tensor
+    family: Family | None
+
+    def kl_from(self, old_params: th.Tensor) -> th.Tensor:
+        """
+        Exact KL(old || present) of the whole action, in nats, shape ``(batch,)``.
+
+        :param old_params: parameters of the distributions that acted, shape ``(batch, n_params)``
+        """
+        assert self.family is not None, "the algorithm must set _needs_old_params"
+        return self.family.kl(old_params, self.params)
+
+
+class ActorEvaluation(NamedTuple):
+    """
+    What the present actor says of a batch of actions.
+
+    :param log_prob: log-probability of the actions, shape ``(batch,)``
+    :param entropy: shape ``(batch,)``; ``None`` where there is no closed form
+    :param params: distribution parameters, shape ``(batch, n_params)``, or ``(batch, 0)`` if nobody wants them
+    """
+
+    log_prob: th.Tensor
+    entropy: th.Tensor | None
+    params: th.Tensor
+
+
+class StepEvaluation(NamedTuple):
+    """
+    What the pass that drew the actions of one step also says of them, where that would cost more, or would not be the
+    same, if it was computed for the whole rollout at its end.
+
+    :param values: shape ``(n_envs,)``
+    :param log_prob: shape ``(n_envs,)``; None if it is computed from the parameters
+    :param params: shape ``(n_envs, n_params)``; None if nobody wants them
+    """
+
+    values: th.Tensor
+    log_prob: th.Tensor | None
+    params: th.Tensor | None

@@ -1,0 +1,128 @@
+"""When a rollout ends: after so many steps, or after so many episodes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.episode_buffer import EpisodeBuffer
+
+
+class StopRule(Protocol):
+    """When a rollout ends."""
+
+    @property
+    def counted(self) -> np.ndarray | None:
+        """The environments whose present episode counts, bool, shape ``(n_envs,)``; None: all."""
+        ...
+
+    def is_complete(self, n_steps: int, dones: np.ndarray) -> bool:
+        """
+        Whether to end the rollout, asked after each step.
+
+        :param n_steps: steps taken of each environment
+        :param dones: the environments in which the last one ended an episode, shape ``(n_envs,)``
+        """
+        ...
+
+    def close(self, rollout_buffer: RolloutBuffer) -> None:
+        """
+        Called once the rollout is complete, before it is evaluated.
+
+        :param rollout_buffer: that holds it
+        """
+        ...
+
+
+class AfterSteps:
+    """
+    Ends a rollout after a fixed number of steps, in the middle of episodes as a rule.
+
+    :param n_steps: of each environment
+    """
+
+    counted = None
+
+    def __init__(self, n_steps: int) -> None:
+        self._n_steps = n_steps
+
+    def is_complete(self, n_steps: int, dones: np.ndarray) -> bool:
+        return n_steps >= self._n_steps
+
+    def close(self, rollout_buffer: RolloutBuffer) -> None:
+        pass
+
+
+class AfterEpisodes:
+    """
+    Ends a rollout when each environment has completed a fixed number of episodes. The rest of an episode that had begun
+    before does not count, nor what an environment does that waits for others.
+
+    :param episodes_per_env: to be completed
+    :param episode_starts: the environments that are about to begin an episode, bool, shape ``(n_envs,)``
+    :param episode_lengths: steps so far of each environment's episode, shape ``(n_envs,)``, updated in place
+    :param max_episode_steps: of an episode that is waited for
+    :param limit_in_words: what that limit is, and where it comes from
+    """
+
+    def __init__(
+        self,
+        episodes_per_env: int,
+        episode_starts: np.ndarray,
+        episode_lengths: np.ndarray,
+        *,
+        max_episode_steps: int,
+        limit_in_words: str,
+    ) -> None:
+        self._episodes_per_env = episodes_per_env
+        self._completed = np.where(episode_starts, 0, -1)  # -1: first comes the rest of an episode that had begun
+        self._episode_lengths = episode_lengths
+        self._max_episode_steps = max_episode_steps
+        self._limit_in_words = limit_in_words
+
+    @property
+    def counted(self) -> np.ndarray:
+        # Episodes that a waiting environment ends are shorter than most, those that a batch's end interrupted longer.
+        counted: np.ndarray = (self._completed >= 0) & (self._completed < self._episodes_per_env)
+        return counted
+
+    def count(self, dones: np.ndarray) -> None:
+        """
+        Count a step.
+
+        :param dones: the environments in which it ended an episode, shape ``(n_envs,)``
+        """
+        self._episode_lengths += 1
+        self._episode_lengths[dones] = 0
+        self._completed += dones
+
+    def is_complete(self, n_steps: int, dones: np.ndarray) -> bool:
+        self.count(dones)
+        is_awaited = self._completed < self._episodes_per_env
+        if (self._episode_lengths[is_awaited] >= self._max_episode_steps).any():
+            raise ValueError(
+                f"An episode has not ended within {self._limit_in_words}. REINFORCE learns from complete episodes: give "
+                "the environment a time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., "
+                "max_episode_steps=...)), or give REINFORCE a larger max_episode_steps if they are that long"
+            )
+        return not is_awaited.any()
+
+    def close(self, rollout_buffer: RolloutBuffer) -> None:
+        assert isinstance(rollout_buffer, EpisodeBuffer)
+        rollout_buffer.close(self._episodes_per_env)
+
+
+def time_limit(env: VecEnv) -> int:
+    """
+    Steps after which the environments say that an episode is cut; 0 if they do not say.
+
+    :param env: the training environment
+    """
+    try:
+        specs = env.get_attr("spec")
+    except (AttributeError, NotImplementedError):  # a vector of environments that cannot be looked into
+        return 0
+    return max((getattr(spec, "max_episode_steps", None) or 0 for spec in specs), default=0)

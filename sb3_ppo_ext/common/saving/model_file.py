@@ -1,0 +1,85 @@
+"""Model files: written whole, naming their algorithm, and read by the algorithms that they fit."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import open_path
+
+from sb3_ppo_ext.common.saving.files import ReadableFile, save_whole
+from sb3_ppo_ext.common.saving.interchange import (
+    ALGORITHM,
+    attributes_of,
+    check_origin,
+    name_of,
+    origin_of,
+    why_missing,
+)
+
+
+def write_model(path: str | Path | io.BufferedIOBase, content: io.BytesIO, algorithm: type[BaseAlgorithm]) -> None:
+    """
+    Write a model file whole or not at all, and the name of its algorithm in it.
+
+    :param path: of the file, or an open file
+    :param content: what SB3's ``save`` wrote
+    :param algorithm: whose model it is
+    :raises OSError: if it cannot be written
+    """
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.writestr(ALGORITHM, name_of(algorithm))
+    if isinstance(path, (str, Path)):
+        save_whole(path, content.getbuffer())
+    else:
+        open_path(path, "w").write(content.getbuffer())
+
+
+def replacements(
+    file: ReadableFile,
+    path: object,
+    algorithm: type[BaseAlgorithm],
+    *,
+    also: tuple[str, ...],
+    optional: tuple[str, ...],
+    adapt: Callable[[str, dict[str, Any]], dict[str, Any]],
+    custom_objects: dict[str, Any],
+    given: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    What has to be put in place of what is in a model file, so that SB3's ``load`` makes the right model of it.
+
+    :param file: the model file
+    :param path: of it, or the open file
+    :param algorithm: that is to load it
+    :param also: other algorithms whose files that takes
+    :param optional: attributes that are not in every file
+    :param adapt: given the algorithm whose file it is and the attributes in it, gives attributes to put in their place
+    :param custom_objects: what the user gave ``load``
+    :param given: the attributes that the user gave ``load``
+    :return: the custom objects and attributes for SB3's ``load``
+    :raises ValueError: if the model is of another algorithm
+    """
+    replaced = custom_objects.keys() | given.keys()
+    origin = origin_of(file, replaced)
+    check_origin(origin, algorithm, also, path)
+    attributes = attributes_of(file)
+    missing = why_missing(attributes, "rollout_buffer_class")
+    if missing is not None and "rollout_buffer_class" not in replaced:  # only learning needs it
+        custom_objects = {**custom_objects, "rollout_buffer_class": None, "rollout_buffer_kwargs": {}}
+        warnings.warn(
+            f"The rollout_buffer_class of {path} was left out ({missing}). To train on, give it again: "
+            "load(..., custom_objects={'rollout_buffer_class': ...})",
+            stacklevel=3,
+        )
+    # A space that is put in the place of the file's is of the same kind.
+    kept = attributes.keys() - replaced | {"action_space"}
+    adapted = adapt(origin, {name: attributes[name] for name in kept & attributes.keys()})
+    for name in {"rollout_buffer_class", *optional} & custom_objects.keys() - attributes.keys():
+        adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
+    return custom_objects, adapted | given

@@ -1,0 +1,112 @@
+"""
+What an update minimises: pure functions of what the policy says, of samples and of numbers.
+
+A loss has no ``self``. All its numbers are coefficients, by name; where the gradient step is compiled they are tensors,
+whose values are set anew for each update, so that none of them is kept by the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_ppo_ext import losses
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.evaluation import Evaluation
+
+Coefficients = Mapping[str, float | th.Tensor]
+"""The numbers of a loss, by name: floats, or scalars on the device where the step is compiled."""
+
+Statistics = dict[str, th.Tensor]
+"""Scalars without gradient, by the name they are logged under."""
+
+Loss = Callable[[ActorCritic, RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]]
+"""The loss of a minibatch by the present policy, a scalar, and statistics of it. A pure function."""
+
+
+class PolicyLoss(NamedTuple):
+    """
+    What an algorithm makes of a minibatch.
+
+    :param loss: to be minimised, a scalar
+    :param statistics: what to log of it, scalars without gradient, by the name they are logged under
+    """
+
+    loss: th.Tensor
+    statistics: Statistics
+
+
+PolicyLossFunction = Callable[[Evaluation, RolloutSamples, Coefficients], PolicyLoss]
+"""An algorithm's own part of the loss. A pure function."""
+
+
+def normalized(advantages: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    """
+    Advantages with mean 0 and standard deviation 1, as they are where only one counts.
+
+    :param advantages: shape ``(batch,)``
+    :param mask: which of them count, bool, shape ``(batch,)``; None: all
+    """
+    if mask is None:
+        if advantages.shape[0] <= 1:
+            return advantages
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    n = mask.sum()
+    centred = advantages - losses.masked_mean(advantages, mask)
+    variance = th.where(mask, centred, 0.0).square().sum() / (n - 1).clamp(min=1)
+    return th.where(n > 1, centred / (variance.sqrt() + 1e-8), advantages)
+
+
+@dataclass(frozen=True)
+class ActorCriticLoss:
+    """
+    ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``, of a minibatch.
+
+    The coefficients are ``ent_coef``, ``vf_coef``, ``clip_range_vf`` if the values are clipped, and those of the policy
+    loss.
+
+    :param policy_loss: the algorithm's own part
+    :param normalize_advantage: whether to normalise the advantages of each minibatch
+    """
+
+    policy_loss: PolicyLossFunction
+    normalize_advantage: bool
+
+    def __call__(
+        self, actor_critic: ActorCritic, samples: RolloutSamples, coefficients: Coefficients
+    ) -> tuple[th.Tensor, Statistics]:
+        if self.normalize_advantage:
+            samples = samples._replace(advantages=normalized(samples.advantages, samples.mask))
+        evaluation = actor_critic.evaluate_actions(samples.inputs, samples.actions)
+        policy_loss, statistics = self.policy_loss(evaluation, samples, coefficients)
+        value_loss = samples.mean(value_losses(evaluation.values, samples, coefficients))
+        entropy = evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy
+        entropy_loss = -samples.mean(entropy)
+        loss = policy_loss + coefficients["vf_coef"] * value_loss
+        if not isinstance(coefficients["ent_coef"], float) or coefficients["ent_coef"] > 0.0:
+            loss = loss + coefficients["ent_coef"] * entropy_loss  # without a weight, it need not be differentiated
+        statistics["policy_gradient_loss"] = policy_loss.detach()
+        statistics["value_loss"] = value_loss.detach()
+        statistics["entropy_loss"] = entropy_loss.detach()
+        statistics["loss"] = loss.detach()
+        return loss, statistics
+
+
+def value_losses(values: th.Tensor, samples: RolloutSamples, coefficients: Coefficients) -> th.Tensor:
+    """
+    The value loss of each sample, clipped if there is a coefficient ``clip_range_vf``.
+
+    :param values: of the present critic, shape ``(batch,)``
+    :param samples: a minibatch
+    :param coefficients: numbers of the loss
+    :return: shape ``(batch,)``
+    """
+    if "clip_range_vf" not in coefficients:
+        return losses.value_loss(values, samples.returns)
+    return losses.prediction_clipped_value_loss(
+        values, samples.old_values, samples.returns, clip_range_vf=coefficients["clip_range_vf"]
+    )

@@ -1,0 +1,96 @@
+"""The surrogate objective of a rollout that is too large for one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch as th
+from torch import nn
+
+from sb3_ppo_ext import losses
+from sb3_ppo_ext.common.distributions import Family
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation
+from sb3_ppo_ext.common.update.reduce import Reducer
+from sb3_ppo_ext.numerics import flatten
+
+
+class Surrogate:
+    """
+    The mean of ``r A`` over a rollout, and of the entropy if it has a weight, by the present parameters. The graph of
+    one chunk lives at a time.
+
+    :param actor_critic: the present policy
+    :param family: the formulas of its distributions
+    :param rollout: all samples
+    :param ent_coef: weight of the entropy
+    :param chunks: cuts so many samples into ranges
+    :param reducer: of what each process has computed
+    """
+
+    def __init__(
+        self,
+        actor_critic: ActorCritic,
+        family: Family,
+        rollout: RolloutSamples,
+        *,
+        ent_coef: float,
+        chunks: Callable[[int], Iterator[slice]],
+        reducer: Reducer,
+    ) -> None:
+        self._actor_critic = actor_critic
+        self._family = family
+        self._rollout = rollout
+        self._ent_coef = ent_coef
+        self._chunks = chunks
+        self._reducer = reducer
+
+    def gradient(self, candidates: Sequence[nn.Parameter]) -> tuple[th.Tensor, float, list[nn.Parameter]]:
+        """
+        Gradient and value of the objective, and the parameters that its graph reaches: those of the actor.
+
+        :param candidates: parameters of the policy
+        :return: the gradient, shape ``(n,)``, the objective and the parameters, n elements in all
+        """
+        total: dict[nn.Parameter, th.Tensor] = {}
+        objective = 0.0
+        n_samples = len(self._rollout.advantages)
+        for rows, actor in self._evaluated():
+            chunk_objective = self._of_samples(rows, actor).sum() / n_samples
+            grads = th.autograd.grad(chunk_objective, candidates, allow_unused=True)
+            for parameter, grad in zip(candidates, grads, strict=True):
+                if grad is not None:
+                    total[parameter] = total[parameter] + grad if parameter in total else grad
+            objective += chunk_objective.item()
+        gradient, mean = flatten(list(total.values())), th.tensor(objective, dtype=th.float64)
+        self._reducer.average(gradient, mean)
+        return gradient, mean.item(), list(total)
+
+    def value_and_kls(self) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """The objective, mean KL(old || new) and mean KL(new || old), three scalars."""
+        rollout, kl_of = self._rollout, self._family.kl
+        objective = kl = reverse_kl = th.zeros((), device=rollout.advantages.device)
+        for rows, actor in self._evaluated():
+            objective = objective + self._of_samples(rows, actor).sum()
+            kl = kl + kl_of(rollout.old_params[rows], actor.params).sum()
+            reverse_kl = reverse_kl + kl_of(actor.params, rollout.old_params[rows]).sum()
+        n_samples = len(rollout.advantages)
+        means = objective / n_samples, kl / n_samples, reverse_kl / n_samples
+        self._reducer.average(*means)
+        return means
+
+    def _evaluated(self) -> Iterator[tuple[slice, ActorEvaluation]]:
+        for rows in self._chunks(len(self._rollout.advantages)):
+            yield rows, self._actor_critic.evaluate_actor(self._rollout.inputs.rows(rows), self._rollout.actions[rows])
+
+    def _of_samples(self, rows: slice, actor: ActorEvaluation) -> th.Tensor:
+        """The objective of each sample."""
+        log_prob, entropy, _ = actor
+        old_log_prob = self._rollout.old_log_prob[rows]
+        objective = -losses.surrogate_loss(log_prob, old_log_prob, self._rollout.advantages[rows]).loss
+        if self._ent_coef > 0.0:
+            if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
+                entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
+            objective = objective + self._ent_coef * entropy
+        return objective

@@ -1,0 +1,192 @@
+"""
+What a policy and a critic learn from: advantages and returns, made of rewards and values.
+
+All tensors have shape ``(T, n_envs)``: T steps of each environment, with any number of episodes one after the other.
+Sums over time are taken in float64; what comes back has the dtype of rewards and values, and no gradient.
+
+An episode can end in two ways. What follows a terminal state is worth 0. What a time limit cuts off is worth V of the
+final observation: its end says nothing about the state (Pardo et al. 2018, arXiv 1712.00378).
+"""
+
+from __future__ import annotations
+
+import torch as th
+
+from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, prepared
+
+
+@th.no_grad()
+def generalized_advantages(
+    rewards: th.Tensor,
+    values: th.Tensor,
+    last_values: th.Tensor,
+    terminated: th.Tensor,
+    truncated: th.Tensor,
+    *,
+    gamma: Scalar,
+    gae_lambda: Scalar,
+    final_values: th.Tensor | None = None,
+    mask: th.Tensor | None = None,
+) -> th.Tensor:
+    """
+    Generalised advantage estimates, GAE(lambda) (Schulman et al. 2016, arXiv 1506.02438, equation 16).
+
+    ``A_t = sum_k (gamma lambda)^k delta_{t+k}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``, the sum going to the end
+    of the episode or of the rollout
+
+    ``A_t + V_t`` is the TD(lambda) return, for the critic.
+
+    :param rewards: r, as the environment gave them, shape ``(T, n_envs)``
+    :param values: V of the observations that were acted on, same shape
+    :param last_values: V of the observations after the last step, shape ``(n_envs,)``; not read where that step ended
+        an episode
+    :param terminated: whether the step led to a terminal state, same shape as rewards
+    :param truncated: whether a time limit cut the episode after the step, same shape; a step that is both is terminated
+    :param gamma: discount factor, from 0 to 1
+    :param gae_lambda: lambda, from 0 (one-step TD errors: biased) to 1 (Monte-Carlo returns minus values: of large
+        variance)
+    :param final_values: V of the episode's final observation, same shape, read where it was truncated only; None for 0
+    :param mask: True where a step counts, same shape; None if all do. A step that does not count, such as padding or a
+        reset, is no transition: nothing flows through it, and nothing of it is read but its ``values``, which are V of
+        the observation after the step before it, if that did not end an episode.
+    :return: A, same shape, 0 where the mask excludes
+    :raises ValueError: if a shape is wrong, or a number out of range
+    """
+    gae_lambda = checked_scalar("gae_lambda", gae_lambda, maximum=1.0)
+    gamma, targets, goes_on = _one_step_targets(
+        rewards, values, last_values, terminated, truncated, gamma=gamma, final_values=final_values, mask=mask
+    )
+    advantages = targets - values
+    if mask is not None:
+        advantages = th.where(mask.bool(), advantages, 0.0)
+    factors = gamma * gae_lambda * goes_on.to(advantages.dtype)
+    reach = 1
+    while reach < len(advantages):
+        factors = _double(advantages, factors, reach)
+        reach *= 2
+    return advantages.to(_common_dtype(rewards, values))
+
+
+@th.no_grad()
+def n_step_returns(
+    rewards: th.Tensor,
+    values: th.Tensor,
+    last_values: th.Tensor,
+    terminated: th.Tensor,
+    truncated: th.Tensor,
+    *,
+    gamma: Scalar,
+    n_steps: int,
+    final_values: th.Tensor | None = None,
+    mask: th.Tensor | None = None,
+) -> th.Tensor:
+    """
+    n-step returns (Sutton & Barto 2018, equation 7.1).
+
+    ``G_t = r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1} + gamma^n V_{t+n}``
+
+    The sum is shorter, and ends with the value of what follows, where the episode or the rollout ends before that.
+    n = 1 is the target of TD(0); with n >= T it is the Monte-Carlo return as far as it has been seen.
+
+    :param rewards: r, as the environment gave them, shape ``(T, n_envs)``
+    :param values: V of the observations that were acted on, same shape
+    :param last_values: V of the observations after the last step, shape ``(n_envs,)``; not read where that step ended
+        an episode
+    :param terminated: whether the step led to a terminal state, same shape as rewards
+    :param truncated: whether a time limit cut the episode after the step, same shape; a step that is both is terminated
+    :param gamma: discount factor, from 0 to 1
+    :param n_steps: n >= 1, the number of rewards in a return
+    :param final_values: V of the episode's final observation, same shape, read where it was truncated only; None for 0
+    :param mask: True where a step counts, same shape; None if all do; see :func:`generalized_advantages`
+    :return: G, same shape, 0 where the mask excludes
+    :raises ValueError: if a shape is wrong, or a number out of range
+    """
+    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(f"n_steps must be an integer >= 1, got {n_steps!r}")
+    gamma, returns, goes_on = _one_step_targets(
+        rewards, values, last_values, terminated, truncated, gamma=gamma, final_values=final_values, mask=mask
+    )
+    # The rewards alone where a longer return goes on; where it cannot, with the value of what follows.
+    sums = returns.clone()
+    sums[:-1] = th.where(goes_on, rewards[:-1].to(sums.dtype), returns[:-1])
+    factors = gamma * goes_on.to(sums.dtype)
+    # One step is taken; the others are a sum of powers of two, and `sums` go through all of these.
+    more_steps = min(n_steps, len(rewards)) - 1
+    reach = 1
+    while reach <= more_steps:
+        if more_steps & reach:
+            shorter, returns = returns, sums.clone()
+            returns[:-reach].add_(factors * shorter[reach:])
+        factors = _double(sums, factors, reach)
+        reach *= 2
+    return returns.to(_common_dtype(rewards, values))
+
+
+def _one_step_targets(
+    rewards: th.Tensor,
+    values: th.Tensor,
+    last_values: th.Tensor,
+    terminated: th.Tensor,
+    truncated: th.Tensor,
+    *,
+    gamma: Scalar,
+    final_values: th.Tensor | None,
+    mask: th.Tensor | None,
+) -> tuple[Scalar, th.Tensor, th.Tensor]:
+    """
+    What both functions begin with: check the arguments, and look one step ahead.
+
+    :return: gamma, to be multiplied with; ``r_t + gamma V_{t+1}`` in float64, shape ``(T, n_envs)``, 0 where the mask
+        excludes; whether step t + 1 is the next one of the same episode, shape ``(T - 1, n_envs)``
+    """
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must have shape (T, n_envs), got {tuple(rewards.shape)}")
+    check_same_shape(
+        rewards=rewards,
+        values=values,
+        terminated=terminated,
+        truncated=truncated,
+        final_values=final_values,
+        mask=mask,
+    )
+    if last_values.shape != rewards.shape[1:]:
+        raise ValueError(
+            f"last_values must have shape (n_envs,) = {tuple(rewards.shape[1:])}, got {tuple(last_values.shape)}"
+        )
+    gamma = checked_scalar("gamma", gamma, maximum=1.0)
+
+    dtype = _common_dtype(rewards, values)
+    (rewards,) = prepared(mask, rewards.to(dtype))
+    if final_values is not None:
+        is_cut = truncated.bool() & ~terminated.bool()
+        rewards = th.where(is_cut, rewards + gamma * final_values.to(dtype), rewards)
+    is_end = terminated.bool() | truncated.bool()
+    next_values = th.cat((values, last_values[None]))[1:].to(dtype)
+    # Rounded to the arguments' dtype so far, as SB3 rounds rewards and values; float64 from here on, which MPS lacks.
+    wide = th.float32 if rewards.device.type == "mps" else th.float64
+    targets = rewards.to(wide) + th.where(is_end, 0.0, gamma * next_values)
+    goes_on = ~is_end[:-1]
+    if mask is not None:
+        keep = mask.bool()
+        targets = th.where(keep, targets, 0.0)
+        goes_on = goes_on & keep[:-1] & keep[1:]
+    return gamma, targets, goes_on
+
+
+def _common_dtype(rewards: th.Tensor, values: th.Tensor) -> th.dtype:
+    """Float32 for integers and what has 16 bits."""
+    return th.promote_types(th.promote_types(rewards.dtype, values.dtype), th.float32)
+
+
+def _double(sums: th.Tensor, factors: th.Tensor, reach: int) -> th.Tensor:
+    """
+    Extend sums over ``reach`` steps to twice as many, in place. log2(T) rounds of this sum over all T steps, where a
+    loop over time would need T; and nothing is divided.
+
+    :param sums: over the ``reach`` steps from t on, or as many as there are, shape ``(T, n_envs)``
+    :param factors: what step ``t + reach`` counts at t, 0 if the episode has ended before it, shape
+        ``(T - reach, n_envs)``
+    :return: the factors of the longer sums, shape ``(T - 2 reach, n_envs)``
+    """
+    sums[:-reach].add_(factors * sums[reach:])
+    return factors[:-reach] * factors[reach:]

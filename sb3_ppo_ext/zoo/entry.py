@@ -1,0 +1,131 @@
+"""Checks of a configuration and of its entry for an environment, before anything is built from them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ppo_ext.zoo.arguments import nearest, whole_number
+from sb3_ppo_ext.zoo.errors import EntryError
+
+# What rl_zoo3 reads from an entry itself; `policy` and all other keys go to the algorithm's constructor.
+_ZOO_KEYS = {
+    "callback",
+    "env_kwargs",
+    "env_wrapper",
+    "frame_stack",
+    "monitor_kwargs",
+    "n_envs",
+    "n_timesteps",
+    "noise_std",
+    "noise_type",
+    "normalize",
+    "vec_env_wrapper",
+}
+# Those of them that count something.
+_COUNTS = ("frame_stack", "n_envs", "n_timesteps")
+# What rl_zoo3 passes to the constructor from the command line.
+_COMMAND_LINE_KEYS = {"device", "env", "seed", "tensorboard_log", "verbose"}
+
+# A number of YAML 1.2; PyYAML reads YAML 1.1, for which 3e-4 is a string.
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def check_config(config: str, env_id: str, is_atari: bool) -> None:
+    """
+    :param config: a YAML or Python file, or a module, as rl_zoo3 reads it
+    :param env_id: of the environment whose entry is wanted
+    :param is_atari: whether it may have the entry of all Atari games
+    :raises EntryError: if the configuration has no entry for the environment
+    """
+    entries = _entries(config)
+    key = env_id if env_id in entries else "atari" if is_atari else "default"
+    if key != env_id and not (is_atari and key in entries):
+        names = sorted({str(entry) for entry in entries} - {"default", "atari"})
+        message = f"{config} has no entry for {env_id}{nearest(env_id, names)}"
+        if key not in entries:
+            raise EntryError(message)
+        print(message)
+    if not isinstance(entries[key], dict):
+        raise EntryError(f"{config}, {key}: {entries[key]!r} is no hyper-parameters, each with its name")
+
+
+def _entries(config: str) -> dict[str, Any]:
+    if config.endswith((".yml", ".yaml")):
+        try:
+            entries = yaml.safe_load(Path(config).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise EntryError(f"{config} is no YAML: {error}") from error
+        if not isinstance(entries, dict):
+            raise EntryError(f"{config} has no entries: it must be hyper-parameters by environment")
+        return entries
+    found = runpy.run_path(config) if config.endswith(".py") else vars(importlib.import_module(config))
+    if not isinstance(found.get("hyperparams"), dict):
+        raise EntryError(f"{config} has no dictionary 'hyperparams'")
+    return dict(found["hyperparams"])
+
+
+def check_keys(hyperparams: dict[str, Any], algorithm: type, place: Callable[[str], str]) -> None:
+    """
+    :param hyperparams: of an entry
+    :param algorithm: whose constructor takes them
+    :param place: given a key, says where it stands
+    :raises EntryError: if there is a key that nothing reads, or one is missing that rl_zoo3 cannot do without
+    """
+    constructor = set(inspect.signature(algorithm).parameters) - {"_init_setup_model"}
+    for key in hyperparams:
+        if key in _COMMAND_LINE_KEYS:
+            raise EntryError(f"{place(key)}: '{key}' is set on the command line, with --{key.replace('_', '-')}")
+        if key not in constructor | _ZOO_KEYS:
+            known = (constructor | _ZOO_KEYS) - _COMMAND_LINE_KEYS
+            raise EntryError(f"{place(key)}: unknown key '{key}'{nearest(key, sorted(known))}")
+    for key in ("n_timesteps", "policy"):
+        if key not in hyperparams:
+            raise EntryError(f"{place(key)}: '{key}' is missing")
+
+
+def numbers(hyperparams: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+    """
+    :param hyperparams: of an entry
+    :param place: given a key, says where it stands
+    :return: those that are numbers and were not read as such, or not as whole numbers
+    :raises EntryError: if what counts something is no whole number of at least 1
+    """
+    read: dict[str, Any] = {}
+    for key, value in hyperparams.items():
+        if isinstance(value, str) and _NUMBER.fullmatch(value):
+            number = float(value)
+            read[key] = int(number) if number.is_integer() else number
+    for key in _COUNTS:
+        if hyperparams.get(key) is not None:
+            try:
+                read[key] = whole_number(read.get(key, hyperparams[key]), minimum=1)
+            except argparse.ArgumentTypeError as error:
+                raise EntryError(f"{place(key)}: {key}={error}") from None
+    return read
+
+
+def check_normalize(hyperparams: dict[str, Any], place: Callable[[str], str]) -> None:
+    """
+    :param hyperparams: of an entry
+    :param place: given a key, says where it stands
+    :raises EntryError: if ``normalize`` is neither a bool, nor keyword arguments of VecNormalize, nor Python for one
+    """
+    normalize = hyperparams.get("normalize")
+    if normalize is None:
+        return
+    try:
+        value = eval(normalize) if isinstance(normalize, str) else normalize
+        if not isinstance(value, bool):
+            inspect.signature(VecNormalize).bind(None, **dict(value))
+    except Exception as error:  # whatever Python says of it
+        raise EntryError(f"{place('normalize')}: normalize={normalize!r} cannot be used; {error}") from None

@@ -1,0 +1,71 @@
+"""What a training that goes on, ``train -i AGENT``, takes over from the agent, and which agents it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_ppo_ext.common.saving.checkpoint import load_vec_normalize
+from sb3_ppo_ext.common.saving.interchange import mark_of
+from sb3_ppo_ext.zoo.errors import EntryError
+
+# The algorithms of ours that SB3's can go on with, by rl_zoo3's keys.
+_TAKES = {"ppo": ("sb3_ppo_ext.DualClipPPO", "sb3_ppo_ext.AdaptiveKLPPO"), "trpo": ("sb3_ppo_ext.TRPO",)}
+
+
+def check_agent_fits(agent: str, algo: str) -> None:
+    """
+    :param agent: a model file
+    :param algo: key of an algorithm that is not ours, whose ``load`` takes any file
+    :raises EntryError: if the agent is of an algorithm of ours that this one cannot go on with
+    """
+    with open(agent, "rb") as file:
+        mark = mark_of(file)
+    if mark is not None and mark not in _TAKES.get(algo, ()):
+        raise EntryError(f"{agent} is of {mark}, and --algo {algo} cannot go on with it")
+
+
+def normalize_as_agent(
+    env: VecEnv, agent: Path, env_name: str, normalize: Any, normalize_kwargs: dict[str, Any], place: str
+) -> VecNormalize | None:
+    """
+    :param env: not normalised
+    :param agent: the model file
+    :param env_name: the environment's, as in names of files
+    :param normalize: as the entry says it
+    :param normalize_kwargs: the same, as keyword arguments of VecNormalize
+    :param place: where the entry stands
+    :return: the environment, normalised by the statistics of the agent; None, if that has none
+    :raises EntryError: if the entry does not fit the agent's statistics
+    """
+    normalized, source = None, agent
+    with contextlib.suppress(ValueError):  # no model file; loading the agent will say so
+        normalized = load_vec_normalize(agent, env)  # a checkpoint of SafeCheckpointCallback
+    files = [agent.parent / env_name / "vecnormalize.pkl"]
+    if re.search(r"_\d+_steps\.zip$", agent.name):  # a checkpoint of SB3's callback
+        files.insert(0, agent.with_name(re.sub(r"_(\d+_steps)\.zip$", r"_vecnormalize_\1.pkl", agent.name)))
+    for file in files:
+        if normalized is None and file.is_file():
+            normalized, source = VecNormalize.load(str(file), env), file
+    if bool(normalize) != (normalized is not None):
+        what = f"with those in {source}" if normalized else f"without any in {agent} or beside it"
+        raise EntryError(
+            f"{place}: normalize={normalize!r} does not fit an agent that was "
+            f"trained {what}: the statistics of VecNormalize belong to the agent"
+        )
+    if normalized is None:
+        return None
+    print(f"Statistics of VecNormalize from {source}")
+    for name, value in normalize_kwargs.items():
+        if name == "gamma":  # follows the entry's, which may be changed
+            normalized.gamma = value
+        elif name != "training" and getattr(normalized, name, value) != value:
+            raise EntryError(
+                f"{place}: normalize with {name}={value!r} does not fit {source}, "
+                f"which has {name}={getattr(normalized, name)!r}"
+            )
+    return normalized

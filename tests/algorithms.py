@@ -66,14 +66,13 @@ def ppo_and_ours(
     """
     policy_kwargs = {**SMALL_NET, **kwargs.pop("policy_kwargs", {})}
     kwargs = {"seed": 0, "device": "cpu", **_SMALL[DualClipPPO], **kwargs, "policy_kwargs": policy_kwargs}
-    models = (
-        PPO(policy, env(), **kwargs),
-        DualClipPPO(policy, env(), **{**kwargs, "dual_clip": None, **(of_ours or {})}),
-    )
-    for model in models:
+    models = []
+    for algorithm, own in ((PPO, {}), (DualClipPPO, {"dual_clip": None, **(of_ours or {})})):
+        model: Any = algorithm(policy, env(), **{**kwargs, **own})  # which seeds what the training draws from
         prepare(model)
-        model.learn(total_timesteps, callback=callback())
-    return models
+        models.append(model.learn(total_timesteps, callback=callback()))
+    theirs, ours = models
+    return theirs, ours
 
 
 def parameters(model: Any) -> list[th.Tensor]:

@@ -303,7 +303,7 @@ def kill_at_random_moments(root: str, n_kills: int) -> None:
 def test_sigkill_at_random_moments(tmp_path):
     n_kills = 20
     in_new_process(
-        "from tests.contract.test_checkpoint import kill_at_random_moments;"
+        "from tests.contract.test_checkpoints import kill_at_random_moments;"
         "kill_at_random_moments(sys.argv[1], int(sys.argv[2]))",
         tmp_path,
         n_kills,

@@ -1,4 +1,4 @@
-"""What our policies have and SB3's have not: a learning rate of the critic's own, and bounds on ``log_std``."""
+"""``critic_learning_rate``, which this package's policies have and SB3's have not: the critic's own learning rate."""
 
 from __future__ import annotations
 
@@ -18,10 +18,19 @@ from sb3_ppo_ext import TRPO, DualClipPPO
 from sb3_ppo_ext.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.validation import value_at
-from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, parameters, small
-from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
+from tests.algorithms import (
+    ALGORITHMS,
+    PROXIMAL,
+    ROLLOUT,
+    assert_close_policies,
+    assert_same_policy,
+    have_moved,
+    parameters,
+    small,
+)
+from tests.custom import LearningRates
+from tests.envs import BOX, BOX_ACTIONS, DICT, IMAGE, ScriptedEnv
 
-BOX_ACTIONS = spaces.Box(-1.0, 1.0, (2,), np.float32)
 CRITIC = ("vf_features_extractor", "mlp_extractor.value_net", "value_net")
 
 
@@ -125,21 +134,6 @@ def test_a_rate_of_zero_freezes_the_critic_and_only_it(algorithm: Any) -> None:
         assert any(not name.startswith(CRITIC) for name in names) == (algorithm is TRPO or not of_critic)
 
 
-class Rates(BaseCallback):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[float, ...]] = []
-
-    def _on_rollout_start(self) -> None:
-        self.seen.append(tuple(group["lr"] for group in self.model.policy.optimizer.param_groups))
-
-    def _on_training_end(self) -> None:
-        self._on_rollout_start()
-
-    def _on_step(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize("algorithm", PROXIMAL)  # a rollout is a number of steps: the progress is known
 @pytest.mark.parametrize(
     "schedule", ["lin_8e-3", LinearSchedule(8e-3, 0.0, 1.0), lambda progress: 8e-3 * progress], ids=["str", "sb3", "λ"]
@@ -152,10 +146,10 @@ def test_a_schedule_of_the_critics_own_holds_after_many_updates(algorithm: Any, 
         learning_rate=1e-3,
         policy_kwargs={"critic_learning_rate": schedule},
     )
-    rates = Rates()
+    rates = LearningRates()
     model.learn(8 * ROLLOUT, callback=rates)
     expected = [(1e-3, 8e-3)] + [(1e-3, 8e-3 * (1 - i / 8)) for i in range(1, 9)]
-    np.testing.assert_allclose(rates.seen, expected, atol=1e-12)
+    np.testing.assert_allclose(rates.rates, expected, atol=1e-12)
     assert dict(model.logger.name_to_value)["train/critic_learning_rate"] == pytest.approx(0.0)
     assert model.logger.name_to_value["train/learning_rate"] == pytest.approx(1e-3)
 
@@ -184,8 +178,7 @@ def test_the_same_rate_as_the_main_one_changes_nothing(algorithm: Any) -> None:
         for kwargs in ({}, {"critic_learning_rate": 1e-2})
     )
     assert len(one.policy.optimizer.param_groups) == 1  # so that SB3's state dicts load
-    for p, q in zip(one.policy.parameters(), two.policy.parameters(), strict=True):
-        th.testing.assert_close(p, q, atol=1e-6, rtol=0)
+    assert_close_policies(one, two, atol=1e-6)
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -204,8 +197,7 @@ def test_a_compiled_step_uses_both_rates() -> None:
     )
     for model in (eager, compiled):
         assert model.policy.log_std.abs().max() <= 1e-4
-    for p, q in zip(eager.policy.parameters(), compiled.policy.parameters(), strict=True):
-        th.testing.assert_close(p, q, atol=1e-5, rtol=0)
+    assert_close_policies(eager, compiled, atol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -255,9 +247,19 @@ def test_without_them_sb3_loads_ours_and_ours_sb3s(tmp_path: Path) -> None:
     ours = small(DualClipPPO, "MlpPolicy", env)
     ours.policy.load_state_dict(theirs.policy.state_dict())
     ours.policy.optimizer.load_state_dict(theirs.policy.optimizer.state_dict())
+    assert_same_policy(theirs, ours)
+    assert n_steps_of_optimizer(ours) == n_steps_of_optimizer(theirs) == 10
     ours.learn(ROLLOUT)
     theirs.policy.optimizer.load_state_dict(ours.policy.optimizer.state_dict())
+    assert n_steps_of_optimizer(theirs) == n_steps_of_optimizer(ours) == 10 + 2 * 2
+    before = parameters(theirs)
     theirs.learn(16)
+    assert have_moved(theirs, before)
+
+
+def n_steps_of_optimizer(model: Any) -> float:
+    (n_steps,) = {float(state["step"]) for state in model.policy.optimizer.state.values()}
+    return n_steps
 
 
 def test_an_optimiser_without_the_critics_group_is_refused() -> None:
@@ -267,96 +269,14 @@ def test_an_optimiser_without_the_critics_group_is_refused() -> None:
         model.learn(ROLLOUT)
 
 
-# What reinforce.py lacks is the call of OnPolicyAlgorithm._project() after the step of the actor.
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("use_sde", [False, True])
-def test_log_std_stays_within_its_bounds(algorithm: Any, use_sde: bool) -> None:
-    """Also under an entropy bonus that drives it up, and one warning says so."""
-    bounds = (-0.01, 0.02)
-    model = small(
-        algorithm,
-        "MlpPolicy",
-        ScriptedEnv(BOX, BOX_ACTIONS),
-        learning_rate=5e-2,
-        ent_coef=1.0,
-        use_sde=use_sde,
-        policy_kwargs={"log_std_bounds": bounds},
-    )
-    free = small(
-        algorithm,
-        "MlpPolicy",
-        ScriptedEnv(BOX, BOX_ACTIONS),
-        learning_rate=5e-2,
-        ent_coef=1.0,
-        use_sde=use_sde,
-    ).learn(4 * ROLLOUT)
-    assert free.policy.log_std.max() > bounds[1]  # there is something to bound
-    seen: list[float] = []
-
-    class Watches(BaseCallback):
-        def _on_step(self) -> bool:
-            seen.extend((model.policy.log_std.min().item(), model.policy.log_std.max().item()))
-            return True
-
-    with pytest.warns(UserWarning, match=r"log_std has reached its bounds, log_std_bounds=\(-0.01, 0.02\)") as caught:
-        model.learn(4 * ROLLOUT, callback=Watches())
-    assert len([w for w in caught if "log_std" in str(w.message)]) == 1
-    seen += model.policy.log_std.flatten().tolist()
-    float32 = 1e-7
-    assert bounds[0] - float32 <= min(seen)
-    assert max(seen) == pytest.approx(bounds[1])
-    assert model.policy.log_std.max().item() == pytest.approx(bounds[1])
-
-
-def test_bounds_that_do_not_bind_change_nothing() -> None:
-    one, two = (  # warnings are errors
-        small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS), policy_kwargs=kwargs).learn(2 * ROLLOUT)
-        for kwargs in ({}, {"log_std_bounds": [-20.0, math.inf]})
-    )
-    for p, q in zip(one.policy.parameters(), two.policy.parameters(), strict=True):
-        assert th.equal(p, q)
-
-
-def test_trpos_trust_region_is_of_the_bounded_policy() -> None:
-    """What the line search measures is what is left, not what it would have been without the bounds."""
-    model = small(
-        TRPO,
-        "MlpPolicy",
-        ScriptedEnv(BOX, BOX_ACTIONS),
-        target_kl=0.5,
-        ent_coef=1.0,
-        policy_kwargs={"log_std_bounds": (-0.05, 0.05)},
-    )
-    with pytest.warns(UserWarning, match="log_std has reached its bounds"):
-        model.learn(ROLLOUT)
-    rollout = model.rollout_buffer.flat()
-    with th.no_grad():
-        kl = model._family.kl(rollout.old_params, model._actor_critic().params(rollout.inputs)).mean().item()
-    assert model.logger.name_to_value["train/kl"] == pytest.approx(kl, rel=1e-5)
-    assert model.logger.name_to_value["train/is_line_search_success"] == 1.0
-    assert 0.0 < kl <= 0.5
-
-
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("rate", "message"),
     [
-        ({"critic_learning_rate": -1.0}, "critic_learning_rate=-1.0 is not allowed"),
-        ({"critic_learning_rate": "fast"}, "critic_learning_rate='fast' is not allowed"),
-        ({"critic_learning_rate": lambda _: math.nan}, "at progress 1 it returns nan"),
-        ({"log_std_bounds": (1.0, -1.0)}, r"log_std_bounds\[1\]=-1.0 is not allowed"),
-        ({"log_std_bounds": (math.nan, 1.0)}, r"log_std_bounds\[0\]=nan is not allowed"),
-        ({"log_std_bounds": ("a", 1.0)}, r"log_std_bounds\[0\]='a' is not allowed"),
-        ({"log_std_bounds": 1.0}, "log_std_bounds=1.0 is not allowed: it must be a pair"),
-        ({"log_std_bounds": (1.0,)}, "must be a pair"),
-        ({"log_std_bounds": (-1.0, 1.0), "log_std_init": 2.0}, "log_std_init=2.0 is not allowed with log_std_bounds"),
-        ({"squash_output": True}, "squash_output=True is not allowed without gSDE"),
+        (-1.0, "critic_learning_rate=-1.0 is not allowed"),
+        ("fast", "critic_learning_rate='fast' is not allowed"),
+        (lambda _: math.nan, "at progress 1 it returns nan"),
     ],
 )
-def test_nonsense_is_a_value_error(kwargs: dict[str, Any], message: str) -> None:
+def test_a_rate_that_is_none_is_refused(rate: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS), policy_kwargs=kwargs)
-
-
-def test_bounds_need_a_log_std() -> None:
-    with pytest.raises(ValueError, match=r"log_std_bounds=\(-1, 1\) is not allowed with Discrete actions"):
-        small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, spaces.Discrete(2)), policy_kwargs={"log_std_bounds": (-1, 1)})
+        small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS), policy_kwargs={"critic_learning_rate": rate})

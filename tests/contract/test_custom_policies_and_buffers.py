@@ -15,18 +15,22 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 
-from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer, RolloutBuffer
-from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
-
-ALGORITHMS = [DualClipPPO, AdaptiveKLPPO, TRPO, REINFORCE]
-KWARGS: dict[type, dict[str, Any]] = {
-    DualClipPPO: {"n_steps": 32, "batch_size": 32, "n_epochs": 2},
-    AdaptiveKLPPO: {"n_steps": 32, "batch_size": 32, "n_epochs": 2},
-    TRPO: {"n_steps": 32, "batch_size": 32},
-    REINFORCE: {"episodes_per_env": 4},
-}
+from tests.algorithms import (
+    ALGORITHMS,
+    ROLLOUT,
+    STEP_BASED,
+    assert_close_policies,
+    assert_same_policy,
+    have_moved,
+    parameters,
+    ppo_and_ours,
+    small,
+)
+from tests.custom import EveryStepBuffer
+from tests.envs import BOX, DICT, IMAGE, ScriptedEnv, scripted
 
 
 class ScalesLogits(ActorCriticPolicy):
@@ -72,13 +76,10 @@ class Doubling(MlpExtractor):
 @pytest.mark.parametrize("policy", [ScalesLogits, ShiftsValues, OverridesGetDistribution, OwnNetworks])
 def test_custom_policy_trains_as_in_sb3(policy: type[ActorCriticPolicy]) -> None:
     """The same parameters as SB3's PPO gets with the same policy."""
-    models = []
-    for algorithm, extra in ((PPO, {}), (DualClipPPO, {"dual_clip": None})):
-        env = make_vec_env("CartPole-v1", n_envs=2, seed=1)
-        model = algorithm(policy, env, n_steps=64, batch_size=32, n_epochs=3, seed=1, device="cpu", **extra)
-        models.append(model.learn(256))
-    for p, q in zip(models[0].policy.parameters(), models[1].policy.parameters(), strict=True):
-        th.testing.assert_close(p, q, atol=1e-5, rtol=0)
+    models = ppo_and_ours(
+        policy, lambda: make_vec_env("CartPole-v1", n_envs=2, seed=1), 8 * ROLLOUT, learning_rate=1e-3
+    )
+    assert_close_policies(*models, atol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -86,12 +87,11 @@ def test_custom_policy_trains_as_in_sb3(policy: type[ActorCriticPolicy]) -> None
 def test_custom_policy_trains_with_every_algorithm(
     algorithm: Any, policy: type[ActorCriticPolicy], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    env = make_vec_env(lambda: ScriptedEnv(BOX, spaces.Discrete(3)), n_envs=2, seed=0)
-    model = algorithm(policy, env, seed=0, device="cpu", verbose=1, **KWARGS[algorithm])
-    before = [p.detach().clone() for p in model.policy.parameters()]
-    model.learn(128)
+    model = small(algorithm, policy, scripted(BOX, spaces.Discrete(3)), verbose=1)
+    before = parameters(model)
+    model.learn(4 * ROLLOUT)
     assert capsys.readouterr().out.count(f"{policy.__name__} overrides") == 1  # said once
-    assert any(not th.equal(p, q) for p, q in zip(model.policy.parameters(), before, strict=True))
+    assert have_moved(model, before)
 
 
 def test_sb3s_own_policies_are_used_directly() -> None:
@@ -113,14 +113,6 @@ def test_a_method_replaced_on_the_instance_is_seen() -> None:
     assert not DirectActorCritic.supports(model.policy)
 
 
-def test_hooks_on_a_layer_are_run() -> None:
-    model = DualClipPPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
-    calls = []
-    model.policy.mlp_extractor.policy_net[0].register_forward_hook(lambda *_: calls.append(1))
-    model.learn(8)
-    assert len(calls) >= 8
-
-
 class StepByStep(sb3_buffers.RolloutBuffer):
     """A buffer of the user's own, which wants every step."""
 
@@ -135,25 +127,16 @@ class StepByStep(sb3_buffers.RolloutBuffer):
 
 
 def test_a_buffer_of_the_users_own_is_filled_as_sb3_does() -> None:
-    models = []
-    for algorithm, extra in ((PPO, {}), (DualClipPPO, {"dual_clip": None})):
-        model = algorithm(
-            "MlpPolicy",
-            make_vec_env("CartPole-v1", n_envs=2, seed=1),
-            n_steps=64,
-            batch_size=32,
-            n_epochs=3,
-            seed=1,
-            device="cpu",
-            rollout_buffer_class=StepByStep,
-            rollout_buffer_kwargs={"note": "mine"},
-            **extra,
-        ).learn(256)
-        assert isinstance(model.rollout_buffer, StepByStep)
-        assert (model.rollout_buffer.note, model.rollout_buffer.added) == ("mine", 128)
-        models.append(model)
-    for p, q in zip(models[0].policy.parameters(), models[1].policy.parameters(), strict=True):
-        th.testing.assert_close(p, q, atol=1e-5, rtol=0)
+    models = ppo_and_ours(
+        "MlpPolicy",
+        lambda: make_vec_env("CartPole-v1", n_envs=2, seed=1),
+        8 * ROLLOUT,
+        rollout_buffer_class=StepByStep,
+        rollout_buffer_kwargs={"note": "mine"},
+    )
+    for model in models:
+        assert (model.rollout_buffer.note, model.rollout_buffer.added) == ("mine", 4 * ROLLOUT)
+    assert_close_policies(*models, atol=1e-5)
 
 
 class Noted(RolloutBuffer):
@@ -164,16 +147,11 @@ class Noted(RolloutBuffer):
         self.note = note
 
 
-@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO, TRPO])
+@pytest.mark.parametrize("algorithm", STEP_BASED)
 def test_buffer_class_and_arguments_are_honoured(algorithm: Any) -> None:
-    model = algorithm(
-        "MlpPolicy",
-        "CartPole-v1",
-        device="cpu",
-        rollout_buffer_class=Noted,
-        rollout_buffer_kwargs={"note": "mine"},
-        **KWARGS[algorithm],
-    ).learn(32)
+    buffer = {"rollout_buffer_class": Noted, "rollout_buffer_kwargs": {"note": "mine"}}
+    model = small(algorithm, "MlpPolicy", "CartPole-v1", **buffer).learn(ROLLOUT)
+    assert type(model.rollout_buffer) is Noted
     assert model.rollout_buffer.note == "mine"
 
 
@@ -206,7 +184,7 @@ def test_observations_keep_their_dtype() -> None:
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_what_the_buffer_holds_is_what_the_policy_says(n_envs: int) -> None:
     """Values, log-probabilities and distribution parameters, of SB3's own evaluate_actions and get_distribution."""
-    env = make_vec_env(lambda: ScriptedEnv(BOX, spaces.Box(-1, 1, (2,))), n_envs=n_envs, seed=0)
+    env = scripted(n_envs=n_envs)
     model = DualClipPPO("MlpPolicy", env, n_steps=32, batch_size=32, seed=0, device="cpu")
     _, callback = model._setup_learn(32)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 32)
@@ -261,34 +239,20 @@ def test_a_model_saved_by_sb3_loads_into_ours_and_back(algorithm: Any, tmp_path:
     whole = DualClipPPO.load(tmp_path / "theirs", env=theirs.env, device="cpu")
     assert type(whole.rollout_buffer) is RolloutBuffer
     for model in (ours, whole):
-        for p, q in zip(model.policy.parameters(), theirs.policy.parameters(), strict=True):
-            assert th.equal(p, q)
+        assert_same_policy(theirs, model)
         model.learn(64)
     ours.save(tmp_path / "ours")
     theirs.set_parameters(tmp_path / "ours")
-    for p, q in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
-        assert th.equal(p, q)
+    assert_same_policy(ours, theirs)
     theirs.learn(64)
+    assert have_moved(theirs, parameters(ours))
 
 
-class CountsSteps(RolloutBuffer):
-    """Derived from ours, and yet it wants every step."""
-
-    added = 0
-
-    def add(self, *args: Any, **kwargs: Any) -> None:
-        self.added += 1
-        super().add(*args, **kwargs)
-
-
-@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO, TRPO])
+@pytest.mark.parametrize("algorithm", STEP_BASED)
 def test_a_derived_buffer_with_its_own_add_gets_every_step(algorithm: Any) -> None:
     models = [
-        algorithm(
-            "MlpPolicy", "CartPole-v1", seed=0, device="cpu", rollout_buffer_class=buffer_class, **KWARGS[algorithm]
-        ).learn(64)
-        for buffer_class in (None, CountsSteps)
+        small(algorithm, "MlpPolicy", "CartPole-v1", rollout_buffer_class=buffer_class).learn(2 * ROLLOUT)
+        for buffer_class in (None, EveryStepBuffer)
     ]
-    assert models[1].rollout_buffer.added == 64
-    for p, q in zip(models[0].policy.parameters(), models[1].policy.parameters(), strict=True):
-        th.testing.assert_close(p, q, atol=1e-5, rtol=0)
+    assert models[1].rollout_buffer.n_added == 2 * ROLLOUT
+    assert_close_policies(*models, atol=1e-5)

@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -24,7 +23,7 @@ from stable_baselines3.common.vec_env import (
     VecTransposeImage,
 )
 
-from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, parameters, small
+from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, assert_same_policy, have_moved, parameters, small
 from tests.envs import BOX, IMAGE, ScriptedEnv
 
 LAST = spaces.Box(0, 255, (36, 36, 3), np.uint8)
@@ -37,11 +36,6 @@ def scripted() -> gym.Env[Any, Any]:
 
 def images() -> gym.Env[Any, Any]:
     return ScriptedEnv(LAST, spaces.Discrete(3))
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    for p, q in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
-        assert th.equal(p, q)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -59,9 +53,8 @@ def test_every_way_to_give_one_environment(algorithm: Any) -> None:
     models = [small(algorithm, "MlpPolicy", env).learn(2 * ROLLOUT) for env in ways]
     for model in models[1:]:
         assert isinstance(model.env, VecEnv)
-        assert_equal(model, models[0])
-    before = small(algorithm, "MlpPolicy", "CartPole-v1")
-    assert not th.equal(parameters(before)[0], parameters(models[0])[0])
+        assert_same_policy(model, models[0])
+    assert have_moved(models[0], parameters(small(algorithm, "MlpPolicy", "CartPole-v1")))
 
 
 def of_one_length() -> gym.Env[Any, Any]:
@@ -83,7 +76,7 @@ def test_worker_processes_give_what_one_process_gives(algorithm: Any, workers: S
         small(algorithm, "MlpPolicy", VecMonitor(env)).learn(2 * ROLLOUT)
         for env in (DummyVecEnv([of_one_length, of_one_length]), workers)
     )
-    assert_equal(one, other)
+    assert_same_policy(one, other)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

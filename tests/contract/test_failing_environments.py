@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper, subproc_vec_env
 
-from sb3_ppo_ext import TRPO
+from sb3_ppo_ext import REINFORCE, TRPO, DualClipPPO
 from sb3_ppo_ext.common.errors import NonFiniteError
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
-from tests.algorithms import ALGORITHMS, ROLLOUT, parameters, small
-from tests.envs import BOX, ScriptedEnv
+from tests.algorithms import ALGORITHMS, ROLLOUT, STEP_BASED, have_moved, parameters, small
+from tests.custom import EveryStepBuffer, OverridesForward
+from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
+from tests.pairwise import pairwise
 
-BOX_ACTIONS = spaces.Box(-1.0, 1.0, (2,), np.float32)
 DICT = spaces.Dict({"good": BOX, "bad": BOX, "choice": spaces.Discrete(2)})
 
 
@@ -74,8 +72,7 @@ def trains_on(model: Any) -> None:
     for reset_num_timesteps in (False, True):
         before = parameters(model)
         model.learn(2 * ROLLOUT, reset_num_timesteps=reset_num_timesteps)
-        assert not all(map(th.equal, parameters(model), before))
-        assert all(p.isfinite().all() for p in model.policy.parameters())
+        assert have_moved(model, before)
 
 
 def breaking(algorithm: Any, obs_space: Any, action_space: Any, mishap: str, at: int = 3, **kwargs: Any) -> Any:
@@ -89,9 +86,10 @@ def breaking(algorithm: Any, obs_space: Any, action_space: Any, mishap: str, at:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("action_space", [BOX_ACTIONS, spaces.Discrete(3), spaces.MultiBinary(2)])
-@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("algorithm", "action_space", "number"),
+    pairwise(ALGORITHMS, [BOX_ACTIONS, spaces.Discrete(3), spaces.MultiBinary(2)], ["nan", "inf", "-inf"]),
+)
 def test_an_observation_that_is_not_finite(algorithm: Any, action_space: Any, number: str) -> None:
     model = breaking(algorithm, BOX, action_space, number)
     fails(model, NonFiniteError, r"Observations are not finite, first in .*environment 1")
@@ -102,7 +100,7 @@ def test_a_part_of_a_dict_that_is_not_finite(algorithm: Any) -> None:
     fails(breaking(algorithm, DICT, BOX_ACTIONS, "nan"), NonFiniteError, "first of 'bad' in step 3, environment 1")
 
 
-@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.__name__ != "REINFORCE"])  # has no last values
+@pytest.mark.parametrize("algorithm", STEP_BASED)  # REINFORCE needs no last values
 def test_the_last_observation_is_not_finite(algorithm: Any) -> None:
     model = breaking(algorithm, BOX, BOX_ACTIONS, "nan", at=ROLLOUT)
     model.env.envs[1]._script = ((1000, True, False),)
@@ -132,41 +130,28 @@ def test_an_environment_that_raises(algorithm: Any) -> None:
     fails(breaking(algorithm, BOX, BOX_ACTIONS, "raises"), OSError, "the simulator crashed")
 
 
-class Sb3Forward(ActorCriticPolicy):
-    """Overrides what SB3 calls, so SB3's methods are called."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
-
-
-class EveryStep(RolloutBuffer):
-    """Is filled as SB3 does it."""
-
-    def add(self, *args: Any, **kwargs: Any) -> None:
-        super().add(*args, **kwargs)
-
-
 # How a rollout may come about
 WAYS: dict[str, dict[str, Any]] = {
     "direct": {},
-    "policy_of_ones_own": {"policy_class": Sb3Forward},
-    "buffer_of_ones_own": {"rollout_buffer_class": EveryStep},
+    "own policy": {"policy_class": OverridesForward},
+    "own buffer": {"rollout_buffer_class": EveryStepBuffer},
 }
+ALGORITHMS_AND_WAYS = [
+    (algorithm, way) for algorithm in ALGORITHMS for way in WAYS if algorithm in STEP_BASED or way != "own buffer"
+]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("algorithm", "number", "way"),
+    [
+        *pairwise(STEP_BASED, ["nan", "inf", "-inf"], WAYS),
+        *((REINFORCE, number, way) for number, way in (("nan", "direct"), ("inf", "own policy"), ("-inf", "direct"))),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # SB3 computes with them first
 def test_a_reward_that_is_not_finite(algorithm: Any, number: str, way: str) -> None:
-    model = breaking(algorithm, BOX, BOX_ACTIONS, f"reward {number}", **ways(algorithm, way))
+    model = breaking(algorithm, BOX, BOX_ACTIONS, f"reward {number}", **WAYS[way])
     fails(model, NonFiniteError, "Rewards are not finite, first in step 2, environment 1 of the rollout")
-
-
-def ways(algorithm: Any, way: str) -> dict[str, Any]:
-    if algorithm.__name__ == "REINFORCE" and way == "buffer_of_ones_own":
-        pytest.skip("REINFORCE has a buffer of its own")
-    return WAYS[way]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -199,7 +184,7 @@ class BadEnd(ScriptedEnv):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_final_observation_that_is_not_finite(algorithm: Any) -> None:
     env = DummyVecEnv([lambda: BadEnd(BOX, BOX_ACTIONS, script=((3, False, True),))])
-    kwargs = {"bootstrap_timeouts": True} if algorithm.__name__ == "REINFORCE" else {}
+    kwargs = {"bootstrap_timeouts": True} if algorithm is REINFORCE else {}
     model = small(algorithm, "MlpPolicy", env, learning_rate=1e-2, **kwargs)
     fails(model, NonFiniteError, "Observations are not finite, first in what an episode ended with in step 5, environ")
 
@@ -207,10 +192,9 @@ def test_a_final_observation_that_is_not_finite(algorithm: Any) -> None:
 SHAPE = r"Environment 1 returned an observation of shape \(7,\), and its observation space is of shape \(4,\)"
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("algorithm", "way"), ALGORITHMS_AND_WAYS)
 def test_an_observation_of_the_wrong_shape(algorithm: Any, way: str) -> None:
-    model = breaking(algorithm, BOX, BOX_ACTIONS, "shape", **ways(algorithm, way))
+    model = breaking(algorithm, BOX, BOX_ACTIONS, "shape", **WAYS[way])
     fails(model, ValueError, SHAPE)
 
 
@@ -304,7 +288,11 @@ def test_an_observation_that_numpy_broadcasts(algorithm: Any, obs_space: Any) ->
 def test_what_has_the_right_size_is_taken(shape: tuple[int, ...]) -> None:
     env = Misshapen(shape)
     env._script = ((3, True, False),)  # SB3 would want the value of an observation that a time limit ends with
-    small(TRPO, "MlpPolicy", env).learn(ROLLOUT)
+    model = small(TRPO, "MlpPolicy", env)
+    before = parameters(model)
+    model.learn(ROLLOUT)
+    assert model.rollout_buffer.observations.shape == (ROLLOUT, 1, 4)
+    assert have_moved(model, before)
 
 
 class ForgetsTheFinalOne(VecEnvWrapper):
@@ -336,7 +324,9 @@ class TakesAPart(DummyVecEnv):
 @pytest.mark.parametrize("vec_env", [lambda makers: ForgetsTheFinalOne(DummyVecEnv(makers)), TakesAPart])
 def test_what_changes_observations_is_taken(algorithm: Any, vec_env: Any) -> None:
     env = vec_env([lambda: ScriptedEnv(BOX, BOX_ACTIONS, script=((5, True, False),))])
-    small(algorithm, "MlpPolicy", env).learn(2 * ROLLOUT)
+    model = small(algorithm, "MlpPolicy", env).learn(2 * ROLLOUT)
+    assert model.rollout_buffer.observations.shape[2:] == (2,)
+    assert env.get_attr("_episode")[0] >= 6  # there were final observations
 
 
 def test_a_reward_that_is_not_a_number_of_any_kind() -> None:
@@ -349,12 +339,10 @@ def test_a_reward_that_is_not_a_number_of_any_kind() -> None:
         small(TRPO, "MlpPolicy", NoReward(BOX, BOX_ACTIONS)).learn(ROLLOUT)
 
 
-@pytest.mark.parametrize("algorithm", [ALGORITHMS[0], ALGORITHMS[3]])  # the two ways to collect; it takes a second
-def test_a_worker_process_that_dies(algorithm: Any, tmp_path: Path) -> None:
+def test_a_worker_process_that_dies() -> None:
     makers = [partial(Breaks, BOX, BOX_ACTIONS, "dies", at) for at in (0, 40)]
     env = SubprocVecEnv(makers)
-    model = small(algorithm, "MlpPolicy", env, learning_rate=1e-2)
-    model.save(tmp_path / "before")
+    model = small(DualClipPPO, "MlpPolicy", env, learning_rate=1e-2)
     with pytest.raises(RuntimeError, match=r"Worker processes .* have ended: number 1 \(exit code 3\)") as error:
         model.learn(20 * ROLLOUT)
     assert isinstance(error.value.__cause__, (EOFError, ConnectionError))

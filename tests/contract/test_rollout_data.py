@@ -10,19 +10,25 @@ import optuna
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.errors import NonFiniteError
-from tests.algorithms import ALGORITHMS, ROLLOUT, small
-from tests.envs import BOX, DICT, ScriptedEnv
-
-TORQUES = spaces.Box(-1.0, 1.0, (2,), np.float32)
+from tests.algorithms import (
+    ALGORITHMS,
+    ROLLOUT,
+    assert_close_policies,
+    assert_same_policy,
+    have_moved,
+    parameters,
+    ppo_and_ours,
+    small,
+)
+from tests.custom import OverridesForward
+from tests.envs import BOX, BOX_ACTIONS, DICT, ScriptedEnv, scripted
+from tests.pairwise import pairwise
 
 # --- edits -----------------------------------------------------------------------------------------------------------
 
@@ -51,22 +57,19 @@ class Edits(BaseCallback):
 @pytest.mark.parametrize("name", ["observations", "actions", "log_probs", "values", "returns", "advantages"])
 @pytest.mark.parametrize(("n_envs", "replaces"), [(1, False), (2, False), (2, True)])
 def test_edits_at_the_end_of_a_rollout_are_learnt_from_as_by_sb3(name: str, n_envs: int, replaces: bool) -> None:
-    results = []
-    for algorithm in (PPO, DualClipPPO):
-        env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=n_envs, seed=0)
-        kwargs: dict[str, Any] = {
-            "clip_range_vf": 0.1,
-            "normalize_advantage": False,
-            "policy_kwargs": {"net_arch": [8]},
-        }
-        kwargs.update({"dual_clip": None} if algorithm is DualClipPPO else {})
-        model: Any = algorithm("MlpPolicy", env, n_steps=16, batch_size=8, n_epochs=2, seed=0, device="cpu", **kwargs)
-        before = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
-        model.learn(32 * n_envs, callback=Edits(name, replaces))
-        results.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
-    theirs, ours = results
-    th.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
-    assert not th.equal(ours, before)
+    unedited, edited = (
+        ppo_and_ours(
+            "MlpPolicy",
+            lambda: scripted(n_envs=n_envs),
+            2 * ROLLOUT * n_envs,
+            callback=callback,
+            clip_range_vf=0.1,
+            normalize_advantage=False,
+        )
+        for callback in (lambda: None, lambda: Edits(name, replaces))
+    )
+    assert_close_policies(*edited, atol=5e-6, rtol=1e-5)
+    assert have_moved(edited[1], parameters(unedited[1]))  # the edit has made a difference
 
 
 class Doubles(BaseCallback):
@@ -84,31 +87,23 @@ class Doubles(BaseCallback):
 
 
 def test_samples_that_are_added_at_the_end_of_a_rollout_are_learnt_from_as_by_sb3() -> None:
-    results = []
-    for algorithm in (PPO, DualClipPPO):
-        env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=2, seed=0)
-        kwargs: dict[str, Any] = {"dual_clip": None} if algorithm is DualClipPPO else {}
-        kwargs["policy_kwargs"] = {"net_arch": [8]}
-        model: Any = algorithm("MlpPolicy", env, n_steps=16, batch_size=8, n_epochs=2, seed=0, device="cpu", **kwargs)
-        model.learn(32, callback=Doubles())
-        results.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
-    th.testing.assert_close(*results, atol=5e-6, rtol=1e-5)
+    models = ppo_and_ours("MlpPolicy", scripted, 2 * ROLLOUT, callback=Doubles)
+    assert_close_policies(*models, atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", [AdaptiveKLPPO, TRPO])
 def test_samples_that_are_added_without_the_distributions_that_acted_are_refused(algorithm: Any) -> None:
     with pytest.raises(ValueError, match="adds samples without distribution_params"):
-        small(algorithm, "MlpPolicy", ScriptedEnv(BOX, TORQUES)).learn(ROLLOUT, callback=Doubles())
+        small(algorithm, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS)).learn(ROLLOUT, callback=Doubles())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_edited_observations_of_a_dict_are_learnt_from(algorithm: Any) -> None:
-    results = []
-    for callback in (None, Edits("observations", replaces=False)):
-        env = make_vec_env(lambda: ScriptedEnv(DICT, TORQUES), n_envs=2, seed=0)
-        model = small(algorithm, "MultiInputPolicy", env).learn(1, callback=callback)
-        results.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
-    assert not th.equal(*results)
+    unedited, edited = (
+        small(algorithm, "MultiInputPolicy", scripted(DICT)).learn(1, callback=callback)
+        for callback in (None, Edits("observations", replaces=False))
+    )
+    assert have_moved(edited, parameters(unedited))
 
 
 # --- exceptions ------------------------------------------------------------------------------------------------------
@@ -191,9 +186,11 @@ def test_what_a_callback_raises_in_a_method_of_sb3s_passes_as_it_is() -> None:
     assert not isinstance(caught.value, NonFiniteError)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("where", ["environment", "policy"])
-@pytest.mark.parametrize("error", [UserError("mine"), ValueError("mine"), optuna.TrialPruned()], ids=str)
+@pytest.mark.parametrize(
+    ("algorithm", "where", "error"),
+    pairwise(ALGORITHMS, ["environment", "policy"], [UserError("mine"), ValueError("mine"), optuna.TrialPruned()]),
+    ids=str,
+)
 def test_what_an_environment_or_a_policy_raises_gets_a_note_at_most(
     algorithm: Any, where: str, error: Exception
 ) -> None:
@@ -210,12 +207,8 @@ def test_what_an_environment_or_a_policy_raises_gets_a_note_at_most(
 
 
 def test_what_torch_cannot_do_with_nan_is_explained() -> None:
-    class Own(ActorCriticPolicy):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
-
     with pytest.raises(NonFiniteError, match="Observations are not finite, first in environment 0"):
-        small(DualClipPPO, Own, Missing()).learn(ROLLOUT)
+        small(DualClipPPO, OverridesForward, Missing()).learn(ROLLOUT)
 
 
 # --- references ------------------------------------------------------------------------------------------------------
@@ -254,15 +247,14 @@ def test_an_environment_may_write_into_what_it_gave(algorithm: Any, obs_space: A
     kwargs = {"bootstrap_timeouts": True} if algorithm is REINFORCE else {}
     models = []
     for vec_env in (DummyVecEnv, Reuses):
-        env = vec_env([lambda: ScriptedEnv(obs_space, TORQUES)] * 2)
+        env = vec_env([lambda: ScriptedEnv(obs_space, BOX_ACTIONS)] * 2)
         env.seed(0)
         models.append(small(algorithm, policy, env, **kwargs).learn(2 * ROLLOUT))
     fresh, reused = (model.rollout_buffer for model in models)
     assert (fresh.episode_starts[1:] > 0).any()
     for name in ("actions", "rewards", "episode_starts", "values", "log_probs", "returns"):
         np.testing.assert_array_equal(getattr(reused, name), getattr(fresh, name), err_msg=name)
-    for p, q in zip(*(model.policy.parameters() for model in models), strict=True):
-        assert th.equal(p, q)
+    assert_same_policy(*models)
 
 
 class OneInfo(gym.Wrapper[Any, Any, Any, Any]):
@@ -281,7 +273,7 @@ class OneInfo(gym.Wrapper[Any, Any, Any, Any]):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_is_said_of_an_episode_is_kept(algorithm: Any) -> None:
     OneInfo.episode.clear()
-    env = DummyVecEnv([lambda: OneInfo(ScriptedEnv(BOX, TORQUES))])
+    env = DummyVecEnv([lambda: OneInfo(ScriptedEnv(BOX, BOX_ACTIONS))])
     model = small(algorithm, "MlpPolicy", env).learn(1)
     returns = [info["r"] for info in model.ep_info_buffer]
     assert returns == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0][: len(returns)]
@@ -291,7 +283,7 @@ def test_what_is_said_of_an_episode_is_kept(algorithm: Any) -> None:
 # --- actions ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO, TRPO, REINFORCE])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [np.int64, np.int8])
 def test_integer_actions_are_stored_as_they_were_drawn(algorithm: Any, dtype: Any) -> None:
     """The buffer of SB3 cuts them to integers, whose probability the policy never gave."""

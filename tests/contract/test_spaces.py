@@ -15,6 +15,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_ppo_ext import TRPO
 from tests.algorithms import ALGORITHMS, parameters, small
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
+from tests.pairwise import pairwise
 
 OBSERVATIONS: dict[str, spaces.Space[Any]] = {
     "box": BOX,
@@ -101,17 +102,15 @@ def check_trains(algorithm: Any, observation: str, action: str, **kwargs: Any) -
     assert model.action_space.contains(np.asarray(model.predict(one)[0]).astype(model.action_space.dtype))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("observation", OBSERVATIONS)
+@pytest.mark.parametrize(("observation", "action", "algorithm"), pairwise(OBSERVATIONS, ACTIONS, ALGORITHMS))
 def test_spaces(algorithm: Any, observation: str, action: str) -> None:
     check_trains(algorithm, observation, action)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("action", ["box", "box_of_one"])
-@pytest.mark.parametrize("observation", ["box", "image", "dict"])
-@pytest.mark.parametrize("sde_sample_freq", [-1, 4])
+@pytest.mark.parametrize(
+    ("algorithm", "observation", "action", "sde_sample_freq"),
+    pairwise(ALGORITHMS, ["box", "image", "dict"], ["box", "box_of_one"], [-1, 4]),
+)
 def test_spaces_with_gsde(algorithm: Any, observation: str, action: str, sde_sample_freq: int) -> None:
     check_trains(algorithm, observation, action, use_sde=True, sde_sample_freq=sde_sample_freq)
 

@@ -1,4 +1,8 @@
-"""What is stored of a rollout is what the acting policy said, whatever the policy or a callback does meanwhile."""
+"""
+Policies that are no pure function of the observation, or have a distribution of their own.
+
+What is stored of a rollout is what the acting policy said, whatever the policy or a callback does meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,21 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
     Distribution,
     SquashedDiagGaussianDistribution,
 )
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.purity import impurity
-from tests.algorithms import ALGORITHMS, ROLLOUT, small
-from tests.envs import BOX, ScriptedEnv
-
-TORQUES = spaces.Box(-1.0, 1.0, (2,), np.float32)
+from tests.algorithms import ALGORITHMS, ROLLOUT, assert_close_policies, have_moved, parameters, ppo_and_ours, small
+from tests.custom import EveryStepBuffer
+from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv, scripted
 
 
 class Noisy(BaseFeaturesExtractor):
@@ -66,36 +66,9 @@ class BatchStatistics(BaseFeaturesExtractor):
         return x - 0.5 * x.mean(dim=0)
 
 
-class EveryStep(RolloutBuffer):
-    """Is filled as SB3 does it."""
-
-    def add(self, *args: Any, **kwargs: Any) -> None:
-        super().add(*args, **kwargs)
-
-
-def sb3_and_ours(
-    policy_kwargs: dict[str, Any], callback: Any = None, policy: Any = "MlpPolicy", prepare: Any = None, **kwargs: Any
-) -> list[Any]:
-    """SB3's PPO and DualClipPPO after two rollouts in an environment with time limits, from one seed."""
-    models = []
-    for algorithm in (PPO, DualClipPPO):
-        env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=2, seed=0)
-        own = {"dual_clip": None, **kwargs} if algorithm is DualClipPPO else {}
-        model: Any = algorithm(
-            policy,
-            env,
-            n_steps=16,
-            batch_size=8,
-            n_epochs=2,
-            seed=0,
-            device="cpu",
-            policy_kwargs={"net_arch": [8], **policy_kwargs},
-            **own,
-        )
-        if prepare is not None:
-            prepare(model)
-        models.append(model.learn(64, callback=None if callback is None else callback()))
-    return models
+def sb3_and_ours(policy_kwargs: dict[str, Any], policy: Any = "MlpPolicy", **kwargs: Any) -> tuple[Any, Any]:
+    """After two rollouts in environments with time limits."""
+    return ppo_and_ours(policy, scripted, 4 * ROLLOUT, policy_kwargs=policy_kwargs, **kwargs)
 
 
 def agree(theirs: Any, ours: Any) -> None:
@@ -103,8 +76,7 @@ def agree(theirs: Any, ours: Any) -> None:
     for name in ("observations", "actions", "values", "log_probs", "advantages", "returns"):
         flat = ours.rollout_buffer.swap_and_flatten(getattr(ours.rollout_buffer, name))
         np.testing.assert_allclose(flat, getattr(theirs.rollout_buffer, name), atol=2e-5, rtol=1e-4, err_msg=name)
-    for p, q in zip(theirs.policy.state_dict().values(), ours.policy.state_dict().values(), strict=True):
-        th.testing.assert_close(q, p, atol=2e-5, rtol=1e-4)
+    assert_close_policies(theirs, ours, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("extractor", [Noisy, Running, BatchStatistics])
@@ -115,10 +87,10 @@ def test_a_network_that_is_not_pure_is_trained_as_by_sb3(extractor: Any, share: 
 
 
 @pytest.mark.parametrize("algorithm", [AdaptiveKLPPO, TRPO])
-@pytest.mark.parametrize("buffer", [None, EveryStep])
+@pytest.mark.parametrize("buffer", [None, EveryStepBuffer])
 @pytest.mark.parametrize("hooked", [False, True])
 def test_the_parameters_of_the_distributions_are_of_the_acting_pass(algorithm: Any, buffer: Any, hooked: bool) -> None:
-    env = make_vec_env(lambda: ScriptedEnv(BOX, TORQUES), n_envs=2, seed=0)
+    env = scripted()
     kwargs = {} if buffer is None else {"rollout_buffer_class": buffer}
     model = small(algorithm, "MlpPolicy", env, policy_kwargs={"features_extractor_class": Noisy}, **kwargs)
     if hooked:
@@ -151,7 +123,7 @@ class AnnealsUnseen(Anneals):
 @pytest.mark.usefixtures("without_compiler")
 @pytest.mark.parametrize("torch_compile", [False, True])
 def test_a_callback_that_changes_the_policy_in_a_rollout(torch_compile: bool) -> None:
-    theirs, ours = sb3_and_ours({}, callback=Anneals, torch_compile=torch_compile)
+    theirs, ours = sb3_and_ours({}, callback=Anneals, of_ours={"torch_compile": torch_compile})
     agree(theirs, ours)
 
 
@@ -261,13 +233,13 @@ class WithBeta(ActorCriticPolicy):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_distribution_of_ones_own(algorithm: Any, policy: Any) -> None:
     """It is learnt with by its own formulas, or refused at once where those that are needed are not known."""
-    env = ScriptedEnv(BOX, TORQUES)
+    env = ScriptedEnv(BOX, BOX_ACTIONS)
     if algorithm in (AdaptiveKLPPO, TRPO):
         with pytest.raises(ValueError, match=rf"{policy.__name__} is not allowed: .* needs the exact KL divergence"):
             small(algorithm, policy, env)
         return
     model = small(algorithm, policy, env)
-    before = [p.clone() for p in model.policy.parameters()]
+    before = parameters(model)
     ratios: list[float] = []
     train = model.train
 
@@ -281,12 +253,12 @@ def test_a_distribution_of_ones_own(algorithm: Any, policy: Any) -> None:
     model.train = check_and_train
     model.learn(2 * ROLLOUT)
     assert ratios == pytest.approx([1.0] * len(ratios), rel=1e-4)
-    assert any(not th.equal(p, q) for p, q in zip(model.policy.parameters(), before, strict=True))
+    assert have_moved(model, before)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_ratio_of_a_squashed_policy_to_itself_is_one(algorithm: Any) -> None:
-    model = small(algorithm, Squashed, ScriptedEnv(BOX, TORQUES), policy_kwargs={"log_std_init": -1.0})
+    model = small(algorithm, Squashed, ScriptedEnv(BOX, BOX_ACTIONS), policy_kwargs={"log_std_init": -1.0})
     _, callback = model._setup_learn(ROLLOUT, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, ROLLOUT)
     flat = model.rollout_buffer.flat()
@@ -310,94 +282,14 @@ class Lies(ActorCriticPolicy):
 
 
 def test_log_probabilities_of_another_distribution_are_refused_before_an_update() -> None:
-    model = small(TRPO, Lies, ScriptedEnv(BOX, TORQUES))
+    model = small(TRPO, Lies, ScriptedEnv(BOX, BOX_ACTIONS))
     before = [p.clone() for p in model.policy.parameters()]
     with pytest.raises(ValueError, match="its log-probabilities are not those of its action_dist"):
         model.learn(2 * ROLLOUT)
     assert all(map(th.equal, model.policy.parameters(), before))
 
 
-# --- hooks and gradients ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("where", ["", "mlp_extractor", "mlp_extractor.value_net", "action_net", "features_extractor"])
-def test_hooks_run_while_it_acts_and_learns(algorithm: Any, where: str) -> None:
-    model = small(algorithm, "MlpPolicy", "CartPole-v1")
-    calls = {False: 0, True: 0}
-    is_training = False
-
-    def count(*_: Any) -> None:
-        calls[is_training] += 1
-
-    module = model.policy.get_submodule(where)
-    module.register_forward_hook(count)
-    train = model.train
-
-    def train_noted() -> None:
-        nonlocal is_training
-        is_training = True
-        train()
-        is_training = False
-
-    model.train = train_noted
-    model.learn(1)
-    steps = model.rollout_buffer.buffer_size
-    assert calls[False] >= steps
-    assert calls[True] > 0 or where == ""  # SB3 does not call the policy itself there
-
-
-def test_hooks_run_as_often_as_by_sb3() -> None:
-    counts = []
-    for algorithm in (PPO, DualClipPPO):
-        model: Any = algorithm("MlpPolicy", "CartPole-v1", n_steps=16, batch_size=8, n_epochs=2, seed=0, device="cpu")
-        of_model: dict[str, int] = {}
-        for name, module in model.policy.named_modules():
-            module.register_forward_hook(lambda *_, n=name, c=of_model: c.update({n: c.get(n, 0) + 1}))
-        model.learn(32)
-        counts.append(of_model)
-    assert counts[0] == counts[1]
-
-
-@pytest.mark.parametrize("hook", ["forward", "gradient", "global"])
-def test_hooks_that_a_program_would_not_run_are_refused(hook: str) -> None:
-    model = small(DualClipPPO, "MlpPolicy", "CartPole-v1", torch_compile=True)
-    if hook == "forward":
-        handle: Any = model.policy.action_net.register_forward_hook(lambda *_: None)
-    elif hook == "gradient":
-        handle = model.policy.action_net.weight.register_hook(lambda gradient: gradient)
-    else:
-        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        with pytest.raises(ValueError, match=r"torch_compile=True is not allowed .*hooks"):
-            model.learn(ROLLOUT)
-    finally:
-        handle.remove()
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_gradients_are_there_after_an_update(algorithm: Any) -> None:
-    """Those of the last step, clipped, as SB3 leaves them."""
-    limit = {} if algorithm is TRPO else {"max_grad_norm": 0.01}
-    model = small(algorithm, "MlpPolicy", "CartPole-v1", **limit).learn(1)
-    gradients = [p.grad for p in model.policy.parameters()]
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    if algorithm is DualClipPPO:
-        norm = th.linalg.vector_norm(th.cat([gradient.flatten() for gradient in gradients]))
-        assert norm.item() == pytest.approx(0.01, rel=1e-3)
-
-
-def test_gradients_after_an_update_are_sb3s() -> None:
-    theirs, ours = sb3_and_ours({})
-    for p, q in zip(theirs.policy.parameters(), ours.policy.parameters(), strict=True):
-        th.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.usefixtures("without_compiler")
-def test_gradients_of_a_compiled_update_are_sb3s() -> None:
-    theirs, ours = sb3_and_ours({}, torch_compile=True)
-    for p, q in zip(theirs.policy.parameters(), ours.policy.parameters(), strict=True):
-        th.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-4)
+# --- purity ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -412,7 +304,7 @@ def test_gradients_of_a_compiled_update_are_sb3s() -> None:
     ],
 )
 def test_what_is_known_to_be_pure(module: nn.Module, reason: str | None) -> None:
-    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES))
+    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS))
     assert impurity(model.policy) is None
     model.policy.mlp_extractor.policy_net[0] = module
     found = impurity(model.policy)
@@ -420,7 +312,7 @@ def test_what_is_known_to_be_pure(module: nn.Module, reason: str | None) -> None
 
 
 def test_a_layer_that_was_given_another_forward_is_not_known() -> None:
-    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES))
+    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS))
     model.policy.action_net.forward = lambda x: x[:, :2]
     assert "action_net (Linear) has hooks, or a method of its own" in str(impurity(model.policy))
 
@@ -496,7 +388,7 @@ def test_what_is_replaced_in_a_rollout_is_said_and_then_followed(kind: str) -> N
 
 def test_it_is_said_once_why_it_is_slower(capsys: pytest.CaptureFixture[str]) -> None:
     kwargs = {"policy_kwargs": {"features_extractor_class": Noisy}, "verbose": 1}
-    small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES), **kwargs).learn(3 * ROLLOUT)
+    small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS), **kwargs).learn(3 * ROLLOUT)
     out = capsys.readouterr().out
     assert out.count("features_extractor (Noisy) is not known to be a pure function") == 1
     assert "is_pure = True" in out
@@ -516,7 +408,7 @@ def test_a_module_that_is_declared_pure_is_taken_for_it(capsys: pytest.CaptureFi
             return self.layer(x).tanh()
 
     kwargs = {"features_extractor_class": Pure, "share_features_extractor": False}
-    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, TORQUES), policy_kwargs=kwargs, verbose=1, n_epochs=1)
+    model = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS), policy_kwargs=kwargs, verbose=1, n_epochs=1)
     model.learn(ROLLOUT)
     assert "pure" not in capsys.readouterr().out
     n_minibatches, at_the_end = 2, 1 + 1 + 1  # evaluation, last values, time limits

@@ -89,6 +89,7 @@ def trained(
         "model": (RUN / "CartPole-v1.zip").is_file(),
         "summary": "Continue the training:" in said.getvalue(),
         "reward": "mean and std of 2 episodes" in said.getvalue(),
+        "error": "Ctrl-C ended the training, with" in said.getvalue(),
         "traceback": "Traceback" in said.getvalue(),
         "said": said.getvalue()[-1000:],
     }

@@ -49,6 +49,7 @@ def test_ctrl_c_at_many_points_once_and_twice_and_in_a_terminal(tmp_path: Path) 
     assert results["collect_rollouts, once"]["reward"]  # one Ctrl-C leaves time for the evaluation
     assert not results["collect_rollouts, twice"]["reward"]  # and two do not
     assert results["in a terminal"]["reward"]
+    assert not results["in a terminal"]["error"]  # as of environments that have ended
 
 
 def test_ctrl_c_in_the_first_seconds(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def main() -> int:
         print(f'sb3-ppo-ext: {error.name} is missing: pip install "sb3-ppo-ext[zoo]"', file=sys.stderr)
         return 1
     code = command()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and saved
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is printed and saved
     return code
 
 

@@ -125,9 +125,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         self.kl_coef_min = kl_coef_min
         self.kl_coef_max = kl_coef_max
         if _init_setup_model:
-            self._setup_model()
-            self._check_can_learn()
-            self._check_rollout_size(self.batch_size, self.normalize_advantage)
+            self._setup_new_model()
 
     def _validate(self) -> None:
         super()._validate()
@@ -153,11 +151,20 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         kl, kl_coef = evaluation.kl_from(samples.old_params), coefficients["kl_coef"]
         if "clip_range" not in coefficients:
             loss, diagnostics = losses.kl_penalized_surrogate_loss(
-                evaluation.log_prob, samples.old_log_prob, samples.advantages, kl, kl_coef=kl_coef
+                evaluation.log_prob,
+                samples.old_log_prob,
+                samples.advantages,
+                kl,
+                kl_coef=kl_coef,
+                mask=samples.mask,
             )
         else:
             clipped, diagnostics = losses.clipped_surrogate_loss(
-                evaluation.log_prob, samples.old_log_prob, samples.advantages, clip_range=coefficients["clip_range"]
+                evaluation.log_prob,
+                samples.old_log_prob,
+                samples.advantages,
+                clip_range=coefficients["clip_range"],
+                mask=samples.mask,
             )
             loss = clipped + kl_coef * kl
         statistics = {"approx_kl": diagnostics.kl_k3, "ratio_max": diagnostics.ratio_max}
@@ -198,4 +205,6 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             for rows in self._chunks(len(rollout.old_params)):
                 params = actor_critic.params(rollout.inputs.rows(rows))
                 total += family.kl(rollout.old_params[rows], params).sum().item()
-        return total / len(rollout.old_params)
+        mean = th.tensor(total / len(rollout.old_params), dtype=th.float64)
+        self._reducer.average(mean)
+        return mean.item()

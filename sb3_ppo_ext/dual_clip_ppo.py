@@ -135,9 +135,7 @@ class DualClipPPO(ProximalAlgorithm):
         self.dual_clip = dual_clip
         self.target_kl = target_kl
         if _init_setup_model:
-            self._setup_model()
-            self._check_can_learn()
-            self._check_rollout_size(self.batch_size, self.normalize_advantage)
+            self._setup_new_model()
 
     def _validate(self) -> None:
         super()._validate()
@@ -172,6 +170,7 @@ class DualClipPPO(ProximalAlgorithm):
             dual_clip=coefficients.get("dual_clip"),
             clip_range=coefficients["clip_range"],
             clip_range_high=coefficients.get("clip_range_high"),
+            mask=samples.mask,
         )
         diagnostics = surrogate.diagnostics
         return PolicyLoss(

@@ -22,7 +22,8 @@ from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
-from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule, time_limit
+from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule
+from sb3_ppo_ext.common.rollout.vec_envs import time_limit
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.update.scores import score_statistics
@@ -173,8 +174,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.max_episode_steps = max_episode_steps
         self.torch_compile = torch_compile
         if _init_setup_model:
-            self._setup_model()
-            self._check_can_learn()
+            self._setup_new_model()
 
     @property
     def _n_episodes(self) -> int:

@@ -215,9 +215,7 @@ class TRPO(OnPolicyAlgorithm):
         self.sub_sampling_factor = sub_sampling_factor
         self.torch_compile = torch_compile
         if _init_setup_model:
-            self._setup_model()
-            self._check_can_learn()
-            self._check_rollout_size(self.batch_size, self.normalize_advantage)
+            self._setup_new_model()
 
     def _validate(self) -> None:
         if "fvp_subsampling" in vars(self):  # of an older file
@@ -237,8 +235,9 @@ class TRPO(OnPolicyAlgorithm):
         if self.target_kl is not None:
             as_schedule("target_kl", self.target_kl)
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
+    def _setup_new_model(self) -> None:
+        super()._setup_new_model()
+        self._check_rollout_size(self.batch_size, self.normalize_advantage)
         if self.verbose >= 1:
             target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
             cg_damping = self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION)

@@ -27,7 +27,8 @@ from sb3_ppo_ext.common.rollout.failures import explained
 from sb3_ppo_ext.common.rollout.purity import draws_noise, impurity
 from sb3_ppo_ext.common.rollout.step_by_step import collect_as_sb3
 from sb3_ppo_ext.common.rollout.stop_rules import AfterSteps, StopRule
-from sb3_ppo_ext.common.spaces import check_no_masks, n_action_dims
+from sb3_ppo_ext.common.rollout.vec_envs import check_no_masks
+from sb3_ppo_ext.common.spaces import n_action_dims
 from sb3_ppo_ext.common.update.objective import Loss
 from sb3_ppo_ext.common.update.reduce import OneProcess, Reducer
 from sb3_ppo_ext.common.update.step import EagerStep, MinibatchStep
@@ -62,10 +63,40 @@ class OnPolicyAlgorithm(Model):
     # Puts gradients and statistics of several processes together; there is one.
     _reducer: Reducer = OneProcess()
 
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # They are read at the end of the rollout, when an environment may have written the next one into the same dict.
-        copied = [{**info, "episode": dict(info["episode"])} if "episode" in info else info for info in infos]
-        super()._update_info_buffer(copied, dones)
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """
+        As SB3: train.
+
+        :param total_timesteps: steps to make; the last rollout may exceed them
+        :param callback: called at each step, and at the beginning and the end of each rollout
+        :param log_interval: rollouts between two logs
+        :param tb_log_name: of the run, for TensorBoard; None: the name of the class
+        :param reset_num_timesteps: whether to count from 0; otherwise the steps are added to those made before
+        :param progress_bar: whether to show one
+        :return: the model
+        :raises ValueError: for what cannot be learnt, and for observations and rewards that are not finite
+        """
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _setup_new_model(self) -> None:
+        """Build what a new model consists of, and check what one that is loaded to be watched need not keep to."""
+        self._setup_model()
+        self._check_can_learn()
 
     def _check_can_learn(self) -> None:
         """
@@ -93,123 +124,6 @@ class OnPolicyAlgorithm(Model):
                 raise
             raise more from error
 
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
-        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
-
-    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        super()._update_learning_rate(optimizers)  # which writes one number into every group
-        if isinstance(self.policy, ActorCriticPolicy) and self.policy.critic_learning_rate is not None:
-            learning_rate = self._current_value(self.policy.critic_learning_rate)
-            self.policy.set_critic_learning_rate(learning_rate)
-            self.logger.record("train/critic_learning_rate", learning_rate)
-
-    def _project(self) -> None:
-        """Put what has bounds back within them; for :meth:`train`, when it has changed the actor."""
-        if isinstance(self.policy, ActorCriticPolicy):
-            self.policy.project()
-
-    def _log_ent_coef(self) -> None:
-        """Log the weight of the entropy."""
-        self.logger.record("train/ent_coef", self._current_value(self.ent_coef))
-
-    def _whole_action_value(self, value: float | str | Schedule | None, per_dimension: float) -> float:
-        """
-        The current value of a quantity of the whole action.
-
-        :param value: as the user gave it; None for the default
-        :param per_dimension: the default, for each action dimension
-        """
-        if value is None:
-            return per_dimension * n_action_dims(self.action_space)
-        return self._current_value(value)
-
-    def _check_old_params(self) -> None:
-        """
-        :raises ValueError: if the updates need the distributions that acted, and samples in the buffer have none
-        """
-        buffer = cast(RolloutBuffer, self.rollout_buffer)
-        if self._needs_old_params and buffer.flat().old_params.shape[1] == 0:
-            raise ValueError(
-                f"A callback adds samples without distribution_params to the rollout buffer, and {type(self).__name__} "
-                "needs the distributions that acted: extend that array too, as it does observations and actions"
-            )
-
-    def _actor_critic(self, *, for_update: bool = False) -> ActorCritic:
-        """
-        The policy as the core sees it. Made anew for each rollout and each update: a user may have replaced it.
-
-        :param for_update: whether distribution parameters are needed only if the algorithm's updates need them
-        """
-        self._check_family()
-        refusal = DirectActorCritic.refusal(self.policy)
-        if refusal is None:
-            return DirectActorCritic(self.policy, with_params=self._needs_old_params or not for_update)
-        self._say_why_slow(f"{type(self.policy).__name__} {refusal}: it acts and is trained through its own methods")
-        return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
-
-    def _say_why_slow(self, reason: str) -> None:
-        """Say once why the fast way is not taken, to those who want to be told."""
-        if self.verbose >= 1 and not self._has_said_why_slow:
-            print(f"{reason}, which is slower")
-        self._has_said_why_slow = True
-
-    def _minibatch_step(
-        self,
-        loss: Loss,
-        parameters: Sequence[nn.Parameter],
-        coefficients: Sequence[str] = (),
-        pad_to: int | None = None,
-    ) -> MinibatchStep:
-        """
-        :param loss: to be minimised, a pure function
-        :param parameters: what is updated, among the policy's
-        :param coefficients: the names of those that the loss will be given: a compiled step is for the same ones
-        :param pad_to: what a compiled step pads the minibatches to, for a loss that heeds their mask
-        :return: what makes a gradient step on a minibatch
-        """
-        actor_critic, optimizer = self._actor_critic(for_update=True), self.policy.optimizer
-        if not self.torch_compile:
-            return EagerStep(optimizer, parameters, partial(loss, actor_critic), self._reducer)
-        check_can_compile(actor_critic, optimizer)  # a user may have replaced them
-        settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
-        key = (cache_key(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), tuple(coefficients))
-        return self._compiled.get_or_make(
-            "step",
-            (*key, pad_to, constants_of(loss)),
-            lambda: CompiledStep(
-                cast(DirectActorCritic, actor_critic),
-                optimizer,
-                parameters,
-                loss,
-                self._reducer,
-                pad_to=pad_to,
-                announce=self.verbose >= 1,
-            ),
-        )
-
-    def _acting_policy(self, *, step_by_step: bool = False) -> ActorCritic:
-        """
-        The policy as it acts, and evaluates the rollout.
-
-        :param step_by_step: whether each step must be evaluated at once
-        """
-        actor_critic = self._actor_critic()
-        if isinstance(actor_critic, DirectActorCritic) and not actor_critic.is_pure:
-            self._say_why_slow(
-                f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
-                "so by its attribute is_pure = True; if not, this is needed"
-            )
-        if self.torch_compile:
-            check_can_compile(actor_critic, self.policy.optimizer)
-        actor_critic.is_pure &= not (step_by_step or draws_noise(self.policy))
-        if not self.torch_compile or not actor_critic.is_pure:
-            return actor_critic
-        direct = cast(DirectActorCritic, actor_critic)
-        return CompiledActorCritic(
-            direct, self._compiled, rollouts_vary=self._rollouts_vary, announce=self.verbose >= 1
-        )
-
     def collect_rollouts(
         self,
         env: VecEnv,
@@ -231,6 +145,7 @@ class OnPolicyAlgorithm(Model):
         """
         try:
             if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.wants_every_step:
+                assert stop is None, "a buffer that is filled as SB3 does it ends after n_rollout_steps"
                 return collect_as_sb3(
                     self,
                     super().collect_rollouts,
@@ -294,6 +209,90 @@ class OnPolicyAlgorithm(Model):
         assert self._last_episode_starts is not None
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=self._last_episode_starts)
 
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # They are read at the end of the rollout, when an environment may have written the next one into the same dict.
+        copied = [{**info, "episode": dict(info["episode"])} if "episode" in info else info for info in infos]
+        super()._update_info_buffer(copied, dones)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
+    def _acting_policy(self, *, step_by_step: bool = False) -> ActorCritic:
+        """
+        The policy as it acts, and evaluates the rollout.
+
+        :param step_by_step: whether each step must be evaluated at once
+        """
+        actor_critic = self._actor_critic()
+        if isinstance(actor_critic, DirectActorCritic) and not actor_critic.is_pure:
+            self._say_why_slow(
+                f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
+                "so by its attribute is_pure = True; if not, this is needed"
+            )
+        if self.torch_compile:
+            check_can_compile(actor_critic, self.policy.optimizer)
+        actor_critic.is_pure &= not (step_by_step or draws_noise(self.policy))
+        if not self.torch_compile or not actor_critic.is_pure:
+            return actor_critic
+        direct = cast(DirectActorCritic, actor_critic)
+        return CompiledActorCritic(
+            direct, self._compiled, rollouts_vary=self._rollouts_vary, announce=self.verbose >= 1
+        )
+
+    def _actor_critic(self, *, for_update: bool = False) -> ActorCritic:
+        """
+        The policy as the core sees it. Made anew for each rollout and each update: a user may have replaced it.
+
+        :param for_update: whether distribution parameters are needed only if the algorithm's updates need them
+        """
+        self._check_family()
+        refusal = DirectActorCritic.refusal(self.policy)
+        if refusal is None:
+            return DirectActorCritic(self.policy, with_params=self._needs_old_params or not for_update)
+        self._say_why_slow(f"{type(self.policy).__name__} {refusal}: it acts and is trained through its own methods")
+        return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
+
+    def _say_why_slow(self, reason: str) -> None:
+        """Say once why the fast way is not taken, to those who want to be told."""
+        if self.verbose >= 1 and not self._has_said_why_slow:
+            print(f"{reason}, which is slower")
+        self._has_said_why_slow = True
+
+    def _minibatch_step(
+        self,
+        loss: Loss,
+        parameters: Sequence[nn.Parameter],
+        coefficients: Sequence[str] = (),
+        pad_to: int | None = None,
+    ) -> MinibatchStep:
+        """
+        :param loss: to be minimised, a pure function
+        :param parameters: what is updated, among the policy's
+        :param coefficients: the names of those that the loss will be given: a compiled step is for the same ones
+        :param pad_to: what a compiled step pads the minibatches to, for a loss that heeds their mask
+        :return: what makes a gradient step on a minibatch
+        """
+        actor_critic, optimizer = self._actor_critic(for_update=True), self.policy.optimizer
+        if not self.torch_compile:
+            return EagerStep(optimizer, parameters, partial(loss, actor_critic), self._reducer)
+        check_can_compile(actor_critic, optimizer)  # a user may have replaced them
+        settings = [(group.get("betas"), group.get("eps")) for group in optimizer.param_groups]
+        key = (cache_key(self.policy), optimizer, tuple(settings), tuple(map(id, parameters)), tuple(coefficients))
+        return self._compiled.get_or_make(
+            "step",
+            (*key, pad_to, self._reducer, constants_of(loss)),
+            lambda: CompiledStep(
+                cast(DirectActorCritic, actor_critic),
+                optimizer,
+                parameters,
+                loss,
+                self._reducer,
+                pad_to=pad_to,
+                announce=self.verbose >= 1,
+            ),
+        )
+
     def _chunks(self, n_samples: int) -> Iterator[slice]:
         """
         Cut a batch so that the memory a pass through the networks takes is bounded.
@@ -302,32 +301,40 @@ class OnPolicyAlgorithm(Model):
         """
         return chunks(n_samples, self.observation_space)
 
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str | None = None,
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
+    def _check_old_params(self) -> None:
         """
-        As SB3: train.
+        :raises ValueError: if the updates need the distributions that acted, and samples in the buffer have none
+        """
+        buffer = cast(RolloutBuffer, self.rollout_buffer)
+        if self._needs_old_params and buffer.flat().old_params.shape[1] == 0:
+            raise ValueError(
+                f"A callback adds samples without distribution_params to the rollout buffer, and {type(self).__name__} "
+                "needs the distributions that acted: extend that array too, as it does observations and actions"
+            )
 
-        :param total_timesteps: steps to make; the last rollout may exceed them
-        :param callback: called at each step, and at the beginning and the end of each rollout
-        :param log_interval: rollouts between two logs
-        :param tb_log_name: of the run, for TensorBoard; None: the name of the class
-        :param reset_num_timesteps: whether to count from 0; otherwise the steps are added to those made before
-        :param progress_bar: whether to show one
-        :return: the model
-        :raises ValueError: for what cannot be learnt, and for observations and rewards that are not finite
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)  # which writes one number into every group
+        if isinstance(self.policy, ActorCriticPolicy) and self.policy.critic_learning_rate is not None:
+            learning_rate = self._current_value(self.policy.critic_learning_rate)
+            self.policy.set_critic_learning_rate(learning_rate)
+            self.logger.record("train/critic_learning_rate", learning_rate)
+
+    def _project(self) -> None:
+        """Put what has bounds back within them; for :meth:`train`, when it has changed the actor."""
+        if isinstance(self.policy, ActorCriticPolicy):
+            self.policy.project()
+
+    def _whole_action_value(self, value: float | str | Schedule | None, per_dimension: float) -> float:
         """
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        The current value of a quantity of the whole action.
+
+        :param value: as the user gave it; None for the default
+        :param per_dimension: the default, for each action dimension
+        """
+        if value is None:
+            return per_dimension * n_action_dims(self.action_space)
+        return self._current_value(value)
+
+    def _log_ent_coef(self) -> None:
+        """Log the weight of the entropy."""
+        self.logger.record("train/ent_coef", self._current_value(self.ent_coef))

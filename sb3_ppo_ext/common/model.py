@@ -24,9 +24,10 @@ from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import POLICY_ALIASES
 from sb3_ppo_ext.common.policy_distributions import family_of_policy
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
+from sb3_ppo_ext.common.rollout.vec_envs import check_env
 from sb3_ppo_ext.common.saving.files import opened
 from sb3_ppo_ext.common.saving.model_file import replacements, write_model
-from sb3_ppo_ext.common.spaces import check_env, check_spaces
+from sb3_ppo_ext.common.spaces import check_spaces
 from sb3_ppo_ext.common.validation import (
     as_schedule,
     check_bool,

@@ -29,7 +29,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     A child gives its :meth:`policy_loss`, and the numbers in it by :meth:`coefficients`; it may limit an update
     (:meth:`_kl_limit`) and act after it (:meth:`_after_update`). The arguments are those of
-    :class:`stable_baselines3.PPO`.
+    :class:`stable_baselines3.PPO`, with its defaults; the constructor of a child ends with :meth:`_setup_new_model`,
+    unless ``_init_setup_model`` is false.
     """
 
     _loads_files_of: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C")
@@ -39,28 +40,28 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         *,
-        learning_rate: float | str | Schedule,
-        n_steps: int,
-        batch_size: int,
-        n_epochs: int,
-        gamma: float,
-        gae_lambda: float,
-        clip_range_vf: float | str | Schedule | None,
-        normalize_advantage: bool,
-        ent_coef: float | str | Schedule,
-        vf_coef: float,
-        max_grad_norm: float,
-        use_sde: bool,
-        sde_sample_freq: int,
-        rollout_buffer_class: type[RolloutBuffer] | None,
-        rollout_buffer_kwargs: dict[str, Any] | None,
-        stats_window_size: int,
-        tensorboard_log: str | None,
-        policy_kwargs: dict[str, Any] | None,
-        verbose: int,
-        seed: int | None,
-        device: th.device | str,
-        torch_compile: bool,
+        learning_rate: float | str | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range_vf: float | str | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float | str | Schedule = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        torch_compile: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -90,6 +91,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.torch_compile = torch_compile
+
+    def _setup_new_model(self) -> None:
+        super()._setup_new_model()
+        self._check_rollout_size(self.batch_size, self.normalize_advantage)
 
     def _validate(self) -> None:
         super()._validate()

@@ -215,7 +215,7 @@ class ZooExperimentManager(ExperimentManager):
         if self.continue_training:
             options["reset_num_timesteps"] = False  # steps and schedules go on
             if model.tensorboard_log:
-                # SB3 would write into the newest log, whoever's that is.
+                # SB3 would write into the newest log, which may be that of another training.
                 name = options["tb_log_name"]
                 log_id = get_latest_log_id(model.tensorboard_log, name) + 1
                 Path(model.tensorboard_log, f"{name}_{log_id}").mkdir(parents=True, exist_ok=True)
@@ -247,11 +247,11 @@ class ZooExperimentManager(ExperimentManager):
 
     def _log_name(self, model: BaseAlgorithm) -> str:
         """The beginning of a TensorBoard folder's name: SB3's, unless another algorithm's class has the same name."""
+        if self.algo not in ALGORITHMS:
+            return str(inspect.signature(model.learn).parameters["tb_log_name"].default)
         name = type(model).__name__
         others = [key for key, algorithm in ALGOS.items() if algorithm.__name__ == name and key != self.algo]
-        if self.algo in ALGORITHMS and others:
-            return self.algo
-        return str(inspect.signature(model.learn).parameters["tb_log_name"].default)
+        return self.algo if others else name
 
     def hyperparameters_optimization(self) -> None:
         """Search; Ctrl-C is Optuna's to handle."""

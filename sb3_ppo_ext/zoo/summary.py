@@ -137,7 +137,7 @@ def _evaluate(manager: ExperimentManager, model: BaseAlgorithm, interrupts: Inte
     :raises KeyboardInterrupt: if Ctrl-C is pressed meanwhile
     """
     print(f"Evaluating {N_EPISODES} episodes", flush=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # what the manager says of every environment has been said twice
+    with contextlib.redirect_stdout(io.StringIO()):  # the manager has printed its settings before
         env = manager.create_envs(manager.n_eval_envs, eval_env=True)
     training_env = model.get_env()
     if training_env is not None and model.get_vec_normalize_env() is not None:

@@ -71,7 +71,8 @@ def trained(
                 else:
                     signal.raise_signal(signal.SIGINT)
 
-    said = io.StringIO()
+    said: Any = io.StringIO()
+    said.name = "<stdout>"  # SB3's logger writes there by way of the progress bar
     sys.argv = ["sb3-ppo-ext", *ARGUMENTS, *more]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         sys.setprofile(profile)

@@ -1,0 +1,1 @@
+"""From environments to samples: what acts, what is collected, and what is said of it."""

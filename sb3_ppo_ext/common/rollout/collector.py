@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -82,6 +82,9 @@ class Collector:
         action_shape = (env.num_envs, *(algorithm.action_space.shape or ()))
         action_space = algorithm.action_space
         is_as_made = type(env) is DummyVecEnv  # a wrapper may change an observation and not the final one
+        all_count = self._stop.counted is None
+        # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
+        is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self._actor_critic.act
         n_steps = 0
 
@@ -124,7 +127,10 @@ class Collector:
             if not callback.on_step():
                 return False
 
-            self._note_episodes(infos, dones)
+            if all_count:
+                algorithm._update_info_buffer(infos, dones)
+            else:
+                self._note_episodes(infos, dones)
             if dones.any():
                 for idx in dones.nonzero()[0]:
                     final_obs = infos[idx].get("terminal_observation")
@@ -139,7 +145,7 @@ class Collector:
             n_steps += 1
             algorithm._last_obs = new_obs  # type: ignore[assignment]
             algorithm._last_episode_starts = dones
-            if self._watch is not None and self._watch.is_touched() and self._watch.has_changed():
+            if not is_alone and self._watch is not None and self._watch.is_touched() and self._watch.has_changed():
                 self._follow_change()
             if self._stop.is_complete(n_steps, dones):
                 break
@@ -189,10 +195,9 @@ class Collector:
 
     def _note_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
         counted = self._stop.counted
-        if counted is not None:
-            infos = [info for info, counts in zip(infos, counted, strict=True) if counts]
-            dones = dones[counted]
-        self._algorithm._update_info_buffer(infos, dones)
+        assert counted is not None
+        infos = [info for info, counts in zip(infos, counted, strict=True) if counts]
+        self._algorithm._update_info_buffer(infos, dones[counted])
 
     def _evaluations_so_far(self) -> list[StepEvaluation]:
         """Values and distribution parameters of the steps that the rollout has so far, for each."""

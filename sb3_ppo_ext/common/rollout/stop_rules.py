@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.episode_buffer import EpisodeBuffer
@@ -104,8 +103,8 @@ class AfterEpisodes:
         is_awaited = self._completed < self._episodes_per_env
         if (self._episode_lengths[is_awaited] >= self._max_episode_steps).any():
             raise ValueError(
-                f"An episode has not ended within {self._limit_in_words}. REINFORCE learns from complete episodes: give "
-                "the environment a time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., "
+                f"An episode has not ended within {self._limit_in_words}. REINFORCE learns from complete episodes: "
+                "give the environment a time limit (gymnasium.wrappers.TimeLimit, or gymnasium.make(..., "
                 "max_episode_steps=...)), or give REINFORCE a larger max_episode_steps if they are that long"
             )
         return not is_awaited.any()
@@ -113,16 +112,3 @@ class AfterEpisodes:
     def close(self, rollout_buffer: RolloutBuffer) -> None:
         assert isinstance(rollout_buffer, EpisodeBuffer)
         rollout_buffer.close(self._episodes_per_env)
-
-
-def time_limit(env: VecEnv) -> int:
-    """
-    Steps after which the environments say that an episode is cut; 0 if they do not say.
-
-    :param env: the training environment
-    """
-    try:
-        specs = env.get_attr("spec")
-    except (AttributeError, NotImplementedError):  # a vector of environments that cannot be looked into
-        return 0
-    return max((getattr(spec, "max_episode_steps", None) or 0 for spec in specs), default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -115,10 +116,20 @@ def fit_critic(
     """
     set_critic_training_mode(policy, actor_parameters)
     coefficients = {"max_grad_norm": math.inf}
+    history: list[th.Tensor] = []
+    rollout: RolloutSamples | None = None
     with step:
-        history = [
-            step(rollout, rows, coefficients)
-            for _ in range(n_epochs)
-            for rollout, rows in minibatches(rollout_buffer, batch_size)
-        ]
+        for _ in range(n_epochs):
+            for samples, rows in minibatches(rollout_buffer, batch_size):
+                if samples is not rollout:
+                    rollout, of_critic = samples, _of_critic(samples)
+                history.append(step(of_critic, rows, coefficients))
     return th.stack(history).mean(dim=0)[step.names.index("value_loss")].item()
+
+
+def _of_critic(samples: RolloutSamples) -> RolloutSamples:
+    """What the critic is fitted to, without the rest, which would be cut into minibatches for nothing."""
+    nothing = cast(th.Tensor, None)
+    return samples._replace(
+        actions=nothing, old_values=nothing, old_log_prob=nothing, advantages=nothing, old_params=nothing
+    )

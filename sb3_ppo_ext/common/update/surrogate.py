@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch as th
 from torch import nn
@@ -16,6 +17,7 @@ from sb3_ppo_ext.common.update.reduce import Reducer
 from sb3_ppo_ext.numerics import flatten
 
 
+@dataclass(frozen=True)
 class Surrogate:
     """
     The mean of ``r A`` over a rollout, and of the entropy if it has a weight, by the present parameters. The graph of
@@ -29,22 +31,12 @@ class Surrogate:
     :param reducer: of what each process has computed
     """
 
-    def __init__(
-        self,
-        actor_critic: ActorCritic,
-        family: Family,
-        rollout: RolloutSamples,
-        *,
-        ent_coef: float,
-        chunks: Callable[[int], Iterator[slice]],
-        reducer: Reducer,
-    ) -> None:
-        self._actor_critic = actor_critic
-        self._family = family
-        self._rollout = rollout
-        self._ent_coef = ent_coef
-        self._chunks = chunks
-        self._reducer = reducer
+    actor_critic: ActorCritic
+    family: Family
+    rollout: RolloutSamples
+    ent_coef: float
+    chunks: Callable[[int], Iterator[slice]]
+    reducer: Reducer
 
     def gradient(self, candidates: Sequence[nn.Parameter]) -> tuple[th.Tensor, float, list[nn.Parameter]]:
         """
@@ -55,7 +47,7 @@ class Surrogate:
         """
         total: dict[nn.Parameter, th.Tensor] = {}
         objective = 0.0
-        n_samples = len(self._rollout.advantages)
+        n_samples = len(self.rollout.advantages)
         for rows, actor in self._evaluated():
             chunk_objective = self._of_samples(rows, actor).sum() / n_samples
             grads = th.autograd.grad(chunk_objective, candidates, allow_unused=True)
@@ -64,12 +56,12 @@ class Surrogate:
                     total[parameter] = total[parameter] + grad if parameter in total else grad
             objective += chunk_objective.item()
         gradient, mean = flatten(list(total.values())), th.tensor(objective, dtype=th.float64)
-        self._reducer.average(gradient, mean)
+        self.reducer.average(gradient, mean)
         return gradient, mean.item(), list(total)
 
     def value_and_kls(self) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """The objective, mean KL(old || new) and mean KL(new || old), three scalars."""
-        rollout, kl_of = self._rollout, self._family.kl
+        rollout, kl_of = self.rollout, self.family.kl
         objective = kl = reverse_kl = th.zeros((), device=rollout.advantages.device)
         for rows, actor in self._evaluated():
             objective = objective + self._of_samples(rows, actor).sum()
@@ -77,20 +69,20 @@ class Surrogate:
             reverse_kl = reverse_kl + kl_of(actor.params, rollout.old_params[rows]).sum()
         n_samples = len(rollout.advantages)
         means = objective / n_samples, kl / n_samples, reverse_kl / n_samples
-        self._reducer.average(*means)
+        self.reducer.average(*means)
         return means
 
     def _evaluated(self) -> Iterator[tuple[slice, ActorEvaluation]]:
-        for rows in self._chunks(len(self._rollout.advantages)):
-            yield rows, self._actor_critic.evaluate_actor(self._rollout.inputs.rows(rows), self._rollout.actions[rows])
+        for rows in self.chunks(len(self.rollout.advantages)):
+            yield rows, self.actor_critic.evaluate_actor(self.rollout.inputs.rows(rows), self.rollout.actions[rows])
 
     def _of_samples(self, rows: slice, actor: ActorEvaluation) -> th.Tensor:
         """The objective of each sample."""
         log_prob, entropy, _ = actor
-        old_log_prob = self._rollout.old_log_prob[rows]
-        objective = -losses.surrogate_loss(log_prob, old_log_prob, self._rollout.advantages[rows]).loss
-        if self._ent_coef > 0.0:
+        old_log_prob = self.rollout.old_log_prob[rows]
+        objective = -losses.surrogate_loss(log_prob, old_log_prob, self.rollout.advantages[rows]).loss
+        if self.ent_coef > 0.0:
             if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
                 entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
-            objective = objective + self._ent_coef * entropy
+            objective = objective + self.ent_coef * entropy
         return objective

@@ -68,13 +68,13 @@ def decoded_study(study: ZooStudy) -> optuna.Study:
     """
     decoded = optuna.create_study(direction="maximize", study_name=study.name)
     trials = [copy.deepcopy(trial) for trial in study.trials()]
-    values = [study.hyperparams(trial) for trial in trials]
+    hyperparams = [study.hyperparams(trial) for trial in trials]
     choices: dict[str, dict[Any, Any]] = {}  # all that were chosen, by name
-    for trial, of_trial in zip(trials, values, strict=True):
+    for trial, values in zip(trials, hyperparams, strict=True):
         for key, distribution in trial.distributions.items():
             if isinstance(distribution, CategoricalDistribution):
-                choices.setdefault(key, {})[format_value(of_trial[key][1])] = None
-    for trial, of_trial in zip(trials, values, strict=True):
+                choices.setdefault(key, {})[format_value(values[key][1])] = None
+    for trial, values in zip(trials, hyperparams, strict=True):
         params: dict[str, Any] = {}
         distributions: dict[str, BaseDistribution] = {}
         for key, distribution in trial.distributions.items():
@@ -89,7 +89,7 @@ def decoded_study(study: ZooStudy) -> optuna.Study:
                 params[name] = value
             else:
                 distributions[name] = CategoricalDistribution(tuple(choices[key]))
-                params[name] = format_value(of_trial[key][1])
+                params[name] = format_value(values[key][1])
         trial.params, trial.distributions = params, distributions
         n_timesteps, n_evaluations = trial.user_attrs.get(BUDGET, (1, 1))
         trial.intermediate_values = {
@@ -172,13 +172,13 @@ def _page_head(study: ZooStudy, evaluation: Sequence[str]) -> list[str]:
         lines = html.escape("\n".join(evaluation))
         parts += [f"<h2>Trained again, on fresh seeds</h2><pre>{lines}</pre>"]
     trials = study.trials()
-    values = [study.hyperparams(trial) for trial in trials]
-    names = {name: label for of_trial in values for name, (label, _) in of_trial.items()}
+    hyperparams = [study.hyperparams(trial) for trial in trials]
+    names = {name: label for values in hyperparams for name, (label, _) in values.items()}
     parts += ["<h2>All trials</h2><table>", _row("th", ["trial", "state", "value", *names.values(), "reason"])]
-    for trial, of_trial in zip(trials, values, strict=True):
+    for trial, values in zip(trials, hyperparams, strict=True):
         last = list(trial.intermediate_values.values())[-1:]
         value = [f"{value:.2f}" for value in ([trial.value] if trial.value is not None else last)] or [""]
-        cells = [format_value(of_trial[name][1]) if name in of_trial else "" for name in names]
+        cells = [format_value(values[name][1]) if name in values else "" for name in names]
         reason = trial.user_attrs.get(REASON, "")
         parts += [_row("td", [str(trial.number), state_name(trial.state), *value, *cells, reason])]
     return [*parts, "</table>"]

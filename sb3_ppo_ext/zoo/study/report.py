@@ -54,14 +54,14 @@ def _trial_table(study: ZooStudy, trials: Sequence[FrozenTrial], explained: dict
     :param explained: :func:`importances`
     :return: the lines of a table, with a column for each trial
     """
-    values = [study.hyperparams(trial) for trial in trials]
-    names = dict.fromkeys([*explained, *(name for of_trial in values for name in of_trial)])
+    hyperparams = [study.hyperparams(trial) for trial in trials]
+    names = dict.fromkeys([*explained, *(name for values in hyperparams for name in values)])
     rows = [["", *(["explains"] if explained else []), *(f"trial {trial.number}" for trial in trials)]]
     rows += [["value", *([""] if explained else []), *(f"{trial.value:.2f}" for trial in trials)]]
     for name in names:
-        label = next((of_trial[name][0] for of_trial in values if name in of_trial), decode_param(name, 0)[0])
+        label = next((values[name][0] for values in hyperparams if name in values), decode_param(name, 0)[0])
         share = [f"{explained[name]:.0%}" if name in explained else ""] if explained else []
-        cells = [format_value(of_trial[name][1]) if name in of_trial else "" for of_trial in values]
+        cells = [format_value(values[name][1]) if name in values else "" for values in hyperparams]
         rows += [[label, *share, *cells]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -18,6 +18,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from sb3_ppo_ext import TRPO
 from sb3_ppo_ext.common.rollout import data
+from sb3_ppo_ext.common.update.surrogate import Surrogate
 from sb3_ppo_ext.trpo import PolicyStep
 from tests.custom import OverridesForward
 from tests.envs import BOX, DICT, IMAGE, scripted
@@ -173,7 +174,7 @@ def test_critic_leaves_a_shared_extractor_alone(
 ) -> None:
     """With the actor's step refused, a whole update leaves the action distribution as it is, to the bit."""
     model = make_model(spaces.Discrete(3), obs_space, policy=policy, n_steps=64)
-    monkeypatch.setattr(model, "_objective_and_kls", lambda *_: (th.tensor(1.0), th.tensor(1e9), th.tensor(1e9)))
+    monkeypatch.setattr(Surrogate, "value_and_kls", lambda *_: (th.tensor(1.0), th.tensor(1e9), th.tensor(1e9)))
     observations = model.rollout_buffer.flat().observations
     with th.no_grad():
         before = model.policy.get_distribution(observations).distribution.logits.clone()
@@ -191,7 +192,7 @@ def test_a_failed_line_search_leaves_parameters_and_moments(monkeypatch: pytest.
     collect(model)
     parameters = flat_parameters(model.policy)
     moments = copy.deepcopy(model.policy.optimizer.state_dict())
-    monkeypatch.setattr(model, "_objective_and_kls", lambda *_: (th.tensor(-1.0), th.tensor(0.0), th.tensor(0.0)))
+    monkeypatch.setattr(Surrogate, "value_and_kls", lambda *_: (th.tensor(-1.0), th.tensor(0.0), th.tensor(0.0)))
     step = policy_step(model)
     assert step.status == "improvement"
     assert (step.kl, step.fraction) == (0.0, 0.0)

@@ -56,8 +56,8 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
         BOX_ACTIONS,
         {
             "n_epochs": 3,
-            "learning_rate": "lin_1e-2",
-            "policy_kwargs": {"critic_learning_rate": "lin_2e-2"},
+            "learning_rate": "lin_3e-2",
+            "policy_kwargs": {"critic_learning_rate": "lin_4e-2"},
             "clip_range": "lin_0.3",
             "clip_range_high": 0.25,
             "clip_range_vf": "lin_0.6",
@@ -121,6 +121,7 @@ def make_model(algorithm: Any, action_space: spaces.Space, **kwargs: Any) -> Any
     policy = kwargs.pop("policy", "MultiInputPolicy" if isinstance(obs_space, spaces.Dict) else "MlpPolicy")
     if issubclass(algorithm, (DualClipPPO, AdaptiveKLPPO)):
         kwargs.setdefault("n_epochs", 1)
+    kwargs["policy_kwargs"] = {"net_arch": [16], **kwargs.get("policy_kwargs", {})}
     settings = {**SMALL, **kwargs}
     if algorithm is REINFORCE:
         del settings["n_steps"]

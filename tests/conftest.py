@@ -6,12 +6,14 @@ import os
 import shutil
 import signal
 import tempfile
+from typing import Any
 
 import pytest
 import torch as th
 from torch import fx
 
 from sb3_ppo_ext.common.compile import Run, cpu
+from sb3_ppo_ext.common.compile.program import Program
 
 th.set_num_threads(1)  # small networks run fastest on one thread, and sums then always add in one order
 
@@ -26,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A wrapper that is compiled without optimisation is compiled in less time; kernels are optimised as ever.
+    os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.mkdtemp(prefix="sb3-ppo-ext-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -60,3 +64,17 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         return run
 
     monkeypatch.setattr(cpu, "machine_code", run_as_traced)
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the programs that are compiled, as it happens."""
+    made: list[str] = []
+    built = Program._built
+
+    def noted(self: Program, *args: Any) -> Run:
+        made.append(self._what)
+        return built(self, *args)
+
+    monkeypatch.setattr(Program, "_built", noted)
+    return made

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import sb3_contrib
 import torch as th
-from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -23,7 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer
 from tests.algorithms import ALGORITHMS, ROLLOUT, parameters, small
-from tests.envs import BOX, ScriptedEnv
+from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
 
 SHARED: dict[str, tuple[Any, ...]] = {
     "learning_rate": (
@@ -264,7 +263,7 @@ class Records(BaseCallback):
 
 
 def trained(algorithm: Any, ent_coef: Any, callback: Any = None) -> Any:
-    env = DummyVecEnv([lambda: ScriptedEnv(BOX, spaces.Box(-1.0, 1.0, (2,), np.float32), script=((4, True, False),))])
+    env = DummyVecEnv([lambda: ScriptedEnv(BOX, BOX_ACTIONS, script=((4, True, False),))])
     model = small(algorithm, "MlpPolicy", env, ent_coef=ent_coef, learning_rate=1e-2)
     return model.learn(4 * ROLLOUT, callback=callback, log_interval=1000)
 

@@ -21,7 +21,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_ppo_ext import DualClipPPO
 from sb3_ppo_ext.common.saving.checkpoint import load_weights, resume, save_checkpoint
 from sb3_ppo_ext.common.saving.files import _new_temporary, damage_of, write_whole
-from tests.contract.test_resume import in_new_process, limited_walk
+from tests.envs import limited_walk
+from tests.processes import in_new_process
 
 SB3S_AND_OURS = pytest.mark.parametrize("algorithm", [PPO, DualClipPPO])
 NAME_OF_A_LEFTOVER = f"{0:032x}.sb3_ppo_ext.tmp"

@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import (
     EvalCallback,
     EveryNTimesteps,
     LogEveryNTimesteps,
+    ProgressBarCallback,
     StopTrainingOnMaxEpisodes,
     StopTrainingOnNoModelImprovement,
     StopTrainingOnRewardThreshold,
@@ -165,8 +166,17 @@ def test_the_order_of_events(algorithm: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:rich is experimental/alpha")  # of tqdm's, which SB3 asks for
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_progress_bar(algorithm: Any) -> None:
-    assert model_of(algorithm).learn(ROLLOUT, progress_bar=True).num_timesteps >= ROLLOUT
+def test_the_progress_bar_counts_every_step(algorithm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+    close = ProgressBarCallback._on_training_end
+
+    def noted(self: ProgressBarCallback) -> None:
+        bars.append(self.pbar)
+        close(self)
+
+    monkeypatch.setattr(ProgressBarCallback, "_on_training_end", noted)
+    model = model_of(algorithm).learn(ROLLOUT, progress_bar=True)
+    assert [(bar.n, bar.total) for bar in bars] == [(model.num_timesteps, ROLLOUT)]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -25,8 +25,8 @@ from stable_baselines3.sac.policies import SACPolicy
 import sb3_ppo_ext
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO, resume
 from sb3_ppo_ext.common.validation import as_schedule
-from tests.algorithms import ALGORITHMS, ROLLOUT, small
-from tests.envs import BOX, ScriptedEnv, WithoutMasks
+from tests.algorithms import ALGORITHMS, ROLLOUT, have_moved, parameters, small
+from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv, WithoutMasks
 
 CHOICE = spaces.Discrete(3)
 
@@ -148,7 +148,7 @@ class Averaging(Logger):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("action_space", [CHOICE, spaces.Box(-1.0, 1.0, (2,), np.float32)], ids=["choice", "box"])
+@pytest.mark.parametrize("action_space", [CHOICE, BOX_ACTIONS], ids=["choice", "box"])
 def test_the_log_holds_numbers_only(algorithm: Any, action_space: Any) -> None:
     policy_kwargs = {"critic_learning_rate": "lin_1e-3"}
     model = small(algorithm, "MlpPolicy", env(BOX, action_space), ent_coef=0.5, policy_kwargs=policy_kwargs)
@@ -164,7 +164,7 @@ def test_the_log_holds_numbers_only(algorithm: Any, action_space: Any) -> None:
 def test_the_log_has_the_keys_that_dashboards_read(ours: Any, theirs: Any) -> None:
     keys = []
     for algorithm in (ours, theirs):
-        model = algorithm("MlpPolicy", env(BOX, spaces.Box(-1.0, 1.0, (2,), np.float32)), n_steps=ROLLOUT, batch_size=8)
+        model = algorithm("MlpPolicy", env(BOX, BOX_ACTIONS), n_steps=ROLLOUT, batch_size=8)
         keys.append(set(model.learn(ROLLOUT, log_interval=1000).logger.name_to_value))
     assert keys[1] - keys[0] <= ({"train/clip_fraction", "train/clip_range"} if ours is AdaptiveKLPPO else set())
 
@@ -224,7 +224,7 @@ def test_checkpoints_are_importable_from_the_top() -> None:
 )
 def test_policies_that_want_more_than_an_observation(algorithm: Any, policy: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        small(algorithm, policy, env(BOX, spaces.Box(-1.0, 1.0, (2,), np.float32)))
+        small(algorithm, policy, env(BOX, BOX_ACTIONS))
 
 
 def masked() -> Any:
@@ -277,7 +277,10 @@ class Unhelpful(DummyVecEnv):
 
 @pytest.mark.parametrize("vector_class", [Obliging, Unhelpful])
 def test_a_vector_that_cannot_tell_has_no_masks(vector_class: Any) -> None:
-    small(DualClipPPO, "MlpPolicy", vector_class([env])).learn(ROLLOUT)
+    model = small(DualClipPPO, "MlpPolicy", vector_class([env]))
+    before = parameters(model)
+    model.learn(ROLLOUT)
+    assert have_moved(model, before)
 
 
 class Simulator(gym.Env[Any, Any]):

@@ -14,6 +14,7 @@ from torch import nn
 from sb3_ppo_ext import REINFORCE
 from tests.algorithms import ALGORITHMS, small
 from tests.envs import BOX, ScriptedEnv
+from tests.pairwise import pairwise
 
 
 class Forbidding(nn.Module):
@@ -88,19 +89,18 @@ def learn(algorithm: Any, policy: Any, case: str, **kwargs: Any) -> None:
     assert all(math.isfinite(value) for value in logged.values() if isinstance(value, float)), logged
 
 
-@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_learning(algorithm: Any, case: str, ent_coef: float) -> None:
+@pytest.mark.parametrize(("algorithm", "case", "ent_coef"), pairwise(ALGORITHMS, CASES, [0.0, 0.01]))
+def test_what_is_left_is_learnt(algorithm: Any, case: str, ent_coef: float) -> None:
     learn(algorithm, Policy, case, ent_coef=ent_coef)
 
 
-@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
-@pytest.mark.parametrize("case", ["discrete", "multi-discrete"])  # SB3's own entropy of binary actions is not finite
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_learning_by_methods_of_its_own(algorithm: Any, case: str, ent_coef: float) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "case", "ent_coef"),
+    pairwise(ALGORITHMS, ["discrete", "multi-discrete"], [0.0, 0.01]),  # SB3's entropy of binary ones is not finite
+)
+def test_what_is_left_is_learnt_by_a_policy_that_overrides_methods(algorithm: Any, case: str, ent_coef: float) -> None:
     learn(algorithm, OwnMethods, case, ent_coef=ent_coef)
 
 
-def test_scores_of_reinforces_optimal_baseline() -> None:
+def test_the_scores_of_reinforces_optimal_baseline_are_finite() -> None:
     learn(REINFORCE, Policy, "discrete", baseline="optimal")

@@ -25,15 +25,15 @@ from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.saving.checkpoint import load_weights, resume, save_checkpoint
 from sb3_ppo_ext.common.saving.interchange import ALGORITHM
-from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, small
-from tests.envs import BOX, ScriptedEnv, WithoutMasks
+from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, assert_same_policy, small
+from tests.envs import BOX, ScriptedEnv, WithoutMasks, scripted
 
 FILES = Path(__file__).parent / "files"
-BOX_ACTIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
+TORQUES = spaces.Box(-1.0, 1.0, (3,), np.float32)
 
 
-def make(action_space: Any = BOX_ACTIONS, n_envs: int = 2) -> Any:
-    return make_vec_env(lambda: ScriptedEnv(BOX, action_space), n_envs=n_envs, seed=0)
+def make(action_space: Any = TORQUES, n_envs: int = 2) -> Any:
+    return scripted(BOX, action_space, n_envs)
 
 
 def theirs(algorithm: Any, env: Any = None, **arguments: Any) -> Any:
@@ -48,12 +48,6 @@ def theirs(algorithm: Any, env: Any = None, **arguments: Any) -> Any:
         **arguments,
     }
     return algorithm("MlpPolicy", make() if env is None else env, **arguments).learn(2 * ROLLOUT)
-
-
-def assert_same_policy(one: Any, other: Any) -> None:
-    weights, others = one.policy.state_dict(), other.policy.state_dict()
-    assert weights.keys() == others.keys()
-    assert all(th.equal(weights[name], others[name]) for name in weights)
 
 
 class Child(DualClipPPO):
@@ -169,7 +163,7 @@ def test_a_checkpoint_of_sb3s_model(tmp_path):
 @pytest.mark.parametrize(
     ("action_space", "factor"),
     [
-        (BOX_ACTIONS, 3),
+        (TORQUES, 3),
         (spaces.Discrete(4), 1),
         (spaces.MultiBinary(3), 3),
         (spaces.MultiDiscrete([2, 3]), 1),  # whose KL divergence sb3-contrib does not average

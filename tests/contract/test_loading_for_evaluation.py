@@ -11,21 +11,21 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_ppo_ext import REINFORCE, DualClipPPO
 from sb3_ppo_ext.common.saving.checkpoint import resume, save_checkpoint
 from tests.algorithms import ALGORITHMS, ROLLOUT, small
-from tests.envs import BOX, ScriptedEnv
+from tests.envs import BOX, scripted
 
 
 def make(n_envs: int = 2) -> Any:
-    return make_vec_env(lambda: ScriptedEnv(BOX, spaces.Discrete(3)), n_envs=n_envs, seed=0)
+    return scripted(BOX, spaces.Discrete(3), n_envs)
 
 
 def watch(model: Any) -> None:
-    evaluate_policy(model, make(1), n_eval_episodes=1)
+    _, lengths = evaluate_policy(model, make(1), n_eval_episodes=3, return_episode_rewards=True)
+    assert lengths == [3, 2, 4]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 from typing import Any
 
 import gymnasium as gym
@@ -13,21 +14,10 @@ import torch as th
 from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.errors import NonFiniteError
 from sb3_ppo_ext.common.update.step import raise_if_not_finite
+from tests.algorithms import have_moved, parameters
+from tests.envs import LargeReward
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
-
-
-class LargeReward(gym.RewardWrapper):
-    """The 100th reward, or each from the 65th on, is a number whose square is none."""
-
-    def __init__(self, env: gym.Env[Any, Any], always: bool = False) -> None:
-        super().__init__(env)
-        self.count = 0
-        self.always = always
-
-    def reward(self, reward: Any) -> float:
-        self.count += 1
-        return 1e30 if self.count == 100 or (self.always and self.count > 64) else float(reward)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
@@ -35,7 +25,8 @@ class LargeReward(gym.RewardWrapper):
 @pytest.mark.parametrize("torch_compile", [False, True])
 @pytest.mark.usefixtures("without_compiler")
 def test_a_loss_that_is_not_finite(algorithm: Any, torch_compile: bool) -> None:
-    model = algorithm("MlpPolicy", LargeReward(gym.make("CartPole-v1")), torch_compile=torch_compile, **SMALL)
+    env = LargeReward(gym.make("CartPole-v1"), {100})
+    model = algorithm("MlpPolicy", env, torch_compile=torch_compile, **SMALL)
     model.learn(64)
     with pytest.raises(NonFiniteError, match="value_loss=") as error:
         model.learn(64, reset_num_timesteps=False)
@@ -43,14 +34,14 @@ def test_a_loss_that_is_not_finite(algorithm: Any, torch_compile: bool) -> None:
     assert all(p.isfinite().all() for p in model.policy.parameters())
     for state in model.policy.optimizer.state.values():
         assert state["exp_avg"].isfinite().all()
-    before = [p.detach().clone() for p in model.policy.parameters()]
+    before = parameters(model)
     model.learn(64, reset_num_timesteps=False)  # the model is still usable
-    assert all(not th.equal(p, q) for p, q in zip(model.policy.parameters(), before, strict=True))
+    assert have_moved(model, before)
 
 
-def update_that_fails(always: bool, **kwargs: Any) -> tuple[str, float]:
-    """What the error says, and how far the parameters have moved."""
-    env = LargeReward(gym.make("CartPole-v1"), always)
+def update_that_fails(steps: Container[int], **kwargs: Any) -> tuple[str, float]:
+    """What the error says of rewards that are too large, and how far the parameters have moved."""
+    env = LargeReward(gym.make("CartPole-v1"), steps)
     policy_kwargs = {"optimizer_class": th.optim.SGD}
     settings = {**SMALL, "policy_kwargs": policy_kwargs, **kwargs}
     model = DualClipPPO("MlpPolicy", env, **settings)
@@ -64,11 +55,11 @@ def update_that_fails(always: bool, **kwargs: Any) -> tuple[str, float]:
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 def test_it_is_said_whether_the_policy_has_changed() -> None:
-    message, moved = update_that_fails(always=True)
+    message, moved = update_that_fails(range(65, 10_000))
     assert "No step of this update was made: the policy is as it was before it." in message
     assert moved == 0.0
 
-    message, moved = update_that_fails(always=False, batch_size=4, n_epochs=1)
+    message, moved = update_that_fails({100}, batch_size=4, n_epochs=1)
     found = re.search(
         r"The (\d+) steps with such a gradient were not made; the other (\d+) of this update were", message
     )

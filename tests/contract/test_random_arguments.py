@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_ppo_ext.common.errors import NonFiniteError
 from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer, RolloutBuffer
 from tests.algorithms import ALGORITHMS
+from tests.custom import EveryStepBuffer
 from tests.envs import BOX, DICT, ScriptedEnv
 
 # What nobody should give: of each type, and at each edge.
@@ -51,13 +52,6 @@ def schedule(low: float, high: float) -> st.SearchStrategy[Any]:
         numbers.map(lambda start: f"lin_{start}"),
         st.just(lambda progress: low + (high - low) * progress),
     )
-
-
-class EveryStep(RolloutBuffer):
-    """A buffer of a user's own, filled as SB3 does it."""
-
-    def add(self, *args: Any, **kwargs: Any) -> None:
-        super().add(*args, **kwargs)
 
 
 BOOL = st.booleans()
@@ -115,7 +109,9 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "discount_from": st.sampled_from(["present", "start"]),
     "bootstrap_timeouts": BOOL,
     "max_episode_steps": st.integers(4, 100),
-    "rollout_buffer_class": st.sampled_from([None, RolloutBuffer, DictRolloutBuffer, EveryStep, sb3.RolloutBuffer]),
+    "rollout_buffer_class": st.sampled_from(
+        [None, RolloutBuffer, DictRolloutBuffer, EveryStepBuffer, sb3.RolloutBuffer]
+    ),
     "rollout_buffer_kwargs": st.sampled_from([None, {}, {"gae_lambda": 0.5}, {"size": 1}]),
     "tensorboard_log": st.sampled_from([None, "logs", Path("more", "logs")]),
     "policy_kwargs": POLICY_KWARGS,
@@ -176,7 +172,7 @@ def trains_or_says_value_error(algorithm: Any, kwargs: dict[str, Any], action_sp
 def test_any_combination_of_arguments(algorithm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # any string is a folder for TensorBoard
 
-    @settings(max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=120, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(kwargs=arguments(algorithm), action_space=st.sampled_from(ACTION_SPACES), n_envs=st.integers(1, 3))
     def check(kwargs: dict[str, Any], action_space: Any, n_envs: int) -> None:
         trains_or_says_value_error(algorithm, kwargs, action_space, n_envs)

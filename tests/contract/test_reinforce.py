@@ -1,4 +1,4 @@
-"""REINFORCE at home in SB3: spaces, policies, saving, callbacks, wrappers, logs, and what it says to bad input."""
+"""What REINFORCE does otherwise than the rest: whole episodes, baselines, its limits, its logs, its bad arguments."""
 
 from __future__ import annotations
 
@@ -11,34 +11,30 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_ext import REINFORCE, reinforce
 from sb3_ppo_ext.common.saving.checkpoint import resume, save_checkpoint
-from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
+from tests.algorithms import assert_close_policies, parameters
+from tests.custom import OverridesForward
+from tests.envs import BOX, DICT, IMAGE, LargeReward, ScriptedEnv, scripted
+from tests.pairwise import pairwise
 
 BASELINES = ("none", "mean", "optimal", "leave_one_out", "value")
 TORQUES = spaces.Box(-2.0, 2.0, (3,), np.float32)
 
 
-def scripted(
-    obs_space: spaces.Space[Any] = BOX, action_space: spaces.Space[Any] | None = None, n_envs: int = 2, **kwargs: Any
-) -> Any:
-    action_space = action_space or spaces.Discrete(3)
-    return make_vec_env(lambda: ScriptedEnv(obs_space, action_space, **kwargs), n_envs=n_envs, seed=0)
-
-
 def agent(env: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> REINFORCE:
     return REINFORCE(
-        policy, scripted() if env is None else env, **{"episodes_per_env": 2, "seed": 0, "device": "cpu", **kwargs}
+        policy, choices() if env is None else env, **{"episodes_per_env": 2, "seed": 0, "device": "cpu", **kwargs}
     )
 
 
-def parameters(model: BaseAlgorithm) -> list[th.Tensor]:
-    return [p.detach().clone() for p in model.policy.parameters()]
+def choices(**kwargs: Any) -> VecEnv:
+    """Two scripted environments with three actions."""
+    return scripted(BOX, spaces.Discrete(3), **kwargs)
 
 
 def same(a: list[th.Tensor], b: list[th.Tensor]) -> bool:
@@ -103,10 +99,10 @@ def test_spaces(case: str, baseline: Any) -> None:
     assert all(action_space.contains(action) for action in actions)
 
 
-@pytest.mark.parametrize("returns", ["reward_to_go", "total"])
-@pytest.mark.parametrize("discount_from", ["present", "start"])
-@pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("normalize_advantage", [False, True])
+@pytest.mark.parametrize(
+    ("returns", "discount_from", "baseline", "normalize_advantage"),
+    pairwise(["reward_to_go", "total"], ["present", "start"], BASELINES, [False, True]),
+)
 def test_combinations(returns: Any, discount_from: Any, baseline: Any, normalize_advantage: bool) -> None:
     model = agent(
         returns=returns, discount_from=discount_from, baseline=baseline, normalize_advantage=normalize_advantage
@@ -115,24 +111,13 @@ def test_combinations(returns: Any, discount_from: Any, baseline: Any, normalize
     has_learnt(model.learn(30), before)
 
 
-class OwnForward(ActorCriticPolicy):
-    """Overrides what the fast way goes around; by its calls a test sees which way was taken."""
-
-    calls = 0
-
-    def forward(self, obs: Any, deterministic: bool = False) -> Any:
-        type(self).calls += 1
-        return super().forward(obs, deterministic)
-
-
 @pytest.mark.parametrize("baseline", ["leave_one_out", "optimal", "value"])
 def test_custom_policy_learns_the_same(baseline: Any) -> None:
     """By SB3's methods a policy learns what the same one learns the fast way."""
-    theirs = agent(policy=OwnForward, baseline=baseline, learning_rate=1e-2).learn(60)
-    assert OwnForward.calls > 0
+    theirs = agent(policy=OverridesForward, baseline=baseline, learning_rate=1e-2).learn(60)
+    assert theirs.policy.n_calls > 0  # by SB3's methods, that is
     ours = agent(baseline=baseline, learning_rate=1e-2).learn(60)
-    for p, q in zip(parameters(theirs), parameters(ours), strict=True):
-        th.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    assert_close_policies(theirs, ours, atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_does_not_reach_the_update() -> None:
@@ -153,7 +138,7 @@ def test_critic_leaves_the_actor_alone(policy_kwargs: dict[str, Any]) -> None:
     """Whatever they share: of one batch the actor learns the same, to the bit, however often the critic learns."""
 
     def logits_after(n_critic_updates: int) -> th.Tensor:
-        env = scripted(IMAGE)
+        env = scripted(IMAGE, spaces.Discrete(3))
         model = agent(
             env, "CnnPolicy", baseline="value", policy_kwargs=policy_kwargs, n_critic_updates=n_critic_updates
         )
@@ -184,7 +169,7 @@ def test_an_episode_that_never_ends(n_envs: int) -> None:
 
 
 def test_an_episode_of_just_that_length_is_fine() -> None:
-    env = scripted(script=((5, True, False),))
+    env = choices(script=((5, True, False),))
     agent(env, max_episode_steps=5).learn(20)
     with pytest.raises(ValueError, match="max_episode_steps=4"):
         agent(env, max_episode_steps=4).learn(20)
@@ -267,14 +252,16 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 def test_one_episode_has_no_others(baseline: Any) -> None:
     message = f"episodes_per_env=1 with 1 environment.*baseline='{baseline}'.*at least two"
     with pytest.raises(ValueError, match=message):
-        agent(scripted(n_envs=1), episodes_per_env=1, baseline=baseline)
-    agent(scripted(n_envs=2), episodes_per_env=1, baseline=baseline).learn(1)
-    agent(scripted(n_envs=1), episodes_per_env=2, baseline=baseline).learn(1)
+        agent(choices(n_envs=1), episodes_per_env=1, baseline=baseline)
+    agent(choices(n_envs=2), episodes_per_env=1, baseline=baseline).learn(1)
+    agent(choices(n_envs=1), episodes_per_env=2, baseline=baseline).learn(1)
 
 
 @pytest.mark.parametrize("baseline", ["none", "value"])
 def test_one_episode_is_enough_for(baseline: Any) -> None:
-    agent(scripted(n_envs=1), episodes_per_env=1, baseline=baseline, normalize_advantage=True).learn(20)
+    model = agent(choices(n_envs=1), episodes_per_env=1, baseline=baseline, normalize_advantage=True)
+    before = parameters(model)
+    has_learnt(model.learn(20), before)
 
 
 def test_unsupported_action_space() -> None:
@@ -290,13 +277,13 @@ def test_save_load_continue(tmp_path: Path, baseline: Any) -> None:
     """What is loaded continues as what was saved."""
     saved = agent(baseline=baseline, learning_rate=1e-2, gamma=0.7, max_episode_steps=77).learn(40)
     saved.save(tmp_path / "agent")
-    loaded = REINFORCE.load(tmp_path / "agent", env=scripted(), device="cpu")
+    loaded = REINFORCE.load(tmp_path / "agent", env=choices(), device="cpu")
     for name in ("episodes_per_env", "baseline", "returns", "discount_from", "gamma", "max_episode_steps"):
         assert getattr(loaded, name) == getattr(saved, name), name
     assert (loaded.num_timesteps, loaded._n_updates) == (saved.num_timesteps, saved._n_updates)
     assert same(parameters(loaded), parameters(saved))
 
-    saved.set_env(scripted())
+    saved.set_env(choices())
     results = []
     for model in (saved, loaded):
         model.set_random_seed(5)
@@ -312,13 +299,15 @@ def test_saved_in_the_middle_of_a_rollout(tmp_path: Path) -> None:
         return True
 
     agent().learn(20, callback=save)
-    REINFORCE.load(tmp_path / "agent", env=scripted(), device="cpu").learn(20)
+    loaded = REINFORCE.load(tmp_path / "agent", env=choices(), device="cpu")
+    before = parameters(loaded)
+    has_learnt(loaded.learn(20), before)
 
 
 def test_loaded_to_be_watched(tmp_path: Path) -> None:
     """In one environment, where it could not learn: a batch of one episode has no others."""
     agent(episodes_per_env=1, baseline="mean").learn(1).save(tmp_path / "agent")
-    model = REINFORCE.load(tmp_path / "agent", env=scripted(n_envs=1), device="cpu")
+    model = REINFORCE.load(tmp_path / "agent", env=choices(n_envs=1), device="cpu")
     assert model.env is not None
     model.predict(model.env.reset())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="episodes_per_env=1 with 1 environment"):
@@ -410,23 +399,10 @@ def test_goes_on_with_other_environments(tmp_path: Path) -> None:
 # --- Numbers that are not finite
 
 
-class LargeReward(gym.Wrapper[Any, Any, Any, Any]):
-    """One reward, at a step, that is too large to compute with; the others as they are."""
-
-    def __init__(self, env: gym.Env[Any, Any], at: int) -> None:
-        super().__init__(env)
-        self._at = at
-
-    def step(self, action: Any) -> Any:
-        obs, reward, *rest = super().step(action)
-        self._at -= 1
-        return (obs, 1e38 if self._at == 0 else reward, *rest)
-
-
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_a_gradient_that_is_not_finite_skips_the_update(baseline: Any) -> None:
-    env = make_vec_env(lambda: LargeReward(ScriptedEnv(BOX, spaces.Discrete(2)), at=2), n_envs=2, seed=0)
+    env = make_vec_env(lambda: LargeReward(ScriptedEnv(BOX, spaces.Discrete(2)), {2}, 1e38), n_envs=2, seed=0)
     model = agent(env, baseline=baseline, learning_rate=1e-2)
     before = parameters(model)
     with pytest.warns(UserWarning, match="REINFORCE left the policy as it was"):
@@ -475,7 +451,7 @@ def test_log_keys_without_critic_and_std() -> None:
 
 def test_learning_rate_schedule() -> None:
     """The Zoo's string: of what is left after so many of the steps; never below 0, though a batch overshoots."""
-    model = agent(scripted(script=((5, True, False),)), learning_rate="lin_0.1", episodes_per_env=1)
+    model = agent(choices(script=((5, True, False),)), learning_rate="lin_0.1", episodes_per_env=1)
     model.learn(40)
     assert model.num_timesteps == 40
     assert model.logger.name_to_value["train/learning_rate"] == 0.0

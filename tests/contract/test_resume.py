@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import (
@@ -33,54 +28,15 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.saving.checkpoint import SafeCheckpointCallback, latest_checkpoint, resume, save_checkpoint
+from tests.custom import LearningRates
+from tests.envs import RandomWalk, SavedWalk, limited_walk
+from tests.processes import in_new_process
 
-ROOT = Path(__file__).parents[2]
 N_ENVS = 3
 TOTAL = 4 * 16 * N_ENVS
 
 
-class PlainWalk(gym.Env[np.ndarray, np.ndarray]):
-    """A random walk that draws from every generator there is. It does not give its state."""
-
-    observation_space = spaces.Box(-10.0, 10.0, (3,), np.float32)
-    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        super().reset(seed=seed)
-        self.position = self.np_random.normal(size=3)
-        return self.position.astype(np.float32), {}
-
-    def noise(self) -> float:
-        return self.np_random.normal() + random.random() + np.random.random()  # noqa: NPY002
-
-    def step(self, action: np.ndarray):
-        self.position = 0.9 * self.position + 0.1 * self.noise() + 0.2 * action.sum()
-        terminated = bool(self.np_random.random() < 0.05)
-        return self.position.astype(np.float32), -float(np.square(self.position).sum()), terminated, False, {}
-
-
-class Walk(PlainWalk):
-    """The walk, which gives its state."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
-
-
-class WalkOfItsOwn(Walk):
-    """The walk, drawing from its own generator alone: those of a worker process are not saved."""
-
-    def noise(self) -> float:
-        return float(self.np_random.normal())
-
-
-def limited_walk() -> gym.Env[Any, Any]:
-    return TimeLimit(WalkOfItsOwn(), max_episode_steps=11)
-
-
-def make_env(*, env_class: type[PlainWalk] = Walk, vec_monitor: bool = False) -> VecEnv:
+def make_env(*, env_class: type[RandomWalk] = SavedWalk, vec_monitor: bool = False) -> VecEnv:
     """Every wrapper that remembers something."""
 
     def single() -> gym.Env[Any, Any]:
@@ -154,17 +110,6 @@ def outcome(model: BaseAlgorithm) -> dict[str, Any]:
     return {key: bits(value) for key, value in result.items()}
 
 
-def in_new_process(code: str, *arguments: object) -> None:
-    """Run a line of Python in a process of its own."""
-    subprocess.run(
-        [sys.executable, "-c", f"import sys, torch; torch.set_num_threads(1); {code}", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-        check=True,
-    )
-
-
 def resume_all(folder: str) -> None:
     """In the new process: resume each case from the newest checkpoint in its folder, and train to the end."""
     outcomes = {}
@@ -227,30 +172,13 @@ def test_training_goes_on_after_learn_as_if_in_one_process(name, vec_monitor, tm
     assert outcome(resumed) == outcome(model)
 
 
-class Rates(BaseCallback):
-    """The learning rate of each update, as the optimiser has it when the next rollout begins."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rates: list[float] = []
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_start(self) -> None:
-        self.rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
-
-    def _on_training_end(self) -> None:
-        self._on_rollout_start()
-
-
 def test_schedules_go_on_from_where_they_were(tmp_path):
     model = make_model("DualClipPPO", False, make_env())
     model.learn(TOTAL, callback=SafeCheckpointCallback(1, tmp_path, keep_last=None))
     path = tmp_path / f"rl_model_{TOTAL // 2}_steps.zip"
-    resumed, rates = resume(DualClipPPO, path, make_env(), device="cpu"), Rates()
+    resumed, rates = resume(DualClipPPO, path, make_env(), device="cpu"), LearningRates()
     resumed.learn(TOTAL - resumed.num_timesteps, callback=rates, reset_num_timesteps=False)
-    assert rates.rates == [decreasing(0.5), decreasing(0.25), decreasing(0.0)]
+    assert rates.rates == [(decreasing(progress),) for progress in (0.5, 0.25, 0.0)]
 
 
 def test_a_completed_run_that_is_started_again_does_nothing(tmp_path):
@@ -266,12 +194,12 @@ def test_a_completed_run_that_is_started_again_does_nothing(tmp_path):
 
 
 def test_environments_that_do_not_give_their_state_are_reset_and_draw_on(tmp_path):
-    model = make_model("DualClipPPO", False, make_env(env_class=PlainWalk))
+    model = make_model("DualClipPPO", False, make_env(env_class=RandomWalk))
     model.learn(TOTAL // 2)
     save_checkpoint(model, tmp_path / "model.zip")
 
     def resumed(seed: int) -> dict[str, Any]:
-        env = make_env(env_class=PlainWalk)
+        env = make_env(env_class=RandomWalk)
         env.seed(seed)  # as make_vec_env() does, before the first reset
         return outcome(
             resume(DualClipPPO, tmp_path / "model.zip", env, device="cpu").learn(TOTAL // 2, reset_num_timesteps=False)
@@ -330,7 +258,7 @@ def test_an_environment_in_other_wrappers_is_refused(checkpoint):
 
 def test_environments_that_cannot_take_their_state_back_are_refused(checkpoint):
     with pytest.raises(ValueError, match=r"rl_model_0_steps.zip cannot.*load_state_dict"):
-        resume(DualClipPPO, checkpoint, make_env(env_class=PlainWalk), device="cpu")
+        resume(DualClipPPO, checkpoint, make_env(env_class=RandomWalk), device="cpu")
 
 
 def test_a_model_that_was_saved_without_training_state_is_refused(tmp_path):

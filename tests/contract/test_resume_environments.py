@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_ppo_ext import DualClipPPO
 from sb3_ppo_ext.common.saving.checkpoint import load_vec_normalize, resume, save_checkpoint
-from tests.contract.test_resume import WalkOfItsOwn, bits, limited_walk
-from tests.envs import ScriptedEnv
+from tests.contract.test_resume import bits
+from tests.envs import ScriptedEnv, SeededWalk, limited_walk
 
 FILES = Path(__file__).parent / "files"
 DICT = spaces.Dict({"a": spaces.Box(-1.0, 1.0, (2,)), "b": spaces.Box(-1.0, 1.0, (2,))})
@@ -166,7 +166,7 @@ def test_the_wrapper_that_sb3_adds_is_no_difference(tmp_path):
 
 
 def normalised() -> gym.Env[Any, Any]:
-    env: Any = TimeLimit(WalkOfItsOwn(), max_episode_steps=11)
+    env: Any = TimeLimit(SeededWalk(), max_episode_steps=11)
     return NormalizeReward(FrameStackObservation(NormalizeObservation(env), 2), gamma=0.9)
 
 

@@ -20,8 +20,6 @@ GOALS = [
     ("trpo_ext", "CartPole-v1", 475),
     ("reinforce", "CartPole-v1", 475),
     ("dual_clip_ppo", "Pendulum-v1", -300),
-    ("adaptive_kl_ppo", "Pendulum-v1", -300),
-    ("trpo_ext", "Pendulum-v1", -300),
 ]
 
 

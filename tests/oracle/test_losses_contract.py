@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.losses import SurrogateLoss
+from tests.pairwise import pairwise
 
 POLICY = ("log_prob", "old_log_prob", "advantages")
 VALUE = ("values", "old_values", "returns")
@@ -60,9 +61,14 @@ MASKED = [case for case in ELEMENTWISE if case.has_mask]
 REDUCTIONS = [Case("masked_mean", ("x",), {}), Case("aggregate", ("loss",), {"mode": "token-mean"})]  # type: ignore[dict-item]
 SHAPE = (3, 8)
 
-elementwise = pytest.mark.parametrize("case", ELEMENTWISE, ids=lambda case: case.name)
-masked = pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
-masked_or_reduction = pytest.mark.parametrize("case", MASKED + REDUCTIONS, ids=lambda case: case.name)
+
+def name_of(value: object) -> str:
+    return value.name if isinstance(value, Case) else str(value)
+
+
+elementwise = pytest.mark.parametrize("case", ELEMENTWISE, ids=name_of)
+masked = pytest.mark.parametrize("case", MASKED, ids=name_of)
+masked_or_reduction = pytest.mark.parametrize("case", MASKED + REDUCTIONS, ids=name_of)
 
 
 def arguments(case: Case, shape: tuple[int, ...] = SHAPE, dtype: th.dtype = th.float64) -> list[th.Tensor]:
@@ -107,9 +113,11 @@ def test_imports_are_torch_the_standard_library_and_siblings() -> None:
 # Masks
 
 
-@masked
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e38])
-@pytest.mark.parametrize("mask_dtype", [th.bool, th.int64, th.float32])
+@pytest.mark.parametrize(
+    ("case", "poison", "mask_dtype"),
+    pairwise(MASKED, [math.nan, math.inf, -math.inf, 1e38], [th.bool, th.int64, th.float32]),
+    ids=name_of,
+)
 def test_what_the_mask_excludes_reaches_nothing(case: Case, poison: float, mask_dtype: th.dtype) -> None:
     keep = th.arange(24).reshape(SHAPE) % 3 != 0
     clean = arguments(case)
@@ -343,9 +351,11 @@ def test_no_value_is_read_on_the_host(case: Case, with_mask: bool) -> None:
         gradients(loss, tensors)
 
 
-@masked_or_reduction
-@pytest.mark.parametrize("mask_dtype", [th.bool, th.float32])
-@pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
+@pytest.mark.parametrize(
+    ("case", "mask_dtype", "tracing_mode"),
+    pairwise(MASKED + REDUCTIONS, [th.bool, th.float32], ["real", "symbolic"]),
+    ids=name_of,
+)
 def test_can_be_traced(case: Case, mask_dtype: th.dtype, tracing_mode: str) -> None:
     """And what was traced with one mask is right for another."""
     tensors = [tensor.detach().float() for tensor in arguments(case)]

@@ -70,7 +70,7 @@ def at_a_kink(tensors: list[th.Tensor], kinds: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("by_tensor", [False, True])
 @given(data=st.data())
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=20)
 def test_as_in_double_precision(name: str, dtype: th.dtype, by_tensor: bool, data: st.DataObject) -> None:
     kinds, options = FUNCTIONS[name]
     drawn = [

@@ -175,7 +175,7 @@ def test_c_to_infinity_is_ppo_to_the_bit(
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
 def test_dual_clip_compiles_whole_and_new_schedule_values_do_not_recompile() -> None:
     th._dynamo.reset()
-    compiled = th.compile(dual_clip_surrogate_loss, fullgraph=True)
+    compiled = th.compile(dual_clip_surrogate_loss, fullgraph=True, backend="aot_eager")  # all but the code generation
     log_prob, old_log_prob, advantages = random_batch(3, spread=2.0)
     mask = th.arange(64) % 5 != 0
     arguments = (log_prob, old_log_prob, advantages)

@@ -12,16 +12,16 @@ import sb3_contrib
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import kl_divergence as sb3_kl_divergence
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from sb3_ppo_ext import TRPO
 from sb3_ppo_ext.common.rollout import data
+from sb3_ppo_ext.common.update.surrogate import Surrogate
 from sb3_ppo_ext.trpo import PolicyStep
-from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
+from tests.custom import OverridesForward
+from tests.envs import BOX, DICT, IMAGE, scripted
 
 TORQUES = spaces.Box(-1.0, 1.0, (6,), np.float32)
 
@@ -30,7 +30,7 @@ def make_model(
     action_space: spaces.Space[Any], obs_space: spaces.Space[Any] = BOX, n_envs: int = 1, **kwargs: Any
 ) -> TRPO:
     """A model with a filled rollout buffer, not yet updated."""
-    env = make_vec_env(lambda: ScriptedEnv(obs_space, action_space), n_envs=n_envs, seed=0)
+    env = scripted(obs_space, action_space, n_envs)
     policy = kwargs.pop("policy", "MultiInputPolicy" if isinstance(obs_space, spaces.Dict) else "MlpPolicy")
     kwargs = {"n_steps": 256 // n_envs, "batch_size": 64, "seed": 0, "device": "cpu", **kwargs}
     return collect(TRPO(policy, env, **kwargs))
@@ -66,10 +66,10 @@ def logged(model: TRPO) -> dict[str, Any]:
 )
 def test_step_is_contribs(action_space: spaces.Space[Any], dims: int) -> None:
     """contrib averages KL and damping over the dimensions: with both times d, direction and length are the same."""
-    env = make_vec_env(lambda: ScriptedEnv(BOX, action_space), n_envs=1, seed=0)
+    env = scripted(BOX, action_space, 1)
     settings: dict[str, Any] = {"n_steps": 512, "seed": 0, "device": "cpu"}
     theirs = collect(sb3_contrib.TRPO("MlpPolicy", env, target_kl=0.01, cg_damping=0.1, **settings))
-    env = make_vec_env(lambda: ScriptedEnv(BOX, action_space), n_envs=1, seed=0)
+    env = scripted(BOX, action_space, 1)
     ours = collect(TRPO("MlpPolicy", env, target_kl=0.01 * dims, cg_damping=0.1 * dims, **settings))
     before = flat_parameters(ours.policy)
     assert th.equal(before, flat_parameters(theirs.policy))
@@ -174,7 +174,7 @@ def test_critic_leaves_a_shared_extractor_alone(
 ) -> None:
     """With the actor's step refused, a whole update leaves the action distribution as it is, to the bit."""
     model = make_model(spaces.Discrete(3), obs_space, policy=policy, n_steps=64)
-    monkeypatch.setattr(model, "_objective_and_kls", lambda *_: (th.tensor(1.0), th.tensor(1e9), th.tensor(1e9)))
+    monkeypatch.setattr(Surrogate, "value_and_kls", lambda *_: (th.tensor(1.0), th.tensor(1e9), th.tensor(1e9)))
     observations = model.rollout_buffer.flat().observations
     with th.no_grad():
         before = model.policy.get_distribution(observations).distribution.logits.clone()
@@ -192,7 +192,7 @@ def test_a_failed_line_search_leaves_parameters_and_moments(monkeypatch: pytest.
     collect(model)
     parameters = flat_parameters(model.policy)
     moments = copy.deepcopy(model.policy.optimizer.state_dict())
-    monkeypatch.setattr(model, "_objective_and_kls", lambda *_: (th.tensor(-1.0), th.tensor(0.0), th.tensor(0.0)))
+    monkeypatch.setattr(Surrogate, "value_and_kls", lambda *_: (th.tensor(-1.0), th.tensor(0.0), th.tensor(0.0)))
     step = policy_step(model)
     assert step.status == "improvement"
     assert (step.kl, step.fraction) == (0.0, 0.0)
@@ -288,16 +288,9 @@ def test_subsampling_is_of_the_products_alone() -> None:
     assert 0.8 < cosine < 1.0 - 1e-6
 
 
-class Overriding(ActorCriticPolicy):
-    """A policy that is asked by SB3's calls, as it overrides one."""
-
-    def get_distribution(self, obs: Any) -> Any:
-        return super().get_distribution(obs)
-
-
 def test_a_policy_that_overrides_methods_makes_the_same_step() -> None:
     steps = []
-    for policy in ("MlpPolicy", Overriding):
+    for policy in ("MlpPolicy", OverridesForward):
         model = make_model(TORQUES, policy=policy)
         before = flat_parameters(model.policy)
         assert policy_step(model).status == "accepted"

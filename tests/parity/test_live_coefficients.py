@@ -9,25 +9,12 @@ import pytest
 import torch as th
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.compile import Run
-from sb3_ppo_ext.common.compile.program import Program
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
 
-
-@pytest.fixture(autouse=True)
-def programs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is traced is run as it is: what a compiler makes of it is tested elsewhere, and takes its time."""
-    made: list[str] = []
-
-    def built(self: Program, graph: th.fx.GraphModule, inputs: Any) -> Run:
-        made.append(self._what)
-        return th.no_grad()(lambda inputs: list(graph(*inputs)))
-
-    monkeypatch.setattr(Program, "_built", built)
-    return made
-
+# What is traced is run as it is: what a compiler makes of it is tested elsewhere, and takes its time.
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 SMALL: dict[str, Any] = {"seed": 0, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
 

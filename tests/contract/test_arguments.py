@@ -96,7 +96,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("algorithm", "name", "value"), CASES)
-def test_bad_argument(algorithm: Any, name: str, value: Any) -> None:
+def test_a_bad_argument_is_refused_by_name_and_value(algorithm: Any, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=r"is not allowed: ") as error:
         algorithm("MlpPolicy", "CartPole-v1", **{"device": "cpu", name: value})
     assert isinstance(error.value, AssertionError)  # what SB3 raises for some of them
@@ -131,7 +131,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     ("name", "value"),
     [pytest.param(name, value, id=f"{name}-{value!r:.30}") for name, values in WRONG.items() for value in values],
 )
-def test_what_cannot_be_built(name: str, value: Any) -> None:
+def test_what_cannot_be_built_is_refused_by_name_and_value(name: str, value: Any) -> None:
     kwargs = {"policy": "MlpPolicy", "env": "CartPole-v1", "device": "cpu", name: value}
     reason = (
         r"(: it must be one of 'MlpP|: it has no evaluate|: its keys must be 'pi'| \((?s:.+); it must be what takes)"
@@ -167,7 +167,7 @@ def test_the_fault_of_the_machine_is_no_bad_input() -> None:
 
 
 @pytest.mark.parametrize("env", [None, 3, [ScriptedEnv], ScriptedEnv], ids=["none", "number", "list", "class"])
-def test_no_environment(env: Any) -> None:
+def test_what_is_no_environment_is_refused(env: Any) -> None:
     with pytest.raises(ValueError, match=r"env=.+ is not allowed: it must be (an|a Gymnasium) environment") as error:
         DualClipPPO("MlpPolicy", env, device="cpu")
     assert "OpenAI" not in str(error.value)

@@ -215,7 +215,7 @@ def test_a_file_that_must_not_be_written_to_is_not(algorithm):
 
 
 @pytest.mark.parametrize("save", [PPO.save, DualClipPPO.save, save_checkpoint])
-def test_links(save, tmp_path):
+def test_a_symbolic_link_is_followed_and_kept(save, tmp_path):
     model = make(PPO if save is PPO.save else DualClipPPO)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "old.zip").touch()

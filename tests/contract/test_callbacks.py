@@ -62,7 +62,7 @@ def evaluation_env() -> DummyVecEnv:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_eval_callback(algorithm: Any, tmp_path: Path) -> None:
+def test_the_best_model_of_an_eval_callback_can_be_loaded(algorithm: Any, tmp_path: Path) -> None:
     callback = EvalCallback(
         evaluation_env(),
         eval_freq=ROLLOUT,
@@ -104,7 +104,7 @@ def test_stop_training_on_max_episodes(algorithm: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_checkpoint_callback(algorithm: Any, tmp_path: Path) -> None:
+def test_the_files_of_a_checkpoint_callback_can_be_loaded(algorithm: Any, tmp_path: Path) -> None:
     model = model_of(algorithm).learn(2 * ROLLOUT, callback=CheckpointCallback(10, str(tmp_path)))
     assert {"rl_model_10_steps.zip", "rl_model_20_steps.zip"} <= {path.name for path in tmp_path.iterdir()}
     loaded = algorithm.load(tmp_path / "rl_model_20_steps", env=model.env, device="cpu")
@@ -180,7 +180,7 @@ def test_the_progress_bar_counts_every_step(algorithm: Any, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_several_learn_calls(algorithm: Any) -> None:
+def test_learn_goes_on_or_begins_anew(algorithm: Any) -> None:
     model = model_of(algorithm).learn(ROLLOUT)
     first, updates = model.num_timesteps, model._n_updates
     model.learn(ROLLOUT, reset_num_timesteps=False)
@@ -194,7 +194,7 @@ def test_several_learn_calls(algorithm: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_logging_to_files(algorithm: Any, tmp_path: Path) -> None:
+def test_all_formats_of_a_logger_hold_the_same(algorithm: Any, tmp_path: Path) -> None:
     """A logger of the user's own: CSV, JSON and TensorBoard hold the same."""
     model = model_of(algorithm)
     model.set_logger(configure(str(tmp_path), ["csv", "json", "tensorboard"]))
@@ -214,7 +214,7 @@ def test_logging_to_files(algorithm: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_tensorboard_log(algorithm: Any, tmp_path: Path) -> None:
+def test_tensorboard_gets_a_folder_for_each_run(algorithm: Any, tmp_path: Path) -> None:
     model = model_of(algorithm, tensorboard_log=str(tmp_path))
     model.learn(ROLLOUT)
     model.learn(ROLLOUT, reset_num_timesteps=False)
@@ -225,7 +225,7 @@ def test_tensorboard_log(algorithm: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_stdout(algorithm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_is_printed_if_verbose_and_not_otherwise(algorithm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model_of(algorithm, verbose=1).learn(2 * ROLLOUT)
     printed = capsys.readouterr().out
     assert "ep_rew_mean" in printed

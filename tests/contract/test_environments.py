@@ -80,7 +80,7 @@ def test_worker_processes_give_what_one_process_gives(algorithm: Any, workers: S
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_vec_normalize(algorithm: Any) -> None:
+def test_what_is_learnt_from_is_normalised(algorithm: Any) -> None:
     env = VecNormalize(DummyVecEnv([scripted, scripted]), gamma=0.99)
     model = small(algorithm, "MlpPolicy", env).learn(4 * ROLLOUT)
     assert model.get_vec_normalize_env() is env
@@ -105,7 +105,7 @@ def test_images_are_transposed_once(algorithm: Any, wrap: Any) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("policy", ["MlpPolicy", "CnnPolicy"])
-def test_vec_frame_stack(algorithm: Any, policy: str) -> None:
+def test_stacked_frames_are_learnt_from(algorithm: Any, policy: str) -> None:
     make, kwargs, shape = (scripted, {}, (12,)) if policy == "MlpPolicy" else (images, TINY_CNN, (9, 36, 36))
     env = VecFrameStack(DummyVecEnv([make, make]), n_stack=3)
     model = small(algorithm, policy, env, policy_kwargs=kwargs).learn(2 * ROLLOUT)
@@ -113,7 +113,7 @@ def test_vec_frame_stack(algorithm: Any, policy: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_everything_at_once(algorithm: Any) -> None:
+def test_wrappers_may_be_stacked(algorithm: Any) -> None:
     env: VecEnv = VecMonitor(DummyVecEnv([images, images, images]))
     env = VecNormalize(VecFrameStack(env, n_stack=2), norm_obs=False)
     model = small(algorithm, "CnnPolicy", env, policy_kwargs=TINY_CNN).learn(3 * ROLLOUT)
@@ -134,7 +134,7 @@ def test_the_monitor_sees_episodes(algorithm: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_set_env(algorithm: Any) -> None:
+def test_another_environment_is_used_after_set_env(algorithm: Any) -> None:
     model = small(algorithm, "MlpPolicy", DummyVecEnv([scripted, scripted])).learn(2 * ROLLOUT)
     other = DummyVecEnv([scripted, scripted])
     model.set_env(other)

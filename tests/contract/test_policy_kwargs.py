@@ -84,7 +84,7 @@ def built(algorithm: Any, case: str, **more: Any) -> Any:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("case", CASES)
-def test_policy_kwargs(algorithm: Any, case: str) -> None:
+def test_the_policy_is_the_one_that_sb3_builds(algorithm: Any, case: str) -> None:
     """The policy is the one that SB3's PPO builds from the same arguments and seed; it trains and stays finite."""
     theirs, ours = built(PPO, case), built(algorithm, case)
     names, their_names = (dict(model.policy.named_parameters()) for model in (ours, theirs))
@@ -104,7 +104,7 @@ def test_policy_kwargs(algorithm: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_policy_kwargs_train_as_in_sb3(case: str) -> None:
+def test_the_policy_trains_as_in_sb3(case: str) -> None:
     """Only of the algorithm that is SB3's PPO when a part of it is turned off."""
     theirs = built(PPO, case).learn(4 * ROLLOUT)
     ours = built(DualClipPPO, case, dual_clip=None).learn(4 * ROLLOUT)

@@ -86,7 +86,7 @@ SPACES: dict[str, tuple[str, spaces.Space[Any], spaces.Space[Any], dict[str, Any
 
 @pytest.mark.parametrize("baseline", ["none", "optimal", "value"])
 @pytest.mark.parametrize("case", SPACES)
-def test_spaces(case: str, baseline: Any) -> None:
+def test_every_kind_of_policy_learns(case: str, baseline: Any) -> None:
     policy, obs_space, action_space, kwargs = SPACES[case]
     model = agent(scripted(obs_space, action_space), policy, baseline=baseline, **kwargs)
     before = parameters(model)
@@ -103,7 +103,9 @@ def test_spaces(case: str, baseline: Any) -> None:
     ("returns", "discount_from", "baseline", "normalize_advantage"),
     pairwise(["reward_to_go", "total"], ["present", "start"], BASELINES, [False, True]),
 )
-def test_combinations(returns: Any, discount_from: Any, baseline: Any, normalize_advantage: bool) -> None:
+def test_every_pair_of_settings_learns(
+    returns: Any, discount_from: Any, baseline: Any, normalize_advantage: bool
+) -> None:
     model = agent(
         returns=returns, discount_from=discount_from, baseline=baseline, normalize_advantage=normalize_advantage
     )
@@ -243,7 +245,7 @@ def test_time_limit_is_the_remedy() -> None:
         ({"max_episode_steps": 1.5}, "max_episode_steps=1.5 .*an integer"),
     ],
 )
-def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+def test_a_bad_argument_is_refused_by_name(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         agent(**kwargs)
 
@@ -264,7 +266,7 @@ def test_one_episode_is_enough_for(baseline: Any) -> None:
     has_learnt(model.learn(20), before)
 
 
-def test_unsupported_action_space() -> None:
+def test_an_action_space_that_cannot_be_learnt_is_refused() -> None:
     with pytest.raises(ValueError, match="Tuple"):
         agent(scripted(BOX, spaces.Tuple((spaces.Discrete(2),))))
 
@@ -273,7 +275,7 @@ def test_unsupported_action_space() -> None:
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "value"])
-def test_save_load_continue(tmp_path: Path, baseline: Any) -> None:
+def test_what_is_loaded_goes_on_as_what_was_saved(tmp_path: Path, baseline: Any) -> None:
     """What is loaded continues as what was saved."""
     saved = agent(baseline=baseline, learning_rate=1e-2, gamma=0.7, max_episode_steps=77).learn(40)
     saved.save(tmp_path / "agent")
@@ -318,7 +320,7 @@ def test_loaded_to_be_watched(tmp_path: Path) -> None:
 # --- Several learn() calls, callbacks
 
 
-def test_learn_again() -> None:
+def test_learn_begins_anew_or_goes_on() -> None:
     model = agent()
     for n_updates in (1, 2):
         before = parameters(model)
@@ -331,7 +333,7 @@ def test_learn_again() -> None:
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 5])
-def test_callback_stops(stop_at: int) -> None:
+def test_a_callback_stops_and_learning_goes_on(stop_at: int) -> None:
     model = agent()
     before = parameters(model)
     calls = []
@@ -419,7 +421,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update(baseline: Any) -> None:
 
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("n_envs", [1, 3])
-def test_deterministic(n_envs: int, baseline: Any) -> None:
+def test_the_same_seed_learns_the_same(n_envs: int, baseline: Any) -> None:
     def run(seed: int) -> list[th.Tensor]:
         env = make_vec_env("CartPole-v1", n_envs=n_envs, seed=seed)
         return parameters(agent(env, baseline=baseline, seed=seed, learning_rate=1e-2).learn(300))
@@ -449,7 +451,7 @@ def test_log_keys_without_critic_and_std() -> None:
     assert {key for key in logged if key.startswith("train/")} == {f"train/{name}" for name in names.split()}
 
 
-def test_learning_rate_schedule() -> None:
+def test_a_schedule_of_the_learning_rate_ends_at_zero() -> None:
     """The Zoo's string: of what is left after so many of the steps; never below 0, though a batch overshoots."""
     model = agent(choices(script=((5, True, False),)), learning_rate="lin_0.1", episodes_per_env=1)
     model.learn(40)
@@ -460,7 +462,7 @@ def test_learning_rate_schedule() -> None:
     assert model.logger.name_to_value["train/learning_rate"] == 0.0
 
 
-def test_vec_normalize() -> None:
+def test_normalised_rewards_are_learnt_from() -> None:
     env = VecNormalize(make_vec_env("CartPole-v1", n_envs=2, seed=0), gamma=0.99)
     model = agent(env, baseline="value", bootstrap_timeouts=True, learning_rate=1e-2)
     before = parameters(model)
@@ -472,7 +474,7 @@ def test_vec_normalize() -> None:
     assert all(info["r"] == info["l"] for info in model.ep_info_buffer)  # the statistics are CartPole's own
 
 
-def test_env_by_its_name() -> None:
+def test_an_environment_may_be_given_by_its_name() -> None:
     model = REINFORCE("MlpPolicy", "CartPole-v1", episodes_per_env=1, device="cpu")
     before = parameters(model)
     has_learnt(model.learn(1), before)

@@ -52,7 +52,7 @@ SCHEDULES: dict[Any, dict[str, Any]] = {
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("into", ["path", "str", "file"])
-def test_save_and_load(algorithm: Any, into: str, tmp_path: Path) -> None:
+def test_what_is_loaded_is_what_was_saved(algorithm: Any, into: str, tmp_path: Path) -> None:
     model = small(algorithm, "MlpPolicy", scripted(), **SCHEDULES[algorithm]).learn(2 * ROLLOUT)
     file: Any = {"path": tmp_path / "model", "str": str(tmp_path / "model.zip"), "file": io.BytesIO()}[into]
     model.save(file)
@@ -77,7 +77,7 @@ def test_save_and_load(algorithm: Any, into: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_loaded_without_an_environment(algorithm: Any, tmp_path: Path) -> None:
+def test_a_model_is_loaded_without_an_environment(algorithm: Any, tmp_path: Path) -> None:
     model = small(algorithm, "MlpPolicy", scripted())
     model.save(tmp_path / "model")
     loaded = algorithm.load(tmp_path / "model", device="auto")
@@ -192,7 +192,7 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     DualClipPPO.load(tmp_path / "target", device="cpu")
 
 
-def test_include_and_exclude(tmp_path: Path) -> None:
+def test_attributes_can_be_included_and_excluded(tmp_path: Path) -> None:
     small(DualClipPPO, "MlpPolicy", scripted()).save(tmp_path / "model", exclude=["gamma"], include=["rollout_buffer"])
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         attributes = json.loads(archive.read("data")).keys()
@@ -201,7 +201,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_get_and_set_parameters(algorithm: Any, tmp_path: Path) -> None:
+def test_parameters_of_one_model_are_set_in_another(algorithm: Any, tmp_path: Path) -> None:
     model = small(algorithm, "MlpPolicy", scripted()).learn(2 * ROLLOUT)
     model.save(tmp_path / "model")
     assert model.get_parameters().keys() == {"policy", "policy.optimizer"}
@@ -221,7 +221,7 @@ def test_get_and_set_parameters(algorithm: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_custom_objects_and_arguments_of_load(algorithm: Any, tmp_path: Path) -> None:
+def test_load_takes_custom_objects_and_arguments(algorithm: Any, tmp_path: Path) -> None:
     model = small(algorithm, "MlpPolicy", scripted(), **SCHEDULES[algorithm])
     model.save(tmp_path / "model")
     zero = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0}
@@ -375,7 +375,9 @@ class Onnxable(th.nn.Module):
     ],
     ids=["gaussian", "categorical", "multi_categorical", "bernoulli", "gsde", "squashed", "cnn", "dict"],
 )
-def test_onnx(policy: str, obs_space: Any, action_space: Any, kwargs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_policy_is_exported_to_onnx(
+    policy: str, obs_space: Any, action_space: Any, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
     """By SB3's documented recipe. The four algorithms share their policies, so one of them is enough."""
     import onnx
     import onnxruntime  # type: ignore[import-untyped]
@@ -409,7 +411,9 @@ def test_onnx(policy: str, obs_space: Any, action_space: Any, kwargs: dict[str, 
         ("MultiInputPolicy", DICT, spaces.MultiBinary(2)),
     ],
 )
-def test_cuda(algorithm: Any, policy: str, obs_space: Any, action_space: Any, tmp_path: Path) -> None:
+def test_models_move_between_gpu_and_cpu(
+    algorithm: Any, policy: str, obs_space: Any, action_space: Any, tmp_path: Path
+) -> None:
     env = scripted(obs_space, action_space)
     model = small(algorithm, policy, env, device="cuda", policy_kwargs={"critic_learning_rate": 1e-3})
     before = parameters(model)

@@ -103,7 +103,7 @@ def check_trains(algorithm: Any, observation: str, action: str, **kwargs: Any) -
 
 
 @pytest.mark.parametrize(("observation", "action", "algorithm"), pairwise(OBSERVATIONS, ACTIONS, ALGORITHMS))
-def test_spaces(algorithm: Any, observation: str, action: str) -> None:
+def test_every_pair_of_spaces_trains(algorithm: Any, observation: str, action: str) -> None:
     check_trains(algorithm, observation, action)
 
 
@@ -111,7 +111,9 @@ def test_spaces(algorithm: Any, observation: str, action: str) -> None:
     ("algorithm", "observation", "action", "sde_sample_freq"),
     pairwise(ALGORITHMS, ["box", "image", "dict"], ["box", "box_of_one"], [-1, 4]),
 )
-def test_spaces_with_gsde(algorithm: Any, observation: str, action: str, sde_sample_freq: int) -> None:
+def test_gsde_trains_with_every_kind_of_observation(
+    algorithm: Any, observation: str, action: str, sde_sample_freq: int
+) -> None:
     check_trains(algorithm, observation, action, use_sde=True, sde_sample_freq=sde_sample_freq)
 
 

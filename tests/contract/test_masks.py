@@ -134,6 +134,17 @@ def test_action_masker_of_contrib() -> None:
     evaluate_policy(model, env, n_eval_episodes=1, warn=False)
 
 
+def test_a_vector_that_keeps_no_infos_of_resets() -> None:
+    env = make_vec_env(lambda: Forbids("discrete", "method"), n_envs=2, seed=0)
+    del env.reset_infos
+    model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(32)
+    assert model.rollout_buffer.action_masks is not None
+    plain = make_vec_env("CartPole-v1")
+    del plain.reset_infos
+    model = DualClipPPO("MlpPolicy", plain, device="cpu", **ALGORITHMS[DualClipPPO]).learn(16)
+    assert model.rollout_buffer.action_masks is None
+
+
 def test_it_is_said_once_and_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
     env = make_vec_env(lambda: Forbids("discrete", "info"), seed=0)
     model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", verbose=1, **ALGORITHMS[DualClipPPO])

@@ -74,7 +74,7 @@ class ActionMasks:
         :param obs: that the reset gave
         :return: True where an action is allowed, shape ``(n_envs, n_choices)``
         """
-        return self._read(obs, self._env.unwrapped.reset_infos)
+        return self._read(obs, _reset_infos(self._env))
 
     def after_step(self, obs: Any, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """
@@ -86,7 +86,7 @@ class ActionMasks:
         :return: True where an action is allowed, shape ``(n_envs, n_choices)``
         """
         if self.convention == "info" and dones.any():
-            resets = self._env.unwrapped.reset_infos
+            resets = _reset_infos(self._env)
             infos = [reset if done else info for reset, done, info in zip(resets, dones, infos, strict=True)]
         return self._read(obs, infos)
 
@@ -114,9 +114,15 @@ def convention_of(env: VecEnv) -> Convention | None:
         return "method"
     if isinstance(env.observation_space, spaces.Dict) and KEY in env.observation_space.spaces:
         return "observation"
-    if any(KEY in info for info in env.unwrapped.reset_infos):
+    if any(KEY in info for info in _reset_infos(env)):
         return "info"
     return None
+
+
+def _reset_infos(env: VecEnv) -> list[dict[str, Any]]:
+    """What the environments said at their last reset; a vector of the user's own may not keep it."""
+    infos: list[dict[str, Any]] = getattr(env.unwrapped, "reset_infos", [])
+    return infos
 
 
 def checked_masks(masks: Any, choices: list[int], *, step: int | None) -> np.ndarray:
@@ -204,7 +210,7 @@ def _masks_in(frame: FrameType, name: str, n: int) -> Any:
         return env.env_method(METHOD)
     if convention == "info":
         infos, dones = frame.f_locals.get("infos"), frame.f_locals.get("dones", frame.f_locals.get("done"))
-        resets = env.unwrapped.reset_infos
+        resets = _reset_infos(env)
         if infos is None or dones is None:
             return [info.get(KEY) for info in resets]
         return [r.get(KEY) if done else info.get(KEY) for r, done, info in zip(resets, dones, infos, strict=True)]

@@ -14,7 +14,7 @@ from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 
@@ -134,15 +134,47 @@ def test_action_masker_of_contrib() -> None:
     evaluate_policy(model, env, n_eval_episodes=1, warn=False)
 
 
-def test_a_vector_that_keeps_no_infos_of_resets() -> None:
-    env = make_vec_env(lambda: Forbids("discrete", "method"), n_envs=2, seed=0)
-    del env.reset_infos
-    model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(32)
-    assert model.rollout_buffer.action_masks is not None
-    plain = make_vec_env("CartPole-v1")
-    del plain.reset_infos
-    model = DualClipPPO("MlpPolicy", plain, device="cpu", **ALGORITHMS[DualClipPPO]).learn(16)
-    assert model.rollout_buffer.action_masks is None
+class Forgets(VecEnv):
+    """A vector of one's own that does not keep what its environments say at resets, and does not call SB3's constructor."""
+
+    def __init__(self, inner: DummyVecEnv) -> None:
+        self.inner, self.num_envs = inner, inner.num_envs
+        self.observation_space, self.action_space = inner.observation_space, inner.action_space
+        self.render_mode, self.metadata = None, {}
+
+    def reset(self) -> Any:
+        return self.inner.reset()
+
+    def step_async(self, actions: Any) -> None:
+        self.inner.step_async(actions)
+
+    def step_wait(self) -> Any:
+        return self.inner.step_wait()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> Any:
+        return self.inner.get_attr(attr_name, indices)
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        self.inner.set_attr(attr_name, value, indices)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
+        return self.inner.env_method(method_name, *args, indices=indices, **kwargs)
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> Any:
+        return self.inner.env_is_wrapped(wrapper_class, indices)
+
+
+@pytest.mark.parametrize("says", ["method", "info"])
+def test_a_vector_that_keeps_no_infos_of_resets(says: str) -> None:
+    """As in SB3's own tests: what the environments say in them is not there to be found."""
+    env = Forgets(DummyVecEnv([lambda: Forbids("discrete", says)]))
+    assert not hasattr(env, "reset_infos")
+    model = DualClipPPO("MlpPolicy", env, device="cpu", **ALGORITHMS[DualClipPPO])
+    model._setup_learn(16)
+    assert (model._masks is not None) == (says == "method")
 
 
 def test_it_is_said_once_and_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ def test_action_masker_of_contrib() -> None:
 
 
 class Forgets(VecEnv):
-    """A vector of one's own that does not keep what its environments say at resets, and does not call SB3's constructor."""
+    """A vector of one's own that does not keep what its environments say at resets."""
 
     def __init__(self, inner: DummyVecEnv) -> None:
         self.inner, self.num_envs = inner, inner.num_envs

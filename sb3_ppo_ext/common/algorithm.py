@@ -14,9 +14,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.compile.policy_programs import CompiledActorCritic
 from sb3_ppo_ext.common.compile.step import CompiledStep
-from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler, constants_of
+from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.model import Model
 from sb3_ppo_ext.common.policies import ActorCriticPolicy

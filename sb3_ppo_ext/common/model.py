@@ -306,7 +306,10 @@ class Model(SB3OnPolicyAlgorithm):
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         # They are read at the end of the rollout, when an environment may have written the next one into the same dict.
-        copied = [{**info, "episode": dict(info["episode"])} if "episode" in info else info for info in infos]
+        copied = [
+            {**info, "episode": dict(info["episode"])} if isinstance(info.get("episode"), dict) else info
+            for info in infos
+        ]
         super()._update_info_buffer(copied, dones)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:

@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
+from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.rollout.buffers import minibatches
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
@@ -96,6 +97,11 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     def _setup_new_model(self) -> None:
         super()._setup_new_model()
         self._check_rollout_size(self.batch_size, self.normalize_advantage)
+
+    def _check_can_learn(self) -> None:
+        super()._check_can_learn()
+        if self.torch_compile:
+            constants_of(self.policy_loss)
 
     def _validate(self) -> None:
         super()._validate()

@@ -91,6 +91,54 @@ def test_samples_that_are_added_at_the_end_of_a_rollout_are_learnt_from_as_by_sb
     assert_close_policies(*models, atol=5e-6, rtol=1e-5)
 
 
+class Recomputes(BaseCallback):
+    """Puts other rewards in the place of those of the rollout, and computes the advantages anew."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.other = other
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.locals["rollout_buffer"]
+        buffer.rewards = self.other(buffer.rewards)
+        buffer.compute_returns_and_advantage(last_values=self.locals["values"], dones=self.locals["dones"])
+
+
+def read_only(rewards: Any) -> Any:
+    rewards = rewards - 1
+    rewards.flags.writeable = False
+    return rewards
+
+
+OTHER_REWARDS = {
+    "read-only": read_only,
+    "reversed": lambda rewards: rewards[:, ::-1],
+    "float64": lambda rewards: rewards.astype(np.float64),
+    "column by column": np.asfortranarray,
+}
+
+
+@pytest.mark.parametrize("other", OTHER_REWARDS)
+def test_any_array_of_rewards_makes_advantages_as_by_sb3(other: str) -> None:
+    models = ppo_and_ours(
+        "MlpPolicy",
+        lambda: DummyVecEnv([lambda: ScriptedEnv(BOX, BOX_ACTIONS, script=((3, True, False),))] * 2),
+        2 * ROLLOUT * 2,
+        callback=lambda: Recomputes(OTHER_REWARDS[other]),
+    )
+    assert_close_policies(*models, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rewards_that_are_added_alone_make_no_advantages(axis: int) -> None:
+    doubles = Recomputes(lambda rewards: np.concatenate([rewards] * 2, axis=axis))
+    with pytest.raises(ValueError, match="must extend all three alike"):
+        small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS)).learn(ROLLOUT, callback=doubles)
+
+
 @pytest.mark.parametrize("algorithm", [AdaptiveKLPPO, TRPO])
 def test_samples_that_are_added_without_the_distributions_that_acted_are_refused(algorithm: Any) -> None:
     with pytest.raises(ValueError, match="adds samples without distribution_params"):
@@ -279,6 +327,20 @@ def test_what_is_said_of_an_episode_is_kept(algorithm: Any) -> None:
     returns = [info["r"] for info in model.ep_info_buffer]
     assert returns == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0][: len(returns)]
     assert len(returns) > 3
+
+
+class NoEpisode(gym.Wrapper[Any, Any, Any, Any]):
+    """Says of each step that there is no episode to tell of."""
+
+    def step(self, action: Any) -> Any:
+        *result, info = self.env.step(action)
+        return *result, {**info, "episode": None}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_episode_that_is_none_is_not_counted_as_by_sb3(algorithm: Any) -> None:
+    env = DummyVecEnv([lambda: NoEpisode(ScriptedEnv(BOX, BOX_ACTIONS))])
+    assert not small(algorithm, "MlpPolicy", env).learn(1).ep_info_buffer
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import inspect
 import os
 import shutil
 import sys
 import tempfile
-import types
-from collections.abc import Callable, Hashable
-from enum import Enum
-from numbers import Real
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
 
 import torch as th
 from torch import nn
@@ -119,47 +113,3 @@ def cache_key(policy: nn.Module) -> Hashable:
         for module in modules
     )
     return policy, settings, tuple(map(id, policy.parameters()))
-
-
-def constants_of(loss: Callable[..., Any]) -> Hashable:
-    """
-    What a loss reads besides its arguments, and a program of it would keep: the numbers and settings in its closure and
-    its module, and in the functions there that it calls. When one has changed, it is another loss.
-
-    :param loss: a function, or an :class:`ActorCriticLoss` of one
-    :raises ValueError: for what may change without being seen: a method or an object, and what holds other things
-    """
-    found: dict[str, Any] = {}
-    _note_constants(getattr(loss, "policy_loss", loss), found, set())
-    return loss, tuple(found.items())
-
-
-def _note_constants(function: Any, found: dict[str, Any], seen: set[int]) -> None:
-    while isinstance(function, functools.partial):
-        function = function.func
-    if not isinstance(function, types.FunctionType):
-        raise ValueError(
-            f"{REFUSED} with a policy_loss that is no plain function ({function!r:.100}): what it reads of its object "
-            "would be kept as it is when it is compiled. Make it a @staticmethod, and give its numbers by "
-            "coefficients(); or torch_compile=False"
-        )
-    if id(function) in seen or function.__module__.partition(".")[0] in ("torch", "sb3_ppo_ext"):
-        return
-    seen.add(id(function))
-    read = inspect.getclosurevars(function)
-    for name, value in {**read.globals, **read.nonlocals}.items():
-        if isinstance(value, types.FunctionType):
-            _note_constants(value, found, seen)
-        elif _is_constant(value):
-            found[f"{function.__qualname__} {name}"] = value
-        elif not isinstance(value, (types.ModuleType, th.Tensor)) and not callable(value):
-            raise ValueError(
-                f"{REFUSED} with a loss that reads {name}, a {type(value).__name__}: a change of it would not be seen. "
-                "Give the numbers that it holds by coefficients(), or torch_compile=False"
-            )
-
-
-def _is_constant(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return value is None or isinstance(value, (Real, str, Enum))

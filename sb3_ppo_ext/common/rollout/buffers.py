@@ -133,14 +133,21 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
         :param last_values: values of the observations after the last step, one an environment
         :param dones: whether the last step ended an episode, shape ``(n_envs,)``
+        :raises ValueError: if a callback has added steps or environments to the rewards and not to ``truncated``
         """
+        if not self.rewards.shape == self.truncated.shape == self.final_values.shape:
+            raise ValueError(
+                f"The rollout buffer has rewards of shape {self.rewards.shape}, truncated of shape "
+                f"{self.truncated.shape} and final_values of shape {self.final_values.shape}: a callback that adds "
+                "samples and computes the advantages anew must extend all three alike"
+            )
         self.last_values = last_values.cpu().numpy().flatten()
         self._last_dones = np.asarray(dones, dtype=bool)
+        arrays = (self.rewards, self.values, self.last_values, self.terminated, self.truncated, self.final_values)
+        # Copies, as torch refuses some arrays that a callback may have put there (read-only ones, reversed ones).
+        *transitions, final_values = (th.from_numpy(np.array(array)) for array in arrays)
         advantages = generalized_advantages(
-            *map(th.from_numpy, (self.rewards, self.values, self.last_values, self.terminated, self.truncated)),
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            final_values=th.from_numpy(self.final_values),
+            *transitions, gamma=self.gamma, gae_lambda=self.gae_lambda, final_values=final_values
         )
         self.advantages = advantages.float().numpy()
         self.returns = self.advantages + self.values

@@ -116,7 +116,7 @@ def test_compiled_is_eager(algorithm: Any) -> None:
 @pytest.mark.parametrize("says", ["method", "info", "observation"])
 def test_worker_processes_and_wrappers(says: str) -> None:
     worker = SubprocVecEnv([lambda: Forbids("discrete", says)] * 2)
-    env: Any = VecNormalize(VecFrameStack(worker, 2) if says != "observation" else worker)
+    env: Any = VecNormalize(VecFrameStack(worker, 2))
     try:
         model = DualClipPPO(policy_of(says), env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(64)
         evaluate_policy(model, env, n_eval_episodes=2, warn=False)

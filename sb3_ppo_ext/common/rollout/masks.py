@@ -55,7 +55,6 @@ class ActionMasks:
                 f"The environments mask actions ({convention}), and action_space={env.action_space} cannot be masked: "
                 "it must be Discrete, MultiDiscrete or MultiBinary; learn(..., use_masking=False) ignores the masks"
             )
-        self._starts = np.cumsum([0, *self._choices[:-1]])
         self._n_read = 0
 
     @classmethod
@@ -137,26 +136,48 @@ def checked_masks(masks: Any, choices: list[int], *, step: int | None) -> np.nda
     size = sum(choices)
     if not choices:
         raise ValueError("An action mask was given for a Box of actions, which cannot be masked; it must be None")
-    checked = np.empty((len(masks), size), dtype=bool)
-    for i, mask in enumerate(masks):
-        # Of stacked frames the newest stands last.
-        values = np.asarray(mask if mask is not None else []).reshape(-1)
-        if len(values) > size and len(values) % size == 0:
-            values = values[-size:]
-        is_right = len(values) == size and values.dtype.kind in "biuf"
-        if not is_right or (values.dtype != bool and not np.isin(values, (0, 1)).all()):
-            raise ValueError(
-                f"{_where(i, step)} is {mask!r:.200}: it must hold {size} entries, each True or False (or 1 or 0), one "
-                f"for each choice of an action ({' + '.join(map(str, choices))})"
-            )
-        checked[i] = values
-    starts = np.cumsum([0, *choices[:-1]])
-    allows = np.logical_or.reduceat(checked, starts, axis=1)
+    checked = _as_they_should_be(masks, size)
+    if checked is None:
+        checked = np.stack([_checked_mask(mask, choices, i, step) for i, mask in enumerate(masks)])
+    if len(choices) == 1:
+        allows = checked.any(axis=1, keepdims=True)
+    else:
+        allows = np.logical_or.reduceat(checked, np.cumsum([0, *choices[:-1]]), axis=1)
     if not allows.all():
         i, dimension = np.argwhere(~allows)[0]
         of_dimension = "" if len(choices) == 1 else f" in dimension {dimension}"
         raise ValueError(f"{_where(int(i), step)} allows no action{of_dimension}: {checked[i].astype(int).tolist()}")
     return checked
+
+
+def _as_they_should_be(masks: Any, size: int) -> np.ndarray | None:
+    """All masks at once, if they are of the right size and hold True and False (or 1 and 0); None if one is to be seen."""
+    try:
+        stacked = np.asarray(masks)
+    except ValueError:  # of different lengths
+        return None
+    if stacked.shape != (len(masks), size):
+        return None
+    if stacked.dtype == bool:
+        return stacked
+    if stacked.dtype.kind not in "iuf":
+        return None
+    checked = stacked == 1
+    return checked if (checked | (stacked == 0)).all() else None
+
+
+def _checked_mask(mask: Any, choices: list[int], env_index: int, step: int | None) -> np.ndarray:
+    size = sum(choices)
+    values = np.asarray(mask if mask is not None else []).reshape(-1)
+    if len(values) > size and len(values) % size == 0:  # of stacked frames the newest stands last
+        values = values[-size:]
+    is_right = len(values) == size and values.dtype.kind in "biuf"
+    if not is_right or (values.dtype != bool and not np.isin(values, (0, 1)).all()):
+        raise ValueError(
+            f"{_where(env_index, step)} is {mask!r:.200}: it must hold {size} entries, each True or False (or 1 or 0), "
+            f"one for each choice of an action ({' + '.join(map(str, choices))})"
+        )
+    return values.astype(bool)
 
 
 def _where(env_index: int, step: int | None) -> str:

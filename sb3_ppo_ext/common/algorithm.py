@@ -27,10 +27,8 @@ from sb3_ppo_ext.common.rollout.collector import Collector
 from sb3_ppo_ext.common.rollout.data import chunks
 from sb3_ppo_ext.common.rollout.failures import explained
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
-from sb3_ppo_ext.common.rollout.masks import (
-    ActionMasks,
-    keep_from_normalizing,
-)
+from sb3_ppo_ext.common.rollout.masks import ActionMasks, convention_of, keep_from_normalizing
+from sb3_ppo_ext.common.rollout.present_infos import present_infos
 from sb3_ppo_ext.common.rollout.purity import draws_noise, impurity
 from sb3_ppo_ext.common.rollout.step_by_step import collect_as_sb3
 from sb3_ppo_ext.common.rollout.stop_rules import AfterSteps, StopRule
@@ -74,7 +72,7 @@ class OnPolicyAlgorithm(Model):
 
     _use_masking: bool = True
 
-    # Whether the policy was trained with masks, and is to be asked with them.
+    # Whether the policy was last trained with masks, and is to be asked with them.
     _is_masked: bool = False
 
     # Puts gradients and statistics of several processes together; there is one.
@@ -130,7 +128,7 @@ class OnPolicyAlgorithm(Model):
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        As SB3: an action for each observation. A policy that was trained with masks takes none that is not allowed:
+        As SB3: an action for each observation. A policy that was last trained with masks takes none that is not allowed:
         masks that are not given are those in the observations, or of the environments that the caller acts in (its
         variable ``env``, as in ``evaluate_policy``).
 
@@ -172,11 +170,14 @@ class OnPolicyAlgorithm(Model):
             if more is None:
                 raise
             raise more from error
-        if is_reset or not self._use_masking:
-            self._last_masks = None
+        if self.env is not None and convention_of(self.env) == "info":
+            present_infos(self.env)  # watches them from now on, masks or not
         self._masks = ActionMasks.of(self.env) if self.env is not None and self._use_masking else None
+        if is_reset or self._masks is None:
+            self._last_masks = None
         if self._masks is not None:
             self._start_masking(self._masks)
+        self._is_masked = self._masks is not None
         return result
 
     def _start_masking(self, masks: ActionMasks) -> None:
@@ -184,23 +185,25 @@ class OnPolicyAlgorithm(Model):
         :param masks: reads those of the environments, which may just have been reset
         :raises ArgumentError: if the policy cannot heed them
         """
-        refusal = DirectActorCritic.refusal(self.policy)
         buffer = self.rollout_buffer
         if not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step:
             raise ArgumentError(
                 f"rollout_buffer_class={type(buffer).__name__} is not allowed where environments mask actions: it must "
                 "be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer without an add() of its own"
             )
+        refusal = DirectActorCritic.refusal(self.policy)
         if refusal is not None:
-            raise ArgumentError(
-                f"env is not allowed with policy={type(self.policy).__name__}: the environments mask actions, and the "
-                f"policy {refusal}. Use one of Stable-Baselines3's as it is, or learn(..., use_masking=False)"
-            )
+            raise self._cannot_mask(refusal)
         if not self._is_masked and self.verbose >= 1:
             print(f"Actions are masked as the environments say ({masks.convention}); use_masking=False turns it off")
-        self._is_masked = True
         if self._last_masks is None or masks.convention == "method":
-            self._last_masks = masks.at_reset(self._last_obs)
+            self._last_masks = masks.read(self._last_obs)
+
+    def _cannot_mask(self, refusal: str) -> ArgumentError:
+        return ArgumentError(
+            f"env is not allowed with policy={type(self.policy).__name__}: the environments mask actions, and the "
+            f"policy {refusal}. Use one of Stable-Baselines3's as it is, or learn(..., use_masking=False)"
+        )
 
     def collect_rollouts(
         self,
@@ -267,11 +270,13 @@ class OnPolicyAlgorithm(Model):
             keeps_final_values=self.bootstrap_timeouts,
             step_by_step=self._policy_changes_in_rollouts,
         )
-        is_complete = collector.collect(n_rollout_steps, self._last_masks)
+        try:
+            is_complete = collector.collect(n_rollout_steps, self._last_masks)
+        finally:  # even if it is interrupted: learn() may go on with the environments as they are
+            self._last_masks = collector.last_masks
         self._policy_changes_in_rollouts = collector.step_by_step
         if not is_complete:
             return False
-        self._last_masks = collector.last_masks
         values = collector.evaluate()
         self._compute_targets(rollout_buffer, values)
         callback.update_locals({"values": values, "n_steps": rollout_buffer.pos})
@@ -321,6 +326,8 @@ class OnPolicyAlgorithm(Model):
         refusal = DirectActorCritic.refusal(self.policy)
         if refusal is None:
             return DirectActorCritic(self.policy, with_params=self._needs_old_params or not for_update)
+        if self._masks is not None:  # a callback has put another policy in the place of the one that could heed them
+            raise self._cannot_mask(refusal)
         self._say_why_slow(f"{type(self.policy).__name__} {refusal}: it acts and is trained through its own methods")
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
 

@@ -77,8 +77,8 @@ class Collector:
 
     def collect(self, n_rollout_steps: int, first_masks: np.ndarray | None = None) -> bool:
         """
-        Step the environments until the rollout is complete. Afterwards ``last_masks`` are those of the observations
-        that the last step gave.
+        Step the environments until the rollout is complete. Afterwards ``last_masks`` are those of the environments as
+        they are.
 
         :param n_rollout_steps: as ``collect_rollouts`` got it, for callbacks to look at
         :param first_masks: which actions are allowed in the first observations
@@ -93,7 +93,8 @@ class Collector:
         # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self._actor_critic.act
-        masks, mask_tensor = first_masks, None
+        self.last_masks = masks = first_masks
+        mask_tensor = None
         n_steps = 0
 
         while True:
@@ -120,7 +121,7 @@ class Collector:
             new_obs, rewards, dones, infos = env.step(clipped_actions)
 
             if self._masks is not None:
-                self.last_masks = masks = self._masks.after_step(new_obs, dones, infos)
+                self.last_masks = masks = self._masks.read(new_obs)
             algorithm.num_timesteps += env.num_envs
             callback.update_locals(
                 {

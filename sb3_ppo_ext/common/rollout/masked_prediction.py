@@ -9,9 +9,10 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.acting_env import masks_where_acting
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import PolicyInput
-from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of, masks_where_acting
+from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of
 
 
 def predict_masked(
@@ -45,7 +46,14 @@ def predict_masked(
             "action_masks=None is not allowed: this model was trained with masks of its actions, and no environment "
             "was found that says which are allowed now. It must be an array of True and False, one for each choice"
         )
-    masks = checked_masks(np.asarray(masks).reshape(n, -1), choices_of(policy.action_space), step=None)
+    if not is_vector and action_masks is not None and np.ndim(action_masks[0]) == 0:
+        masks = [action_masks]
+    if len(masks) != n:
+        raise ArgumentError(
+            f"action_masks is not allowed to be of {len(masks)} environments: it must have one mask for each of the {n} "
+            "observations"
+        )
+    masks = checked_masks(masks, choices_of(policy.action_space), step=None)
     policy.set_training_mode(False)
     actor_critic = DirectActorCritic(policy)
     with th.no_grad():

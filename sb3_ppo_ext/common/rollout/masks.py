@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
+from sb3_ppo_ext.common.rollout.present_infos import present_infos, reset_infos
 from sb3_ppo_ext.common.rollout.vec_envs import has_masks_method
 
 Convention = Literal["method", "observation", "info"]
 
 METHOD = "action_masks"  # of the environments, as sb3-contrib has it
 KEY = "action_mask"  # of Dict observations, as PettingZoo has it, and of infos, as gymnasium's Taxi has it
-
-_FRAMES = 8  # how far up the stack the environments are looked for that are being acted in
 
 
 def choices_of(action_space: spaces.Space[Any]) -> list[int]:
@@ -66,35 +62,18 @@ class ActionMasks:
         convention = convention_of(env)
         return None if convention is None else cls(env, convention)
 
-    def at_reset(self, obs: Any) -> np.ndarray:
+    def read(self, obs: Any) -> np.ndarray:
         """
-        The masks of the first observations.
+        The masks of the environments as they are now. Where a step ended an episode, these are of the next one.
 
-        :param obs: that the reset gave
+        :param obs: the observations that the reset or the last step gave
         :return: True where an action is allowed, shape ``(n_envs, n_choices)``
         """
-        return self._read(obs, _reset_infos(self._env))
-
-    def after_step(self, obs: Any, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
-        """
-        The masks of the observations that a step gave. Where it ended an episode, these are of the next one.
-
-        :param obs: the observations
-        :param dones: whether the step ended an episode, shape ``(n_envs,)``
-        :param infos: of the step
-        :return: True where an action is allowed, shape ``(n_envs, n_choices)``
-        """
-        if self.convention == "info" and dones.any():
-            resets = _reset_infos(self._env)
-            infos = [reset if done else info for reset, done, info in zip(resets, dones, infos, strict=True)]
-        return self._read(obs, infos)
-
-    def _read(self, obs: Any, infos: Any) -> np.ndarray:
         masks: Any
         if self.convention == "method":
             masks = self._env.env_method(METHOD)
         elif self.convention == "info":
-            masks = [info.get(KEY) for info in infos]
+            masks = [info.get(KEY) for info in present_infos(self._env)]
         else:
             normalizer = unwrap_vec_normalize(self._env)
             masks = (obs if normalizer is None else normalizer.get_original_obs())[KEY]
@@ -113,15 +92,9 @@ def convention_of(env: VecEnv) -> Convention | None:
         return "method"
     if isinstance(env.observation_space, spaces.Dict) and KEY in env.observation_space.spaces:
         return "observation"
-    if any(KEY in info for info in _reset_infos(env)):
+    if any(KEY in info for info in reset_infos(env)):
         return "info"
     return None
-
-
-def _reset_infos(env: VecEnv) -> list[dict[str, Any]]:
-    """What the environments said at their last reset; a vector of the user's own may not keep it."""
-    infos: list[dict[str, Any]] = getattr(env.unwrapped, "reset_infos", [])
-    return infos
 
 
 def checked_masks(masks: Any, choices: list[int], *, step: int | None) -> np.ndarray:
@@ -193,49 +166,3 @@ def keep_from_normalizing(env: VecEnv) -> None:
     normalizer: VecNormalize | None = unwrap_vec_normalize(env)
     if normalizer is not None and normalizer.norm_obs_keys is not None and KEY in normalizer.norm_obs_keys:
         normalizer.norm_obs_keys.remove(KEY)
-
-
-def masks_where_acting(n: int, action_space: spaces.Space[Any]) -> np.ndarray | None:
-    """
-    The masks of the environments that are being acted in by whoever called ``predict``: ``evaluate_policy``, callbacks
-    and the RL Zoo's commands give the observations alone, and have the environments in a variable ``env``.
-
-    :param n: number of observations
-    :param action_space: of the policy
-    :return: True where an action is allowed, shape ``(n, n_choices)``; None if no environment is found that says it
-    """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame is None:
-            return None
-        for name in ("env", "vec_env", "eval_env", "venv"):
-            masks = _masks_in(frame, name, n)
-            if masks is not None:
-                return checked_masks(masks, choices_of(action_space), step=None)
-        frame = frame.f_back
-    return None
-
-
-def _masks_in(frame: FrameType, name: str, n: int) -> Any:
-    env = frame.f_locals.get(name)
-    if isinstance(env, gym.Env) and n == 1:
-        try:
-            return [env.get_wrapper_attr(METHOD)()]
-        except AttributeError:
-            info = frame.f_locals.get("info")
-            return [info[KEY]] if isinstance(info, dict) and KEY in info else None
-    if not isinstance(env, VecEnv) or env.num_envs != n:
-        return None
-    convention = convention_of(env)
-    if convention == "method":
-        return env.env_method(METHOD)
-    if convention == "info":
-        infos, dones = frame.f_locals.get("infos"), frame.f_locals.get("dones", frame.f_locals.get("done"))
-        resets = _reset_infos(env)
-        if infos is None or dones is None:
-            return [info.get(KEY) for info in resets]
-        return [r.get(KEY) if done else info.get(KEY) for r, done, info in zip(resets, dones, infos, strict=True)]
-    if convention == "observation":
-        normalizer = unwrap_vec_normalize(env)
-        return None if normalizer is None else normalizer.get_original_obs()[KEY]
-    return None

@@ -128,9 +128,9 @@ class OnPolicyAlgorithm(Model):
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        As SB3: an action for each observation. A policy that was last trained with masks takes none that is not allowed:
-        masks that are not given are those in the observations, or of the environments that the caller acts in (its
-        variable ``env``, as in ``evaluate_policy``).
+        As SB3: an action for each observation. A policy that was last trained with masks takes none that is not
+        allowed: masks that are not given are those in the observations, or of the environments that the caller acts in
+        and has in a local variable, as ``evaluate_policy`` has.
 
         :param observation: of one environment, or one for each
         :param state: not looked at

@@ -39,6 +39,9 @@ def predict_masked(
     masks: Any = action_masks
     if masks is None:
         masks = masks_where_acting(n, policy.action_space)
+        if masks is not None and isinstance(obs, dict) and KEY in obs and obs[KEY].numel() == masks.size:
+            # In training VecNormalize leaves the mask as it is; another one, around these environments, may not.
+            obs[KEY] = th.as_tensor(masks, device=policy.device).to(obs[KEY].dtype).view_as(obs[KEY])
     if masks is None and isinstance(obs, dict) and KEY in obs:
         masks = obs[KEY].cpu().numpy()
     if masks is None:
@@ -50,7 +53,7 @@ def predict_masked(
         masks = [action_masks]
     if len(masks) != n:
         raise ArgumentError(
-            f"action_masks is not allowed to be of {len(masks)} environments: it must have one mask for each of the {n} "
+            f"action_masks of {len(masks)} environments are not allowed: there must be one mask for each of the {n} "
             "observations"
         )
     masks = checked_masks(masks, choices_of(policy.action_space), step=None)

@@ -58,7 +58,7 @@ def test_whatever_the_variables_are_called(says: str) -> None:
     assert vectors is not None
     for _ in range(3):
         obs = vectors.reset()
-        done = False  # as in scripts for one environment
+        done: Any = False  # as in scripts for one environment
         for _ in range(8):
             action, _ = model.predict(obs)  # type: ignore[arg-type]
             obs, _, done, info = vectors.step(action)

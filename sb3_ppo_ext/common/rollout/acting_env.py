@@ -108,8 +108,9 @@ def _masks_of(env: Any, frame: FrameType) -> Any:
     if convention == "info":
         return [info.get(KEY) for info in present_infos(env)]
     normalizer = unwrap_vec_normalize(env)
-    is_normalized = normalizer is not None and KEY in (normalizer.norm_obs_keys or ())
-    return normalizer.get_original_obs()[KEY] if convention == "observation" and is_normalized else None
+    if convention is None or normalizer is None or KEY not in (normalizer.norm_obs_keys or ()):
+        return None
+    return normalizer.get_original_obs()[KEY]
 
 
 def _attribute(env: gym.Env[Any, Any], name: str) -> Any:

@@ -66,10 +66,7 @@ class OnPolicyAlgorithm(Model):
 
     # What reads the masks of the environments; None if they have none, or these are not to be heeded.
     _masks: ActionMasks | None = None
-
-    # Which actions are allowed in the last observations.
-    _last_masks: np.ndarray | None = None
-
+    _last_masks: np.ndarray | None = None  # which actions the environments allow next
     _use_masking: bool = True
 
     # Whether the policy was last trained with masks, and is to be asked with them.
@@ -181,10 +178,7 @@ class OnPolicyAlgorithm(Model):
         return result
 
     def _start_masking(self, masks: ActionMasks) -> None:
-        """
-        :param masks: reads those of the environments, which may just have been reset
-        :raises ArgumentError: if the policy cannot heed them
-        """
+        """Find out which actions are allowed now; an ArgumentError if the policy cannot heed that."""
         buffer = self.rollout_buffer
         if not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step:
             raise ArgumentError(
@@ -326,7 +320,7 @@ class OnPolicyAlgorithm(Model):
         refusal = DirectActorCritic.refusal(self.policy)
         if refusal is None:
             return DirectActorCritic(self.policy, with_params=self._needs_old_params or not for_update)
-        if self._masks is not None:  # a callback has put another policy in the place of the one that could heed them
+        if self._masks is not None:  # a callback has changed the policy, which could heed them before
             raise self._cannot_mask(refusal)
         self._say_why_slow(f"{type(self.policy).__name__} {refusal}: it acts and is trained through its own methods")
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)

@@ -68,7 +68,6 @@ class OnPolicyAlgorithm(Model):
     _masks: ActionMasks | None = None
     _last_masks: np.ndarray | None = None  # which actions the environments allow next
     _use_masking: bool = True
-
     # Whether the policy was last trained with masks, and is to be asked with them.
     _is_masked: bool = False
 

@@ -25,7 +25,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     - ``final_values``: where the step was truncated, the value of the observation that the episode ended with; else 0;
     - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step.
 
-    ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them.
+    ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them. So it is
+    here too where a derived buffer has an ``add`` of its own and is therefore filled by SB3's method; ``truncated`` is
+    then False everywhere, and ``final_values`` are 0.
 
     It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once;
     advantages and returns are computed from it. :meth:`get` moves a flat copy to the device once, and cuts its

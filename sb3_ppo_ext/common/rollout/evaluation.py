@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
             raise ValueError(
                 "The parameters of the action distributions have not been kept, which an exact KL divergence is "
                 "computed from: the algorithm whose loss asks for it must have the class attribute "
-                "_needs_old_params = True"
+                "_needs_old_params = True, and a rollout buffer with a get() of its own must give RolloutSamples"
             )
         return self.family.kl(old_params, self.params)
 

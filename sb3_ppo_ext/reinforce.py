@@ -259,6 +259,7 @@ class REINFORCE(OnPolicyAlgorithm):
             if is_stopped:  # by the callback, after a step: learn() goes on from what followed it
                 self._last_obs = callback.locals["new_obs"]
                 self._last_episode_starts = callback.locals["dones"]
+                self._last_masks = callback.locals["action_masks"]
                 stop.count(callback.locals["dones"])
             elif not is_complete:  # the environments are in whatever state: learn() is to reset them
                 self._last_obs = None

@@ -59,7 +59,7 @@ class ScriptedEnv(gym.Env[Any, Any]):
 
 
 class WithoutMasks(gym.Wrapper[Any, Any, Any, Any]):
-    """Hides that an environment says which actions are allowed, as the error about it proposes."""
+    """Hides that an environment says which actions are allowed."""
 
     def get_wrapper_attr(self, name: str) -> Any:
         if name == "action_masks":

@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common import buffers as sb3_buffers
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -18,6 +18,7 @@ from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.compile.policy_programs import CompiledActorCritic
 from sb3_ppo_ext.common.compile.step import CompiledStep
 from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler
+from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.model import Model
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
@@ -25,14 +26,18 @@ from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.collector import Collector
 from sb3_ppo_ext.common.rollout.data import chunks
 from sb3_ppo_ext.common.rollout.failures import explained
+from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
+from sb3_ppo_ext.common.rollout.masks import (
+    ActionMasks,
+    keep_from_normalizing,
+)
 from sb3_ppo_ext.common.rollout.purity import draws_noise, impurity
 from sb3_ppo_ext.common.rollout.step_by_step import collect_as_sb3
 from sb3_ppo_ext.common.rollout.stop_rules import AfterSteps, StopRule
-from sb3_ppo_ext.common.rollout.vec_envs import check_no_masks
-from sb3_ppo_ext.common.spaces import n_action_dims
 from sb3_ppo_ext.common.update.objective import Loss
 from sb3_ppo_ext.common.update.reduce import OneProcess, Reducer
 from sb3_ppo_ext.common.update.step import EagerStep, MinibatchStep
+from sb3_ppo_ext.common.validation import check_bool
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +66,17 @@ class OnPolicyAlgorithm(Model):
     # Whether the value of what would have followed is added where a time limit ends an episode.
     bootstrap_timeouts: bool = True
 
+    # What reads the masks of the environments; None if they have none, or these are not to be heeded.
+    _masks: ActionMasks | None = None
+
+    # Which actions are allowed in the last observations.
+    _last_masks: np.ndarray | None = None
+
+    _use_masking: bool = True
+
+    # Whether the policy was trained with masks, and is to be asked with them.
+    _is_masked: bool = False
+
     # Puts gradients and statistics of several processes together; there is one.
     _reducer: Reducer = OneProcess()
 
@@ -72,9 +88,12 @@ class OnPolicyAlgorithm(Model):
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        *,
+        use_masking: bool = True,
     ) -> Self:
         """
-        As SB3: train.
+        As SB3: train. Where the environments say which actions are allowed, no other is taken; see
+        :mod:`sb3_ppo_ext.common.rollout.masks`.
 
         :param total_timesteps: steps to make; the last rollout may exceed them
         :param callback: called at each step, and at the beginning and the end of each rollout
@@ -82,9 +101,12 @@ class OnPolicyAlgorithm(Model):
         :param tb_log_name: of the run, for TensorBoard; None: the name of the class
         :param reset_num_timesteps: whether to count from 0; otherwise the steps are added to those made before
         :param progress_bar: whether to show one
+        :param use_masking: whether to heed the masks of the environments
         :return: the model
         :raises ValueError: for what cannot be learnt, and for observations and rewards that are not finite
         """
+        check_bool("use_masking", use_masking)
+        self._use_masking = use_masking
         return super().learn(
             total_timesteps=total_timesteps,
             callback=callback,
@@ -99,16 +121,39 @@ class OnPolicyAlgorithm(Model):
         self._setup_model()
         self._check_can_learn()
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        As SB3: an action for each observation. A policy that was trained with masks takes none that is not allowed:
+        masks that are not given are those in the observations, or of the environments that the caller acts in (its
+        variable ``env``, as in ``evaluate_policy``).
+
+        :param observation: of one environment, or one for each
+        :param state: not looked at
+        :param episode_start: not looked at
+        :param deterministic: whether to take the most likely action
+        :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``
+        :return: the actions, and ``state``
+        :raises ValueError: if the policy needs masks and there are none, or one is wrong
+        """
+        if action_masks is None and not self._is_masked:
+            return super().predict(observation, state, episode_start, deterministic)
+        actions = predict_masked(self.policy, observation, deterministic=deterministic, action_masks=action_masks)
+        return actions, state
+
     def _check_can_learn(self) -> None:
         """
         For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled, and
         with environments that it could not learn.
 
-        :raises ValueError: if ``torch_compile=True`` cannot be had, or if actions would have to be masked, saying what
-            to change
+        :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
         """
-        if self.env is not None:
-            check_no_masks(self.env)
         if self.torch_compile:
             check_can_compile(self._actor_critic(), self.policy.optimizer)
             check_compiler(self.device)
@@ -117,13 +162,45 @@ class OnPolicyAlgorithm(Model):
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         self._check_can_learn()
+        is_reset = self._last_obs is None or (args[0] if args else kwargs.get("reset_num_timesteps", True))
+        if self.env is not None:
+            keep_from_normalizing(self.env)
         try:
-            return super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+            result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         except Exception as error:
             more = None if self.env is None else explained(error, self.env, None)
             if more is None:
                 raise
             raise more from error
+        if is_reset or not self._use_masking:
+            self._last_masks = None
+        self._masks = ActionMasks.of(self.env) if self.env is not None and self._use_masking else None
+        if self._masks is not None:
+            self._start_masking(self._masks)
+        return result
+
+    def _start_masking(self, masks: ActionMasks) -> None:
+        """
+        :param masks: reads those of the environments, which may just have been reset
+        :raises ArgumentError: if the policy cannot heed them
+        """
+        refusal = DirectActorCritic.refusal(self.policy)
+        buffer = self.rollout_buffer
+        if not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step:
+            raise ArgumentError(
+                f"rollout_buffer_class={type(buffer).__name__} is not allowed where environments mask actions: it must "
+                "be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer without an add() of its own"
+            )
+        if refusal is not None:
+            raise ArgumentError(
+                f"env is not allowed with policy={type(self.policy).__name__}: the environments mask actions, and the "
+                f"policy {refusal}. Use one of Stable-Baselines3's as it is, or learn(..., use_masking=False)"
+            )
+        if not self._is_masked and self.verbose >= 1:
+            print(f"Actions are masked as the environments say ({masks.convention}); use_masking=False turns it off")
+        self._is_masked = True
+        if self._last_masks is None or masks.convention == "method":
+            self._last_masks = masks.at_reset(self._last_obs)
 
     def collect_rollouts(
         self,
@@ -185,14 +262,16 @@ class OnPolicyAlgorithm(Model):
             callback,
             rollout_buffer,
             stop,
+            self._masks,
             self._acting_policy,
             keeps_final_values=self.bootstrap_timeouts,
             step_by_step=self._policy_changes_in_rollouts,
         )
-        is_complete = collector.collect(n_rollout_steps)
+        is_complete = collector.collect(n_rollout_steps, self._last_masks)
         self._policy_changes_in_rollouts = collector.step_by_step
         if not is_complete:
             return False
+        self._last_masks = collector.last_masks
         values = collector.evaluate()
         self._compute_targets(rollout_buffer, values)
         callback.update_locals({"values": values, "n_steps": rollout_buffer.pos})
@@ -209,18 +288,6 @@ class OnPolicyAlgorithm(Model):
         """
         assert self._last_episode_starts is not None
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=self._last_episode_starts)
-
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # They are read at the end of the rollout, when an environment may have written the next one into the same dict.
-        copied = [
-            {**info, "episode": dict(info["episode"])} if isinstance(info.get("episode"), dict) else info
-            for info in infos
-        ]
-        super()._update_info_buffer(copied, dones)
-
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
-        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
 
     def _acting_policy(self, *, step_by_step: bool = False) -> ActorCritic:
         """
@@ -327,17 +394,6 @@ class OnPolicyAlgorithm(Model):
         """Put what has bounds back within them; for :meth:`train`, when it has changed the actor."""
         if isinstance(self.policy, ActorCriticPolicy):
             self.policy.project()
-
-    def _whole_action_value(self, value: float | str | Schedule | None, per_dimension: float) -> float:
-        """
-        The current value of a quantity of the whole action.
-
-        :param value: as the user gave it; None for the default
-        :param per_dimension: the default, for each action dimension
-        """
-        if value is None:
-            return per_dimension * n_action_dims(self.action_space)
-        return self._current_value(value)
 
     def _log_ent_coef(self) -> None:
         """Log the weight of the entropy."""

@@ -73,6 +73,17 @@ class Family(ABC):
         """
         return self.draw(params, self.noise(params.shape[0], params))
 
+    def masked(self, params: th.Tensor, mask: th.Tensor) -> th.Tensor:
+        """
+        The distributions without the actions that are not allowed: these have probability and gradient 0.
+
+        :param params: shape ``(batch, n_params)``
+        :param mask: True where a choice is allowed, shape ``(batch, n_choices)``, one dimension of the action after the
+            other
+        :return: shape ``(batch, n_params)``
+        """
+        raise NotImplementedError("actions of a Box cannot be masked")
+
     @abstractmethod
     def mode(self, params: th.Tensor) -> th.Tensor:
         """
@@ -254,6 +265,9 @@ class Categorical(_Discrete):
     def action_dim(self) -> int:
         return len(self.sizes)
 
+    def masked(self, params: th.Tensor, mask: th.Tensor) -> th.Tensor:
+        return params.masked_fill(~mask, -math.inf)
+
     def _split(self, params: th.Tensor) -> tuple[th.Tensor, ...]:
         return (params,) if len(self.sizes) == 1 else th.split(params, list(self.sizes), dim=1)
 
@@ -313,6 +327,10 @@ class Bernoulli(_Discrete):
     @property
     def action_dim(self) -> int:
         return self.dim
+
+    def masked(self, params: th.Tensor, mask: th.Tensor) -> th.Tensor:
+        zero, one = mask.view(-1, self.dim, 2).unbind(dim=2)
+        return params.masked_fill(~zero, math.inf).masked_fill(~one, -math.inf)
 
     def noise(self, n: int, like: th.Tensor) -> th.Tensor:
         return like.new_empty((n, self.dim)).uniform_()

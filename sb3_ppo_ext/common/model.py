@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
+import numpy as np
 import torch as th
 from stable_baselines3.common import buffers as sb3_buffers
 from stable_baselines3.common.base_class import maybe_make_env
@@ -27,7 +28,7 @@ from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
 from sb3_ppo_ext.common.rollout.vec_envs import check_env
 from sb3_ppo_ext.common.saving.files import opened
 from sb3_ppo_ext.common.saving.model_file import replacements, write_model
-from sb3_ppo_ext.common.spaces import check_spaces
+from sb3_ppo_ext.common.spaces import check_spaces, n_action_dims
 from sb3_ppo_ext.common.validation import (
     as_schedule,
     check_bool,
@@ -274,7 +275,8 @@ class Model(SB3OnPolicyAlgorithm):
         return {}
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = [*super()._excluded_save_params(), "_compiled", "_has_said_why_slow", "_policy_changes_in_rollouts"]
+        excluded = [*super()._excluded_save_params(), "_compiled", "_masks", "_use_masking"]
+        excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts"]
         # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
         excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
         if self.rollout_buffer_class is buffer_class_for(self.observation_space) or self._rollouts_vary:
@@ -301,3 +303,26 @@ class Model(SB3OnPolicyAlgorithm):
                 "own; it must be one of stable_baselines3.common.distributions, or derive from one without overriding "
                 "its formulas. DualClipPPO and REINFORCE learn with any distribution"
             )
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # They are read at the end of the rollout, when an environment may have written the next one into the same dict.
+        copied = [
+            {**info, "episode": dict(info["episode"])} if isinstance(info.get("episode"), dict) else info
+            for info in infos
+        ]
+        super()._update_info_buffer(copied, dones)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
+    def _whole_action_value(self, value: float | str | Schedule | None, per_dimension: float) -> float:
+        """
+        The current value of a quantity of the whole action.
+
+        :param value: as the user gave it; None for the default
+        :param per_dimension: the default, for each action dimension
+        """
+        if value is None:
+            return per_dimension * n_action_dims(self.action_space)
+        return self._current_value(value)

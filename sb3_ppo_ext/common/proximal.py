@@ -18,6 +18,7 @@ from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.rollout.buffers import minibatches
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
+from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, of_maskable_ppo
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
 from sb3_ppo_ext.common.update.step import raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
@@ -34,7 +35,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     unless ``_init_setup_model`` is false.
     """
 
-    _loads_files_of: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C")
+    _loads_files_of: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C", MASKABLE_PPO)
 
     def __init__(
         self,
@@ -111,6 +112,11 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         check_int("batch_size", self.batch_size, minimum=2 if self.normalize_advantage else 1)
         if self.clip_range_vf is not None:
             self.clip_range_vf = as_schedule("clip_range_vf", self.clip_range_vf)
+
+    @classmethod
+    def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
+        adapted = super()._adapted(origin, attributes)
+        return adapted | of_maskable_ppo(attributes, cls.policy_aliases) if origin == MASKABLE_PPO else adapted
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -14,7 +14,7 @@ import sb3_contrib
 import torch as th
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO, RecurrentPPO
-from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.env_util import make_vec_env
@@ -26,7 +26,7 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.saving.checkpoint import load_weights, resume, save_checkpoint
 from sb3_ppo_ext.common.saving.interchange import ALGORITHM
 from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, assert_same_policy, small
-from tests.envs import BOX, ScriptedEnv, WithoutMasks, scripted
+from tests.envs import BOX, scripted
 
 FILES = Path(__file__).parent / "files"
 TORQUES = spaces.Box(-1.0, 1.0, (3,), np.float32)
@@ -205,37 +205,40 @@ def test_contribs_trpo(action_space, factor, tmp_path):
         assert (own._whole_action_value(own.target_kl, math.nan), own.cg_damping) == (0.5, 0.6)
 
 
-def test_maskable_ppo_is_refused_with_the_call_to_make(tmp_path):
+@pytest.mark.parametrize("by", PROXIMAL)
+def test_maskable_ppo(by, tmp_path):
     masked = InvalidActionEnvDiscrete(dim=6, n_invalid_actions=2)
-    env = WithoutMasks(masked)
     model = MaskablePPO("MlpPolicy", masked, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
     model.learn(16)
     model.save(tmp_path / "model")
-    unmasked = ScriptedEnv(env.observation_space, env.action_space)
-    for by in PROXIMAL:
-        with pytest.raises(
-            ValueError, match=r"model of sb3_contrib.MaskablePPO, whose masks.*custom_objects"
-        ) as refusal:
-            by.load(tmp_path / "model", device="cpu")
-        call = str(refusal.value).rpartition("custom_objects=")[2].rstrip(")")
-        custom_objects = eval(call, {by.__name__: by})
-        loaded = by.load(tmp_path / "model", env=unmasked, device="cpu", custom_objects=custom_objects)
-        assert_same_policy(loaded, model)
-        loaded.learn(16, reset_num_timesteps=False)
-        loaded.save(tmp_path / "ours")
-        by.load(tmp_path / "ours", device="cpu")
+    loaded = by.load(tmp_path / "model", env=masked, device="cpu")
+    assert_same_policy(loaded, model)
+    for action in range(6):
+        masks = np.arange(6) == action
+        assert loaded.predict(np.zeros(1), action_masks=masks)[0].item() == action
+    with pytest.raises(ValueError, match="this model was trained with masks"):
+        loaded.predict(np.zeros(1))
+    loaded.learn(16, reset_num_timesteps=False)
+    loaded.save(tmp_path / "ours")
+    by.load(tmp_path / "ours", device="cpu")
     with pytest.raises(ValueError, match=r"cannot be loaded by TRPO: it is a model of sb3_contrib.MaskablePPO"):
         TRPO.load(tmp_path / "model", device="cpu")
     save_checkpoint(model, tmp_path / "checkpoint")  # which names the algorithm
-    assert_same_policy(DualClipPPO.load(tmp_path / "checkpoint", device="cpu", custom_objects=custom_objects), model)
-
+    assert_same_policy(by.load(tmp_path / "checkpoint", device="cpu"), model)
     for algorithm in ALGORITHMS:
-        ours = small(algorithm, "MlpPolicy", unmasked)
+        ours = small(algorithm, "MlpPolicy", masked)
         load_weights(tmp_path / "model.zip", ours.policy)
         assert_same_policy(ours, model)
-        ours = small(algorithm, "MlpPolicy", unmasked)
-        ours.set_parameters(tmp_path / "model")
-        assert_same_policy(ours, model)
+    back = MaskablePPO("MlpPolicy", masked, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
+    back.set_parameters(loaded.get_parameters())
+    assert_same_policy(back, loaded)
+
+
+def test_maskable_ppo_with_binary_actions_is_refused(tmp_path):
+    env = InvalidActionEnvMultiBinary(dims=3, n_invalid_actions=1)
+    MaskablePPO("MlpPolicy", env, n_steps=16, batch_size=8, device="cpu").save(tmp_path / "model")
+    with pytest.raises(ValueError, match="MaskablePPO with MultiBinary actions cannot be loaded"):
+        DualClipPPO.load(tmp_path / "model", device="cpu")
 
 
 @pytest.mark.parametrize("by", ALGORITHMS)

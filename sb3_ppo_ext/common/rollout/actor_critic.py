@@ -149,7 +149,7 @@ class DirectActorCritic:
             return self.act_by(inputs, self.noise(inputs.n_rows))
         # The pass may draw random numbers, which come before those of the action.
         latent_pi, latent_vf = self._latents(self._preprocess(inputs.obs))
-        out = apply(self._action_net, latent_pi)
+        out = self._action_out(latent_pi, inputs.mask)
         kept = StepEvaluation(self._values(latent_vf), None, self._params_by(latent_pi, out))
         return self._drawn_by(latent_pi, out, self.noise(inputs.n_rows)), kept
 
@@ -175,9 +175,11 @@ class DirectActorCritic:
         """
         if self._evaluates_each_step:
             latent_pi, latent_vf = self._latents(self._preprocess(inputs.obs))
-            kept = StepEvaluation(self._values(latent_vf), None, self._params(latent_pi))
-            return self._drawn(latent_pi, noise), kept
-        return self._drawn(self._latent_pi(self._preprocess(inputs.obs)), noise), None
+            out = self._action_out(latent_pi, inputs.mask)
+            kept = StepEvaluation(self._values(latent_vf), None, self._params_by(latent_pi, out))
+            return self._drawn_by(latent_pi, out, noise), kept
+        latent_pi = self._latent_pi(self._preprocess(inputs.obs))
+        return self._drawn_by(latent_pi, self._action_out(latent_pi, inputs.mask), noise), None
 
     def evaluate_actions(self, inputs: PolicyInput, actions: th.Tensor) -> Evaluation:
         latent_pi, latent_vf = self._latents(self._preprocess_batch(inputs.obs))
@@ -187,7 +189,7 @@ class DirectActorCritic:
             mean = apply(self._action_net, latent_pi)
             log_prob, entropy = self.family.log_prob_and_entropy(mean, self.policy.log_std, actions)
             return Evaluation(values, log_prob, entropy, mean[:, :0], self.family)
-        params = self._params(latent_pi)
+        params = self._params_by(latent_pi, self._action_out(latent_pi, inputs.mask))
         log_prob = self.family.log_prob(params, actions)
         return Evaluation(values, log_prob, self.family.entropy(params), params, self.family)
 
@@ -196,7 +198,8 @@ class DirectActorCritic:
         return ActorEvaluation(self.family.log_prob(params, actions), self.family.entropy(params), params)
 
     def params(self, inputs: PolicyInput) -> th.Tensor:
-        return self._params(self._latent_pi(self._preprocess_batch(inputs.obs)))
+        latent_pi = self._latent_pi(self._preprocess_batch(inputs.obs))
+        return self._params_by(latent_pi, self._action_out(latent_pi, inputs.mask))
 
     def values(self, inputs: PolicyInput) -> th.Tensor:
         features = apply(self._critic, self._preprocess_batch(inputs.obs))
@@ -213,8 +216,10 @@ class DirectActorCritic:
     def _values(self, latent_vf: th.Tensor) -> th.Tensor:
         return apply(self._value_net, latent_vf).flatten()
 
-    def _params(self, latent_pi: th.Tensor) -> th.Tensor:
-        return self._params_by(latent_pi, apply(self._action_net, latent_pi))
+    def _action_out(self, latent_pi: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        """What the action net gives; of the actions that are not allowed, what gives them probability 0."""
+        out = apply(self._action_net, latent_pi)
+        return out if mask is None else self.family.masked(out, mask)
 
     def _params_by(self, latent_pi: th.Tensor, out: th.Tensor) -> th.Tensor:
         if self._is_gaussian:
@@ -225,9 +230,6 @@ class DirectActorCritic:
             variance = features.square() @ action_dist.get_std(self.policy.log_std).square()
             return th.cat((out, (variance + action_dist.epsilon).sqrt()), dim=1)
         return out
-
-    def _drawn(self, latent_pi: th.Tensor, noise: th.Tensor) -> th.Tensor:
-        return self._drawn_by(latent_pi, apply(self._action_net, latent_pi), noise)
 
     def _drawn_by(self, latent_pi: th.Tensor, out: th.Tensor, noise: th.Tensor) -> th.Tensor:
         if self._is_gaussian:  # what the family draws, without assembling its parameters first

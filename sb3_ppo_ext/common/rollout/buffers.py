@@ -23,7 +23,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
     - ``distribution_params``: the parameters of the distributions that drew the actions;
     - ``truncated``, ``terminated``: whether the step ended an episode, by a time limit or by itself;
     - ``final_values``: where the step was truncated, the value of the observation that the episode ended with; else 0;
-    - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step.
+    - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step;
+    - ``action_masks``: which actions were allowed, shape ``(n_steps, n_envs, n_choices)``; None where all are.
 
     ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them. So it is
     here too where a derived buffer has an ``add`` of its own and is therefore filled by SB3's method; ``truncated`` is
@@ -39,6 +40,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
     truncated: np.ndarray
     final_values: np.ndarray
     last_values: np.ndarray
+    action_masks: np.ndarray | None
 
     def reset(self) -> None:
         super().reset()
@@ -50,6 +52,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self.final_values = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
         self.last_values = np.zeros(self.n_envs, dtype=np.float32)
         self._last_dones = np.zeros(self.n_envs, dtype=bool)
+        self.action_masks = None
         self.forget_flat()
 
     @property
@@ -78,6 +81,16 @@ class RolloutBuffer(sb3.RolloutBuffer):
         """
         self._store_obs(self.pos, obs)
         self.episode_starts[self.pos] = episode_start
+
+    def add_masks(self, masks: np.ndarray) -> None:
+        """
+        Add which actions are allowed in the observations that :meth:`add_observation` has added.
+
+        :param masks: bool, shape ``(n_envs, n_choices)``
+        """
+        if self.action_masks is None:
+            self.action_masks = np.ones((self.buffer_size, *masks.shape), dtype=bool)
+        self.action_masks[self.pos] = masks
 
     def add_transition(self, action: np.ndarray, reward: np.ndarray) -> None:
         """
@@ -151,7 +164,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
         """
         if self._flat_inputs is None:
             actions = self.actions.astype(np.float32, copy=False)  # as SB3: MultiBinary's int8 could not be trained on
-            self._flat_inputs = PolicyInput(self._flat_obs()), self._to_flat(actions)
+            mask = None if self.action_masks is None else self._to_flat(self.action_masks)
+            self._flat_inputs = PolicyInput(self._flat_obs(), mask), self._to_flat(actions)
         return self._flat_inputs
 
     def inputs_so_far(self) -> tuple[PolicyInput, th.Tensor]:
@@ -166,7 +180,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
         obs = self.observations
         flat_obs = {k: step_by_step(v) for k, v in obs.items()} if isinstance(obs, dict) else step_by_step(obs)
-        return PolicyInput(flat_obs), step_by_step(self.actions.astype(np.float32, copy=False))
+        mask = None if self.action_masks is None else step_by_step(self.action_masks)
+        return PolicyInput(flat_obs, mask), step_by_step(self.actions.astype(np.float32, copy=False))
 
     def flat(self) -> RolloutSamples:
         """

@@ -20,6 +20,7 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
 from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
 from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
 from sb3_ppo_ext.common.rollout.final_values import FinalValues
+from sb3_ppo_ext.common.rollout.masks import ActionMasks
 from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.rollout.stop_rules import StopRule
 
@@ -39,6 +40,7 @@ class Collector:
     :param callback: called at each step
     :param rollout_buffer: to fill, empty
     :param stop: when the rollout ends
+    :param masks: reads which actions the environments allow; None: all
     :param acting_policy: gives the policy as it is now; ``step_by_step=True`` if it must evaluate each step at once
     :param keeps_final_values: whether the values of the observations are wanted that a time limit ends episodes with
     :param step_by_step: whether to evaluate each step at once, as a callback is known to change the policy within a
@@ -52,6 +54,7 @@ class Collector:
         callback: BaseCallback,
         rollout_buffer: RolloutBuffer,
         stop: StopRule,
+        masks: ActionMasks | None,
         acting_policy: Callable[..., ActorCritic],
         *,
         keeps_final_values: bool,
@@ -63,18 +66,22 @@ class Collector:
         self._callback = callback
         self._buffer = rollout_buffer
         self._stop = stop
+        self._masks = masks
         self._acting_policy = acting_policy
         self._keeps_final_values = keeps_final_values
         self._actor_critic = acting_policy(step_by_step=step_by_step)
         self._watch = ParameterWatch(algorithm.policy) if self._actor_critic.is_pure else None
         self._final_values = FinalValues(self._actor_critic)
         self._steps: list[StepEvaluation] = []
+        self.last_masks: np.ndarray | None = None
 
-    def collect(self, n_rollout_steps: int) -> bool:
+    def collect(self, n_rollout_steps: int, first_masks: np.ndarray | None = None) -> bool:
         """
-        Step the environments until the rollout is complete.
+        Step the environments until the rollout is complete. Afterwards ``last_masks`` are those of the observations
+        that the last step gave.
 
         :param n_rollout_steps: as ``collect_rollouts`` got it, for callbacks to look at
+        :param first_masks: which actions are allowed in the first observations
         :return: False if the callback ended the rollout before
         """
         algorithm, env, callback, rollout_buffer = self._algorithm, self._env, self._callback, self._buffer
@@ -86,6 +93,7 @@ class Collector:
         # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self._actor_critic.act
+        masks, mask_tensor = first_masks, None
         n_steps = 0
 
         while True:
@@ -96,7 +104,9 @@ class Collector:
                 act = self._take_policy()
 
             obs_tensor = obs_as_tensor(algorithm._last_obs, device)  # type: ignore[arg-type]
-            action_tensor, step = act(PolicyInput(obs_tensor))
+            if masks is not None:
+                mask_tensor = th.as_tensor(masks, device=device)
+            action_tensor, step = act(PolicyInput(obs_tensor, mask_tensor))
             if step is not None:
                 self._steps.append(step)
             actions = action_tensor.cpu().numpy().reshape(action_shape)
@@ -104,8 +114,13 @@ class Collector:
             # Before the step, as an environment may write its next observation into the same array.
             rollout_buffer.add_observation(algorithm._last_obs, algorithm._last_episode_starts)  # type: ignore[arg-type]
 
+            if masks is not None:
+                rollout_buffer.add_masks(masks)
+
             new_obs, rewards, dones, infos = env.step(clipped_actions)
 
+            if self._masks is not None:
+                self.last_masks = masks = self._masks.after_step(new_obs, dones, infos)
             algorithm.num_timesteps += env.num_envs
             callback.update_locals(
                 {
@@ -122,6 +137,7 @@ class Collector:
                     "rewards": rewards,
                     "dones": dones,
                     "infos": infos,
+                    "action_masks": masks,
                 }
             )
             if not callback.on_step():

@@ -72,6 +72,8 @@ class EpisodeBuffer(RolloutBuffer):
         self.actions = resized(self.actions)
         self.rewards = resized(self.rewards)
         self.episode_starts = resized(self.episode_starts)
+        if self.action_masks is not None:
+            self.action_masks = resized(self.action_masks)
         self.truncated, self.final_values = resized(self.truncated), resized(self.final_values)
         self.distribution_params = resized(self.distribution_params)  # a policy of the user's own may not set them
         self.buffer_size = n_steps

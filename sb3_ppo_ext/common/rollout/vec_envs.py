@@ -42,22 +42,12 @@ def _is_vector(env: Any) -> bool:
     )
 
 
-def check_no_masks(env: VecEnv) -> None:
+def has_masks_method(env: VecEnv) -> bool:
     """
-    :param env: to learn
-    :raises ArgumentError: if the environments say which actions are allowed, by a method ``action_masks()`` as
-        sb3-contrib has it: they would not be asked
+    Whether environments have a method ``action_masks()``, as sb3-contrib has it.
+
+    :param env: the environments
     """
-    if _has_masks(env):
-        raise ArgumentError(
-            "env is not allowed: it has a method action_masks(), and this algorithm does not mask actions; it would "
-            "choose forbidden ones. sb3_contrib.MaskablePPO trains with masks. To train without them, take the "
-            "wrapper ActionMasker off, give the method another name, or hide it behind a gymnasium.Wrapper whose "
-            "get_wrapper_attr('action_masks') raises AttributeError"
-        )
-
-
-def _has_masks(env: VecEnv) -> bool:
     try:
         if not env.has_attr("action_masks"):
             return False

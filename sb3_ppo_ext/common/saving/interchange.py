@@ -6,12 +6,13 @@ import base64
 import json
 import warnings
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_ppo_ext.common.saving.files import ReadableFile, name_of_file
 from sb3_ppo_ext.common.spaces import n_action_dims
@@ -132,12 +133,6 @@ def check_origin(origin: str, algorithm: type[BaseAlgorithm], also: Collection[s
     name, path = name_of(algorithm), name_of_file(path)
     if origin == name or origin in also or "." not in origin + name:  # two classes of the user's own
         return
-    if origin == "sb3_contrib.MaskablePPO":
-        raise ValueError(
-            f"{path} cannot be loaded by {algorithm.__name__}: it is a model of {origin}, whose masks are not known "
-            "here, so actions that are forbidden would be taken. If that is meant, replace the policy: "
-            f'load(..., custom_objects={{"policy_class": {algorithm.__name__}.policy_aliases["MlpPolicy"]}})'
-        )
     raise ValueError(
         f"{path} cannot be loaded by {algorithm.__name__}: it is a model of {origin}. Load it with that; or take its "
         "weights alone, for a model that you have made: load_weights(path, model.policy)"
@@ -164,3 +159,33 @@ def whole_action_values(attributes: dict[str, Any]) -> dict[str, float]:
             stacklevel=5,
         )
     return values
+
+
+MASKABLE_PPO = "sb3_contrib.MaskablePPO"
+
+# The policies of sb3-contrib's MaskablePPO, and those that have the same networks.
+_MASKABLE_POLICIES = {
+    "MaskableMultiInputActorCriticPolicy": "MultiInputPolicy",
+    "MaskableActorCriticCnnPolicy": "CnnPolicy",
+    "MaskableActorCriticPolicy": "MlpPolicy",
+}
+
+
+def of_maskable_ppo(attributes: dict[str, Any], policies: Mapping[str, type[BasePolicy]]) -> dict[str, Any]:
+    """
+    What has to be put in place of attributes of a model of sb3-contrib's MaskablePPO.
+
+    :param attributes: as :func:`attributes_of` gives them
+    :param policies: of the algorithm that is to load it, by alias
+    :raises ValueError: if its networks are others than the policies have
+    """
+    if "policy_class" not in attributes:  # another is put in its place
+        return {}
+    if isinstance(unpickled(attributes, "action_space"), spaces.MultiBinary):
+        raise ValueError(
+            "A model of sb3_contrib.MaskablePPO with MultiBinary actions cannot be loaded: it has two outputs for each "
+            "of them, the policies here have one"
+        )
+    names = [base.__name__ for base in unpickled(attributes, "policy_class").__mro__]
+    alias = next(alias for name, alias in _MASKABLE_POLICIES.items() if name in names)
+    return {"policy_class": policies[alias], "_is_masked": True}

@@ -1,0 +1,57 @@
+"""Actions of a policy that was trained with masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.rollout.data import PolicyInput
+from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of, masks_where_acting
+
+
+def predict_masked(
+    policy: ActorCriticPolicy, observation: Any, *, deterministic: bool, action_masks: np.ndarray | None
+) -> np.ndarray:
+    """
+    An allowed action for each observation.
+
+    :param policy: actor and critic
+    :param observation: of one environment, or one for each
+    :param deterministic: whether to take the most likely action
+    :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``; None: those in
+        the observations, or of the environments that the caller acts in
+    :return: the actions
+    :raises ArgumentError: if no masks are found, or the policy cannot be asked with them
+    :raises ValueError: if a mask is wrong
+    """
+    if not DirectActorCritic.supports(policy):
+        raise ArgumentError(
+            f"action_masks is not allowed with policy={type(policy).__name__}: it {DirectActorCritic.refusal(policy)}"
+        )
+    obs, is_vector = policy.obs_to_tensor(observation)
+    n = PolicyInput(obs).n_rows
+    masks: Any = action_masks
+    if masks is None:
+        masks = masks_where_acting(n, policy.action_space)
+    if masks is None and isinstance(obs, dict) and KEY in obs:
+        masks = obs[KEY].cpu().numpy()
+    if masks is None:
+        raise ArgumentError(
+            "action_masks=None is not allowed: this model was trained with masks of its actions, and no environment "
+            "was found that says which are allowed now. It must be an array of True and False, one for each choice"
+        )
+    masks = checked_masks(np.asarray(masks).reshape(n, -1), choices_of(policy.action_space), step=None)
+    policy.set_training_mode(False)
+    actor_critic = DirectActorCritic(policy)
+    with th.no_grad():
+        params = actor_critic.params(PolicyInput(obs, th.as_tensor(masks, device=policy.device)))
+        family = actor_critic.family
+        actions = (family.mode(params) if deterministic else family.sample(params)).cpu().numpy()
+    space = policy.action_space
+    shaped: np.ndarray = actions.reshape(-1, *(space.shape or ())).astype(space.dtype)
+    return shaped if is_vector else shaped.squeeze(axis=0)

@@ -26,7 +26,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step;
     - ``action_masks``: which actions were allowed, shape ``(n_steps, n_envs, n_choices)``; None where all are.
 
-    ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them.
+    ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them. So it is
+    here too where a derived buffer has an ``add`` of its own and is therefore filled by SB3's method; ``truncated`` is
+    then False everywhere, and ``final_values`` are 0.
 
     It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once;
     advantages and returns are computed from it. :meth:`get` moves a flat copy to the device once, and cuts its

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
@@ -19,9 +19,6 @@ from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
 from sb3_ppo_ext.common.update.controllers import adapted_by_kl
 from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
 from sb3_ppo_ext.common.validation import as_schedule, check_real
-
-if TYPE_CHECKING:
-    pass
 
 
 class AdaptiveKLPPO(ProximalAlgorithm):

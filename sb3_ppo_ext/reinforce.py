@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import torch as th
@@ -30,9 +30,6 @@ from sb3_ppo_ext.common.update.scores import score_statistics
 from sb3_ppo_ext.common.update.step import clip_and_step, gradients_of, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
 from sb3_ppo_ext.losses import baselines
-
-if TYPE_CHECKING:
-    pass
 
 Returns = Literal["reward_to_go", "total"]
 Baseline = Literal["none", "mean", "optimal", "leave_one_out", "value"]

@@ -32,15 +32,14 @@ def small(algorithm: Any, policy: Any, env: Any, **kwargs: Any) -> Any:
     """
     A model on the CPU with a net of one layer.
 
-    :param algorithm: one of :data:`ALGORITHMS`
+    :param algorithm: one of :data:`ALGORITHMS`, or a child
     :param policy: as its constructor takes it
     :param env: as its constructor takes it
     :param kwargs: what is to be otherwise; ``policy_kwargs`` are added to those of the small net
     """
     policy_kwargs = {**SMALL_NET, **kwargs.pop("policy_kwargs", {})}
-    return algorithm(
-        policy, env, **{"seed": 0, "device": "cpu", **_SMALL[algorithm], **kwargs, "policy_kwargs": policy_kwargs}
-    )
+    of_base = next(_SMALL[base] for base in algorithm.__mro__ if base in _SMALL)
+    return algorithm(policy, env, **{"seed": 0, "device": "cpu", **of_base, **kwargs, "policy_kwargs": policy_kwargs})
 
 
 def ppo_and_ours(

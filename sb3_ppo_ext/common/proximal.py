@@ -139,12 +139,21 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     def coefficients(self) -> dict[str, float]:
         """
         The numbers in the loss, now. They are logged by these names, and a compiled step sees each of them change; with
-        other names, it is another step.
+        other names, it is another step. To let ``vf_coef`` and ``max_grad_norm`` follow a schedule, a child gives them
+        here too.
         """
         numbers = {"ent_coef": self._current_value(self.ent_coef)}
         if self.clip_range_vf is not None:
             numbers["clip_range_vf"] = self._current_value(self.clip_range_vf)
         return numbers
+
+    def _as_number(self, name: str, value: Any) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{type(self).__name__}.coefficients() gives {name}={value!r}, which is no number"
+            ) from error
 
     def _kl_limit(self) -> float | None:
         """An update ends before the step of a minibatch whose ``approx_kl`` is above this; None: never."""
@@ -158,12 +167,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self._check_old_params()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        numbers = self.coefficients()
-        coefficients = {
-            **numbers,
-            "vf_coef": float(self.vf_coef),
-            "max_grad_norm": float(self.max_grad_norm),
-        }
+        numbers = {name: self._as_number(name, value) for name, value in self.coefficients().items()}
+        coefficients = {"vf_coef": float(self.vf_coef), "max_grad_norm": float(self.max_grad_norm), **numbers}
         kl_limit = self._kl_limit()
         if kl_limit is not None:
             coefficients["kl_limit"] = kl_limit = float(np.float32(kl_limit))  # as what it is compared with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pydoc
 from pathlib import Path
@@ -197,6 +198,23 @@ def test_help_names_what_the_policy_can_do(algorithm: Any) -> None:
     text = pydoc.plain(pydoc.render_doc(algorithm))
     assert "critic_learning_rate" in text
     assert "log_std_bounds" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "buffers.RolloutBuffer",
+        "buffers.DictRolloutBuffer",
+        "buffers.RolloutSamples",
+        "checkpoint.SafeCheckpointCallback",
+        "episodes.EpisodeBuffer",
+        "episodes.DictEpisodeBuffer",
+        "policies.ActorCriticPolicy",
+    ],
+)
+def test_what_files_and_configurations_name_is_where_it_was(name: str) -> None:
+    module, _, attribute = name.partition(".")
+    assert hasattr(importlib.import_module(f"sb3_ppo_ext.common.{module}"), attribute)
 
 
 def test_checkpoints_are_importable_from_the_top() -> None:

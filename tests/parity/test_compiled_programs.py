@@ -14,6 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_ppo_ext import REINFORCE, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.compile.program import Program
+from tests.algorithms import ROLLOUT, assert_close_policies, small
 from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
 from tests.parity.compiled import (
     agree_after_updates,
@@ -39,6 +40,18 @@ def test_nothing_is_compiled_after_the_first_update(programs: list[str]) -> None
     model.clip_range = 0.1
     model.learn(256, reset_num_timesteps=False)
     assert len(programs) == 3
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_what_a_policy_does_to_images_may_change() -> None:
+    """A step, an actor and an evaluation of before would divide by 255 what is no longer to be divided."""
+    models: list[Any] = []
+    for torch_compile in (False, True):
+        env = ScriptedEnv(spaces.Box(0, 255, (1, 2, 2), np.uint8), BOX_ACTIONS)
+        models.append(small(DualClipPPO, "MlpPolicy", env, torch_compile=torch_compile).learn(ROLLOUT))
+        models[-1].policy.normalize_images = False
+        models[-1].learn(ROLLOUT, reset_num_timesteps=False)
+    assert_close_policies(*models, atol=2e-5)
 
 
 def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

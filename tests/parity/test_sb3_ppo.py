@@ -11,10 +11,12 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ppo_ext import DualClipPPO
+from sb3_ppo_ext.common.buffers import RolloutBuffer as OurRolloutBuffer
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv
 from tests.parity.reference import PlainPPO
 from tests.parity.smooth import SmoothCNN, SmoothCombined
@@ -244,6 +246,28 @@ def test_time_limits_are_bootstrapped_as_sb3_does(obs_space: spaces.Space[Any]) 
     assert ours.truncated.any()
     assert ours.terminated.any()
     assert np.array_equal(ours.final_values != 0.0, ours.truncated)
+
+
+class OneStep(RolloutBuffer):
+    """Computes advantages of its own, as a child of SB3's buffer would: one-step TD errors."""
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        next_values = np.concatenate((self.values[1:], last_values.cpu().numpy().reshape(1, -1)))
+        ends = np.concatenate((self.episode_starts[1:], dones.reshape(1, -1)))
+        self.advantages = self.rewards + self.gamma * next_values * (1.0 - ends) - self.values
+        self.returns = self.advantages + self.values
+
+
+class OurOneStep(OurRolloutBuffer):
+    compute_returns_and_advantage = OneStep.compute_returns_and_advantage  # type: ignore[assignment]
+
+
+def test_a_buffer_that_computes_advantages_of_its_own_gets_the_rewards_that_sb3_gives_it() -> None:
+    env = scripted(BOX, spaces.Discrete(3))
+    theirs = train(PPO, env, "MlpPolicy", {"rollout_buffer_class": OneStep}, n_envs=2)
+    ours = train(OurPPO, env, "MlpPolicy", {"rollout_buffer_class": OurOneStep}, n_envs=2)
+    assert deviation(ours, theirs) < TOLERANCE
+    np.testing.assert_allclose(ours.rollout_buffer.rewards, theirs.rollout_buffer.rewards, atol=1e-6)
 
 
 def test_bootstrapping_by_hand() -> None:

@@ -175,8 +175,9 @@ def _traced(
         return graph, _lifted(graph)
     except Exception as error:
         raise ValueError(
-            f"{REFUSED} with this policy: what it computes must be operations of torch on its inputs, the same ones "
-            "for all values of these (no if, no .item() and no numpy on the way); otherwise torch_compile=False. "
+            f"{REFUSED} with this policy and loss: what they compute must be operations of torch on their inputs, the "
+            "same ones for all values of these (no if, no .item() and no numpy on the way); otherwise "
+            "torch_compile=False. "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
 

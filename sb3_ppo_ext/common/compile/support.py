@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 import torch as th
-from torch import nn
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
 from sb3_ppo_ext.common.rollout.purity import BATCH_NORMS, has_hooks, impurity
@@ -96,7 +96,7 @@ def check_compiler(device: th.device) -> None:
         raise ValueError(f"{REFUSED} with a cache in {folder!r} ({error}); set TORCHINDUCTOR_CACHE_DIR") from error
 
 
-def cache_key(policy: nn.Module) -> Hashable:
+def cache_key(policy: ActorCriticPolicy) -> Hashable:
     """
     What a program of a policy depends on, besides the values of its tensors: its modules and their settings, and which
     tensors are parameters. What a module keeps in other ways (in a list, say) is not looked at.
@@ -112,4 +112,5 @@ def cache_key(policy: nn.Module) -> Hashable:
         )
         for module in modules
     )
-    return policy, settings, tuple(map(id, policy.parameters()))
+    of_policy = policy.normalize_images, policy.share_features_extractor, policy.squash_output
+    return policy, of_policy, settings, tuple(map(id, policy.parameters()))

@@ -26,7 +26,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step;
     - ``action_masks``: which actions were allowed, shape ``(n_steps, n_envs, n_choices)``; None where all are.
 
-    ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them.
+    ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them. So it is
+    here too where a derived buffer has an ``add`` or a ``compute_returns_and_advantage`` of its own and is therefore
+    filled by SB3's method; ``truncated`` is then False everywhere, and ``final_values`` are 0.
 
     It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once;
     advantages and returns are computed from it. :meth:`get` moves a flat copy to the device once, and cuts its
@@ -67,8 +69,14 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     @property
     def wants_every_step(self) -> bool:
-        """Whether a derived buffer has an :meth:`add` of its own, which is then called at every step, as by SB3."""
-        return type(self).add not in (sb3.RolloutBuffer.add, sb3.DictRolloutBuffer.add)
+        """
+        Whether a derived buffer is filled as SB3 does it: one that has an :meth:`add` of its own, which is then called
+        at every step, or computes advantages of its own, from the rewards as SB3 puts them.
+        """
+        return (
+            type(self).add not in (sb3.RolloutBuffer.add, sb3.DictRolloutBuffer.add)
+            or type(self).compute_returns_and_advantage is not RolloutBuffer.compute_returns_and_advantage
+        )
 
     def add_observation(self, obs: Any, episode_start: np.ndarray) -> None:
         """

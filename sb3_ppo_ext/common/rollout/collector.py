@@ -172,8 +172,9 @@ class Collector:
             self.step_by_step = True
             warnings.warn(
                 "The policy was changed while it collected a rollout, in a way that is seen only at the end of it (by "
-                ".data, or by another tensor, layer or hook). In this one rollout the change was not followed as "
-                "Stable-Baselines3 would follow it; from the next rollout on it is, as each step is evaluated at once",
+                ".data, by another tensor, layer or hook, or by an environment and no callback). In this one rollout "
+                "the change was not followed as Stable-Baselines3 would follow it; from the next rollout on it is, as "
+                "each step is evaluated at once",
                 stacklevel=2,
             )
         return True

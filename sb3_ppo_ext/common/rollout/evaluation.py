@@ -28,11 +28,18 @@ class Evaluation(NamedTuple):
 
     def kl_from(self, old_params: th.Tensor) -> th.Tensor:
         """
-        Exact KL(old || present) of the whole action, in nats, shape ``(batch,)``.
+        Exact KL(old || present) of the whole action, in nats, shape ``(batch,)``. The algorithm whose loss asks for it
+        has the class attribute ``_needs_old_params = True``, or derives from one that has.
 
         :param old_params: parameters of the distributions that acted, shape ``(batch, n_params)``
+        :raises ValueError: if the parameters have not been kept, or there is no formula for them
         """
-        assert self.family is not None, "the algorithm must set _needs_old_params"
+        if self.family is None or self.params.shape != old_params.shape:
+            raise ValueError(
+                "The parameters of the action distributions have not been kept, which an exact KL divergence is "
+                "computed from: the algorithm whose loss asks for it must have the class attribute "
+                "_needs_old_params = True, and a rollout buffer with a get() of its own must give RolloutSamples"
+            )
         return self.family.kl(old_params, self.params)
 
 

@@ -124,7 +124,7 @@ def checked_masks(masks: Any, choices: list[int], *, step: int | None) -> np.nda
 
 
 def _as_they_should_be(masks: Any, size: int) -> np.ndarray | None:
-    """All masks at once, if they are of the right size and hold True and False (or 1 and 0); else None."""
+    """All masks at once, if they have the right size and hold True and False (or 1 and 0); None if some do not."""
     try:
         stacked = np.asarray(masks)
     except ValueError:  # of different lengths

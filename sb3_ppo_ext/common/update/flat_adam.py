@@ -62,7 +62,7 @@ class FlatAdam:
         """
         Whether a flat step does to each parameter what the optimiser would do.
 
-        :param optimizer: any
+        :param optimizer: of the parameters; Adam or another
         :param parameters: what is to be updated
         """
         if type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 
@@ -82,18 +82,44 @@ class ActorCriticLoss:
         if self.normalize_advantage:
             samples = samples._replace(advantages=normalized(samples.advantages, samples.mask))
         evaluation = actor_critic.evaluate_actions(samples.inputs, samples.actions)
-        policy_loss, statistics = self.policy_loss(evaluation, samples, coefficients)
+        policy_loss, statistics = _checked(self.policy_loss(evaluation, samples, coefficients), coefficients)
         value_loss = samples.mean(value_losses(evaluation.values, samples, coefficients))
         entropy = evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy
         entropy_loss = -samples.mean(entropy)
         loss = policy_loss + coefficients["vf_coef"] * value_loss
-        if not isinstance(coefficients["ent_coef"], float) or coefficients["ent_coef"] > 0.0:
+        if not isinstance(coefficients["ent_coef"], float) or coefficients["ent_coef"] != 0.0:
             loss = loss + coefficients["ent_coef"] * entropy_loss  # without a weight, it need not be differentiated
         statistics["policy_gradient_loss"] = policy_loss.detach()
         statistics["value_loss"] = value_loss.detach()
         statistics["entropy_loss"] = entropy_loss.detach()
         statistics["loss"] = loss.detach()
         return loss, statistics
+
+
+def _checked(result: Any, coefficients: Coefficients) -> PolicyLoss:
+    """
+    :param result: of a policy loss, which may be a user's
+    :param coefficients: that it was given
+    :return: the result
+    :raises TypeError: if it is not what it has to be
+    :raises ValueError: if the update is limited by a statistic that is not there
+    """
+    if not (
+        isinstance(result, tuple)
+        and len(result) == 2
+        and isinstance(result[1], dict)
+        and all(isinstance(x, th.Tensor) and x.dim() == 0 for x in (result[0], *result[1].values()))
+    ):
+        raise TypeError(
+            "policy_loss must return PolicyLoss(loss, statistics): the loss, a tensor without dimensions such as "
+            "samples.mean(...) gives, and a dict of such tensors by the names that they are logged under"
+        )
+    if "kl_limit" in coefficients and "approx_kl" not in result[1]:
+        raise ValueError(
+            "The update is to end where approx_kl is above a limit (target_kl), and the statistics that policy_loss "
+            f"returns have no approx_kl, but {', '.join(result[1]) or 'none'}"
+        )
+    return PolicyLoss(*result)
 
 
 def value_losses(values: th.Tensor, samples: RolloutSamples, coefficients: Coefficients) -> th.Tensor:

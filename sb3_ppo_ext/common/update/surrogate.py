@@ -81,7 +81,7 @@ class Surrogate:
         log_prob, entropy, _ = actor
         old_log_prob = self.rollout.old_log_prob[rows]
         objective = -losses.surrogate_loss(log_prob, old_log_prob, self.rollout.advantages[rows]).loss
-        if self.ent_coef > 0.0:
+        if self.ent_coef != 0.0:
             if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
                 entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
             objective = objective + self.ent_coef * entropy

@@ -110,7 +110,7 @@ def load_study(storage: str, opened: BaseStorage, name: str) -> optuna.Study:
 
 def complete_trial(study: optuna.Study, number: int) -> FrozenTrial:
     """
-    :param study: any
+    :param study: whose storage it is
     :param number: the trial's
     :return: the trial
     :raises StudyError: if there is none of this number, or it is not complete

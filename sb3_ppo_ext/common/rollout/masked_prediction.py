@@ -49,7 +49,7 @@ def predict_masked(
             "action_masks=None is not allowed: this model was trained with masks of its actions, and no environment "
             "was found that says which are allowed now. It must be an array of True and False, one for each choice"
         )
-    if not is_vector and action_masks is not None and np.ndim(action_masks[0]) == 0:
+    if n == 1 and action_masks is not None and np.ndim(action_masks[0]) == 0:
         masks = [action_masks]
     if len(masks) != n:
         raise ArgumentError(

@@ -216,8 +216,8 @@ def test_maskable_ppo(by, tmp_path):
     for action in range(6):
         masks = np.arange(6) == action
         assert loaded.predict(np.zeros(1), action_masks=masks)[0].item() == action
-    with pytest.raises(ValueError, match="this model was trained with masks"):
-        loaded.predict(np.zeros(1))
+    allowed = np.flatnonzero(masked.action_masks())
+    assert loaded.predict(np.zeros(1))[0].item() in allowed  # of the environment that is at hand
     loaded.learn(16, reset_num_timesteps=False)
     loaded.save(tmp_path / "ours")
     by.load(tmp_path / "ours", device="cpu")

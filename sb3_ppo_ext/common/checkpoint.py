@@ -1,5 +1,19 @@
-"""The checkpoint callback, under the name that configurations of the first edition have."""
+"""Checkpoints, under the name that scripts and configurations of the first edition import."""
 
-from sb3_ppo_ext.common.saving.checkpoint import SafeCheckpointCallback
+from sb3_ppo_ext.common.saving.checkpoint import (
+    SafeCheckpointCallback,
+    latest_checkpoint,
+    load_vec_normalize,
+    load_weights,
+    resume,
+    save_checkpoint,
+)
 
-__all__ = ["SafeCheckpointCallback"]
+__all__ = [
+    "SafeCheckpointCallback",
+    "latest_checkpoint",
+    "load_vec_normalize",
+    "load_weights",
+    "resume",
+    "save_checkpoint",
+]

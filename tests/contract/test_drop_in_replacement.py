@@ -209,6 +209,9 @@ def test_help_names_what_the_policy_can_do(algorithm: Any) -> None:
         "checkpoint.SafeCheckpointCallback",
         "episodes.EpisodeBuffer",
         "episodes.DictEpisodeBuffer",
+        "checkpoint.save_checkpoint",
+        "checkpoint.resume",
+        "optimization.NonFiniteError",
         "policies.ActorCriticPolicy",
     ],
 )

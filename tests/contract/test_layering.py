@@ -92,7 +92,7 @@ FLOORS: list[set[str]] = [
     {"proximal"},
 ]
 # Where the modules were that older files and configurations name.
-OLD_NAMES = {"buffers", "checkpoint", "episodes"}
+OLD_NAMES = {"buffers", "checkpoint", "episodes", "optimization"}
 
 
 def test_the_floors_of_common() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.wrappers import ActionMasker
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
@@ -175,6 +175,22 @@ def test_a_vector_that_keeps_no_infos_of_resets(says: str) -> None:
     model = DualClipPPO("MlpPolicy", env, device="cpu", **ALGORITHMS[DualClipPPO])
     model._setup_learn(16)
     assert (model._masks is not None) == (says == "method")
+
+
+class Notes(BaseCallback):
+    """Looks at what a step took and what was allowed."""
+
+    def _on_step(self) -> bool:
+        masks, actions = self.locals["action_masks"], self.locals["actions"]
+        assert masks[np.arange(len(actions)), actions].all()
+        return True
+
+
+def test_callbacks_see_the_masks_that_the_actions_were_drawn_with() -> None:
+    env = make_vec_env(Forbids, n_envs=3, seed=0)
+    model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO])
+    model.learn(96, callback=Notes())
+    assert not model.rollout_buffer.action_masks.all()  # type: ignore[union-attr]
 
 
 def test_it_is_said_once_and_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
@@ -117,7 +117,7 @@ def test_two_processes_equal_one(algorithm: Any, torch_compile: bool, monkeypatc
     for i, worker in enumerate(workers):
         worker.policy.load_state_dict(whole.policy.state_dict())
         worker._reducer = exchange
-        worker._logger = copy.copy(whole.logger)
+        worker._logger = Logger(folder=None, output_formats=[])
         worker._current_progress_remaining = whole._current_progress_remaining
         give(worker, whole, i)
     before = [p.detach().clone() for p in whole.policy.parameters()]
@@ -144,4 +144,6 @@ def test_two_processes_equal_one(algorithm: Any, torch_compile: bool, monkeypatc
             th.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-4)
     assert all(map(th.equal, *(worker.policy.parameters() for worker in workers)))
     if algorithm is AdaptiveKLPPO:
+        kls = [model.logger.name_to_value["train/kl"] for model in (*workers, whole)]
+        assert kls == pytest.approx([kls[-1]] * 3, rel=1e-4)
         assert workers[0].kl_coef == workers[1].kl_coef == whole.kl_coef != 1.0

@@ -135,7 +135,7 @@ class CompiledActorCritic:
         evaluation.bind()
         self.evaluate_actions = evaluation.evaluate_actions
         self.evaluate_actor: Callable[[PolicyInput, th.Tensor], ActorEvaluation] = actor_critic.evaluate_actor
-        self.params: Callable[[PolicyInput], th.Tensor] = actor_critic.params
+        self.params = actor_critic.params
         self.values: Callable[[PolicyInput], th.Tensor] = actor_critic.values
 
 

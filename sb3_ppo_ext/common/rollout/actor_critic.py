@@ -9,6 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_ext.common.distributions import Family, Gaussian, family_of_space
 from sb3_ppo_ext.common.policy_distributions import family_of_policy, params_of
@@ -55,8 +56,12 @@ class ActorCritic(Protocol):
         """
         ...
 
-    def params(self, inputs: PolicyInput) -> th.Tensor:
-        """Distribution parameters alone, shape ``(batch, n_params)``."""
+    def params(self, inputs: PolicyInput | PyTorchObs) -> th.Tensor:
+        """
+        Distribution parameters alone, shape ``(batch, n_params)``.
+
+        :param inputs: a batch of them; observations alone do, where there is nothing else
+        """
         ...
 
     def values(self, inputs: PolicyInput) -> th.Tensor:
@@ -197,7 +202,8 @@ class DirectActorCritic:
         params = self.params(inputs)
         return ActorEvaluation(self.family.log_prob(params, actions), self.family.entropy(params), params)
 
-    def params(self, inputs: PolicyInput) -> th.Tensor:
+    def params(self, inputs: PolicyInput | PyTorchObs) -> th.Tensor:
+        inputs = PolicyInput.of(inputs)
         latent_pi = self._latent_pi(self._preprocess_batch(inputs.obs))
         return self._params_by(latent_pi, self._action_out(latent_pi, inputs.mask))
 
@@ -288,8 +294,8 @@ class SB3ActorCritic:
         # SB3's policies have one distribution object, which each pass sets anew.
         return params_of(self.policy.action_dist) if self._with_params else log_prob.new_empty((len(log_prob), 0))
 
-    def params(self, inputs: PolicyInput) -> th.Tensor:
-        return params_of(self.policy.get_distribution(inputs.obs))
+    def params(self, inputs: PolicyInput | PyTorchObs) -> th.Tensor:
+        return params_of(self.policy.get_distribution(PolicyInput.of(inputs).obs))
 
     def values(self, inputs: PolicyInput) -> th.Tensor:
         return self.policy.predict_values(inputs.obs).flatten()

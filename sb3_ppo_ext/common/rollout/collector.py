@@ -121,7 +121,7 @@ class Collector:
             new_obs, rewards, dones, infos = env.step(clipped_actions)
 
             if self._masks is not None:
-                self.last_masks = masks = self._masks.read(new_obs)
+                self.last_masks = self._masks.read(new_obs)
             algorithm.num_timesteps += env.num_envs
             callback.update_locals(
                 {
@@ -141,6 +141,7 @@ class Collector:
                     "action_masks": masks,
                 }
             )
+            masks = self.last_masks
             if not callback.on_step():
                 return False
 

@@ -34,6 +34,13 @@ class PolicyInput(NamedTuple):
     state: Any = None
     starts: th.Tensor | None = None
 
+    @classmethod
+    def of(cls, inputs: PolicyInput | PyTorchObs) -> PolicyInput:
+        """
+        :param inputs: inputs, or observations alone
+        """
+        return inputs if isinstance(inputs, cls) else cls(inputs)  # type: ignore[arg-type]
+
     @property
     def n_rows(self) -> int:
         """The number of observations."""

@@ -43,18 +43,19 @@ class _Watch:
 
     def __init__(self, venv: VecEnv) -> None:
         self._venv = venv
+        self._make_step, self._make_reset = venv.step_wait, venv.reset
         self.infos = list(reset_infos(venv))
         venv.step_wait = self._step_wait  # type: ignore[method-assign]
         venv.reset = self._reset  # type: ignore[method-assign]
 
     def _step_wait(self) -> Any:
-        result = type(self._venv).step_wait(self._venv)
+        result = self._make_step()
         *_, dones, infos = result
         resets = reset_infos(self._venv)
         self.infos = [reset if done else info for reset, done, info in zip(resets, dones, infos, strict=True)]
         return result
 
     def _reset(self) -> Any:
-        obs = type(self._venv).reset(self._venv)
+        obs = self._make_reset()
         self.infos = list(reset_infos(self._venv))
         return obs

@@ -1,0 +1,5 @@
+"""The error of numbers that are not finite, under the name that scripts of the first edition import."""
+
+from sb3_ppo_ext.common.errors import NonFiniteError
+
+__all__ = ["NonFiniteError"]

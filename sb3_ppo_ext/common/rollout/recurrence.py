@@ -19,6 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
+from sb3_ppo_ext.common.errors import ArgumentError
+
 Rnn = nn.LSTM | nn.GRU
 
 Recurrence = Callable[[Rnn, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
@@ -85,6 +87,28 @@ def from_torch(parts: Sequence[th.Tensor]) -> th.Tensor:
     :return: shape ``(n_sequences, n_state)``
     """
     return th.stack(tuple(parts)).permute(2, 0, 1, 3).flatten(1)
+
+
+def check_states(rnn: Rnn, n: int, lstm_states: Sequence[th.Tensor], episode_starts: th.Tensor) -> None:
+    """
+    :param rnn: recurrent layers
+    :param n: number of observations, one an environment
+    :param lstm_states: what is remembered before them
+    :param episode_starts: whether each is the first of its episode
+    :raises ArgumentError: if there is not one of each for each observation
+    """
+    shape = (rnn.num_layers, n, rnn.hidden_size)
+    shapes = [tuple(part.shape) for part in lstm_states]
+    if shapes != [shape] * 2:
+        raise ArgumentError(
+            f"state of the shapes {shapes} is not allowed: for {n} observation(s) it must be two arrays of the shape "
+            f"{shape}, as predict() returns it, or None"
+        )
+    if episode_starts.numel() != n:
+        raise ArgumentError(
+            f"episode_start of {episode_starts.numel()} environments is not allowed: there must be one for each of the "
+            f"{n} observation(s)"
+        )
 
 
 def step_by_step(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

@@ -56,7 +56,7 @@ class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
             return None
         return nn.GRU(lstm.input_size, lstm.hidden_size, num_layers=lstm.num_layers, **self.lstm_kwargs)
 
-    def _predict(
+    def _predict(  # type: ignore[override]  # as sb3-contrib has it
         self, observation: Any, lstm_states: Any, episode_starts: th.Tensor, deterministic: bool = False
     ) -> Any:
         check_states(self.lstm_actor, PolicyInput(observation).n_rows, lstm_states, episode_starts)

@@ -75,7 +75,7 @@ def as_torch(rnn: Rnn, state: th.Tensor) -> Any:
     :param state: shape ``(n_sequences, n_state)``
     :return: of an LSTM ``(h, c)``, of a GRU ``h``, each of shape ``(num_layers, n_sequences, hidden_size)``
     """
-    parts = state.view(len(state), -1, rnn.num_layers, rnn.hidden_size).permute(1, 2, 0, 3).contiguous()
+    parts = state.view(state.shape[0], -1, rnn.num_layers, rnn.hidden_size).permute(1, 2, 0, 3).contiguous()
     return tuple(parts) if isinstance(rnn, nn.LSTM) else parts[0]
 
 
@@ -166,7 +166,7 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
     :param state: shape ``(n_sequences, n_state)``
     :param starts: shape ``(n_sequences * length,)``
     """
-    n = len(state)
+    n = state.shape[0]
     begins = starts.view(n, -1) > 0.0
     length = begins.shape[1]
     state = th.where(begins[:, :1], 0.0, state)
@@ -177,8 +177,8 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
     first = begins.flatten().nonzero().flatten()  # row of each piece's beginning
     piece = begins.flatten().cumsum(dim=0) - 1  # of each row
     step = th.arange(n * length, device=first.device) - first[piece]
-    padded = features.new_zeros(int(step.max()) + 1, len(first), features.shape[1])
-    states = state.new_zeros(len(first), state.shape[1]).index_put((piece.view(n, length)[:, 0],), state)
+    padded = features.new_zeros(int(step.max()) + 1, first.shape[0], features.shape[1])
+    states = state.new_zeros(first.shape[0], state.shape[1]).index_put((piece.view(n, length)[:, 0],), state)
     padded_outputs: th.Tensor = rnn(padded.index_put((step, piece), features), as_torch(rnn, states))[0]
     return padded_outputs[step, piece]
 
@@ -186,7 +186,7 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
 def _over_layers(
     rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor, layer: Layer
 ) -> tuple[th.Tensor, th.Tensor]:
-    n, cell = len(state), cell_of(rnn)
+    n, cell = state.shape[0], cell_of(rnn)
     keep = (1.0 - starts).view(n, -1).t().unsqueeze(2)
     x = features.view(n, keep.shape[0], -1).transpose(0, 1)
     parts = state.view(n, -1, rnn.num_layers, rnn.hidden_size)

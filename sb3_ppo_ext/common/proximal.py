@@ -183,6 +183,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             ActorCriticLoss(self.policy_loss, self.normalize_advantage),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
+            pad_to=self._sequences_to_pad_to(),
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None

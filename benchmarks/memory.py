@@ -6,8 +6,8 @@ Who solves tasks that need a memory: each algorithm with ``MlpLstmPolicy`` and, 
     python -m benchmarks.memory --table
 
 Each run is a line of ``results/memory/TASK.jsonl``, with its hyper-parameters; a run that is there already is not made
-again, so whoever stops this and starts it again goes on. The rewards are means over episodes of the trained agent, with
-deterministic actions; ``process_seconds`` is the processor time of the training alone. benchmarks/memory_cases.py says
+again, so whoever stops this and starts it again goes on. A reward is the mean over episodes of the trained agent;
+``process_seconds`` is the processor time of the training alone. benchmarks/memory_cases.py says
 what counts as solved, and what a policy without memory can reach at best.
 """
 
@@ -53,8 +53,11 @@ class Run(NamedTuple):
     seed: int
 
     def key(self) -> dict[str, Any]:
-        """What tells a finished run from others; with other hyper-parameters, it is another."""
+        """What tells the run's line from others; with other hyper-parameters, it is another run."""
         return {**self._asdict(), "settings": settings(self.task, self.algo, self.memory)}
+
+
+_KEY = {*Run._fields, "settings"}
 
 
 def train_and_evaluate(run: Run) -> dict[str, Any]:
@@ -62,6 +65,7 @@ def train_and_evaluate(run: Run) -> dict[str, Any]:
     :param run: to be made, in this process
     :return: its line
     """
+    task = TASKS[run.task]
     th.set_num_threads(1)
     _import_environments(run.task)
     register()
@@ -94,12 +98,17 @@ def train_and_evaluate(run: Run) -> dict[str, Any]:
         assert train_env is not None
         sync_envs_normalization(train_env, eval_env)
         rewards, _ = evaluate_policy(
-            model, eval_env, TASKS[run.task].n_eval_episodes, return_episode_rewards=True, warn=False
+            model,
+            eval_env,
+            n_eval_episodes=task.n_episodes,
+            deterministic=task.deterministic,
+            return_episode_rewards=True,
+            warn=False,
         )
         eval_env.close()
         train_env.close()
     assert isinstance(rewards, list)
-    return {**run.key(), "reward": round(statistics.fmean(rewards), 4), "process_seconds": round(process_seconds, 1)}
+    return {**run.key(), "reward": round(statistics.fmean(rewards), 4), "process_seconds": round(process_seconds, 2)}
 
 
 def _import_environments(task: str) -> None:
@@ -120,15 +129,10 @@ def finished(runs: Iterable[Run], folder: Path) -> dict[Run, dict[str, Any]]:
     :param folder: with the lines of earlier runs
     :return: the lines of those that are there
     """
-    wanted = list(runs)
-    found: dict[Run, dict[str, Any]] = {}
-    for task in {run.task for run in wanted}:
-        path = folder / f"{task}.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        for run in wanted:
-            key = json.loads(json.dumps(run.key()))
-            found.update({run: line for line in lines if key == {name: line[name] for name in key}})
-    return found
+    lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+    found = {json.dumps({name: line[name] for name in _KEY}, sort_keys=True): line for line in lines}
+    keys = {run: json.dumps(run.key(), sort_keys=True) for run in runs}
+    return {run: found[key] for run, key in keys.items() if key in found}
 
 
 def make_runs(runs: Iterable[Run], folder: Path, jobs: int) -> None:
@@ -172,7 +176,7 @@ def table(runs: Sequence[Run], folder: Path) -> str:
         with_memory = [line for line in here if line["memory"]]
         rewards = [line["reward"] for line in with_memory]
         without = [line["reward"] for line in here if not line["memory"]]
-        solved, bound, _ = TASKS[task]
+        solved, bound = TASKS[task].solved, TASKS[task].bound
         n_solved = sum(reward >= solved for reward in rewards)
         seconds = f"{statistics.fmean(line['process_seconds'] for line in with_memory):.0f}" if with_memory else ""
         rows.append(

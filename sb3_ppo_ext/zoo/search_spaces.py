@@ -30,7 +30,6 @@ Params = dict[str, Any]
 POLICY = "policy"  # a trial's attribute: that of the entry
 
 
-
 def _converted(trial: optuna.Trial, convert: Callable[[Params], Params], params: Params) -> Params:
     """
     :param trial: that the numbers were drawn for
@@ -56,8 +55,8 @@ def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
     - ``lstm_hidden_size_pow``: how much it can remember
     - ``sequence_length_pow``: how long it learns to remember something, against the number of independent samples. All
       of these lengths divide all batch sizes that are drawn
-    - ``enable_critic_lstm``: whether the critic has a memory of its own, or none. That of the actor (``shared_lstm``) it
-      could have only where they share their features, which depends on the algorithm and on the entry
+    - ``enable_critic_lstm``: whether the critic has a memory of its own, or none. It could have the actor's
+      (``shared_lstm``) only where they share their features, too, which depends on the algorithm and on the entry
 
     :param trial: to draw for
     :param n_envs: number of environments; kept with what was drawn, as a converter is given nothing else

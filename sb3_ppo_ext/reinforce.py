@@ -367,8 +367,7 @@ class REINFORCE(OnPolicyAlgorithm):
             # scores it has not.
             entropies = -log_prob.detach() if entropy is None else samples.counted(entropy)
             entropy_loss = losses.reinforce_loss(log_prob, entropies).sum() if entropy is None else -entropies.sum()
-            loss = (chunk_loss + ent_coef * entropy_loss) / self._n_episodes
-            loss.backward()  # type: ignore[no-untyped-call]
+            ((chunk_loss + ent_coef * entropy_loss) / self._n_episodes).backward()  # type: ignore[no-untyped-call]
             policy_loss += chunk_loss.detach()
             entropy_sum += entropies.detach().sum()
             n_samples += len(entropies)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import ROOT, SBX_PYTHON, Settings, Side, Suite, Workload
-from benchmarks.sides import Turn
+from benchmarks.tasks import Turn
 
 # What the environments, and the parts of SB3 that all sides use, depend on.
 _SAME = ("python", "numpy", "gymnasium", "mujoco", "stable-baselines3", "torch")
@@ -124,7 +124,7 @@ class Worker:
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """
-        :param what: "make", or a method of :class:`benchmarks.sides.Task`
+        :param what: "make", or a method of :class:`benchmarks.tasks.Task`
         :param arguments: of :func:`benchmarks.sides.make_task`
         :return: what it returned
         """

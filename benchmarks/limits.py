@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 class EnvironmentAlone(Task):
     """
-    The limit: the environment steps of a training's first rollout, from the same seed by the same actions.
+    The limit: the environment steps of a training's first rollout, from the same seed by the same actions, and the
+    masks before each of them, if the environment gives any.
 
     :param env: as the training had it
     :param actions: of that rollout, shape ``(steps, n_envs, ...)``
@@ -27,6 +28,7 @@ class EnvironmentAlone(Task):
     def __init__(self, env: VecEnv, actions: np.ndarray) -> None:
         self._env = env
         self._actions = actions
+        self._gives_masks = env.has_attr("action_masks")
 
     def turn(self) -> Turn:
         """The whole rollout."""
@@ -34,6 +36,8 @@ class EnvironmentAlone(Task):
         self._env.reset()
         start, cpu = time.perf_counter(), time.process_time()
         for action in self._actions:
+            if self._gives_masks:
+                self._env.env_method("action_masks")
             self._env.step(action)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         return Turn(len(self._actions) * self._env.num_envs, seconds, seconds, 0.0, cpu)

@@ -78,7 +78,7 @@ class Training(Task):
         self, model: OnPolicyAlgorithm, n_samples: int, actions: Path, device: str, wait: Callable[[], object]
     ) -> None:
         self.device = device
-        self._model = model
+        self.model = model
         self._n_samples = n_samples
         self._wait = wait
         self._actions = actions
@@ -104,16 +104,16 @@ class Training(Task):
         return self._iteration() if self._actions.exists() else self._recorded_iteration()
 
     def _iteration(self) -> Turn:
-        steps = self._model.num_timesteps
+        steps = self.model.num_timesteps
         start, cpu = self._clock(), time.process_time()
-        self._model.learn(self._n_samples, reset_num_timesteps=False)
+        self.model.learn(self._n_samples, reset_num_timesteps=False)
         seconds, cpu = self._clock() - start, time.process_time() - cpu
-        steps = self._model.num_timesteps - steps
+        steps = self.model.num_timesteps - steps
         return Turn(steps, seconds, self._seconds["collect_rollouts"], self._seconds["train"], cpu)
 
     def _recorded_iteration(self) -> Turn:
         """Its actions are written to the file as the environment got them."""
-        env: Any = self._model.env
+        env: Any = self.model.env
         step, actions = env.step, []
 
         def recording_step(action: np.ndarray) -> Any:

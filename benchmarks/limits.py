@@ -70,8 +70,9 @@ class RecurrentProducts(Task):
         self._multiply = th.mm
 
         common = math.gcd(workload.n_steps, workload.batch_size)
-        length = max(n for n in range(1, 17) if common % n == 0)  # of the sequences of ours, if nothing is said
-        n_sequences, units = workload.batch_size // length, workload.lstm
+        self.sequence_length = max(n for n in range(1, 17) if common % n == 0)  # as ours chooses it
+        length, units = self.sequence_length, workload.lstm
+        n_sequences = workload.batch_size // length
         inputs = th.randn(length * n_sequences, n_features, device=device)
         states = th.randn(length, n_sequences, units, device=device)
         gates = th.randn(length, n_sequences, 4 * units, device=device)  # or their gradients

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,14 @@ from benchmarks.tasks import Task, Turn
 ROOT = Path(sb3_ppo_ext.__file__).resolve().parents[1]
 SETTINGS = Settings(device="cpu", threads=1, repeats=1, n_warm_up=0, cleanrl_script="", cleanrl_python="")
 OURS = Side("dual_clip_ppo")
-MEMORY = pytest.mark.xfail(
-    "MlpLstmPolicy" not in sb3_ppo_ext.DualClipPPO.policy_aliases, reason="there are no policies with memory yet"
-)
 
 
 def suite(**options: Any) -> Suite:
-    return masks_and_memory_suite(Namespace(**{"steps": 16, "n_epochs": 1, "before": ROOT, "device": "cpu"} | options))
+    return masks_and_memory_suite(Namespace(**{"steps": 4, "n_epochs": 1, "before": ROOT, "device": "cpu"} | options))
 
 
 class InThisProcess:
-    """In place of the process of a side, which would import all anew."""
+    """In place of the process of a side, which would import all anew; nothing is compiled, as that takes seconds."""
 
     task: Task
 
@@ -47,7 +45,8 @@ class InThisProcess:
         try:
             if what != "make":
                 return getattr(self.task, what)()
-            self.task = make_task(*arguments)
+            side, *others = arguments
+            self.task = make_task(replace(side, torch_compile=False), *others)
             return {}, self.task.device
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
@@ -55,20 +54,18 @@ class InThisProcess:
     def close(self) -> None: ...
 
 
-@MEMORY
-@pytest.mark.usefixtures("without_compiler")
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "Worker", InThisProcess)
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    arguments = ["--suite", "masks-and-memory", "--steps", "16", "--n-epochs", "1", "--repeats", "1"]
+    arguments = ["--suite", "masks-and-memory", "--steps", "4", "--n-epochs", "1", "--repeats", "1"]
     throughput.main([*arguments, "--before", str(ROOT), "--out", str(tmp_path)])
 
     lines = (tmp_path / "masks-and-memory-cpu.csv").read_text().splitlines()
     turns = [turn for turn in csv.DictReader(line for line in lines if line[0] != "#") if turn["phase"] == "measured"]
     expected = [(workload.env, str(side)) for workload, sides in suite().cases.items() for side in sides]
     assert [(turn["env"], turn["side"]) for turn in turns] == expected
-    assert {turn["steps"] for turn in turns} == {"128"}
+    assert {turn["steps"] for turn in turns} == {"32"}
     assert all(float(turn["seconds"]) > 0.0 for turn in turns)
     page = (tmp_path / "masks-and-memory-cpu.md").read_text()
     assert len(re.findall(r"^\| DualClipPPO against .*\| >= ", page, re.MULTILINE)) == 12
@@ -127,15 +124,19 @@ def test_the_version_before_is_that_of_its_folder(tmp_path: Path) -> None:
     assert [turn.steps for turn in ours.turns] == [8]
 
 
-@pytest.mark.parametrize("number", [pytest.param(0, marks=MEMORY), pytest.param(1, marks=MEMORY), 2, 3])
+@pytest.mark.parametrize("number", range(4))
 def test_both_sides_have_the_same_networks_and_hyper_parameters(number: int, tmp_path: Path) -> None:
-    workload, sides = list(suite(before=None).cases.items())[number]
-    ours, peer = (make_task(side, workload, SETTINGS, tmp_path / "actions.npy").model for side in sides[:2])
-    networks = [{name: x.shape for name, x in model.policy.state_dict().items()} for model in (ours, peer)]
-    assert networks[0] == networks[1]
+    workload, sides = list(suite(steps=None, n_epochs=None, before=None).cases.items())[number]
+    models = [make_task(side, workload, SETTINGS, tmp_path / "actions.npy").model for side in sides[:3]]
+    ours, peer, compiled = models
+    assert [ours.torch_compile, compiled.torch_compile] == [False, True]
+    networks = [{name: x.shape for name, x in model.policy.state_dict().items()} for model in models]
+    assert networks[0] == networks[1] == networks[2]
     if workload.lstm is not None:
         assert networks[0]["lstm_actor.weight_hh_l0"] == networks[0]["lstm_critic.weight_hh_l0"]
         assert networks[0]["lstm_actor.weight_hh_l0"] == (4 * workload.lstm, workload.lstm)
+        products = make_task(PRODUCTS, workload, SETTINGS, tmp_path / "actions.npy")
+        assert [model.rollout_buffer.sequence_length for model in (ours, compiled)] == [products.sequence_length] * 2
     same = "n_steps batch_size n_epochs learning_rate gamma gae_lambda ent_coef vf_coef max_grad_norm target_kl seed"
     for name in same.split():
         assert getattr(ours, name) == getattr(peer, name), name

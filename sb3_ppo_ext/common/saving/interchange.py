@@ -162,6 +162,7 @@ def whole_action_values(attributes: dict[str, Any]) -> dict[str, float]:
 
 
 MASKABLE_PPO = "sb3_contrib.MaskablePPO"
+RECURRENT_PPO = "sb3_contrib.RecurrentPPO"
 
 # The policies of sb3-contrib's MaskablePPO, and those that have the same networks.
 _MASKABLE_POLICIES = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import ENVIRONMENT, LIMITS, PRODUCTS, ROOT, Settings, Side, Suite, Workload
-from benchmarks.measuring import Measured, ratio
+from benchmarks.measuring import Measured, ratio, ratio_of_all
 from benchmarks.tasks import Turn
 
 
@@ -110,13 +110,15 @@ class Report:
                     "torch_compile" if goal.ours.torch_compile else "",
                     "" if goal.least is None else f">= {goal.least}",
                     str(reached),
+                    _number(ratio_of_all(ours, peer), ".2f"),
                     "**failed**" if ours.failure or peer.failure else verdict,
                     str(ratio(ours, peer, "collect")),
                     str(ratio(ours, peer, "train")),
                 ]
             )
         if rows:
-            yield _table(["work", "on", "switch", "goal", "times faster", "held", "collect alone", "train alone"], rows)
+            head = ["work", "on", "switch", "goal", "times faster", "all turns together", "held", "collect alone"]
+            yield _table([*head, "train alone"], rows)
         for workload, sides in self._results.items():
             yield [f"## {workload}"]
             yield _side_table(sides)

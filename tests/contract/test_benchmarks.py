@@ -188,14 +188,16 @@ def test_the_products_are_those_of_back_propagation_through_time() -> None:
     assert products.get_total_flops() == n_passes * unrolled.get_total_flops()
 
 
-def test_training_is_told_as_a_multiple_of_the_products(tmp_path: Path) -> None:
+def test_ratios_and_training_as_a_multiple_of_the_products(tmp_path: Path) -> None:
     measured = suite(before=None)
     workload = next(iter(measured.cases))
     seconds = {OURS: (0.5, 0.3), Side("recurrent"): (4.0, 3.8), Side("dual_clip_ppo", torch_compile=True): (0.25, 0.2)}
     turns = {side: Turn(128, total, total - train, train, total) for side, (total, train) in seconds.items()}
     turns |= {PRODUCTS: Turn(128, 0.1, 0.0, 0.1, 0.1), ENVIRONMENT: Turn(128, 0.01, 0.01, 0.0, 0.01)}
     report = Report(measured, SETTINGS, tmp_path)
-    report.add(workload, {side: Measured(turns=[turns[side]]) for side in measured.cases[workload]})
+    results = {side: Measured(turns=[turns[side]] * 3) for side in measured.cases[workload]}
+    results[Side("recurrent")].turns[2] = Turn(128, 12.0, 0.2, 3.8, 12.0)
+    report.add(workload, results)
     page = report.file("md").read_text()
     (table,) = re.findall(r"^## .*\n\n((?:\|.*\n?)+)", page, re.MULTILINE)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
@@ -207,5 +209,5 @@ def test_training_is_told_as_a_multiple_of_the_products(tmp_path: Path) -> None:
         "products of the LSTMs alone": "",
         "environment alone": "",
     }
-    assert ">= 6.0 | 8.00 (8.00 to 8.00) | yes" in page
-    assert ">= 8.0 | 16.00 (16.00 to 16.00) | yes" in page
+    assert ">= 6.0 | 8.00 (8.00 to 24.00) | 13.33 | yes" in page
+    assert ">= 8.0 | 16.00 (16.00 to 48.00) | 26.67 | yes" in page

@@ -14,7 +14,14 @@ from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.layers import apply, unrolled
 from sb3_ppo_ext.common.rollout.purity import has_hooks
-from sb3_ppo_ext.common.rollout.recurrence import Recurrence, by_layers, n_state, process_sequence, step_by_step
+from sb3_ppo_ext.common.rollout.recurrence import (
+    Recurrence,
+    by_layers,
+    n_state,
+    one_step,
+    process_sequence,
+    step_by_step,
+)
 from sb3_ppo_ext.common.rollout.recurrence import unrolled as unrolled_recurrence
 
 
@@ -88,11 +95,13 @@ class RecurrentActorCritic(DirectActorCritic):
     def _latents_of_step(self, x: Any, inputs: PolicyInput) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         features = apply(self._actor, x)
         vf_features = features if self.policy.share_features_extractor else apply(self._critic, x)
-        parts = self._parts(inputs)
         assert inputs.starts is not None
-        of_actor, parts[0] = step_by_step(self._rnn, features, parts[0], inputs.starts)
+        assert inputs.state is not None
+        state = inputs.state * (1.0 - inputs.starts).unsqueeze(1)
+        parts = self._parts(inputs._replace(state=state))
+        of_actor, parts[0] = one_step(self._rnn, features, parts[0])
         if self._critic_rnn is not None:
-            of_critic, parts[1] = step_by_step(self._critic_rnn, vf_features, parts[1], inputs.starts)
+            of_critic, parts[1] = one_step(self._critic_rnn, vf_features, parts[1])
         else:
             of_critic = of_actor if self._shares_rnn else apply(self._critic_layer, vf_features)
         return apply(self._actor_head, of_actor), apply(self._critic_head, of_critic), th.cat(parts, dim=1)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common import policies as sb3
 from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
@@ -189,10 +190,12 @@ def check_policy_class(policy_class: Any, given: str) -> None:
     """
     :param policy_class: what is to act and to be trained; of what is no class it cannot be told yet
     :param given: how the user gave it, for the error
-    :raises ArgumentError: for one that does not compute from an observation alone: it has a memory, or takes masks, or
-        is no actor and critic
+    :raises ArgumentError: for one that does not compute from an observation alone: it has a memory, or takes masks by
+        methods of its own, or is no actor and critic
     """
     if not isinstance(policy_class, type):
+        return
+    if issubclass(policy_class, MaskableActorCriticPolicy) and not DirectActorCritic.overridden(policy_class):
         return
     for name, arguments in _ASKED.items():
         method = getattr(policy_class, name, None)
@@ -205,7 +208,8 @@ def check_policy_class(policy_class: Any, given: str) -> None:
         if any(parameter.name == "action_masks" for parameter in parameters):
             raise ArgumentError(
                 f"{given} is not allowed: its {name}() takes action_masks, which this algorithm does not pass on, so "
-                "that no action would be masked; it must be a policy without masks, or sb3_contrib.MaskablePPO train it"
+                "that no action would be masked; it must be a policy without masks, or one of sb3-contrib's with no "
+                "method of its own, or sb3_contrib.MaskablePPO train it"
             )
         more = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if more:

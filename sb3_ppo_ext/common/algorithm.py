@@ -68,8 +68,6 @@ class OnPolicyAlgorithm(Model):
     _masks: ActionMasks | None = None
     _last_masks: np.ndarray | None = None  # which actions the environments allow next
     _use_masking: bool = True
-    # Whether the policy was last trained with masks, and is to be asked with them.
-    _is_masked: bool = False
 
     # Puts gradients and statistics of several processes together; there is one.
     _reducer: Reducer = OneProcess()
@@ -173,7 +171,7 @@ class OnPolicyAlgorithm(Model):
             self._last_masks = None
         if self._masks is not None:
             self._start_masking(self._masks)
-        self._is_masked = self._masks is not None
+        self._set_masked(self._masks is not None)
         return result
 
     def _start_masking(self, masks: ActionMasks) -> None:

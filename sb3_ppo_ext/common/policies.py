@@ -20,6 +20,7 @@ from torch import nn
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
 from sb3_ppo_ext.common.rollout.data import PolicyInput
+from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
 from sb3_ppo_ext.common.update.step import reached
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
@@ -47,6 +48,9 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     :raises ArgumentError: for an argument that is out of range or contradicts another
     """
 
+    # Whether it was last trained with masks, and is to be asked with them. A policy's own file does not say.
+    is_masked = False
+
     # SB3's arguments are passed on, not repeated: its classes differ in their defaults, and the next in line has them.
     def __init__(
         self,
@@ -73,6 +77,31 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             self._split_optimizer(as_schedule("critic_learning_rate", critic_learning_rate, may_be_zero=True)(1.0))
         self.log_std_bounds = log_std_bounds if log_std_bounds is None else self._checked_bounds(log_std_bounds)
         self._log_std_was_bound = False
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        As SB3: an action for each observation. One that was last trained with masks finds them as the model's
+        ``predict`` does.
+
+        :param observation: of one environment, or one for each
+        :param state: not looked at
+        :param episode_start: not looked at
+        :param deterministic: whether to take the most likely action
+        :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``
+        :return: the actions, and ``state``
+        :raises ValueError: if masks are needed and there are none, or one is wrong
+        """
+        if action_masks is None and not self.is_masked:
+            return super().predict(observation, state, episode_start, deterministic)
+        actions = predict_masked(self, observation, deterministic=deterministic, action_masks=action_masks)
+        return actions, state
 
     def _split_optimizer(self, learning_rate: float) -> None:
         """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""

@@ -37,11 +37,14 @@ def predict_masked(
     obs, is_vector = policy.obs_to_tensor(observation)
     n = PolicyInput(obs).n_rows
     masks: Any = action_masks
+    choices = choices_of(policy.action_space)
     if masks is None:
-        masks = masks_where_acting(n, policy.action_space)
+        masks, are_heeded = masks_where_acting(n, policy.action_space)
         if masks is not None and isinstance(obs, dict) and KEY in obs and obs[KEY].numel() == masks.size:
             # In training VecNormalize leaves the mask as it is; another one, around these environments, may not.
             obs[KEY] = th.as_tensor(masks, device=policy.device).to(obs[KEY].dtype).view_as(obs[KEY])
+        if not are_heeded:
+            masks = np.ones((n, sum(choices)), dtype=bool)
     if masks is None and isinstance(obs, dict) and KEY in obs:
         masks = obs[KEY].cpu().numpy()
     if masks is None:
@@ -56,7 +59,7 @@ def predict_masked(
             f"action_masks of {len(masks)} environments are not allowed: there must be one mask for each of the {n} "
             "observations"
         )
-    masks = checked_masks(masks, choices_of(policy.action_space), step=None)
+    masks = checked_masks(masks, choices, step=None)
     policy.set_training_mode(False)
     actor_critic = DirectActorCritic(policy)
     with th.no_grad():

@@ -295,7 +295,7 @@ class OwnDefaults(MaskableActorCriticPolicy):
     """Other defaults, the same computation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, activation_fn=th.nn.ReLU, **kwargs)
+        super().__init__(*args, **{"activation_fn": th.nn.ReLU, **kwargs})
 
 
 class OwnForward(MaskableActorCriticPolicy):

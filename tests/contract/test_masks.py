@@ -218,6 +218,30 @@ def test_predict_with_given_masks() -> None:
         model.predict(obs)
 
 
+@pytest.mark.parametrize("says", ["method", "info", "observation"])
+def test_the_policy_itself_is_asked_with_masks(says: str, tmp_path: Path) -> None:
+    env = make_vec_env(lambda: Forbids("multi-discrete", says), n_envs=2, seed=0)
+    model = DualClipPPO(policy_of(says), env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO])
+    obs = env.reset()
+    model.policy.predict(obs)  # type: ignore[arg-type]  # of one that was not trained with masks
+    model.learn(16).save(tmp_path / "model")
+    policy: Any
+    for policy in (model.policy, DualClipPPO.load(tmp_path / "model").policy):
+        for deterministic in (True, False):
+            evaluate_policy(policy, env, n_eval_episodes=4, deterministic=deterministic)
+        allowed = np.array([0, 0, 1, 0, 1])
+        actions, state = policy.predict(obs, action_masks=np.stack([allowed, allowed]))
+        assert (actions.tolist(), state) == ([[2, 1], [2, 1]], None)
+
+
+def test_a_policy_without_masks_at_hand_says_what_it_needs() -> None:
+    env = make_vec_env(Forbids, n_envs=2, seed=0)
+    policy = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(16).policy
+    del env
+    with pytest.raises(ValueError, match=r"action_masks=None is not allowed: this model was trained with masks"):
+        policy.predict(np.zeros(3, np.float32))
+
+
 class Says(Forbids):
     """Says a mask that is wrong, after some steps."""
 

@@ -82,7 +82,9 @@ class WithExtractor(MaskableActorCriticPolicy):
 
 def test_a_policy_that_must_be_asked_by_its_methods_is_refused_where_there_are_masks() -> None:
     model = model_of(DualClipPPO, WithExtractor, make_vec_env(Forbids, seed=0))
-    with pytest.raises(ValueError, match="the environments mask actions, and the policy has an mlp_extractor of its own"):
+    with pytest.raises(
+        ValueError, match="the environments mask actions, and the policy has an mlp_extractor of its own"
+    ):
         model.learn(16)
 
 

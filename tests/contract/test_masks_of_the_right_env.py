@@ -101,8 +101,11 @@ def test_environments_without_masks_and_back() -> None:
     model = trained("method", env)
     with pytest.raises(ValueError, match="no environment was found that says which are allowed now"):
         evaluate_policy(model, free, 2)
+    with pytest.raises(ValueError, match="no environment was found that says which are allowed now"):
+        evaluate_policy(model.policy, free, 2)
     model.set_env(free)
     model.learn(32, callback=EvalCallback(free, eval_freq=4, n_eval_episodes=1, verbose=0))
+    evaluate_policy(model.policy, free, 2)
     model.set_env(env)
     model.learn(32)
     evaluate_policy(model, env, 2)

@@ -73,8 +73,9 @@ class ActorCritic(Protocol):
 
 class DirectActorCritic:
     """
-    Runs the networks of a policy of SB3 or sb3-contrib directly, and draws actions with the same torch calls as SB3, but builds no
-    distribution object and computes only what is asked for: an action costs a pass through the actor alone.
+    Runs the networks of an SB3 policy, or of sb3-contrib's that takes masks, directly, and draws actions with the same
+    torch calls as SB3, but builds no distribution object and computes only what is asked for: an action costs a pass
+    through the actor alone.
 
     Only for a policy that it :meth:`supports`. It owns nothing and is made anew for each rollout and each update, so a
     layer that a user replaces is seen.

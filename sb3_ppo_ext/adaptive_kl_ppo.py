@@ -46,6 +46,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param kl_coef_min: lower bound of beta
     :param kl_coef_max: upper bound of beta
     :param torch_compile: whether to compile the gradient step and the rollout, see :class:`DualClipPPO`
+    :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
+        ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -87,6 +89,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         kl_coef_min: float = 1e-4,
         kl_coef_max: float = 1e4,
         torch_compile: bool = False,
+        sequence_length: int | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -113,6 +116,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             seed=seed,
             device=device,
             torch_compile=torch_compile,
+            sequence_length=sequence_length,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl
@@ -199,9 +203,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         rollout = cast(RolloutBuffer, self.rollout_buffer).flat()
         with th.no_grad():
             total = 0.0
-            for rows in self._chunks(len(rollout.old_params)):
-                params = actor_critic.params(rollout.inputs.rows(rows))
-                total += family.kl(rollout.old_params[rows], params).sum().item()
+            for rows in self._chunks(len(rollout.old_params), rollout.length):
+                samples = rollout.rows(rows)
+                total += family.kl(samples.old_params, actor_critic.params(samples.inputs)).sum().item()
         mean = th.tensor(total / len(rollout.old_params), dtype=th.float64)
         self._reducer.average(mean)
         return mean.item()

@@ -31,7 +31,8 @@ class DualClipPPO(ProximalAlgorithm):
     The arguments up to ``_init_setup_model`` are those of :class:`stable_baselines3.PPO`, in its order and with its
     defaults. ``dual_clip=None`` is that algorithm.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a class
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
+        "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
     :param learning_rate: a number or a schedule. A schedule is a function of the remaining progress (from 1 to 0), or
         the RL Zoo's string for a linear decrease to zero, such as "lin_3e-4"
@@ -68,6 +69,8 @@ class DualClipPPO(ProximalAlgorithm):
     :param torch_compile: whether to compile the whole gradient step, the evaluation of a rollout and, on the CPU, the
         actor, which takes a while once and then a fraction of the time; with the Adam optimiser and a policy that
         overrides none of SB3's methods
+    :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
+        ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -103,6 +106,7 @@ class DualClipPPO(ProximalAlgorithm):
         dual_clip: float | str | Schedule | None = 3.0,
         clip_range_high: float | str | Schedule | None = None,
         torch_compile: bool = False,
+        sequence_length: int | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -129,6 +133,7 @@ class DualClipPPO(ProximalAlgorithm):
             seed=seed,
             device=device,
             torch_compile=torch_compile,
+            sequence_length=sequence_length,
         )
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high

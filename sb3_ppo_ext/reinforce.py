@@ -68,7 +68,8 @@ class REINFORCE(OnPolicyAlgorithm):
     **gSDE** keeps its noise for many steps, which makes their actions depend on each other; as in SB3's algorithms,
     they are taken for independent draws, which is exact with ``sde_sample_freq=1`` only.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a class
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
+        "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
     :param learning_rate: a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
     :param episodes_per_env: episodes of each environment in a batch
@@ -105,6 +106,8 @@ class REINFORCE(OnPolicyAlgorithm):
     :param torch_compile: whether to compile the actor, the evaluation of a batch and, with ``baseline="value"``, the
         gradient step of the critic, whose minibatches are padded to ``batch_size``; with the Adam optimiser and a
         policy that overrides none of SB3's methods
+    :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
+        ``batch_size``. None: its largest divisor up to 16
     :raises ValueError: for an argument that is out of range or contradicts another, and for an episode that never ends
     """
 
@@ -138,6 +141,7 @@ class REINFORCE(OnPolicyAlgorithm):
         batch_size: int = 128,
         max_episode_steps: int | None = None,
         torch_compile: bool = False,
+        sequence_length: int | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -170,6 +174,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.max_episode_steps = max_episode_steps
         self.torch_compile = torch_compile
+        self.sequence_length = sequence_length
         if _init_setup_model:
             self._setup_new_model()
 
@@ -289,7 +294,7 @@ class REINFORCE(OnPolicyAlgorithm):
                 self._fit_critic(actor_critic, buffer)
                 for parameter, gradient in of_actor:
                     parameter.grad = gradient  # for whoever logs it; the next update does not read it
-            update_statistics(self.policy, rollout.observations, len(weights), self.batch_size)
+            update_statistics(actor_critic, rollout.inputs, self.batch_size)
         else:
             warnings.warn("REINFORCE left the policy as it was in this update: not a finite gradient", stacklevel=2)
 
@@ -305,11 +310,11 @@ class REINFORCE(OnPolicyAlgorithm):
 
         :param actor_critic: the policy
         :param rollout: all samples
-        :param index: where in its episode each is
-        :return: shape ``(batch,)``
+        :param index: where in its episode each is that counts
+        :return: shape ``(batch,)``; 0 of those that do not count
         """
         n_episodes = self._n_episodes
-        returns = rollout.returns
+        returns = rollout.counted(rollout.returns)
         discount = th.ones_like(returns)
         if self.returns == "total":
             totals = returns.new_zeros(n_episodes)
@@ -327,9 +332,9 @@ class REINFORCE(OnPolicyAlgorithm):
             statistics = score_statistics(
                 actor_critic,
                 rollout,
-                index.episode,
-                returns,
-                discount,
+                rollout.scattered(index.episode, elsewhere=-1),
+                rollout.scattered(returns),
+                rollout.scattered(discount),
                 parameters=[p for p in self.policy.parameters() if p.requires_grad],
                 chunks=self._chunks,
             )
@@ -339,11 +344,11 @@ class REINFORCE(OnPolicyAlgorithm):
         elif self.baseline == "leave_one_out":
             baseline = baselines.leave_one_out(returns, index.episode, index.step, n_episodes)
         else:
-            baseline = rollout.old_values
+            baseline = rollout.counted(rollout.old_values)
         advantages = returns - baseline
         if self.normalize_advantage:
             advantages = normalized(advantages)
-        return discount * advantages
+        return rollout.scattered(discount * advantages)
 
     def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples, weights: th.Tensor) -> bool:
         """
@@ -355,34 +360,41 @@ class REINFORCE(OnPolicyAlgorithm):
         entropy_sum = th.zeros((), device=weights.device)
         ent_coef = self._current_value(self.ent_coef)
         self.policy.optimizer.zero_grad()
-        for rows in self._chunks(len(weights)):
-            log_prob, entropy, _ = actor_critic.evaluate_actor(rollout.inputs.rows(rows), rollout.actions[rows])
-            chunk_loss = losses.reinforce_loss(log_prob, weights[rows]).sum()
+        weighted, n_samples = rollout._replace(advantages=weights), 0
+        for rows in self._chunks(len(weights), rollout.length):
+            samples = weighted.rows(rows)
+            log_prob, entropy, _ = actor_critic.evaluate_actor(samples.inputs, samples.actions)
+            chunk_loss = losses.reinforce_loss(log_prob, samples.advantages).sum()
             if entropy is None:
                 # Estimated by the actions. The gradient of the estimate has the mean 0; with their scores it has not.
+                log_prob = samples.counted(log_prob)
                 entropy = -log_prob.detach()
                 entropy_loss = losses.reinforce_loss(log_prob, entropy).sum()
             else:
+                entropy = samples.counted(entropy)
                 entropy_loss = -entropy.sum()
             loss = (chunk_loss + ent_coef * entropy_loss) / self._n_episodes
             loss.backward()  # type: ignore[no-untyped-call]
             policy_loss += chunk_loss.detach()
             entropy_sum += entropy.detach().sum()
+            n_samples += len(entropy)
         parameters = list(self.policy.parameters())
         self._reducer.average(*gradients_of(parameters))
         grad_norm = clip_and_step(self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm).item()
         self.logger.record("train/policy_gradient_loss", policy_loss.item() / self._n_episodes)
-        self.logger.record("train/entropy_loss", -entropy_sum.item() / len(weights))
+        self.logger.record("train/entropy_loss", -entropy_sum.item() / n_samples)
         self.logger.record("train/grad_norm", grad_norm)
         self._log_ent_coef()
         return math.isfinite(grad_norm)
 
     def _fit_critic(self, actor_critic: ActorCritic, buffer: EpisodeBuffer) -> None:
         rollout = buffer.flat()
-        first = actor_critic.evaluate_actor(rollout.inputs.rows(slice(0, 1)), rollout.actions[:1])
+        one = rollout.rows(slice(0, 1))
+        first = actor_critic.evaluate_actor(one.inputs, one.actions)
         actor_parameters = reached(first.log_prob, self.policy.parameters())
+        pad_to = self.batch_size // rollout.length
         value_loss = fit_critic(
-            self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=self.batch_size),
+            self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=pad_to),
             self.policy,
             actor_parameters,
             buffer,
@@ -390,5 +402,6 @@ class REINFORCE(OnPolicyAlgorithm):
             batch_size=self.batch_size,
         )
         self.logger.record("train/value_loss", value_loss)
-        explained = explained_variance(rollout.old_values.cpu().numpy(), rollout.returns.cpu().numpy())
+        values, returns = (rollout.counted(x).cpu().numpy() for x in (rollout.old_values, rollout.returns))
+        explained = explained_variance(values, returns)
         self.logger.record("train/explained_variance", explained)

@@ -93,7 +93,8 @@ class TRPO(OnPolicyAlgorithm):
 
     The arguments up to ``_init_setup_model`` are in the order of :class:`sb3_contrib.TRPO`.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", or a class
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
+        "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
     :param learning_rate: of the critic; a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
     :param n_steps: steps of each environment in a rollout
@@ -128,6 +129,8 @@ class TRPO(OnPolicyAlgorithm):
     :param ent_coef: weight of the entropy in the objective; a number or a schedule
     :param torch_compile: whether to compile the products with F, the gradient step of the critic, the actor and the
         evaluation of a rollout, see :class:`DualClipPPO`
+    :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
+        ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
     :param fvp_subsampling: the old name of ``sub_sampling_factor``
     :raises ValueError: for an argument that is out of range or contradicts another
     """
@@ -169,6 +172,7 @@ class TRPO(OnPolicyAlgorithm):
         accept_ratio: float = 0.1,
         ent_coef: float | str | Schedule = 0.0,
         torch_compile: bool = False,
+        sequence_length: int | None = None,
         fvp_subsampling: int | None = None,
     ) -> None:
         if fvp_subsampling is not None:
@@ -214,6 +218,7 @@ class TRPO(OnPolicyAlgorithm):
         self.target_kl = target_kl
         self.sub_sampling_factor = sub_sampling_factor
         self.torch_compile = torch_compile
+        self.sequence_length = sequence_length
         if _init_setup_model:
             self._setup_new_model()
 
@@ -275,7 +280,7 @@ class TRPO(OnPolicyAlgorithm):
                 batch_size=self.batch_size,
             )
             self.logger.record("train/value_loss", value_loss)
-        update_statistics(self.policy, rollout.observations, len(rollout.returns), self.batch_size)
+        update_statistics(actor_critic, rollout.inputs, self.batch_size)
         for parameter, gradient in zip(actor_parameters, step.gradients, strict=True):
             parameter.grad = gradient  # of the loss, for whoever logs it; the next update does not read it
         self._n_updates += 1
@@ -354,7 +359,7 @@ class TRPO(OnPolicyAlgorithm):
         self, actor_critic: ActorCritic, rollout: RolloutSamples, parameters: list[nn.Parameter]
     ) -> Callable[[th.Tensor], th.Tensor]:
         inputs = rollout.inputs.rows(slice(None, None, self.sub_sampling_factor))
-        chunks = list(self._chunks(len(range(0, len(rollout.advantages), self.sub_sampling_factor))))
+        chunks = list(self._chunks(inputs.n_rows, inputs.length))
         damping = self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION)
         if not self.torch_compile:
             family = cast(Family, actor_critic.family)

@@ -18,15 +18,16 @@ from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.compile.policy_programs import CompiledActorCritic
 from sb3_ppo_ext.common.compile.step import CompiledStep
 from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler
+from sb3_ppo_ext.common.construction import say_sequence_length
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.model import Model
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
+from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.collector import Collector
 from sb3_ppo_ext.common.rollout.data import chunks
 from sb3_ppo_ext.common.rollout.failures import explained
-from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
 from sb3_ppo_ext.common.rollout.masks import ActionMasks, convention_of, keep_from_normalizing
 from sb3_ppo_ext.common.rollout.present_infos import present_infos
 from sb3_ppo_ext.common.rollout.purity import draws_noise, impurity
@@ -68,6 +69,7 @@ class OnPolicyAlgorithm(Model):
     _masks: ActionMasks | None = None
     _last_masks: np.ndarray | None = None  # which actions the environments allow next
     _use_masking: bool = True
+    _last_state: np.ndarray | None = None  # what a policy with a memory remembers of each environment
 
     # Puts gradients and statistics of several processes together; there is one.
     _reducer: Reducer = OneProcess()
@@ -112,32 +114,8 @@ class OnPolicyAlgorithm(Model):
         """Build what a new model consists of, and check what one that is loaded to be watched need not keep to."""
         self._setup_model()
         self._check_can_learn()
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-        action_masks: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """
-        As SB3: an action for each observation. A policy that was last trained with masks takes none that is not
-        allowed: masks that are not given are those in the observations, or of the environments that the caller acts in
-        and has in a local variable, as ``evaluate_policy`` has.
-
-        :param observation: of one environment, or one for each
-        :param state: not looked at
-        :param episode_start: not looked at
-        :param deterministic: whether to take the most likely action
-        :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``
-        :return: the actions, and ``state``
-        :raises ValueError: if the policy needs masks and there are none, or one is wrong
-        """
-        if action_masks is None and not self._is_masked:
-            return super().predict(observation, state, episode_start, deterministic)
-        actions = predict_masked(self.policy, observation, deterministic=deterministic, action_masks=action_masks)
-        return actions, state
+        if self.sequence_length is None and has_memory(self.policy):
+            say_sequence_length(self)
 
     def _check_can_learn(self) -> None:
         """
@@ -167,6 +145,8 @@ class OnPolicyAlgorithm(Model):
         if self.env is not None and convention_of(self.env) == "info":
             present_infos(self.env)  # watches them from now on, masks or not
         self._masks = ActionMasks.of(self.env) if self.env is not None and self._use_masking else None
+        if is_reset:
+            self._last_state = None
         if is_reset or self._masks is None:
             self._last_masks = None
         if self._masks is not None:
@@ -182,18 +162,18 @@ class OnPolicyAlgorithm(Model):
                 f"rollout_buffer_class={type(buffer).__name__} is not allowed where environments mask actions: it must "
                 "be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer without an add() of its own"
             )
-        refusal = DirectActorCritic.refusal(self.policy)
-        if refusal is not None:
-            raise self._cannot_mask(refusal)
+        reason = refusal(self.policy)
+        if reason is not None:
+            raise self._cannot_mask(reason)
         if not self._is_masked and self.verbose >= 1:
             print(f"Actions are masked as the environments say ({masks.convention}); use_masking=False turns it off")
         if self._last_masks is None or masks.convention == "method":
             self._last_masks = masks.read(self._last_obs)
 
-    def _cannot_mask(self, refusal: str) -> ArgumentError:
+    def _cannot_mask(self, reason: str) -> ArgumentError:
         return ArgumentError(
             f"env is not allowed with policy={type(self.policy).__name__}: the environments mask actions, and the "
-            f"policy {refusal}. Use one of Stable-Baselines3's as it is, or learn(..., use_masking=False)"
+            f"policy {reason}. Use one of Stable-Baselines3's as it is, or learn(..., use_masking=False)"
         )
 
     def collect_rollouts(
@@ -262,9 +242,10 @@ class OnPolicyAlgorithm(Model):
             step_by_step=self._policy_changes_in_rollouts,
         )
         try:
-            is_complete = collector.collect(n_rollout_steps, self._last_masks)
+            is_complete = collector.collect(n_rollout_steps, self._last_masks, self._state_of(collector))
         finally:  # even if it is interrupted: learn() may go on with the environments as they are
             self._last_masks = collector.last_masks
+            self._last_state = None if collector.last_state is None else collector.last_state.cpu().numpy()
         self._policy_changes_in_rollouts = collector.step_by_step
         if not is_complete:
             return False
@@ -274,6 +255,15 @@ class OnPolicyAlgorithm(Model):
         callback.on_rollout_end()
         rollout_buffer.forget_flat()  # a callback may have edited any of its arrays
         return True
+
+    def _state_of(self, collector: Collector) -> th.Tensor | None:
+        """What the policy remembers when a rollout begins; nothing is 0."""
+        n_state = collector.actor_critic.n_state
+        if not n_state:
+            return None
+        if self._last_state is None or self._last_state.shape != (self.n_envs, n_state):
+            return th.zeros(self.n_envs, n_state, device=self.device)
+        return th.as_tensor(self._last_state, device=self.device)
 
     def _compute_targets(self, rollout_buffer: RolloutBuffer, last_values: th.Tensor) -> None:
         """
@@ -314,12 +304,16 @@ class OnPolicyAlgorithm(Model):
         :param for_update: whether distribution parameters are needed only if the algorithm's updates need them
         """
         self._check_family()
-        refusal = DirectActorCritic.refusal(self.policy)
-        if refusal is None:
-            return DirectActorCritic(self.policy, with_params=self._needs_old_params or not for_update)
+        reason = refusal(self.policy)
+        if reason is None:
+            return direct_actor_critic(
+                self.policy,
+                with_params=self._needs_old_params or not for_update,
+                for_program=for_update and self.torch_compile,
+            )
         if self._masks is not None:  # a callback has changed the policy, which could heed them before
-            raise self._cannot_mask(refusal)
-        self._say_why_slow(f"{type(self.policy).__name__} {refusal}: it acts and is trained through its own methods")
+            raise self._cannot_mask(reason)
+        self._say_why_slow(f"{type(self.policy).__name__} {reason}: it acts and is trained through its own methods")
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
 
     def _say_why_slow(self, reason: str) -> None:
@@ -362,13 +356,14 @@ class OnPolicyAlgorithm(Model):
             ),
         )
 
-    def _chunks(self, n_samples: int) -> Iterator[slice]:
+    def _chunks(self, n_samples: int, length: int = 1) -> Iterator[slice]:
         """
         Cut a batch so that the memory a pass through the networks takes is bounded.
 
         :param n_samples: in it
+        :param length: of the sequences that they are
         """
-        return chunks(n_samples, self.observation_space)
+        return chunks(n_samples, self.observation_space, length)
 
     def _check_old_params(self) -> None:
         """

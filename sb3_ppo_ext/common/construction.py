@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +11,14 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import check_policy_class, keywords_of
+from sb3_ppo_ext.common.rollout.adapters import has_memory, refusal
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.spaces import fitting_policies
 from sb3_ppo_ext.common.validation import did_you_mean
 
@@ -36,7 +40,7 @@ def set_seed(algorithm: OnPolicyAlgorithm) -> None:
         ) from error
 
 
-def make_rollout_buffer(algorithm: OnPolicyAlgorithm) -> RolloutBuffer:
+def make_rollout_buffer(algorithm: OnPolicyAlgorithm) -> SB3RolloutBuffer:
     """
     The buffer that the arguments of an algorithm describe.
 
@@ -51,7 +55,7 @@ def make_rollout_buffer(algorithm: OnPolicyAlgorithm) -> RolloutBuffer:
         "a subclass of Stable-Baselines3's RolloutBuffer, of DictRolloutBuffer for Dict observations",
         lambda: keywords_of(buffer_class),
     ):
-        buffer: RolloutBuffer = buffer_class(
+        buffer: SB3RolloutBuffer = buffer_class(
             algorithm.n_steps,
             algorithm.observation_space,
             algorithm.action_space,
@@ -92,6 +96,71 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
         ).to(algorithm.device)
         check_policy_class(type(policy), given)  # of a function in a class's place, what it returns
     return policy
+
+
+# A sequence that is not chosen by the user is at most as long.
+_LONGEST_SEQUENCE = 16
+_SHORT_SEQUENCE = 8
+
+
+def sequence_length(algorithm: Any) -> int:
+    """
+    The steps through which gradients go back in time; 1 for a policy without a memory.
+
+    :param algorithm: with its policy and its rollout buffer
+    :raises ArgumentError: if ``sequence_length`` does not fit the policy, or the rollout and the minibatches; or if the
+        policy has a memory and cannot be trained with it
+    """
+    given = algorithm.sequence_length
+    if not has_memory(algorithm.policy):
+        if given is not None:
+            raise ArgumentError(
+                f"sequence_length={given!r} is not allowed with policy={policy_name(algorithm)}, which has no memory: "
+                "it must be None, or the policy MlpLstmPolicy, CnnLstmPolicy or MultiInputLstmPolicy"
+            )
+        return 1
+    reason = refusal(algorithm.policy)
+    if reason is not None:
+        raise ArgumentError(
+            f"policy={policy_name(algorithm)} is not allowed: it has a memory, and {reason}. It must be one of "
+            "sb3_contrib's recurrent policies or of this package as it is"
+        )
+    buffer = algorithm.rollout_buffer
+    if not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step or type(buffer).get is not RolloutBuffer.get:
+        raise ArgumentError(
+            f"rollout_buffer_class={type(buffer).__name__} is not allowed with policy={policy_name(algorithm)}, which "
+            "has a memory: it must be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer without an add(), a get() "
+            "or a compute_returns_and_advantage() of its own"
+        )
+    sizes = {"batch_size": algorithm.batch_size}
+    if not algorithm._rollouts_vary:
+        sizes["n_steps"] = algorithm.n_steps
+    if given is None:
+        common = math.gcd(*sizes.values())
+        return max(n for n in range(1, _LONGEST_SEQUENCE + 1) if common % n == 0)
+    for name, size in sizes.items():
+        if size % given:
+            raise ArgumentError(f"sequence_length={given!r} is not allowed with {name}={size}: it must divide it")
+    return int(given)
+
+
+def say_sequence_length(algorithm: Any) -> None:
+    """
+    Say how long sequences are, where the user has not; and warn if they are short.
+
+    :param algorithm: whose policy has a memory
+    """
+    length = algorithm.rollout_buffer.sequence_length
+    chosen = f"sequence_length={length}: gradients go back through {length} step(s)"
+    if length < min(_SHORT_SEQUENCE, algorithm.n_steps):
+        warnings.warn(
+            f"{chosen}, the most up to {_LONGEST_SEQUENCE} that divides n_steps={algorithm.n_steps} and "
+            f"batch_size={algorithm.batch_size}. Choose multiples of {_LONGEST_SEQUENCE} for both, or say "
+            "sequence_length",
+            stacklevel=2,
+        )
+    elif algorithm.verbose >= 1:
+        print(chosen)
 
 
 @contextmanager

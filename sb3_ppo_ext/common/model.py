@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +24,10 @@ from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
 from sb3_ppo_ext.common.policy_distributions import family_of_policy
+from sb3_ppo_ext.common.recurrent_policies import RECURRENT_POLICY_ALIASES
+from sb3_ppo_ext.common.rollout.adapters import has_memory
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
+from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
 from sb3_ppo_ext.common.rollout.vec_envs import check_env
 from sb3_ppo_ext.common.saving.files import opened
 from sb3_ppo_ext.common.saving.model_file import replacements, write_model
@@ -54,11 +57,12 @@ class Model(SB3OnPolicyAlgorithm):
     :raises ValueError: for what cannot be used or cannot be used together, before anything is trained
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**POLICY_ALIASES, **RECURRENT_POLICY_ALIASES}
 
     learning_rate: float | str | Schedule  # type: ignore[assignment]
     ent_coef: float | str | Schedule  # type: ignore[assignment]
     torch_compile: bool = False
+    sequence_length: int | None = None
 
     # Whether the policy was last trained with masks, and is to be asked with them.
     _is_masked: bool = False
@@ -125,6 +129,8 @@ class Model(SB3OnPolicyAlgorithm):
         check_bool("torch_compile", self.torch_compile)
         check_int("sde_sample_freq", self.sde_sample_freq, minimum=-1)
         check_int("stats_window_size", self._stats_window_size, minimum=1)
+        if self.sequence_length is not None:
+            check_int("sequence_length", self.sequence_length, minimum=1)
         if self.seed is not None:
             check_int("seed", self.seed, minimum=0, maximum=2**32 - 1)
         buffer_class = self.rollout_buffer_class
@@ -135,6 +141,39 @@ class Model(SB3OnPolicyAlgorithm):
                 "keeps the parameters of the action distributions in the buffer, which must be a subclass of "
                 "sb3_ppo_ext.common.buffers.RolloutBuffer"
             )
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        As SB3: an action for each observation. A policy that was last trained with masks takes none that is not
+        allowed: masks that are not given are those in the observations, or of the environments that the caller acts in
+        and has in a local variable, as ``evaluate_policy`` has.
+
+        :param observation: of one environment, or one for each
+        :param state: of a policy with a memory, what the last call returned; None: it remembers nothing yet
+        :param episode_start: whether each observation is the first of its episode, so that what was before is
+            forgotten, shape ``(n_envs,)``; None: none is
+        :param deterministic: whether to take the most likely action
+        :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``
+        :return: the actions, and the state to be handed over at the next step; without a memory, ``state``
+        :raises ValueError: if the policy needs masks and there are none, or one is wrong
+        """
+        if action_masks is None and not self._is_masked:
+            return super().predict(observation, state, episode_start, deterministic)
+        return predict_masked(
+            self.policy,
+            observation,
+            state,
+            episode_start,
+            deterministic=deterministic,
+            action_masks=action_masks,
+        )
 
     def _check_rollout_size(self, batch_size: int, normalize_advantage: bool) -> None:
         """
@@ -176,6 +215,9 @@ class Model(SB3OnPolicyAlgorithm):
         self._set_masked(self._is_masked)
         self._maybe_recommend_cpu()
         self._check_family()
+        length = construction.sequence_length(self)
+        if has_memory(self.policy):
+            cast(RolloutBuffer, self.rollout_buffer).sequence_length = length
         self._compiled = ProgramCache()
         self._has_said_why_slow = False
         self._policy_changes_in_rollouts = False

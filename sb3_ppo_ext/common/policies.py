@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent import policies as contrib
 from stable_baselines3.common import policies as sb3
 from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
@@ -19,6 +20,7 @@ from torch import nn
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
+from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
 from sb3_ppo_ext.common.update.step import reached
@@ -91,24 +93,27 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         ``predict`` does.
 
         :param observation: of one environment, or one for each
-        :param state: not looked at
-        :param episode_start: not looked at
+        :param state: of a policy with a memory, what the last call returned
+        :param episode_start: whether each observation is the first of its episode
         :param deterministic: whether to take the most likely action
         :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``
-        :return: the actions, and ``state``
+        :return: the actions, and the state to be handed over at the next step
         :raises ValueError: if masks are needed and there are none, or one is wrong
         """
         if action_masks is None and not self.is_masked:
             return super().predict(observation, state, episode_start, deterministic)
-        actions = predict_masked(self, observation, deterministic=deterministic, action_masks=action_masks)
-        return actions, state
+        return predict_masked(
+            self, observation, state, episode_start, deterministic=deterministic, action_masks=action_masks
+        )
 
     def _split_optimizer(self, learning_rate: float) -> None:
         """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
         actor_critic: ActorCritic = (
-            DirectActorCritic(self) if DirectActorCritic.supports(self) else SB3ActorCritic(self, with_params=False)
+            direct_actor_critic(self) if refusal(self) is None else SB3ActorCritic(self, with_params=False)
         )
         inputs = PolicyInput(self.obs_to_tensor(_zeros(self.observation_space))[0])
+        if actor_critic.n_state:
+            inputs = inputs._replace(state=th.zeros(1, actor_critic.n_state), starts=th.zeros(1))
         was_training = self.training
         self.set_training_mode(False)  # one sample would be no batch to normalise
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -219,10 +224,10 @@ def check_policy_class(policy_class: Any, given: str) -> None:
     """
     :param policy_class: what is to act and to be trained; of what is no class it cannot be told yet
     :param given: how the user gave it, for the error
-    :raises ArgumentError: for one that does not compute from an observation alone: it has a memory, or takes masks by
-        methods of its own, or is no actor and critic
+    :raises ArgumentError: for one that takes masks, or has a memory, in another way than sb3-contrib's policies, or is
+        no actor and critic
     """
-    if not isinstance(policy_class, type):
+    if not isinstance(policy_class, type) or issubclass(policy_class, contrib.RecurrentActorCriticPolicy):
         return
     if issubclass(policy_class, MaskableActorCriticPolicy) and not DirectActorCritic.overridden(policy_class):
         return
@@ -244,8 +249,8 @@ def check_policy_class(policy_class: Any, given: str) -> None:
         if more:
             raise ArgumentError(
                 f"{given} is not allowed: its {name}() needs {' and '.join(more)} besides {' and '.join(arguments)}, "
-                "and this algorithm keeps no memory from step to step; it must be a policy without memory, or "
-                "sb3_contrib.RecurrentPPO train it"
+                "which this algorithm does not know how to give; a policy with a memory must derive from "
+                "sb3_contrib's RecurrentActorCriticPolicy"
             )
 
 

@@ -64,6 +64,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         seed: int | None = None,
         device: th.device | str = "auto",
         torch_compile: bool = False,
+        sequence_length: int | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -93,6 +94,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.torch_compile = torch_compile
+        self.sequence_length = sequence_length
 
     def _setup_new_model(self) -> None:
         super()._setup_new_model()

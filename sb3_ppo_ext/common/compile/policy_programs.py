@@ -58,13 +58,15 @@ class CompiledActor(_PolicyProgram):
 
     def act(self, inputs: PolicyInput) -> tuple[th.Tensor, StepEvaluation | None]:
         action, *step = self._program(inputs, self._noise(inputs.n_rows))
-        return action, StepEvaluation(step[0], None, step[1]) if step else None
+        return action, StepEvaluation(step[0], None, *step[1:]) if step else None
 
     def _results(
         self, tensors: dict[str, th.Tensor], batch: Any, inputs: PolicyInput, noise: th.Tensor
     ) -> list[th.Tensor]:
         action, step = self._module.call(tensors, inputs, noise)
-        return [action] if step is None else [action, step.values, step.params]
+        if step is None:
+            return [action]
+        return [action, step.values, step.params, *([] if step.state is None else [step.state])]
 
 
 class CompiledEvaluation(_PolicyProgram):
@@ -121,6 +123,7 @@ class CompiledActorCritic:
         self, actor_critic: DirectActorCritic, programs: ProgramCache, *, rollouts_vary: bool, announce: bool
     ) -> None:
         self.policy = actor_critic.policy
+        self.n_state = actor_critic.n_state
         self.family: Family | None = actor_critic.family
         self.act = actor_critic.act
         key = cache_key(self.policy)
@@ -128,15 +131,18 @@ class CompiledActorCritic:
             actor = programs.get_or_make("actor", key, lambda: CompiledActor(actor_critic, announce=announce))
             actor.bind()
             self.act = actor.act
+        self.evaluate_actor: Callable[[PolicyInput, th.Tensor], ActorEvaluation] = actor_critic.evaluate_actor
+        self.evaluate_actions: Callable[[PolicyInput, th.Tensor], Evaluation] = actor_critic.evaluate_actions
+        self.params = actor_critic.params
+        self.values: Callable[[PolicyInput], th.Tensor] = actor_critic.values
+        if self.n_state:  # each step has been evaluated when it was made
+            return
         chunk_size = _CHUNK_SIZE if rollouts_vary else None
         evaluation = programs.get_or_make(
             "evaluation", key, lambda: CompiledEvaluation(actor_critic, chunk_size=chunk_size, announce=announce)
         )
         evaluation.bind()
         self.evaluate_actions = evaluation.evaluate_actions
-        self.evaluate_actor: Callable[[PolicyInput, th.Tensor], ActorEvaluation] = actor_critic.evaluate_actor
-        self.params = actor_critic.params
-        self.values: Callable[[PolicyInput], th.Tensor] = actor_critic.values
 
 
 class CompiledFisherVectorProduct:

@@ -14,6 +14,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
+from sb3_ppo_ext.common.rollout.adapters import refusal
 from sb3_ppo_ext.common.rollout.purity import BATCH_NORMS, has_hooks, impurity
 from sb3_ppo_ext.common.torch_internals import has_gradient_hooks
 
@@ -29,7 +30,7 @@ def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) 
     policy = actor_critic.policy
     if not isinstance(actor_critic, DirectActorCritic):
         raise ValueError(
-            f"{REFUSED} with policy={type(policy).__name__}: it {DirectActorCritic.refusal(policy)}; use one of "
+            f"{REFUSED} with policy={type(policy).__name__}: it {refusal(policy)}; use one of "
             "Stable-Baselines3's policies as it is, or torch_compile=False"
         )
     if any(isinstance(module, BATCH_NORMS) for module in policy.modules()):

@@ -27,6 +27,8 @@ class ActorCritic(Protocol):
     policy: ActorCriticPolicy
     is_pure: bool
     """Whether a rollout may be evaluated after it is full: nothing that a pass computes depends on other passes."""
+    n_state: int
+    """How many numbers the policy remembers from step to step; 0 if it has no memory."""
 
     @property
     def family(self) -> Family | None:
@@ -88,7 +90,7 @@ class DirectActorCritic:
     :param with_params: whether :meth:`evaluate_actions` also gives the distribution parameters
     """
 
-    _CALLS = (
+    _CALLS: tuple[str, ...] = (
         "forward",
         "evaluate_actions",
         "get_distribution",
@@ -97,6 +99,8 @@ class DirectActorCritic:
         "_get_action_dist_from_latent",
         "reset_noise",
     )
+
+    n_state = 0
 
     def __init__(self, policy: ActorCriticPolicy, *, with_params: bool = True) -> None:
         self.policy = policy
@@ -133,8 +137,7 @@ class DirectActorCritic:
         :param policy_class: derived from SB3's, or from sb3-contrib's that takes masks
         :return: whether it overrides methods that are not called when its networks are
         """
-        base = next(base for base in _BASES if issubclass(policy_class, base))
-        return any(getattr(policy_class, name, None) is not getattr(base, name, None) for name in cls._CALLS)
+        return any(not cls._knows(name, policy_class) for name in cls._CALLS)
 
     @classmethod
     def refusal(cls, policy: BasePolicy) -> str | None:
@@ -155,6 +158,12 @@ class DirectActorCritic:
             return f"has an mlp_extractor of its own, {type(extractor).__name__}, that is not declared pure"
         return None
 
+    @classmethod
+    def _knows(cls, name: str, policy_class: type[BasePolicy]) -> bool:
+        """Whether a method of a policy is one that calling the networks one by one does the same as."""
+        base = next(base for base in _BASES if issubclass(policy_class, base))
+        return getattr(policy_class, name, None) is getattr(base, name, None)
+
     @th.inference_mode()
     def act(self, inputs: PolicyInput) -> tuple[th.Tensor, StepEvaluation | None]:
         """
@@ -163,11 +172,7 @@ class DirectActorCritic:
         """
         if self.is_pure:
             return self.act_by(inputs, self.noise(inputs.n_rows))
-        # The pass may draw random numbers, which come before those of the action.
-        latent_pi, latent_vf = self._latents(self._preprocess(inputs.obs))
-        out = self._action_out(latent_pi, inputs.mask)
-        kept = StepEvaluation(self._values(latent_vf), None, self._params_by(latent_pi, out))
-        return self._drawn_by(latent_pi, out, self.noise(inputs.n_rows)), kept
+        return self._act_and_evaluate(inputs)
 
     def noise(self, n: int) -> th.Tensor:
         """
@@ -190,15 +195,24 @@ class DirectActorCritic:
         :param noise: from :meth:`noise`
         """
         if self._evaluates_each_step:
-            latent_pi, latent_vf = self._latents(self._preprocess(inputs.obs))
-            out = self._action_out(latent_pi, inputs.mask)
-            kept = StepEvaluation(self._values(latent_vf), None, self._params_by(latent_pi, out))
-            return self._drawn_by(latent_pi, out, noise), kept
-        latent_pi = self._latent_pi(self._preprocess(inputs.obs))
+            return self._act_and_evaluate(inputs, noise)
+        latent_pi = self._latent_pi(self._preprocess(inputs.obs), inputs)
         return self._drawn_by(latent_pi, self._action_out(latent_pi, inputs.mask), noise), None
 
+    def _act_and_evaluate(
+        self, inputs: PolicyInput, noise: th.Tensor | None = None
+    ) -> tuple[th.Tensor, StepEvaluation]:
+        """
+        :param inputs: a batch of them
+        :param noise: from :meth:`noise`; None: drawn after the pass, which may draw random numbers too
+        """
+        latent_pi, latent_vf, state = self._latents_of_step(self._preprocess(inputs.obs), inputs)
+        out = self._action_out(latent_pi, inputs.mask)
+        kept = StepEvaluation(self._values(latent_vf), None, self._params_by(latent_pi, out), state)
+        return self._drawn_by(latent_pi, out, self.noise(inputs.n_rows) if noise is None else noise), kept
+
     def evaluate_actions(self, inputs: PolicyInput, actions: th.Tensor) -> Evaluation:
-        latent_pi, latent_vf = self._latents(self._preprocess_batch(inputs.obs))
+        latent_pi, latent_vf = self._latents(self._preprocess_batch(inputs.obs), inputs)
         values = self._values(latent_vf)
         if self._is_gaussian and not self._with_params:
             assert isinstance(self.family, Gaussian)
@@ -210,25 +224,35 @@ class DirectActorCritic:
         return Evaluation(values, log_prob, self.family.entropy(params), params, self.family)
 
     def evaluate_actor(self, inputs: PolicyInput, actions: th.Tensor) -> ActorEvaluation:
-        params = self.params(inputs)
+        latent_pi = self._latent_pi(self._preprocess_batch(inputs.obs), inputs)
+        params = self._params_by(latent_pi, self._action_out(latent_pi, inputs.mask))
         return ActorEvaluation(self.family.log_prob(params, actions), self.family.entropy(params), params)
 
     def params(self, inputs: PolicyInput | PyTorchObs) -> th.Tensor:
         inputs = PolicyInput.of(inputs)
-        latent_pi = self._latent_pi(self._preprocess_batch(inputs.obs))
+        latent_pi = self._latent_pi(self._preprocess_batch(inputs.obs), inputs)
         return self._params_by(latent_pi, self._action_out(latent_pi, inputs.mask))
 
     def values(self, inputs: PolicyInput) -> th.Tensor:
-        features = apply(self._critic, self._preprocess_batch(inputs.obs))
-        return self._values(apply(self._critic_head, features))
+        return self._values(self._latent_vf(self._preprocess_batch(inputs.obs), inputs))
 
-    def _latent_pi(self, inputs: Any) -> th.Tensor:
-        return apply(self._actor_head, apply(self._actor, inputs))
+    def _latent_pi(self, x: Any, inputs: PolicyInput) -> th.Tensor:
+        """What the action net gets, of preprocessed observations."""
+        return apply(self._actor_head, apply(self._actor, x))
 
-    def _latents(self, inputs: Any) -> tuple[th.Tensor, th.Tensor]:
-        features = apply(self._actor, inputs)
-        vf_features = features if self.policy.share_features_extractor else apply(self._critic, inputs)
+    def _latent_vf(self, x: Any, inputs: PolicyInput) -> th.Tensor:
+        """What the value net gets, of preprocessed observations."""
+        return apply(self._critic_head, apply(self._critic, x))
+
+    def _latents(self, x: Any, inputs: PolicyInput) -> tuple[th.Tensor, th.Tensor]:
+        """Both, with one pass through what they share."""
+        features = apply(self._actor, x)
+        vf_features = features if self.policy.share_features_extractor else apply(self._critic, x)
         return apply(self._actor_head, features), apply(self._critic_head, vf_features)
+
+    def _latents_of_step(self, x: Any, inputs: PolicyInput) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Both, and the state after the step where there is a memory."""
+        return *self._latents(x, inputs), None
 
     def _values(self, latent_vf: th.Tensor) -> th.Tensor:
         return apply(self._value_net, latent_vf).flatten()
@@ -282,6 +306,7 @@ class SB3ActorCritic:
     """
 
     is_pure = False
+    n_state = 0
 
     def __init__(self, policy: ActorCriticPolicy, *, with_params: bool) -> None:
         self.policy = policy

@@ -24,7 +24,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     - ``truncated``, ``terminated``: whether the step ended an episode, by a time limit or by itself;
     - ``final_values``: where the step was truncated, the value of the observation that the episode ended with; else 0;
     - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step;
-    - ``action_masks``: which actions were allowed, shape ``(n_steps, n_envs, n_choices)``; None where all are.
+    - ``action_masks``: which actions were allowed, shape ``(n_steps, n_envs, n_choices)``; None where all are;
+    - ``states``: of a policy with a memory, before each sequence of ``sequence_length`` steps, shape
+      ``(n_sequences, n_envs, n_state)``; None where there is no memory.
 
     ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them. So it is
     here too where a derived buffer has an ``add`` or a ``compute_returns_and_advantage`` of its own and is therefore
@@ -41,6 +43,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
     final_values: np.ndarray
     last_values: np.ndarray
     action_masks: np.ndarray | None
+    states: np.ndarray | None
+    sequence_length: int = 1
 
     def reset(self) -> None:
         super().reset()
@@ -53,6 +57,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self.last_values = np.zeros(self.n_envs, dtype=np.float32)
         self._last_dones = np.zeros(self.n_envs, dtype=bool)
         self.action_masks = None
+        self.states = None
         self.forget_flat()
 
     @property
@@ -97,6 +102,19 @@ class RolloutBuffer(sb3.RolloutBuffer):
         if self.action_masks is None:
             self.action_masks = np.ones((self.buffer_size, *masks.shape), dtype=bool)
         self.action_masks[self.pos] = masks
+
+    def add_state(self, state: th.Tensor) -> None:
+        """
+        Add what the policy remembers before it acts, where a sequence begins; elsewhere it is not kept.
+
+        :param state: shape ``(n_envs, n_state)``
+        """
+        if self.pos % self.sequence_length:
+            return
+        if self.states is None:
+            n_sequences = -(-self.buffer_size // self.sequence_length)
+            self.states = np.zeros((n_sequences, *state.shape), dtype=np.float32)
+        self.states[self.pos // self.sequence_length] = state.cpu().numpy()
 
     def add_transition(self, action: np.ndarray, reward: np.ndarray) -> None:
         """
@@ -170,8 +188,13 @@ class RolloutBuffer(sb3.RolloutBuffer):
         """
         if self._flat_inputs is None:
             actions = self.actions.astype(np.float32, copy=False)  # as SB3: MultiBinary's int8 could not be trained on
-            mask = None if self.action_masks is None else self._to_flat(self.action_masks)
-            self._flat_inputs = PolicyInput(self._flat_obs(), mask), self._to_flat(actions)
+            inputs = PolicyInput(self._flat_obs())
+            if self.action_masks is not None:
+                inputs = inputs._replace(mask=self._to_flat(self.action_masks))
+            if self.states is not None:
+                starts = self._to_flat(self.episode_starts).flatten()
+                inputs = inputs._replace(state=self._to_flat(self.states), starts=starts)
+            self._flat_inputs = inputs, self._to_flat(actions)
         return self._flat_inputs
 
     def inputs_so_far(self) -> tuple[PolicyInput, th.Tensor]:
@@ -229,7 +252,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutSamples, None, None]:  # type: ignore[override]
         """
-        Cut the rollout into minibatches at random (by numpy's generator, as SB3 does).
+        Cut the rollout into minibatches at random (by numpy's generator, as SB3 does). Where there is a memory, they
+        are of whole sequences.
 
         :param batch_size: samples in one; the last may be smaller; ``None``: all of them in one
         :return: the minibatches of one epoch
@@ -243,9 +267,11 @@ class RolloutBuffer(sb3.RolloutBuffer):
         The rows of :meth:`flat` that the minibatches of one epoch are made of, drawn anew.
 
         :param batch_size: samples in a minibatch; the last may be smaller
-        :return: for each minibatch, shape ``(batch_size,)``
+        :return: for each minibatch, shape ``(batch_size,)``; where there is a memory, numbers of sequences
         """
-        rows = th.from_numpy(np.random.permutation(len(self.flat().returns)))  # noqa: NPY002
+        flat = self.flat()
+        batch_size = max(1, batch_size // flat.length)
+        rows = th.from_numpy(np.random.permutation(len(flat.returns) // flat.length))  # noqa: NPY002
         if self.device.type == "cuda":  # from where the host need not wait for it
             rows = rows.pin_memory()
         return th.split(rows.to(self.device, non_blocking=True), batch_size)

@@ -69,19 +69,25 @@ class Collector:
         self._masks = masks
         self._acting_policy = acting_policy
         self._keeps_final_values = keeps_final_values
-        self._actor_critic = acting_policy(step_by_step=step_by_step)
-        self._watch = ParameterWatch(algorithm.policy) if self._actor_critic.is_pure else None
-        self._final_values = FinalValues(self._actor_critic)
+        self.actor_critic = acting_policy(step_by_step=step_by_step)
+        # With a memory, each step is evaluated at once in any case.
+        evaluates_later = self.actor_critic.is_pure and not self.actor_critic.n_state
+        self._watch = ParameterWatch(algorithm.policy) if evaluates_later else None
+        self._final_values = FinalValues(self.actor_critic)
         self._steps: list[StepEvaluation] = []
         self.last_masks: np.ndarray | None = None
+        self.last_state: th.Tensor | None = None
 
-    def collect(self, n_rollout_steps: int, first_masks: np.ndarray | None = None) -> bool:
+    def collect(
+        self, n_rollout_steps: int, first_masks: np.ndarray | None = None, first_state: th.Tensor | None = None
+    ) -> bool:
         """
         Step the environments until the rollout is complete. Afterwards ``last_masks`` are those of the environments as
-        they are.
+        they are, and ``last_state`` is what the policy remembers.
 
         :param n_rollout_steps: as ``collect_rollouts`` got it, for callbacks to look at
         :param first_masks: which actions are allowed in the first observations
+        :param first_state: what the policy remembers before them, shape ``(n_envs, n_state)``; None: it has no memory
         :return: False if the callback ended the rollout before
         """
         algorithm, env, callback, rollout_buffer = self._algorithm, self._env, self._callback, self._buffer
@@ -92,9 +98,10 @@ class Collector:
         all_count = self._stop.counted is None
         # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
-        act: Act = self._actor_critic.act
+        act: Act = self.actor_critic.act
         self.last_masks = masks = first_masks
-        mask_tensor = None
+        self.last_state = state = first_state
+        mask_tensor = starts = None
         n_steps = 0
 
         while True:
@@ -107,9 +114,11 @@ class Collector:
             obs_tensor = obs_as_tensor(algorithm._last_obs, device)  # type: ignore[arg-type]
             if masks is not None:
                 mask_tensor = th.as_tensor(masks, device=device)
-            action_tensor, step = act(PolicyInput(obs_tensor, mask_tensor))
+            if state is not None:
+                starts = self._starts()
+            action_tensor, step = act(PolicyInput(obs_tensor, mask_tensor, state, starts))
             if step is not None:
-                self._steps.append(step)
+                self._steps.append(step._replace(state=None))
             actions = action_tensor.cpu().numpy().reshape(action_shape)
             clipped_actions = to_env(actions, policy, action_space)
             # Before the step, as an environment may write its next observation into the same array.
@@ -117,11 +126,16 @@ class Collector:
 
             if masks is not None:
                 rollout_buffer.add_masks(masks)
+            if state is not None:
+                assert step is not None
+                rollout_buffer.add_state(state)
+                state = step.state
 
             new_obs, rewards, dones, infos = env.step(clipped_actions)
 
             if self._masks is not None:
                 self.last_masks = self._masks.read(new_obs)
+            self.last_state = state
             algorithm.num_timesteps += env.num_envs
             callback.update_locals(
                 {
@@ -157,7 +171,8 @@ class Collector:
                     if infos[idx].get("TimeLimit.truncated", False):
                         rollout_buffer.truncated[n_steps, idx] = True
                         if final_obs is not None and self._keeps_final_values:
-                            self._final_values.add(n_steps, int(idx), final_obs)
+                            of_env = None if state is None else state[idx]
+                            self._final_values.add(n_steps, int(idx), final_obs, of_env)
 
             rollout_buffer.add_transition(actions, rewards)
             n_steps += 1
@@ -191,16 +206,23 @@ class Collector:
         """
         buffer, last_obs = self._buffer, self._algorithm._last_obs
         self._evaluate_steps()
-        last_values = self._actor_critic.values(PolicyInput(obs_as_tensor(last_obs, self._algorithm.device)))  # type: ignore[arg-type]
+        inputs = PolicyInput(obs_as_tensor(last_obs, self._algorithm.device))  # type: ignore[arg-type]
+        if self.last_state is not None:
+            inputs = inputs._replace(state=self.last_state, starts=self._starts())
+        last_values = self.actor_critic.values(inputs)
         raise_if_rollout_not_finite(buffer, last_values.cpu().numpy(), last_obs)
         self._final_values.evaluate()
         self._final_values.write_into(buffer.final_values)
         return last_values
 
+    def _starts(self) -> th.Tensor:
+        """1 where the present observation is the first of an episode."""
+        return th.as_tensor(self._algorithm._last_episode_starts, dtype=th.float32, device=self._algorithm.device)
+
     def _take_policy(self) -> Act:
         """Act and evaluate with the policy as it is now, step by step."""
-        self._actor_critic = self._final_values.actor_critic = self._acting_policy(step_by_step=True)
-        return self._actor_critic.act
+        self.actor_critic = self._final_values.actor_critic = self._acting_policy(step_by_step=True)
+        return self.actor_critic.act
 
     @th.no_grad()
     def _follow_change(self) -> None:
@@ -222,7 +244,7 @@ class Collector:
         """Values and distribution parameters of the steps that the rollout has so far, for each."""
         inputs, actions = self._buffer.inputs_so_far()
         parts = [
-            self._actor_critic.evaluate_actions(inputs.rows(rows), actions[rows])
+            self.actor_critic.evaluate_actions(inputs.rows(rows), actions[rows])
             for rows in chunks(len(actions), self._algorithm.observation_space)
         ]
         values = th.split(th.cat([part.values for part in parts]), self._env.num_envs)
@@ -233,7 +255,7 @@ class Collector:
         """Put values, log-probabilities and distribution parameters of all steps into the buffer."""
         inputs, actions = self._buffer.flat_inputs()
         if not self._steps:
-            evaluate_actions, space = self._actor_critic.evaluate_actions, self._algorithm.observation_space
+            evaluate_actions, space = self.actor_critic.evaluate_actions, self._algorithm.observation_space
             parts = [evaluate_actions(inputs.rows(rows), actions[rows]) for rows in chunks(len(actions), space)]
             self._buffer.set_evaluation(
                 th.cat([part.values for part in parts]),
@@ -241,9 +263,9 @@ class Collector:
                 th.cat([part.params for part in parts]),
             )
             return
-        values, log_probs, params = (env_by_env(parts) for parts in zip(*self._steps, strict=True))
+        values, log_probs, params, _ = (env_by_env(parts) for parts in zip(*self._steps, strict=True))
         if params is not None:
-            family = self._actor_critic.family
+            family = self.actor_critic.family
             assert family is not None
             of_params = family.log_prob(params, actions)
             if log_probs is None:
@@ -263,7 +285,7 @@ class Collector:
         # Rounding alone makes them differ for single actions, at the end of a squashed range.
         differs = (of_params - log_probs).abs() > 0.01 * (1.0 + log_probs.abs())
         if differs.float().mean() > 0.5:
-            policy = self._actor_critic.policy
+            policy = self.actor_critic.policy
             raise ValueError(
                 f"policy={type(policy).__name__} is not allowed: its log-probabilities are not those of its "
                 f"action_dist (a {type(policy.action_dist).__name__}), whose exact KL divergence "

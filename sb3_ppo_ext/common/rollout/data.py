@@ -23,15 +23,20 @@ class PolicyInput(NamedTuple):
     What a policy computes from. What a policy has no use for is None, and then nothing is computed, stored or compiled
     for it.
 
+    A recurrent policy computes from sequences of one length: the batch is one sequence after the other, and each has
+    the state at its beginning.
+
     :param obs: a batch of observations, shape ``(batch, *obs_shape)``, or a dict of such
     :param mask: which actions are allowed, bool, shape ``(batch, n_actions)``; None: all
-    :param state: of a recurrent policy, before the first observation
-    :param starts: whether an observation is the first of its episode, shape ``(batch,)``; None: nobody asks
+    :param state: of a recurrent policy, before the first observation of each sequence, shape
+        ``(n_sequences, n_state)``; None: the policy has no memory
+    :param starts: 1 where an observation is the first of its episode, so that what was before is forgotten, else 0;
+        shape ``(batch,)``; None: the policy has no memory
     """
 
     obs: PyTorchObs
     mask: th.Tensor | None = None
-    state: Any = None
+    state: th.Tensor | None = None
     starts: th.Tensor | None = None
 
     @classmethod
@@ -46,13 +51,21 @@ class PolicyInput(NamedTuple):
         """The number of observations."""
         return (next(iter(self.obs.values())) if isinstance(self.obs, dict) else self.obs).shape[0]
 
+    @property
+    def length(self) -> int:
+        """Observations in a sequence; 1 where there is no memory."""
+        return 1 if self.state is None else self.n_rows // len(self.state)
+
     def rows(self, rows: slice | th.Tensor) -> PolicyInput:
         """
         Some of the batch.
 
-        :param rows: a range or indices
+        :param rows: a range or indices; of sequences, where there is a memory
         """
-        return PolicyInput(*(rows_of(part, rows) for part in self))
+        if self.state is None:
+            return PolicyInput(*(rows_of(part, rows) for part in self))
+        of_observations = (rows_of(part, rows, self.length) for part in self._replace(state=None))
+        return PolicyInput(*of_observations)._replace(state=self.state[rows])
 
 
 class RolloutSamples(NamedTuple):
@@ -67,8 +80,10 @@ class RolloutSamples(NamedTuple):
     :param returns: shape ``(batch,)``
     :param old_params: parameters of the distribution that drew the actions, shape ``(batch, n_params)``
     :param action_masks: which actions were allowed, bool, shape ``(batch, n_actions)``; None: all
-    :param states: of a recurrent policy, at the beginning of the sequences; None: it has none
-    :param episode_starts: whether a sample is the first of its episode, shape ``(batch,)``; None: nobody asks
+    :param states: of a recurrent policy, at the beginning of each sequence, shape ``(n_sequences, n_state)``, the
+        samples being one sequence after the other; None: the policy has no memory
+    :param episode_starts: 1 where a sample is the first of its episode, else 0, shape ``(batch,)``; None: the policy
+        has no memory
     :param mask: which samples count, bool, shape ``(batch,)``; None: all. The others fill a minibatch up to its size
     """
 
@@ -80,9 +95,14 @@ class RolloutSamples(NamedTuple):
     returns: th.Tensor
     old_params: th.Tensor
     action_masks: th.Tensor | None = None
-    states: Any = None
+    states: th.Tensor | None = None
     episode_starts: th.Tensor | None = None
     mask: th.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Samples in a sequence; 1 where there is no memory."""
+        return 1 if self.states is None else len(self.returns) // len(self.states)
 
     @property
     def inputs(self) -> PolicyInput:
@@ -97,16 +117,36 @@ class RolloutSamples(NamedTuple):
         """
         return values.mean() if self.mask is None else masked_mean(values, self.mask)
 
+    def counted(self, values: th.Tensor) -> th.Tensor:
+        """
+        The numbers of the samples that count.
+
+        :param values: one a sample, shape ``(batch,)``
+        """
+        return values if self.mask is None else values[self.mask]
+
+    def scattered(self, values: th.Tensor, *, elsewhere: float = 0.0) -> th.Tensor:
+        """
+        What :meth:`counted` is the inverse of.
+
+        :param values: one for each sample that counts
+        :param elsewhere: what the others get
+        :return: shape ``(batch,)``
+        """
+        if self.mask is None:
+            return values
+        return th.full_like(self.mask, elsewhere, dtype=values.dtype).masked_scatter(self.mask, values)
+
     def padded(self, rows: th.Tensor | None, n_rows: int) -> RolloutSamples:
         """
         Some of the samples and, up to a fixed number, the first one again and again, with a mask of those that count.
 
-        :param rows: indices of them, at most ``n_rows``; None: all
+        :param rows: indices of them, at most ``n_rows``; None: all. Where there is a memory, all this is of sequences
         :param n_rows: how many there are to be
         """
         if rows is None:
-            rows = th.arange(len(self.returns), device=self.returns.device)
-        counts = th.arange(n_rows, device=rows.device) < len(rows)
+            rows = th.arange(len(self.returns) // self.length, device=self.returns.device)
+        counts = (th.arange(n_rows, device=rows.device) < len(rows)).repeat_interleave(self.length)
         padded = self.rows(nn.functional.pad(rows, (0, n_rows - len(rows))))
         return padded._replace(mask=counts if padded.mask is None else counts & padded.mask)
 
@@ -114,30 +154,38 @@ class RolloutSamples(NamedTuple):
         """
         Some of the samples.
 
-        :param rows: a range or indices
+        :param rows: a range or indices; of sequences, where there is a memory
         """
-        return RolloutSamples(*(rows_of(part, rows) for part in self))
+        if self.states is None:
+            return RolloutSamples(*(rows_of(part, rows) for part in self))
+        of_samples = (rows_of(part, rows, self.length) for part in self._replace(states=None))
+        return RolloutSamples(*of_samples)._replace(states=self.states[rows])
 
 
-def rows_of(part: Any, rows: slice | th.Tensor) -> Any:
+def rows_of(part: Any, rows: slice | th.Tensor, length: int = 1) -> Any:
     """
     Some rows of a tensor, or of a dict of tensors; None of None.
 
     :param part: the first dimension of each tensor is the batch
     :param rows: a range or indices
+    :param length: of the sequences that the rows are, each so many samples of the batch
     """
     if part is None:
         return None
-    return {key: tensor[rows] for key, tensor in part.items()} if isinstance(part, dict) else part[rows]
+    if isinstance(part, dict):
+        return {key: rows_of(tensor, rows, length) for key, tensor in part.items()}
+    return part[rows] if length == 1 else part.unflatten(0, (-1, length))[rows].flatten(0, 1)
 
 
-def chunks(n_samples: int, observation_space: spaces.Space[Any]) -> Iterator[slice]:
+def chunks(n_samples: int, observation_space: spaces.Space[Any], length: int = 1) -> Iterator[slice]:
     """
     Cut a rollout so that the memory a pass through the networks takes is bounded.
 
     :param n_samples: to be cut
     :param observation_space: of their observations
+    :param length: of the sequences that they are
+    :return: ranges of samples, or of sequences where these are longer than 1
     """
     size = max(get_flattened_obs_dim(observation_space), 1)
-    rows = max(1, min(CHUNK_ROWS, CHUNK_NUMBERS // size))
-    return (slice(start, min(start + rows, n_samples)) for start in range(0, n_samples, rows))
+    n_rows, rows = n_samples // length, max(1, min(CHUNK_ROWS, CHUNK_NUMBERS // size) // length)
+    return (slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows))

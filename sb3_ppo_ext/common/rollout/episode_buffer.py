@@ -74,19 +74,44 @@ class EpisodeBuffer(RolloutBuffer):
         self.episode_starts = resized(self.episode_starts)
         if self.action_masks is not None:
             self.action_masks = resized(self.action_masks)
+        states, self.states = self.states, None
         self.truncated, self.final_values = resized(self.truncated), resized(self.final_values)
         self.distribution_params = resized(self.distribution_params)  # a policy of the user's own may not set them
         self.buffer_size = n_steps
+        if states is not None:
+            n_steps = -(-n_steps // self.sequence_length)
+            self.states = resized(states)
 
     def episode_index(self) -> EpisodeIndex:
         """Where in its episode each sample of :meth:`flat` is, in the same order."""
         return self._index
 
     def flat(self) -> RolloutSamples:
-        """The samples that count: those of the complete episodes, one episode after the other."""
+        """
+        The samples that count: those of the complete episodes, one episode after the other. Where there is a memory,
+        all sequences in which some do, with a mask of these; the last of each environment is filled up with zeros.
+        """
         if self._flat is None:
-            self._flat = super().flat().rows(self._counts)
+            whole = super().flat()
+            self._flat = whole.rows(self._counts) if whole.states is None else self._sequences(whole)
         return self._flat
+
+    def _sequences(self, whole: RolloutSamples) -> RolloutSamples:
+        assert whole.states is not None
+        n_missing = -self.buffer_size % self.sequence_length
+
+        def padded(part: Any) -> Any:
+            if part is None:
+                return None
+            if isinstance(part, dict):
+                return {key: padded(tensor) for key, tensor in part.items()}
+            by_env = part.view(self.n_envs, -1, *part.shape[1:])
+            return th.cat((by_env, by_env.new_zeros(self.n_envs, n_missing, *part.shape[1:])), dim=1).flatten(0, 1)
+
+        samples = RolloutSamples(*map(padded, whole._replace(states=None, mask=self._counts)))
+        assert samples.mask is not None
+        counts = samples.mask.view(-1, self.sequence_length).any(dim=1)
+        return samples._replace(states=whole.states).rows(counts)
 
 
 class DictEpisodeBuffer(EpisodeBuffer, DictRolloutBuffer):  # type: ignore[misc]

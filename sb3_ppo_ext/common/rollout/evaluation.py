@@ -65,8 +65,10 @@ class StepEvaluation(NamedTuple):
     :param values: shape ``(n_envs,)``
     :param log_prob: shape ``(n_envs,)``; None if it is computed from the parameters
     :param params: shape ``(n_envs, n_params)``; None if nobody wants them
+    :param state: of a recurrent policy, after the observations, shape ``(n_envs, n_state)``; None: it has none
     """
 
     values: th.Tensor
     log_prob: th.Tensor | None
     params: th.Tensor | None
+    state: th.Tensor | None = None

@@ -22,6 +22,7 @@ class FinalValues:
 
     def __init__(self, actor_critic: ActorCritic) -> None:
         self.actor_critic = actor_critic
+        self._states: list[th.Tensor | None] = []
         self._steps: list[int] = []
         self._env_indices: list[int] = []
         self._final_obs: list[Any] = []
@@ -30,14 +31,16 @@ class FinalValues:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def add(self, step: int, env_index: int, final_obs: Any) -> None:
+    def add(self, step: int, env_index: int, final_obs: Any, state: th.Tensor | None = None) -> None:
         """
         :param step: of the rollout, in which the episode was cut
         :param env_index: number of the environment
         :param final_obs: as the environment gave it, which may write its next one into the same arrays
+        :param state: what the policy remembers before it, shape ``(n_state,)``; None: it has no memory
         """
         self._steps.append(step)
         self._env_indices.append(env_index)
+        self._states.append(state)
         if self.actor_critic.is_pure:
             is_dict = isinstance(final_obs, dict)
             self._final_obs.append({k: np.array(x) for k, x in final_obs.items()} if is_dict else np.array(final_obs))
@@ -65,6 +68,10 @@ class FinalValues:
         else:
             stacked = np.stack(final_obs)
         policy = self.actor_critic.policy
-        values: np.ndarray = self.actor_critic.values(PolicyInput(policy.obs_to_tensor(stacked)[0])).cpu().numpy()
+        inputs = PolicyInput(policy.obs_to_tensor(stacked)[0])
+        states = [state for state in self._states[first : first + len(final_obs)] if state is not None]
+        if states:
+            inputs = inputs._replace(state=th.stack(states), starts=th.zeros(len(states), device=policy.device))
+        values: np.ndarray = self.actor_critic.values(inputs).cpu().numpy()
         raise_if_final_not_finite(values, stacked, self._steps[first:], self._env_indices[first:])
         return values

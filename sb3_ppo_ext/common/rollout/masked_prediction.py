@@ -9,31 +9,39 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.policy_distributions import params_of
 from sb3_ppo_ext.common.rollout.acting_env import masks_where_acting
-from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
+from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of
 
 
 def predict_masked(
-    policy: ActorCriticPolicy, observation: Any, *, deterministic: bool, action_masks: np.ndarray | None
-) -> np.ndarray:
+    policy: ActorCriticPolicy,
+    observation: Any,
+    state: tuple[np.ndarray, ...] | None,
+    episode_start: np.ndarray | None,
+    *,
+    deterministic: bool,
+    action_masks: np.ndarray | None,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
     """
     An allowed action for each observation.
 
     :param policy: actor and critic
     :param observation: of one environment, or one for each
+    :param state: of a policy with a memory, what the last call returned
+    :param episode_start: whether each observation is the first of its episode
     :param deterministic: whether to take the most likely action
     :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``; None: those in
         the observations, or of the environments that the caller acts in
-    :return: the actions
+    :return: the actions, and the state to be handed over at the next step
     :raises ArgumentError: if no masks are found, or the policy cannot be asked with them
     :raises ValueError: if a mask is wrong
     """
-    if not DirectActorCritic.supports(policy):
-        raise ArgumentError(
-            f"action_masks is not allowed with policy={type(policy).__name__}: it {DirectActorCritic.refusal(policy)}"
-        )
+    reason = refusal(policy)
+    if reason is not None:
+        raise ArgumentError(f"action_masks is not allowed with policy={type(policy).__name__}: it {reason}")
     obs, is_vector = policy.obs_to_tensor(observation)
     n = PolicyInput(obs).n_rows
     masks: Any = action_masks
@@ -61,11 +69,27 @@ def predict_masked(
         )
     masks = checked_masks(masks, choices, step=None)
     policy.set_training_mode(False)
-    actor_critic = DirectActorCritic(policy)
+    actor_critic = direct_actor_critic(policy)
+    family, mask = actor_critic.family, th.as_tensor(masks, device=policy.device)
     with th.no_grad():
-        params = actor_critic.params(PolicyInput(obs, th.as_tensor(masks, device=policy.device)))
-        family = actor_critic.family
+        if has_memory(policy):
+            params, state = _recurrent_params(policy, obs, n, state, episode_start)
+            params = family.masked(params, mask)
+        else:
+            params = actor_critic.params(PolicyInput(obs, mask))
         actions = (family.mode(params) if deterministic else family.sample(params)).cpu().numpy()
     space = policy.action_space
     shaped: np.ndarray = actions.reshape(-1, *(space.shape or ())).astype(space.dtype)
-    return shaped if is_vector else shaped.squeeze(axis=0)
+    return shaped if is_vector else shaped.squeeze(axis=0), state
+
+
+def _recurrent_params(
+    policy: Any, obs: Any, n: int, state: tuple[np.ndarray, ...] | None, episode_start: np.ndarray | None
+) -> tuple[th.Tensor, tuple[np.ndarray, ...]]:
+    """Parameters of the distributions without masks, and the next state, as sb3-contrib's policies have it."""
+    n_layers, _, hidden_size = policy.lstm_hidden_state_shape
+    state = state or (np.zeros((n_layers, n, hidden_size)),) * 2
+    states = tuple(th.as_tensor(part, dtype=th.float32, device=policy.device) for part in state)
+    starts = th.as_tensor(np.zeros(n) if episode_start is None else episode_start, device=policy.device)
+    distribution, states = policy.get_distribution(obs, states, starts.float())
+    return params_of(distribution), tuple(part.cpu().numpy() for part in states)

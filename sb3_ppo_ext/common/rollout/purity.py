@@ -38,6 +38,8 @@ _PURE: frozenset[type[nn.Module]] = frozenset(
         nn.Flatten,
         nn.Unflatten,
         nn.Linear,
+        nn.LSTM,
+        nn.GRU,
         nn.Conv1d,
         nn.Conv2d,
         nn.Conv3d,
@@ -143,7 +145,11 @@ def draws_noise(policy: nn.Module) -> bool:
 
     :param policy: while it acts
     """
-    return any(module.training and isinstance(module, _NOISY) for module in policy.modules())
+    return any(module.training and _is_noisy(module) for module in policy.modules())
+
+
+def _is_noisy(module: nn.Module) -> bool:
+    return isinstance(module, _NOISY) or (isinstance(module, nn.RNNBase) and module.dropout > 0.0)
 
 
 def impurity(policy: ActorCriticPolicy) -> str | None:
@@ -161,6 +167,10 @@ def impurity(policy: ActorCriticPolicy) -> str | None:
     for name in names:
         found = _impurity(name.removeprefix("pi_") if len(names) == 4 else name, getattr(policy, name))
         if found is not None:
+            return found
+    for name in ("lstm_actor", "lstm_critic", "critic"):  # of a policy with a memory
+        module = getattr(policy, name, None)
+        if isinstance(module, nn.Module) and (found := _impurity(name, module)) is not None:
             return found
     return None
 

@@ -9,13 +9,12 @@ from typing import cast
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.buffers import minibatches
-from sb3_ppo_ext.common.rollout.data import RolloutSamples, rows_of
+from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.purity import keeps_statistics
 from sb3_ppo_ext.common.update.objective import Coefficients, Statistics
 from sb3_ppo_ext.common.update.step import MinibatchStep
@@ -49,21 +48,21 @@ def _modules_of(*networks: nn.Module | None) -> set[nn.Module]:
 
 
 @th.no_grad()
-def update_statistics(policy: ActorCriticPolicy, observations: PyTorchObs, n_samples: int, batch_size: int) -> None:
+def update_statistics(actor_critic: ActorCritic, inputs: PolicyInput, batch_size: int) -> None:
     """
     Let the layers of an actor that keep statistics in training mode see a rollout, once. For algorithms whose actor
     makes its step in evaluation mode.
 
-    :param policy: actor and critic
-    :param observations: of the rollout
-    :param n_samples: their number
+    :param actor_critic: the policy
+    :param inputs: of the rollout
     :param batch_size: largest number of them in one pass
     """
+    policy, n_rows = actor_critic.policy, inputs.n_rows // inputs.length
     if not keeps_statistics(policy):
         return
     policy.set_training_mode(True)
-    for rows in th.arange(n_samples).tensor_split(-(-n_samples // batch_size)):
-        policy.get_distribution(rows_of(observations, rows.to(policy.device)))
+    for rows in th.arange(n_rows).tensor_split(-(-inputs.n_rows // batch_size)):
+        actor_critic.params(inputs.rows(rows.to(policy.device)))
     policy.set_training_mode(False)
 
 

@@ -29,17 +29,18 @@ def fisher_vector_product(
     :param family: the formulas of its distributions
     :param inputs: whose distributions it is the Fisher information of
     :param parameters: theta, among the policy's
-    :param chunks: ranges of the inputs, to be multiplied one after the other
+    :param chunks: ranges of the inputs, to be multiplied one after the other; of sequences, where there is a memory
     :param damping: multiple of the identity that is added
     :return: ``v -> F v + damping * v``, v of shape ``(n,)``
     """
     if len(chunks) == 1:
         return FisherVectorProduct(actor_critic.params(inputs), parameters, family.fisher, damping=damping)
+    length = inputs.length
     return ChunkedFisherVectorProduct(
-        lambda rows: actor_critic.params(inputs.rows(rows)),
-        chunks[-1].stop,
+        lambda rows: actor_critic.params(inputs.rows(slice(rows.start // length, rows.stop // length))),
+        chunks[-1].stop * length,
         parameters,
         family.fisher,
-        chunk_size=chunks[0].stop,
+        chunk_size=chunks[0].stop * length,
         damping=damping,
     )

@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
-from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.data import RolloutSamples, rows_of
 from sb3_ppo_ext.numerics import flatten
 
 
@@ -20,7 +20,7 @@ def score_statistics(
     discount: th.Tensor,
     *,
     parameters: Sequence[nn.Parameter],
-    chunks: Callable[[int], Iterator[slice]],
+    chunks: Callable[[int, int], Iterator[slice]],
 ) -> tuple[th.Tensor, th.Tensor]:
     """
     ``S'g`` and ``S'S`` of each episode, S being the gradient of the sum of its (discounted) log-probabilities, and g of
@@ -28,29 +28,33 @@ def score_statistics(
 
     :param actor_critic: the present policy
     :param rollout: all samples
-    :param episode: number of each sample's episode, shape ``(batch,)``
+    :param episode: number of each sample's episode, -1 of one that does not count, shape ``(batch,)``
     :param returns: shape ``(batch,)``
     :param discount: of each sample's log-probability, shape ``(batch,)``
     :param parameters: that the gradients are of
-    :param chunks: cuts so many samples into ranges
+    :param chunks: cuts so many samples, in sequences of such a length, into ranges
     :return: two tensors of shape ``(n_episodes,)``
     """
+
+    length = rollout.length
 
     def weighted_score(rows: th.Tensor, weights: th.Tensor) -> th.Tensor:
         """Gradient of the sum of some samples' log-probabilities, each times its weight, of all parameters, flat."""
         total = [th.zeros_like(p) for p in parameters]
-        for chunk in chunks(len(rows)):
+        for chunk in chunks(len(rows) * length, length):
             some = rollout.rows(rows[chunk])
             log_prob = actor_critic.evaluate_actor(some.inputs, some.actions).log_prob
-            grads = th.autograd.grad(log_prob.dot(weights[chunk]), parameters, materialize_grads=True)
+            weights_of_some = rows_of(weights, rows[chunk], length)
+            grads = th.autograd.grad(log_prob.dot(weights_of_some), parameters, materialize_grads=True)
             total = [t + g for t, g in zip(total, grads, strict=True)]
         return flatten(total)
 
     statistics = []
     for i in range(int(episode.max()) + 1):
-        rows = (episode == i).nonzero().flatten()
-        score = weighted_score(rows, discount[rows])
-        gradient = weighted_score(rows, (discount * returns)[rows])
+        is_of_episode = episode == i
+        rows = is_of_episode.view(-1, length).any(dim=1).nonzero().flatten()
+        score = weighted_score(rows, discount * is_of_episode)
+        gradient = weighted_score(rows, discount * returns * is_of_episode)
         statistics.append(th.stack((score.dot(gradient), score.dot(score))))
     score_dot_gradient, score_square = th.stack(statistics, dim=1)
     return score_dot_gradient, score_square

@@ -27,7 +27,7 @@ class Surrogate:
     :param family: the formulas of its distributions
     :param rollout: all samples
     :param ent_coef: weight of the entropy
-    :param chunks: cuts so many samples into ranges
+    :param chunks: cuts so many samples, in sequences of such a length, into ranges
     :param reducer: of what each process has computed
     """
 
@@ -35,7 +35,7 @@ class Surrogate:
     family: Family
     rollout: RolloutSamples
     ent_coef: float
-    chunks: Callable[[int], Iterator[slice]]
+    chunks: Callable[[int, int], Iterator[slice]]
     reducer: Reducer
 
     def gradient(self, candidates: Sequence[nn.Parameter]) -> tuple[th.Tensor, float, list[nn.Parameter]]:
@@ -48,8 +48,8 @@ class Surrogate:
         total: dict[nn.Parameter, th.Tensor] = {}
         objective = 0.0
         n_samples = len(self.rollout.advantages)
-        for rows, actor in self._evaluated():
-            chunk_objective = self._of_samples(rows, actor).sum() / n_samples
+        for samples, actor in self._evaluated():
+            chunk_objective = self._of_samples(samples, actor).sum() / n_samples
             grads = th.autograd.grad(chunk_objective, candidates, allow_unused=True)
             for parameter, grad in zip(candidates, grads, strict=True):
                 if grad is not None:
@@ -63,24 +63,25 @@ class Surrogate:
         """The objective, mean KL(old || new) and mean KL(new || old), three scalars."""
         rollout, kl_of = self.rollout, self.family.kl
         objective = kl = reverse_kl = th.zeros((), device=rollout.advantages.device)
-        for rows, actor in self._evaluated():
-            objective = objective + self._of_samples(rows, actor).sum()
-            kl = kl + kl_of(rollout.old_params[rows], actor.params).sum()
-            reverse_kl = reverse_kl + kl_of(actor.params, rollout.old_params[rows]).sum()
+        for samples, actor in self._evaluated():
+            objective = objective + self._of_samples(samples, actor).sum()
+            kl = kl + kl_of(samples.old_params, actor.params).sum()
+            reverse_kl = reverse_kl + kl_of(actor.params, samples.old_params).sum()
         n_samples = len(rollout.advantages)
         means = objective / n_samples, kl / n_samples, reverse_kl / n_samples
         self.reducer.average(*means)
         return means
 
-    def _evaluated(self) -> Iterator[tuple[slice, ActorEvaluation]]:
-        for rows in self.chunks(len(self.rollout.advantages)):
-            yield rows, self.actor_critic.evaluate_actor(self.rollout.inputs.rows(rows), self.rollout.actions[rows])
+    def _evaluated(self) -> Iterator[tuple[RolloutSamples, ActorEvaluation]]:
+        for rows in self.chunks(len(self.rollout.advantages), self.rollout.length):
+            samples = self.rollout.rows(rows)
+            yield samples, self.actor_critic.evaluate_actor(samples.inputs, samples.actions)
 
-    def _of_samples(self, rows: slice, actor: ActorEvaluation) -> th.Tensor:
+    def _of_samples(self, samples: RolloutSamples, actor: ActorEvaluation) -> th.Tensor:
         """The objective of each sample."""
         log_prob, entropy, _ = actor
-        old_log_prob = self.rollout.old_log_prob[rows]
-        objective = -losses.surrogate_loss(log_prob, old_log_prob, self.rollout.advantages[rows]).loss
+        old_log_prob = samples.old_log_prob
+        objective = -losses.surrogate_loss(log_prob, old_log_prob, samples.advantages).loss
         if self.ent_coef != 0.0:
             if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
                 entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss

@@ -1,0 +1,108 @@
+"""The policies that the names ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"`` and ``"MultiInputLstmPolicy"`` stand for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from sb3_contrib.common.recurrent import policies as contrib
+from stable_baselines3.common import policies as sb3
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
+from torch import nn
+
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.policies import ActorCriticPolicy
+from sb3_ppo_ext.common.rollout.recurrence import process_sequence
+from sb3_ppo_ext.common.validation import check_one_of
+
+RnnType = Literal["lstm", "gru"]
+
+_REFUSED = ("batch_first", "bidirectional", "proj_size")
+
+
+class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
+    """sb3-contrib's recurrent policy, which may have a GRU."""
+
+    _process_sequence = staticmethod(process_sequence)  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, rnn_type: RnnType = "lstm", **kwargs: Any) -> None:
+        check_one_of("rnn_type", rnn_type, get_args(RnnType))
+        for name in _REFUSED:
+            if (kwargs.get("lstm_kwargs") or {}).get(name):
+                raise ArgumentError(
+                    f"lstm_kwargs={kwargs['lstm_kwargs']!r} is not allowed: the memory goes forward in time, and its "
+                    f"outputs are its state; {name} must be left out"
+                )
+        super().__init__(*args, **kwargs)
+        self.rnn_type = rnn_type
+        if rnn_type == "gru":
+            self.lstm_actor: Any = self._as_gru(self.lstm_actor)
+            self.lstm_critic: Any = self._as_gru(self.lstm_critic)
+            learning_rate = self.optimizer.param_groups[0]["lr"]
+            optimizer_class: Any = self.optimizer_class
+            self.optimizer = optimizer_class(self.parameters(), lr=learning_rate, **self.optimizer_kwargs)
+
+    def _as_gru(self, lstm: nn.LSTM | None) -> nn.GRU | None:
+        if lstm is None:
+            return None
+        return nn.GRU(lstm.input_size, lstm.hidden_size, num_layers=lstm.num_layers, **self.lstm_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        n_layers, _, hidden_size = self.lstm_hidden_state_shape
+        return {
+            **super()._get_constructor_parameters(),
+            "lstm_hidden_size": hidden_size,
+            "n_lstm_layers": n_layers,
+            "shared_lstm": self.shared_lstm,
+            "enable_critic_lstm": self.enable_critic_lstm,
+            "lstm_kwargs": self.lstm_kwargs,
+            "rnn_type": self.rnn_type,
+        }
+
+
+class RecurrentActorCriticPolicy(ActorCriticPolicy, _ContribPolicy):
+    """
+    An actor and a critic with a memory: sb3-contrib's policy, with what :class:`ActorCriticPolicy` adds to
+    Stable-Baselines3's. Either loads what the other saved, where ``rnn_type`` is ``"lstm"``.
+
+    Features go through recurrent layers, and their outputs through the networks of ``net_arch``. By default the critic
+    has recurrent layers of its own. Where an episode begins, the memory is empty.
+
+    ``predict(observation, state, episode_start)`` returns the actions and the new state, to be handed over at the next
+    step: a tuple ``(h, c)`` of arrays of shape ``(n_lstm_layers, n_envs, lstm_hidden_size)``. A GRU has no cell: both
+    are h.
+
+    :param observation_space: of the environment
+    :param action_space: of the environment
+    :param lr_schedule: the main learning rate
+    :param rnn_type: of the layers: ``"lstm"`` (Hochreiter & Schmidhuber 1997) or ``"gru"`` (Cho et al. 2014)
+    :param kwargs: the further arguments of :class:`ActorCriticPolicy` and of sb3-contrib's policy: ``lstm_hidden_size``
+        (256), ``n_lstm_layers`` (1), ``enable_critic_lstm`` (True: the critic has layers of its own), ``shared_lstm``
+        (True: it uses the actor's, which do not learn from it; then ``enable_critic_lstm`` must be False; if both are
+        False, the critic has a linear layer in their place and no memory) and ``lstm_kwargs`` (for the layers)
+    :raises ArgumentError: for an argument that is out of range or contradicts another
+    """
+
+
+class RecurrentActorCriticCnnPolicy(RecurrentActorCriticPolicy):
+    """:class:`RecurrentActorCriticPolicy` for images."""
+
+    def __init__(
+        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+class RecurrentMultiInputActorCriticPolicy(RecurrentActorCriticPolicy):
+    """:class:`RecurrentActorCriticPolicy` for Dict observations."""
+
+    def __init__(
+        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+RECURRENT_POLICY_ALIASES: dict[str, type[sb3.BasePolicy]] = {
+    "MlpLstmPolicy": RecurrentActorCriticPolicy,
+    "CnnLstmPolicy": RecurrentActorCriticCnnPolicy,
+    "MultiInputLstmPolicy": RecurrentMultiInputActorCriticPolicy,
+}

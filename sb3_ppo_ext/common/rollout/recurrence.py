@@ -1,0 +1,243 @@
+"""
+Recurrent layers over sequences in which episodes may begin.
+
+A *state* is one tensor of shape ``(n_sequences, n_state)``: of each layer the output h and, of an LSTM, the cell c.
+Where an episode begins, the state is 0, so that nothing of the one before is remembered.
+
+There are three ways to the same numbers. :func:`step_by_step` is the definition. :func:`by_layers` calls torch's own
+layer once for all sequences of a minibatch, which on the CPU is as fast as the products in it; it cannot be
+differentiated twice. :func:`unrolled` is for compiled programs, whose shapes are fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch as th
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
+
+Rnn = nn.LSTM | nn.GRU
+
+Recurrence = Callable[[Rnn, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+"""``(layers, features, state, starts) -> outputs``: features of shape ``(n_sequences * length, n_features)``, one
+sequence after the other, and starts of shape ``(n_sequences * length,)``; outputs of shape
+``(n_sequences * length, hidden_size)``."""
+
+Cell = Callable[..., tuple[th.Tensor, ...]]
+"""``(of_input, of_output, h, ...) -> (h, ...)``: what a layer does with the two products, element by element."""
+
+Layer = Callable[..., tuple[th.Tensor, ...]]
+"""``(cell, of_inputs, keep, weight, bias, h, ...) -> (outputs, h, ...)``: all steps of one layer."""
+
+
+def _lstm_cell(of_input: th.Tensor, of_output: th.Tensor, h: th.Tensor, c: th.Tensor) -> tuple[th.Tensor, ...]:
+    """Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, as :class:`torch.nn.LSTM` has it."""
+    i, f, g, o = (of_input + of_output).chunk(4, dim=-1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(of_input: th.Tensor, of_output: th.Tensor, h: th.Tensor) -> tuple[th.Tensor, ...]:
+    """Cho et al. 2014, as :class:`torch.nn.GRU` has it."""
+    r, z, n = of_input.chunk(3, dim=-1)
+    h_r, h_z, h_n = of_output.chunk(3, dim=-1)
+    z = (z + h_z).sigmoid()
+    n = (n + (r + h_r).sigmoid() * h_n).tanh()
+    return ((1.0 - z) * n + z * h,)
+
+
+def cell_of(rnn: Rnn) -> Cell:
+    """
+    :param rnn: recurrent layers
+    """
+    return _lstm_cell if isinstance(rnn, nn.LSTM) else _gru_cell
+
+
+def n_state(rnn: Rnn) -> int:
+    """
+    How many numbers the state of one sequence has.
+
+    :param rnn: recurrent layers
+    """
+    return (2 if isinstance(rnn, nn.LSTM) else 1) * rnn.num_layers * rnn.hidden_size
+
+
+def as_torch(rnn: Rnn, state: th.Tensor) -> Any:
+    """
+    A state as torch's own layers take it.
+
+    :param rnn: recurrent layers
+    :param state: shape ``(n_sequences, n_state)``
+    :return: of an LSTM ``(h, c)``, of a GRU ``h``, each of shape ``(num_layers, n_sequences, hidden_size)``
+    """
+    parts = state.view(len(state), -1, rnn.num_layers, rnn.hidden_size).permute(1, 2, 0, 3).contiguous()
+    return tuple(parts) if isinstance(rnn, nn.LSTM) else parts[0]
+
+
+def from_torch(parts: Sequence[th.Tensor]) -> th.Tensor:
+    """
+    What :func:`as_torch` is the inverse of.
+
+    :param parts: ``(h, c)``, or ``(h,)``, each of shape ``(num_layers, n_sequences, hidden_size)``
+    :return: shape ``(n_sequences, n_state)``
+    """
+    return th.stack(tuple(parts)).permute(2, 0, 1, 3).flatten(1)
+
+
+def step_by_step(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Outputs, and the state after the last step.
+
+    :param rnn: recurrent layers
+    :param features: shape ``(n_sequences * length, n_features)``
+    :param state: shape ``(n_sequences, n_state)``
+    :param starts: shape ``(n_sequences * length,)``
+    """
+    return _over_layers(rnn, features, state, starts, _loop)
+
+
+def process_sequence(
+    features: th.Tensor, lstm_states: tuple[th.Tensor, ...], episode_starts: th.Tensor, lstm: Rnn
+) -> tuple[th.Tensor, tuple[th.Tensor, ...]]:
+    """
+    :func:`step_by_step` in the terms of sb3-contrib's recurrent policies, whose method of this name it takes the place
+    of: for either kind of layer, and without a branch, so that it can be exported.
+
+    :param features: shape ``(n_sequences * length, n_features)``
+    :param lstm_states: ``(h, c)``, each of shape ``(num_layers, n_sequences, hidden_size)``; of a GRU, which has no
+        cell, h twice
+    :param episode_starts: shape ``(n_sequences * length,)``
+    :param lstm: recurrent layers
+    :return: outputs, and the states after the last step
+    """
+    is_gru = isinstance(lstm, nn.GRU)
+    state = from_torch(lstm_states[:1] if is_gru else lstm_states)
+    outputs, state = step_by_step(lstm, features.flatten(1), state, episode_starts)
+    parts = as_torch(lstm, state)
+    return outputs, (parts, parts) if is_gru else parts
+
+
+def unrolled(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor) -> th.Tensor:
+    """
+    Outputs, with one product for the gradient of each weight instead of one a step. It can be differentiated once.
+
+    :param rnn: recurrent layers
+    :param features: shape ``(n_sequences * length, n_features)``
+    :param state: shape ``(n_sequences, n_state)``, constant
+    :param starts: shape ``(n_sequences * length,)``
+    """
+    return _over_layers(rnn, features, state, starts, _UnrolledLayer.apply)[0]
+
+
+def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor) -> th.Tensor:
+    """
+    Outputs, by one call of torch's own layers. A sequence in which an episode begins is cut there; the pieces are
+    padded at their ends to the length of the longest, and what the padding gives is left out.
+
+    :param rnn: recurrent layers
+    :param features: shape ``(n_sequences * length, n_features)``
+    :param state: shape ``(n_sequences, n_state)``
+    :param starts: shape ``(n_sequences * length,)``
+    """
+    n = len(state)
+    begins = starts.view(n, -1) > 0.0
+    length = begins.shape[1]
+    state = th.where(begins[:, :1], 0.0, state)
+    begins[:, 0] = True
+    if int(begins.sum()) == n:
+        outputs: th.Tensor = rnn(features.view(n, length, -1).transpose(0, 1), as_torch(rnn, state))[0]
+        return outputs.transpose(0, 1).flatten(0, 1)
+    first = begins.flatten().nonzero().flatten()  # row of each piece's beginning
+    piece = begins.flatten().cumsum(dim=0) - 1  # of each row
+    step = th.arange(n * length, device=first.device) - first[piece]
+    padded = features.new_zeros(int(step.max()) + 1, len(first), features.shape[1])
+    states = state.new_zeros(len(first), state.shape[1]).index_put((piece.view(n, length)[:, 0],), state)
+    padded_outputs: th.Tensor = rnn(padded.index_put((step, piece), features), as_torch(rnn, states))[0]
+    return padded_outputs[step, piece]
+
+
+def _over_layers(
+    rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor, layer: Layer
+) -> tuple[th.Tensor, th.Tensor]:
+    n, cell = len(state), cell_of(rnn)
+    keep = (1.0 - starts).view(n, -1).t().unsqueeze(2)
+    x = features.view(n, keep.shape[0], -1).transpose(0, 1)
+    parts = state.view(n, -1, rnn.num_layers, rnn.hidden_size)
+    new = []
+    for i in range(rnn.num_layers):
+        if i:
+            x = F.dropout(x, rnn.dropout, rnn.training)
+        # Looked up at the call, so that torch.func.functional_call can swap them.
+        weights = [getattr(rnn, f"weight_{name}_l{i}") for name in ("ih", "hh")]
+        biases = [getattr(rnn, f"bias_{name}_l{i}") if rnn.bias else None for name in ("ih", "hh")]
+        of_inputs = F.linear(x, weights[0], biases[0])
+        x, *state_of_layer = layer(cell, of_inputs, keep, weights[1], biases[1], *parts[:, :, i].unbind(dim=1))
+        new.append(th.stack(state_of_layer, dim=1))
+    return x.transpose(0, 1).flatten(0, 1), th.stack(new, dim=2).flatten(1)
+
+
+def _loop(
+    cell: Cell,
+    of_inputs: th.Tensor,
+    keep: th.Tensor,
+    weight: th.Tensor,
+    bias: th.Tensor | None,
+    *state: th.Tensor,
+) -> tuple[th.Tensor, ...]:
+    """Outputs of one layer, shape ``(length, n_sequences, hidden_size)``, and its state after the last step."""
+    outputs = []
+    for of_input, kept in zip(of_inputs.unbind(), keep.unbind(), strict=True):
+        state = tuple(part * kept for part in state)
+        state = cell(of_input, F.linear(state[0], weight, bias), *state)
+        outputs.append(state[0])
+    return th.stack(outputs), *state
+
+
+class _UnrolledLayer(th.autograd.Function):
+    """:func:`_loop`, whose weights get their gradients by one product over all steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: Cell,
+        of_inputs: th.Tensor,
+        keep: th.Tensor,
+        weight: th.Tensor,
+        bias: th.Tensor | None,
+        *state: th.Tensor,
+    ) -> tuple[th.Tensor, ...]:
+        outputs, before, of_outputs = [], [], []
+        for of_input, kept in zip(of_inputs.unbind(), keep.unbind(), strict=True):
+            state = tuple(part * kept for part in state)
+            before.append(state)
+            of_outputs.append(F.linear(state[0], weight, bias))
+            state = cell(of_input, of_outputs[-1], *state)
+            outputs.append(state[0])
+        ctx.cell, ctx.has_bias = cell, bias is not None
+        ctx.mark_non_differentiable(*state)
+        kept_parts = [th.stack(parts) for parts in zip(*before, strict=True)]
+        ctx.save_for_backward(of_inputs, keep, weight, th.stack(of_outputs), *kept_parts)
+        return th.stack(outputs), *(part.clone() for part in state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_outputs: th.Tensor, *_: th.Tensor) -> tuple[Any, ...]:
+        of_inputs, keep, weight, of_outputs, *before = ctx.saved_tensors
+        d_state = [th.zeros_like(d_outputs[0]) for _ in before]
+        d_products = []
+        for t in reversed(range(len(keep))):
+            d_state[0] = d_state[0] + d_outputs[t]
+            with th.enable_grad():
+                places = [x[t].detach().requires_grad_() for x in (of_inputs, of_outputs, *before)]
+                after = ctx.cell(*places)
+                gradients = th.autograd.grad(after, places, d_state, materialize_grads=True)
+            d_products.append(gradients[:2])
+            d_state = [gradient * keep[t] for gradient in gradients[2:]]
+            d_state[0] = d_state[0] + (gradients[1] @ weight) * keep[t]
+        d_inputs, d_of_outputs = (th.stack(parts[::-1]) for parts in zip(*d_products, strict=True))
+        rows = d_of_outputs.flatten(0, 1)
+        d_bias = rows.sum(dim=0) if ctx.has_bias else None
+        return None, d_inputs, None, rows.t() @ before[0].flatten(0, 1), d_bias, *d_state

@@ -128,6 +128,70 @@ def test_worker_processes_and_wrappers(says: str) -> None:
     assert model.rollout_buffer.action_masks is not None
 
 
+class Board(Forbids):
+    """A mask of two axes, as that of a board is."""
+
+    def __init__(self) -> None:
+        super().__init__("multi-discrete", "observation")
+        assert isinstance(self.observation_space, spaces.Dict)
+        self.observation_space["action_mask"] = spaces.Box(0, 1, (1, 5), np.float32)
+
+    def _next(self) -> tuple[Any, dict[str, Any]]:
+        obs, info = super()._next()
+        return {**obs, "action_mask": obs["action_mask"].reshape(1, 5)}, info
+
+
+def test_a_mask_of_two_axes_in_stacked_frames() -> None:
+    env = VecFrameStack(DummyVecEnv([Board] * 2), 3)
+    assert env.observation_space["action_mask"].shape == (1, 15)  # type: ignore[index]
+    model = DualClipPPO("MultiInputPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(64)
+    evaluate_policy(model, env, n_eval_episodes=4, warn=False)
+
+
+class InParts(Forbids):
+    """Gives one part for each dimension, as gymnasium's ``MultiDiscrete.sample`` takes them."""
+
+    def _next(self) -> tuple[Any, dict[str, Any]]:
+        obs, _ = super()._next()
+        return obs, {"action_mask": (self._mask[:3], self._mask[3:])}
+
+
+def test_a_mask_in_parts() -> None:
+    env = make_vec_env(lambda: InParts("multi-discrete", "info"), n_envs=2, seed=0)
+    model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(64)
+    evaluate_policy(model, env, n_eval_episodes=4)
+    action, _ = model.predict(np.zeros(3, np.float32), action_masks=([False, True, False], [True, False]))  # type: ignore[arg-type]
+    assert action.tolist() == [1, 0]
+
+
+class Late(Forbids):
+    """Allows everything at first, and says so by saying nothing."""
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        obs, _ = super().reset(**kwargs)
+        self._mask[:] = True
+        return obs, {}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.__name__)
+def test_masks_that_come_with_steps_alone_are_not_passed_over(algorithm: Any) -> None:
+    env = make_vec_env(lambda: Late("discrete", "info"), n_envs=2, seed=0)
+    model = algorithm("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[algorithm])
+    with pytest.raises(
+        ValueError, match=r'gives info\["action_mask"\] with a step, and none was found when it was reset'
+    ):
+        model.learn(16)
+    with pytest.raises(AssertionError, match="is not allowed"):
+        model.learn(1000, use_masking=False)
+
+
+def test_masks_of_some_environments_are_not_passed_over() -> None:
+    env = DummyVecEnv([lambda: Forbids("discrete", "none"), lambda: Forbids("discrete", "method")])
+    model = DualClipPPO("MlpPolicy", VecNormalize(env), seed=0, device="cpu", **ALGORITHMS[DualClipPPO])
+    with pytest.raises(ValueError, match=r"environment 1 has action_masks\(\), and others have none"):
+        model.learn(16)
+
+
 def test_action_masker_of_contrib() -> None:
     env = ActionMasker(Forbids("discrete", "info"), lambda one: one.unwrapped._mask)
     model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(32)
@@ -175,6 +239,9 @@ def test_a_vector_that_keeps_no_infos_of_resets(says: str) -> None:
     model = DualClipPPO("MlpPolicy", env, device="cpu", **ALGORITHMS[DualClipPPO])
     model._setup_learn(16)
     assert (model._masks is not None) == (says == "method")
+    if says == "info":
+        with pytest.raises(ValueError, match="a VecEnv must keep it in reset_infos"):
+            model.learn(16)
 
 
 class Notes(BaseCallback):
@@ -259,12 +326,13 @@ class Says(Forbids):
     ("mask", "message"),
     [
         (np.ones(4, bool), r"it must hold 5 entries"),
+        ([True] * 10, r"it must hold 5 entries"),
         (np.full(5, 0.5), r"each True or False"),
         (["yes"] * 5, r"each True or False"),
         (None, r"it must hold 5 entries"),
         (np.zeros(5, bool), r"allows no action: \[0, 0, 0, 0, 0\]"),
     ],
-    ids=["shape", "numbers", "words", "none", "nothing"],
+    ids=["shape", "twice", "numbers", "words", "none", "nothing"],
 )
 def test_a_wrong_mask_is_named(mask: Any, message: str) -> None:
     env = DummyVecEnv([lambda: Says(None, 10**6), lambda: Says(mask, 7)])

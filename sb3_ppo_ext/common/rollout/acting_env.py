@@ -13,8 +13,8 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.masks import KEY, METHOD, checked_masks, choices_of, convention_of
-from sb3_ppo_ext.common.rollout.present_infos import present_infos
+from sb3_ppo_ext.common.rollout.masks import KEY, METHOD, checked_masks, choices_of, convention_of, of_newest_frame
+from sb3_ppo_ext.common.rollout.present_infos import present_info, present_infos
 
 _FRAMES = 8  # how far up the stack the environments are looked for
 
@@ -103,7 +103,10 @@ def _masks_of(env: Any, frame: FrameType) -> Any:
         if callable(method):
             return [method()]
         info = frame.f_locals.get("info")
-        return [info[KEY]] if isinstance(info, dict) and KEY in info else None
+        if not isinstance(info, dict) or KEY not in info:
+            return None
+        mask = present_info(env, info).get(KEY)
+        return None if mask is None else [mask]
     convention = convention_of(env)
     if convention == "method":
         return env.env_method(METHOD)
@@ -112,7 +115,7 @@ def _masks_of(env: Any, frame: FrameType) -> Any:
     normalizer = unwrap_vec_normalize(env)
     if convention is None or normalizer is None or KEY not in (normalizer.norm_obs_keys or ()):
         return None
-    return normalizer.get_original_obs()[KEY]
+    return of_newest_frame(normalizer.get_original_obs()[KEY], choices_of(env.action_space))
 
 
 def _attribute(env: gym.Env[Any, Any], name: str) -> Any:

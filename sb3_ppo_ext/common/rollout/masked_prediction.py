@@ -13,7 +13,7 @@ from sb3_ppo_ext.common.policy_distributions import params_of
 from sb3_ppo_ext.common.rollout.acting_env import masks_where_acting
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
-from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of
+from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of, flat_mask, of_newest_frame
 
 
 def predict_masked(
@@ -54,14 +54,15 @@ def predict_masked(
         if not are_heeded:
             masks = np.ones((n, sum(choices)), dtype=bool)
     if masks is None and isinstance(obs, dict) and KEY in obs:
-        masks = obs[KEY].cpu().numpy()
+        masks = of_newest_frame(obs[KEY].cpu().numpy(), choices)
     if masks is None:
         raise ArgumentError(
             "action_masks=None is not allowed: this model was trained with masks of its actions, and no environment "
             "was found that says which are allowed now. It must be an array of True and False, one for each choice"
         )
-    if n == 1 and action_masks is not None and np.ndim(action_masks[0]) == 0:
-        masks = [action_masks]
+    if n == 1 and action_masks is not None:
+        is_one = np.ndim(action_masks[0]) == 0 or flat_mask(action_masks).size == sum(choices)
+        masks = [action_masks] if is_one else masks
     if len(masks) != n:
         raise ArgumentError(
             f"action_masks of {len(masks)} environments are not allowed: there must be one mask for each of the {n} "

@@ -83,7 +83,7 @@ def test_one_environment_in_a_loop(keeps_info: bool) -> None:
     env = Forbids("discrete", "info")
     model = trained("info", make("info", 2))
     obs, info = env.reset(seed=0)
-    for _ in range(40):
+    for _ in range(200):
         obs, _, is_over, _, info = env.step(model.predict(obs)[0])
         if is_over and keeps_info:
             obs, info = env.reset()

@@ -272,7 +272,11 @@ class TRPO(OnPolicyAlgorithm):
             warnings.warn(f"TRPO left the policy as it was in this update: {step.status}", stacklevel=2)
         if bool(rollout.returns.isfinite().all()):
             value_loss = fit_critic(
-                self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters)),
+                self._minibatch_step(
+                    critic_loss,
+                    critic_parameters(self.policy, actor_parameters),
+                    pad_to=self._sequences_to_pad_to(),
+                ),
                 self.policy,
                 actor_parameters,
                 buffer,

@@ -62,6 +62,8 @@ class OnPolicyAlgorithm(Model):
     :raises ValueError: for what cannot be used or cannot be used together, before anything is trained
     """
 
+    batch_size: int
+
     # Whether the value of what would have followed is added where a time limit ends an episode.
     bootstrap_timeouts: bool = True
 
@@ -358,6 +360,17 @@ class OnPolicyAlgorithm(Model):
                 announce=self.verbose >= 1,
             ),
         )
+
+    def _sequences_to_pad_to(self) -> int | None:
+        """
+        What a compiled step pads minibatches of sequences to, where the last one of an epoch is smaller: unrolled, a
+        second program for it would take long to make.
+        """
+        if not has_memory(self.policy):
+            return None
+        length = cast(RolloutBuffer, self.rollout_buffer).sequence_length
+        n_sequences, n_of_minibatch = self.n_steps * self.n_envs // length, self.batch_size // length
+        return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
 
     def _chunks(self, n_samples: int, length: int = 1) -> Iterator[slice]:
         """

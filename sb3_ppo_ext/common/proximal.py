@@ -18,7 +18,7 @@ from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.rollout.buffers import minibatches
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
-from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO
+from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
 from sb3_ppo_ext.common.update.step import raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
@@ -35,7 +35,12 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     unless ``_init_setup_model`` is false.
     """
 
-    _loads_files_of: ClassVar[tuple[str, ...]] = ("stable_baselines3.PPO", "stable_baselines3.A2C", MASKABLE_PPO)
+    _loads_files_of: ClassVar[tuple[str, ...]] = (
+        "stable_baselines3.PPO",
+        "stable_baselines3.A2C",
+        MASKABLE_PPO,
+        RECURRENT_PPO,
+    )
 
     def __init__(
         self,
@@ -178,6 +183,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             ActorCriticLoss(self.policy_loss, self.normalize_advantage),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
+            pad_to=self._sequences_to_pad_to(),
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch as th
 from sb3_contrib.common.recurrent import policies as contrib
 from stable_baselines3.common import policies as sb3
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
@@ -11,8 +12,9 @@ from torch import nn
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
-from sb3_ppo_ext.common.rollout.recurrence import process_sequence
-from sb3_ppo_ext.common.validation import check_one_of
+from sb3_ppo_ext.common.rollout.data import PolicyInput
+from sb3_ppo_ext.common.rollout.recurrence import check_states, process_sequence
+from sb3_ppo_ext.common.validation import check_int, check_one_of
 
 RnnType = Literal["lstm", "gru"]
 
@@ -26,6 +28,14 @@ class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
 
     def __init__(self, *args: Any, rnn_type: RnnType = "lstm", **kwargs: Any) -> None:
         check_one_of("rnn_type", rnn_type, get_args(RnnType))
+        for name in ("lstm_hidden_size", "n_lstm_layers"):
+            if name in kwargs:
+                check_int(name, kwargs[name], minimum=1)
+        if kwargs.get("shared_lstm") and kwargs.get("enable_critic_lstm", True):
+            raise ArgumentError(
+                "shared_lstm=True is not allowed with enable_critic_lstm=True, which is its default: the critic uses "
+                "the actor's recurrent layers, or has its own; one of the two must be False"
+            )
         for name in _REFUSED:
             if (kwargs.get("lstm_kwargs") or {}).get(name):
                 raise ArgumentError(
@@ -45,6 +55,12 @@ class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
         if lstm is None:
             return None
         return nn.GRU(lstm.input_size, lstm.hidden_size, num_layers=lstm.num_layers, **self.lstm_kwargs)
+
+    def _predict(  # type: ignore[override]  # as sb3-contrib has it
+        self, observation: Any, lstm_states: Any, episode_starts: th.Tensor, deterministic: bool = False
+    ) -> Any:
+        check_states(self.lstm_actor, PolicyInput(observation).n_rows, lstm_states, episode_starts)
+        return super()._predict(observation, lstm_states, episode_starts, deterministic)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         n_layers, _, hidden_size = self.lstm_hidden_state_shape

@@ -240,6 +240,7 @@ def test_a_vector_that_keeps_no_infos_of_resets(says: str) -> None:
     model._setup_learn(16)
     assert (model._masks is not None) == (says == "method")
     if says == "info":
+        model.set_env(Forgets(DummyVecEnv([lambda: Late("discrete", says)])))
         with pytest.raises(ValueError, match="a VecEnv must keep it in reset_infos"):
             model.learn(16)
 

@@ -61,9 +61,9 @@ ALGORITHMS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 CASES = [(name, use_sde) for name in ALGORITHMS for use_sde in (False, True)]
 
 
-def make_model(name: str, use_sde: bool, env: VecEnv) -> Any:
+def make_model(name: str, use_sde: bool, env: VecEnv, policy: str = "MlpPolicy") -> Any:
     algorithm, arguments = ALGORITHMS[name]
-    model = algorithm("MlpPolicy", env, use_sde=use_sde, sde_sample_freq=5, seed=7, device="cpu", **arguments)
+    model = algorithm(policy, env, use_sde=use_sde, sde_sample_freq=5, seed=7, device="cpu", **arguments)
     model.action_space.sample()  # so that its generator is not where the seed puts it
     return model
 
@@ -98,6 +98,7 @@ def outcome(model: BaseAlgorithm) -> dict[str, Any]:
         "progress": model._current_progress_remaining,
         "last_obs": model._last_obs,
         "last_episode_starts": model._last_episode_starts,
+        "last_state": model._last_state,
         "episodes": [(episode["r"], episode["l"]) for episode in model.ep_info_buffer or ()],
         "statistics": [normalize.obs_rms, normalize.ret_rms, normalize.returns],
         "positions": env.get_attr("position"),
@@ -159,11 +160,15 @@ def test_writing_checkpoints_changes_nothing(uninterrupted_and_resumed, name):
     assert outcome(model) == uninterrupted_and_resumed[0][name, False]
 
 
-@pytest.mark.parametrize("vec_monitor", [False, True])
+@pytest.mark.parametrize(
+    ("vec_monitor", "policy"), [(False, "MlpPolicy"), (True, "MlpPolicy"), (False, "MlpLstmPolicy")]
+)
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_training_goes_on_after_learn_as_if_in_one_process(name, vec_monitor, tmp_path):
-    model = make_model(name, True, make_env(vec_monitor=vec_monitor))
+def test_training_goes_on_after_learn_as_if_in_one_process(name, vec_monitor, policy, tmp_path):
+    model = make_model(name, True, make_env(vec_monitor=vec_monitor), policy)
     model.learn(TOTAL // 2)
+    if policy == "MlpLstmPolicy":
+        assert model._last_state.any()
     save_checkpoint(model, tmp_path / "model.zip")
     model.learn(TOTAL // 2, reset_num_timesteps=False)
 

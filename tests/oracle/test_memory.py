@@ -48,6 +48,7 @@ def by_hand(policy: Any, samples: RolloutSamples) -> tuple[th.Tensor, th.Tensor,
     """
     assert samples.states is not None
     assert samples.episode_starts is not None
+    assert isinstance(samples.observations, th.Tensor)
     size = policy.lstm_actor.hidden_size
     cells = []
     for lstm in (policy.lstm_actor, policy.lstm_critic):

@@ -101,6 +101,48 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
         spaces.Discrete(3),
         {"obs_space": DICT, "policy_kwargs": {"features_extractor_class": SmoothCombined}},
     ),
+    "memory": (
+        DualClipPPO,
+        spaces.Discrete(3),
+        {"policy": "MlpLstmPolicy", "sequence_length": 2, "n_epochs": 2, "policy_kwargs": {"lstm_hidden_size": 4}},
+    ),
+    "memory, gsde, dict with an image": (
+        AdaptiveKLPPO,
+        BOX_ACTIONS,
+        {
+            "policy": "MultiInputLstmPolicy",
+            "obs_space": DICT,
+            "use_sde": True,
+            "sequence_length": 4,
+            "policy_kwargs": {
+                "lstm_hidden_size": 4,
+                "shared_lstm": True,
+                "enable_critic_lstm": False,
+                "features_extractor_class": SmoothCombined,
+            },
+        },
+    ),
+    "memory, trpo, two layers": (
+        TRPO,
+        spaces.MultiDiscrete([3, 2]),
+        {
+            "policy": "MlpLstmPolicy",
+            "sequence_length": 8,
+            "n_critic_updates": 2,
+            "policy_kwargs": {"lstm_hidden_size": 4, "rnn_type": "gru", "n_lstm_layers": 2},
+        },
+    ),
+    "memory, reinforce": (
+        REINFORCE,
+        spaces.MultiBinary(3),
+        {
+            "policy": "MlpLstmPolicy",
+            "sequence_length": 4,
+            "baseline": "value",
+            "n_critic_updates": 2,
+            "policy_kwargs": {"lstm_hidden_size": 4, "enable_critic_lstm": False},
+        },
+    ),
     "reinforce, images": (
         REINFORCE,
         spaces.Discrete(3),
@@ -182,6 +224,8 @@ def agree_on_rollouts(model: Any) -> None:
     model.policy.set_training_mode(False)
     compiled = model._acting_policy()
     obs = PolicyInput(obs_as_tensor(model.env.reset(), model.device))
+    if eager.n_state:
+        obs = obs._replace(state=th.randn(model.n_envs, eager.n_state), starts=th.eye(model.n_envs)[0])
     results = []
     for function in (eager.act, compiled.act):
         th.manual_seed(1)
@@ -192,6 +236,7 @@ def agree_on_rollouts(model: Any) -> None:
     if kept is not None:
         th.testing.assert_close(our_kept.values, kept.values)
         th.testing.assert_close(our_kept.params, kept.params)
+        th.testing.assert_close(our_kept.state, kept.state)
         return
     batch = model.rollout_buffer.flat_inputs()
     with th.no_grad():

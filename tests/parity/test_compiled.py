@@ -29,9 +29,10 @@ from tests.parity.compiled import (
     trained_both_ways,
 )
 
-# With machine code: to make it takes seconds a program. These two have every kind of program: the actor, the evaluation
-# of rollouts, the gradient steps of all losses and the Fisher product; with an image, gSDE and all coefficients.
-COMPILED = ["box, everything clipped", "trpo, gsde, squashed, dict with an image"]
+# With machine code: to make it takes seconds a program. These have every kind of program: the actor, the evaluation
+# of rollouts, the gradient steps of all losses and the Fisher product; with an image, gSDE and all coefficients; and
+# sequences, unrolled.
+COMPILED = ["box, everything clipped", "trpo, gsde, squashed, dict with an image", "memory"]
 
 
 @pytest.mark.parametrize("case", COMPILED)

@@ -19,6 +19,7 @@ from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
 from tests.parity.compiled import (
     agree_after_updates,
     make_model,
+    trained_both_ways,
 )
 
 
@@ -139,6 +140,16 @@ def test_minibatches_of_all_sizes_are_one_program(programs: list[str]) -> None:
         np.random.seed(0)  # noqa: NPY002  # the minibatches
         models.append(model.learn(37))
     assert programs == ["the actor", "the evaluation of rollouts", "the gradient step"]
+    agree_after_updates(*models, stops=False)
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.filterwarnings("ignore:batch_size=48 does not divide")
+def test_minibatches_of_sequences_are_one_program(programs: list[str]) -> None:
+    """The last of an epoch has 32 of 48 samples, and is padded."""
+    kwargs: dict[str, Any] = {"policy": "MlpLstmPolicy", "batch_size": 48, "n_epochs": 2, "sequence_length": 4}
+    models = trained_both_ways(DualClipPPO, spaces.Discrete(3), **kwargs)
+    assert programs == ["the actor", "the gradient step"]
     agree_after_updates(*models, stops=False)
 
 

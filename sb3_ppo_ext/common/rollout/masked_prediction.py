@@ -14,6 +14,7 @@ from sb3_ppo_ext.common.rollout.acting_env import masks_where_acting
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of, flat_mask, of_newest_frame
+from sb3_ppo_ext.common.rollout.recurrence import check_states
 
 
 def predict_masked(
@@ -92,5 +93,6 @@ def _recurrent_params(
     state = state or (np.zeros((n_layers, n, hidden_size)),) * 2
     states = tuple(th.as_tensor(part, dtype=th.float32, device=policy.device) for part in state)
     starts = th.as_tensor(np.zeros(n) if episode_start is None else episode_start, device=policy.device)
+    check_states(policy.lstm_actor, n, states, starts)
     distribution, states = policy.get_distribution(obs, states, starts.float())
     return params_of(distribution), tuple(part.cpu().numpy() for part in states)

@@ -19,6 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
+from sb3_ppo_ext.common.errors import ArgumentError
+
 Rnn = nn.LSTM | nn.GRU
 
 Recurrence = Callable[[Rnn, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
@@ -73,7 +75,7 @@ def as_torch(rnn: Rnn, state: th.Tensor) -> Any:
     :param state: shape ``(n_sequences, n_state)``
     :return: of an LSTM ``(h, c)``, of a GRU ``h``, each of shape ``(num_layers, n_sequences, hidden_size)``
     """
-    parts = state.view(len(state), -1, rnn.num_layers, rnn.hidden_size).permute(1, 2, 0, 3).contiguous()
+    parts = state.view(state.shape[0], -1, rnn.num_layers, rnn.hidden_size).permute(1, 2, 0, 3).contiguous()
     return tuple(parts) if isinstance(rnn, nn.LSTM) else parts[0]
 
 
@@ -85,6 +87,28 @@ def from_torch(parts: Sequence[th.Tensor]) -> th.Tensor:
     :return: shape ``(n_sequences, n_state)``
     """
     return th.stack(tuple(parts)).permute(2, 0, 1, 3).flatten(1)
+
+
+def check_states(rnn: Rnn, n: int, lstm_states: Sequence[th.Tensor], episode_starts: th.Tensor) -> None:
+    """
+    :param rnn: recurrent layers
+    :param n: number of observations, one an environment
+    :param lstm_states: what is remembered before them
+    :param episode_starts: whether each is the first of its episode
+    :raises ArgumentError: if there is not one of each for each observation
+    """
+    shape = (rnn.num_layers, n, rnn.hidden_size)
+    shapes = [tuple(part.shape) for part in lstm_states]
+    if shapes != [shape] * 2:
+        raise ArgumentError(
+            f"state of the shapes {shapes} is not allowed: for {n} observation(s) it must be two arrays of the shape "
+            f"{shape}, as predict() returns it, or None"
+        )
+    if episode_starts.numel() != n:
+        raise ArgumentError(
+            f"episode_start of {episode_starts.numel()} environments is not allowed: there must be one for each of the "
+            f"{n} observation(s)"
+        )
 
 
 def step_by_step(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -142,7 +166,7 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
     :param state: shape ``(n_sequences, n_state)``
     :param starts: shape ``(n_sequences * length,)``
     """
-    n = len(state)
+    n = state.shape[0]
     begins = starts.view(n, -1) > 0.0
     length = begins.shape[1]
     state = th.where(begins[:, :1], 0.0, state)
@@ -153,8 +177,8 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
     first = begins.flatten().nonzero().flatten()  # row of each piece's beginning
     piece = begins.flatten().cumsum(dim=0) - 1  # of each row
     step = th.arange(n * length, device=first.device) - first[piece]
-    padded = features.new_zeros(int(step.max()) + 1, len(first), features.shape[1])
-    states = state.new_zeros(len(first), state.shape[1]).index_put((piece.view(n, length)[:, 0],), state)
+    padded = features.new_zeros(int(step.max()) + 1, first.shape[0], features.shape[1])
+    states = state.new_zeros(first.shape[0], state.shape[1]).index_put((piece.view(n, length)[:, 0],), state)
     padded_outputs: th.Tensor = rnn(padded.index_put((step, piece), features), as_torch(rnn, states))[0]
     return padded_outputs[step, piece]
 
@@ -162,7 +186,7 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
 def _over_layers(
     rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor, layer: Layer
 ) -> tuple[th.Tensor, th.Tensor]:
-    n, cell = len(state), cell_of(rnn)
+    n, cell = state.shape[0], cell_of(rnn)
     keep = (1.0 - starts).view(n, -1).t().unsqueeze(2)
     x = features.view(n, keep.shape[0], -1).transpose(0, 1)
     parts = state.view(n, -1, rnn.num_layers, rnn.hidden_size)

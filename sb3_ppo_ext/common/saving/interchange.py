@@ -33,11 +33,12 @@ _ATTRIBUTES = (
     ("stable_baselines3.A2C", {"gae_lambda"}),
 )
 MASKABLE_PPO = "sb3_contrib.MaskablePPO"
+RECURRENT_PPO = "sb3_contrib.RecurrentPPO"
 
 # Whose the policy or the buffer of a file is, by their modules.
 _OF_CONTRIB = {
     "sb3_contrib.common.maskable.": MASKABLE_PPO,
-    "sb3_contrib.common.recurrent.": "sb3_contrib.RecurrentPPO",
+    "sb3_contrib.common.recurrent.": RECURRENT_PPO,
 }
 
 

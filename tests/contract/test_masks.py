@@ -188,8 +188,43 @@ def test_masks_that_come_with_steps_alone_are_not_passed_over(algorithm: Any) ->
 def test_masks_of_some_environments_are_not_passed_over() -> None:
     env = DummyVecEnv([lambda: Forbids("discrete", "none"), lambda: Forbids("discrete", "method")])
     model = DualClipPPO("MlpPolicy", VecNormalize(env), seed=0, device="cpu", **ALGORITHMS[DualClipPPO])
-    with pytest.raises(ValueError, match=r"environment 1 has action_masks\(\), and others have none"):
+    with pytest.raises(ValueError, match="environment 1 has action_masks, which must be a method, and of all environ"):
         model.learn(16)
+
+
+def test_masks_in_an_attribute_are_not_passed_over() -> None:
+    env = Forbids("discrete", "none")
+    env.action_masks = np.ones(5, bool)  # type: ignore[method-assign, assignment]
+    model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO])
+    with pytest.raises(ValueError, match="environment 0 has action_masks, which must be a method"):
+        model.learn(16)
+
+
+TAXI = "Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.__name__)
+def test_the_taxi_of_gymnasium(algorithm: Any, vec_env_cls: Any) -> None:
+    """Its masks stand in its infos, and follow from the state that it shows."""
+    taxi: Any = gym.make(TAXI).unwrapped
+    in_processes = {"start_method": "fork"} if vec_env_cls is SubprocVecEnv else {}
+    env = make_vec_env(
+        TAXI, 2, seed=0, env_kwargs={"max_episode_steps": 7}, vec_env_cls=vec_env_cls, vec_env_kwargs=in_processes
+    )
+    try:
+        model = algorithm("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[algorithm]).learn(32)
+        model.learn(32, reset_num_timesteps=False)
+        evaluate_policy(model, env, n_eval_episodes=2)
+    finally:
+        env.close()
+    buffer = model.rollout_buffer
+    rows = list(zip(*(x.reshape(-1, x.shape[-1]) for x in (buffer.observations, buffer.action_masks)), strict=True))
+    assert len(rows) >= 28
+    for state, mask in rows:
+        assert np.array_equal(mask, taxi.action_mask(int(state.item())))
+    actions = buffer.actions.reshape(-1).astype(int)
+    assert all(mask[action] for (_, mask), action in zip(rows, actions, strict=True))
 
 
 def test_action_masker_of_contrib() -> None:

@@ -63,7 +63,7 @@ class ActionMasks:
         """
         convention = convention_of(env)
         if convention is None:
-            _check_that_none_has_the_method(env)
+            _check_that_none_has_masks(env)
             return None
         return cls(env, convention)
 
@@ -195,19 +195,19 @@ def _where(env_index: int, step: int | None) -> str:
     return f"The action mask of environment {env_index}" + ("" if step is None else f" in step {step}")
 
 
-def _check_that_none_has_the_method(env: VecEnv) -> None:
+def _check_that_none_has_masks(env: VecEnv) -> None:
     """
-    :param env: environments that say nothing all together
-    :raises ArgumentError: if some of them say which actions are allowed, as far as can be seen
+    :param env: environments that have no method for their masks
+    :raises ArgumentError: if some of them have it, or something else of its name, as far as can be seen
     """
     if not isinstance(env.unwrapped, DummyVecEnv):  # a worker process ends when it is asked for what is not there
         return
     for index in range(env.num_envs):
         with contextlib.suppress(AttributeError, NotImplementedError):
-            if callable(env.get_attr(METHOD, indices=index)[0]):
+            if env.get_attr(METHOD, indices=index)[0] is not None:
                 raise ArgumentError(
-                    f"env is not allowed: environment {index} has {METHOD}(), and others have none. All must have it, "
-                    "or learn(..., use_masking=False) ignores it"
+                    f"env is not allowed: environment {index} has {METHOD}, which must be a method, and of all "
+                    "environments; learn(..., use_masking=False) ignores it"
                 )
 
 
@@ -220,7 +220,7 @@ def check_no_masks(infos: list[dict[str, Any]]) -> None:
         raise ArgumentError(
             f'env is not allowed: it gives info["{KEY}"] with a step, and none was found when it was reset, so that it '
             "is not known which actions were allowed first. It must give one there too, and a VecEnv must keep it in "
-            "reset_infos; or learn(..., use_masking=False) ignores it"
+            "reset_infos; learn(..., use_masking=False) ignores it"
         )
 
 

@@ -121,10 +121,7 @@ def sequence_length(algorithm: Any) -> int:
         return 1
     reason = refusal(algorithm.policy)
     if reason is not None:
-        raise ArgumentError(
-            f"policy={policy_name(algorithm)} is not allowed: it has a memory, and {reason}. It must be one of "
-            "sb3_contrib's recurrent policies or of this package as it is"
-        )
+        raise cannot_remember(algorithm, reason)
     buffer = algorithm.rollout_buffer
     if not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step or type(buffer).get is not RolloutBuffer.get:
         raise ArgumentError(
@@ -142,6 +139,17 @@ def sequence_length(algorithm: Any) -> int:
         if size % given:
             raise ArgumentError(f"sequence_length={given!r} is not allowed with {name}={size}: it must divide it")
     return int(given)
+
+
+def cannot_remember(algorithm: OnPolicyAlgorithm, reason: str) -> ArgumentError:
+    """
+    :param algorithm: whose policy has a memory and cannot be run
+    :param reason: why, as :func:`refusal` gives it
+    """
+    return ArgumentError(
+        f"policy={policy_name(algorithm)} is not allowed: it has a memory, and {reason}. It must be one of "
+        "sb3_contrib's recurrent policies or of this package as it is"
+    )
 
 
 def say_sequence_length(algorithm: Any) -> None:

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import explained_variance
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES
-from sb3_ppo_ext.common.rollout.buffers import minibatches
+from sb3_ppo_ext.common.rollout.buffers import minibatches, sequences_to_pad_to
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
@@ -183,7 +183,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             ActorCriticLoss(self.policy_loss, self.normalize_advantage),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
-            pad_to=self._sequences_to_pad_to(),
+            pad_to=sequences_to_pad_to(self.rollout_buffer, self.batch_size),
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None

@@ -144,14 +144,16 @@ class OnPolicyAlgorithm(Model):
             raise more from error
         if self.env is not None and convention_of(self.env) == "info":
             present_infos(self.env)  # watches them from now on, masks or not
-        self._masks = ActionMasks.of(self.env) if self.env is not None and self._use_masking else None
+        before, self._masks = self._masks, None
+        if self.env is not None and self._use_masking:
+            self._masks = ActionMasks.of(self.env)
         if is_reset:
             self._last_state = None
-        if is_reset or self._masks is None:
+        if is_reset or self._masks is None or self._masks.sees_others(before):
             self._last_masks = None
         if self._masks is not None:
             self._start_masking(self._masks)
-        self._is_masked = self._masks is not None
+        self._set_masked(self._masks is not None)
         return result
 
     def _start_masking(self, masks: ActionMasks) -> None:
@@ -167,7 +169,7 @@ class OnPolicyAlgorithm(Model):
             raise self._cannot_mask(reason)
         if not self._is_masked and self.verbose >= 1:
             print(f"Actions are masked as the environments say ({masks.convention}); use_masking=False turns it off")
-        if self._last_masks is None or masks.convention == "method":
+        if self._last_masks is None:
             self._last_masks = masks.read(self._last_obs)
 
     def _cannot_mask(self, reason: str) -> ArgumentError:
@@ -238,6 +240,7 @@ class OnPolicyAlgorithm(Model):
             stop,
             self._masks,
             self._acting_policy,
+            heeds_masks=self._use_masking,
             keeps_final_values=self.bootstrap_timeouts,
             step_by_step=self._policy_changes_in_rollouts,
         )

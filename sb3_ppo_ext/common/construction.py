@@ -10,6 +10,7 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -78,6 +79,8 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
     kwargs = algorithm.policy_kwargs
     given = f"policy={policy_name(algorithm)}"
     check_policy_class(policy_class, given)
+    # sb3-contrib's policies that take masks have no gSDE, as no Box of actions can be masked.
+    is_maskable = isinstance(policy_class, type) and issubclass(policy_class, MaskableActorCriticPolicy)
     with _refusal(
         algorithm,
         f"{given} with policy_kwargs={kwargs!r}",
@@ -88,7 +91,7 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
             algorithm.observation_space,
             algorithm.action_space,
             algorithm.lr_schedule,
-            use_sde=algorithm.use_sde,
+            **({} if is_maskable else {"use_sde": algorithm.use_sde}),
             **kwargs,
         ).to(algorithm.device)
         check_policy_class(type(policy), given)  # of a function in a class's place, what it returns

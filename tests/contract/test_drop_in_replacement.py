@@ -232,13 +232,18 @@ def test_checkpoints_are_importable_from_the_top() -> None:
 # What cannot be learnt is refused before training
 
 
+class OwnMaskablePolicy(MaskablePolicy):
+    def predict_values(self, obs: Any) -> Any:
+        return 2.0 * super().predict_values(obs)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
         (MlpLstmPolicy, r"its forward\(\) needs lstm_states and episode_starts .* sb3_contrib.RecurrentPPO"),
         (lambda *args, **kwargs: MlpLstmPolicy(*args, **kwargs), r"policy=<lambda> is not allowed: .* lstm_states"),
-        (MaskablePolicy, r"its forward\(\) takes action_masks.* sb3_contrib.MaskablePPO"),
+        (OwnMaskablePolicy, r"its forward\(\) takes action_masks.* sb3_contrib.MaskablePPO"),
         (SACPolicy, r"policy=SACPolicy is not allowed: it has no evaluate_actions\(\)"),
     ],
     ids=["memory", "memory in a function", "masks", "no actor and critic"],

@@ -6,13 +6,24 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SBX_PYTHON = ROOT / ".venv-sbx" / "bin" / "python"
-IMAGES = "synthetic-images"
+IMAGES, MASKED_CART_POLE, INVALID_ACTIONS = "synthetic-images", "masked-CartPole-v1", "InvalidActionEnvDiscrete"
+SEED = 0
 
 OURS = {"dual_clip_ppo": "DualClipPPO", "adaptive_kl_ppo": "AdaptiveKLPPO", "trpo": "TRPO", "reinforce": "REINFORCE"}
-PEERS = {"sb3": "SB3 PPO", "sbx": "SBX PPO", "cleanrl": "CleanRL PPO", "contrib": "sb3-contrib TRPO"}
+PEERS = {
+    "sb3": "SB3 PPO",
+    "sbx": "SBX PPO",
+    "cleanrl": "CleanRL PPO",
+    "contrib": "sb3-contrib TRPO",
+    "maskable": "sb3-contrib MaskablePPO",
+    "recurrent": "sb3-contrib RecurrentPPO",
+    "before": "the version before",
+}
+LIMITS = {"environment": "environment alone", "products": "products of the LSTMs alone"}
 PEERS_OF: dict[str, tuple[str, ...]] = {
     "dual_clip_ppo": ("sb3", "sbx", "cleanrl"),
     "adaptive_kl_ppo": ("sb3", "sbx", "cleanrl"),
@@ -30,6 +41,7 @@ class Settings:
     :param n_warm_up: iterations of each before them
     :param cleanrl_script: path of CleanRL's script, if that is a peer
     :param cleanrl_python: interpreter that can run it
+    :param before: folder with the package ``sb3_ppo_ext`` of the version before, if that is a peer
     """
 
     device: str
@@ -38,17 +50,19 @@ class Settings:
     n_warm_up: int
     cleanrl_script: str
     cleanrl_python: str
+    before: str = ""
 
 
 @dataclass(frozen=True)
 class Workload:
     """
-    :param env: id of the environment, or :data:`IMAGES`
+    :param env: id of the environment, or :data:`IMAGES`, :data:`MASKED_CART_POLE`, :data:`INVALID_ACTIONS`
     :param n_envs: environments side by side
     :param n_steps: steps of each in a rollout; 0: REINFORCE's number of episodes
     :param batch_size: samples in a minibatch
     :param n_epochs: passes over a rollout; of TRPO's critic
     :param width: units in each of the two hidden layers; None: the policy's own architecture
+    :param lstm: units of the LSTM before the actor's layers, and of another before the critic's; None: no memory
     """
 
     env: str
@@ -57,19 +71,22 @@ class Workload:
     batch_size: int
     n_epochs: int
     width: int | None = 64
+    lstm: int | None = None
 
     def __str__(self) -> str:
-        width = "NatureCNN" if self.width is None else f"width {self.width}"
+        networks = "NatureCNN" if self.width is None else f"width {self.width}"
+        if self.lstm is not None:
+            networks += f", LSTM {self.lstm}"
         envs = f"{self.env}, {self.n_envs} env{'s' if self.n_envs > 1 else ''}"
         if not self.n_steps:
-            return f"{envs} x 8 episodes, {width}"
-        return f"{envs} x {self.n_steps} steps, batch {self.batch_size}, {self.n_epochs} epochs, {width}"
+            return f"{envs} x 8 episodes, {networks}"
+        return f"{envs} x {self.n_steps} steps, batch {self.batch_size}, {self.n_epochs} epochs, {networks}"
 
 
 @dataclass(frozen=True)
 class Side:
     """
-    :param who: a key of :data:`OURS` or :data:`PEERS`, or "environment": nothing but the steps of the environment
+    :param who: a key of :data:`OURS`, :data:`PEERS` or :data:`LIMITS`
     :param torch_compile: the switch of ours
     :param sub_sampling_factor: of our TRPO
     """
@@ -79,13 +96,13 @@ class Side:
     sub_sampling_factor: int = 1
 
     def __str__(self) -> str:
-        name = {**OURS, **PEERS}.get(self.who, "environment alone")
+        name = {**OURS, **PEERS, **LIMITS}[self.who]
         if self.sub_sampling_factor != 1:
             name += f", sub_sampling_factor={self.sub_sampling_factor}"
         return f"{name}, compiled" if self.torch_compile else name
 
 
-ENVIRONMENT = Side("environment")
+ENVIRONMENT, PRODUCTS = Side("environment"), Side("products")
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,7 @@ class Suite:
     :param axes: for a suite about growth: by what grows, the workload of each value. Its sides keep their processes,
         and what torch has compiled, from one workload to the next
     :param notes: to be printed under the tables
+    :param repeats: turns of each side, if nothing is said about them
     """
 
     title: str
@@ -129,6 +147,7 @@ class Suite:
     goals: Sequence[Goal] = ()
     axes: dict[str, dict[int, Workload]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    repeats: int = 9
 
 
 _PPO_WORKLOADS = (
@@ -139,14 +158,38 @@ _PPO_WORKLOADS = (
 _TRPO_WORKLOADS = (Workload("HalfCheetah-v5", n_envs=1, n_steps=2048, batch_size=128, n_epochs=10),)
 _IMAGE_WORKLOADS = (Workload(IMAGES, n_envs=8, n_steps=128, batch_size=256, n_epochs=4, width=None),)
 
-# Ours, the peer, the work, and the ratios aimed at: as it is, and with torch_compile.
-_GOALS = (
-    (Side("dual_clip_ppo"), Side("sb3"), _PPO_WORKLOADS, 1.5, 3.0),
-    (Side("dual_clip_ppo"), Side("sbx"), _PPO_WORKLOADS, 1.4, 2.5),
-    (Side("adaptive_kl_ppo"), Side("sb3"), _PPO_WORKLOADS, 1.4, 2.8),
-    (Side("trpo"), Side("contrib"), _TRPO_WORKLOADS, 1.6, 2.4),
-    (Side("trpo", sub_sampling_factor=5), Side("contrib"), _TRPO_WORKLOADS, None, 2.8),
-    (Side("dual_clip_ppo"), Side("sb3"), _IMAGE_WORKLOADS, 1.0, 1.2),
+_RECURRENT_WORKLOADS = (
+    Workload("CartPole-v1", n_envs=8, n_steps=128, batch_size=256, n_epochs=10, lstm=256),
+    Workload("HalfCheetah-v5", n_envs=8, n_steps=128, batch_size=256, n_epochs=10, lstm=64),
+)
+_MASKED_WORKLOADS = (
+    Workload(MASKED_CART_POLE, n_envs=8, n_steps=128, batch_size=256, n_epochs=10),
+    Workload(INVALID_ACTIONS, n_envs=8, n_steps=128, batch_size=256, n_epochs=10),
+)
+
+
+class _Aim(NamedTuple):
+    """Ratios of ours to a peer that are aimed at on some work: eager, if that is measured, and with torch_compile."""
+
+    ours: Side
+    peer: Side
+    workloads: tuple[Workload, ...]
+    eager: float | None
+    compiled: float
+
+
+_GOALS: tuple[_Aim, ...] = (
+    _Aim(Side("dual_clip_ppo"), Side("sb3"), _PPO_WORKLOADS, 1.5, 3.0),
+    _Aim(Side("dual_clip_ppo"), Side("sbx"), _PPO_WORKLOADS, 1.4, 2.5),
+    _Aim(Side("adaptive_kl_ppo"), Side("sb3"), _PPO_WORKLOADS, 1.4, 2.8),
+    _Aim(Side("trpo"), Side("contrib"), _TRPO_WORKLOADS, 1.6, 2.4),
+    _Aim(Side("trpo", sub_sampling_factor=5), Side("contrib"), _TRPO_WORKLOADS, None, 2.8),
+    _Aim(Side("dual_clip_ppo"), Side("sb3"), _IMAGE_WORKLOADS, 1.0, 1.2),
+)
+_MASKS_AND_MEMORY: tuple[_Aim, ...] = (
+    _Aim(Side("dual_clip_ppo"), Side("recurrent"), _RECURRENT_WORKLOADS, 6.0, 8.0),
+    _Aim(Side("dual_clip_ppo"), Side("maskable"), _MASKED_WORKLOADS, 1.7, 3.5),
+    _Aim(Side("dual_clip_ppo"), Side("before"), (_PPO_WORKLOADS[0], _PPO_WORKLOADS[2]), 0.98, 0.98),
 )
 
 
@@ -155,24 +198,44 @@ def goals_suite(args: argparse.Namespace) -> Suite:
     :param args: of the command line
     :return: the ratios that are aimed at
     """
-    goals, notes = [], []
-    for ours, peer, workloads, eager, compiled in _GOALS:
+    aims, notes = _GOALS, []
+    if not SBX_PYTHON.exists():
+        aims = tuple(aim for aim in aims if aim.peer.who != "sbx")
+        notes.append("SBX was not measured: it needs `.venv-sbx`, which `make sbx-env` makes")
+    return _suite_of(aims, args, "Goals: steps per second against the peers", f"goals-{args.device}", notes)
+
+
+def masks_and_memory_suite(args: argparse.Namespace) -> Suite:
+    """
+    :param args: of the command line
+    :return: the ratios that are aimed at with masks, with LSTMs, and without either against the version before
+    """
+    aims, notes = _MASKS_AND_MEMORY, []
+    if args.before is None:
+        aims = tuple(aim for aim in aims if aim.peer.who != "before")
+        notes.append("The version before was not measured: `--before` says in which folder it is")
+    suite = _suite_of(aims, args, "Masks and memory: steps per second", f"masks-and-memory-{args.device}", notes)
+    return replace(suite, repeats=15)  # the ratio to the version before is near 1, and most turns are short
+
+
+def _suite_of(aims: Sequence[_Aim], args: argparse.Namespace, title: str, stem: str, notes: list[str]) -> Suite:
+    """The suite in which these ratios are measured, each with the limits of its work."""
+    goals = []
+    for ours, peer, workloads, eager, compiled in aims:
+        compiled_peer = replace(peer, torch_compile=peer.who == "before")  # no other has the switch
         for workload in (_resized(workload, args) for workload in workloads):
             if eager is not None:
                 goals.append(Goal(workload, ours, peer, eager))
-            goals.append(Goal(workload, replace(ours, torch_compile=True), peer, compiled))
+            goals.append(Goal(workload, replace(ours, torch_compile=True), compiled_peer, compiled))
     if args.steps or args.n_epochs:
         notes.append("**A trial**: `--steps` or `--n-epochs` is given, and the goals are not about that")
-    if not SBX_PYTHON.exists():
-        goals = [goal for goal in goals if goal.peer.who != "sbx"]
-        notes.append("SBX was not measured: it needs `.venv-sbx`, which `make sbx-env` makes")
     cases: dict[Workload, list[Side]] = {}
     for goal in goals:
         sides = cases.setdefault(goal.workload, [])
         sides += [side for side in (goal.ours, goal.peer) if side not in sides]
-    for sides in cases.values():
-        sides.append(ENVIRONMENT)
-    return Suite("Goals: steps per second against the peers", f"goals-{args.device}", cases, goals, notes=notes)
+    for workload, sides in cases.items():
+        sides += [ENVIRONMENT] if workload.lstm is None else [PRODUCTS, ENVIRONMENT]
+    return Suite(title, stem, cases, goals, notes=notes)
 
 
 def _resized(workload: Workload, args: argparse.Namespace) -> Workload:
@@ -212,6 +275,7 @@ def growth_suite(args: argparse.Namespace) -> Suite:
         {workload: sides for workloads in axes.values() for workload in workloads.values()},
         axes=axes,
         notes=[note],
+        repeats=3,
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import ROOT, SBX_PYTHON, Settings, Side, Suite, Workload
-from benchmarks.sides import Turn
+from benchmarks.tasks import Turn
 
 # What the environments, and the parts of SB3 that all sides use, depend on.
 _SAME = ("python", "numpy", "gymnasium", "mujoco", "stable-baselines3", "torch")
@@ -96,6 +96,19 @@ def ratio(ours: Measured, peer: Measured, part: str = "seconds") -> Spread:
     return Spread.of((getattr(b, part) / b.steps) / (getattr(a, part) / a.steps) for a, b in pairs)
 
 
+def ratio_of_all(ours: Measured, peer: Measured) -> float:
+    """
+    How many times faster ours is in all turns together; not a number if one of the two has none.
+
+    :param ours: measured together with the peer
+    :param peer: the other
+    """
+    if not ours.turns or not peer.turns:
+        return math.nan
+    a, b = (sum(turn.seconds for turn in m.turns) / sum(turn.steps for turn in m.turns) for m in (ours, peer))
+    return b / a
+
+
 class Worker:
     """
     The process of a side, which waits for its turns.
@@ -124,7 +137,7 @@ class Worker:
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """
-        :param what: "make", or a method of :class:`benchmarks.sides.Task`
+        :param what: "make", or a method of :class:`benchmarks.tasks.Task`
         :param arguments: of :func:`benchmarks.sides.make_task`
         :return: what it returned
         """

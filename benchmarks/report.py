@@ -18,9 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import ENVIRONMENT, ROOT, Settings, Side, Suite, Workload
-from benchmarks.measuring import Measured, ratio
-from benchmarks.sides import Turn
+from benchmarks.cases import ENVIRONMENT, LIMITS, PRODUCTS, ROOT, Settings, Side, Suite, Workload
+from benchmarks.measuring import Measured, ratio, ratio_of_all
+from benchmarks.tasks import Turn
 
 
 class Report:
@@ -37,6 +37,8 @@ class Report:
         self._settings = settings
         self._out = out
         self._about_run = [_command_line(), *_machine()]
+        if settings.before:
+            self._about_run.append(f"the version before: commit {_commit(Path(settings.before))}")
         self._results: dict[Workload, dict[Side, Measured]] = {}
 
     def file(self, suffix: str) -> Path:
@@ -108,13 +110,15 @@ class Report:
                     "torch_compile" if goal.ours.torch_compile else "",
                     "" if goal.least is None else f">= {goal.least}",
                     str(reached),
+                    _number(ratio_of_all(ours, peer), ".2f"),
                     "**failed**" if ours.failure or peer.failure else verdict,
                     str(ratio(ours, peer, "collect")),
                     str(ratio(ours, peer, "train")),
                 ]
             )
         if rows:
-            yield _table(["work", "on", "switch", "goal", "times faster", "held", "collect alone", "train alone"], rows)
+            head = ["work", "on", "switch", "goal", "times faster", "all turns together", "held", "collect alone"]
+            yield _table([*head, "train alone"], rows)
         for workload, sides in self._results.items():
             yield [f"## {workload}"]
             yield _side_table(sides)
@@ -228,11 +232,14 @@ def _side_table(results: dict[Side, Measured]) -> list[str]:
         memory = _number(m.peaks.get("host", math.nan))
         if "device" in m.peaks:
             memory += f" + {_number(m.peaks['device'])} on the device"
-        share = _number(limit / m.per_step(), ".0%")
-        rows.append([str(side), _rate(m), total, *(["", "", ""] if side == ENVIRONMENT else parts), share, memory])
+        share = "" if side == PRODUCTS else _number(limit / m.per_step(), ".0%")
+        rows.append([str(side), _rate(m), total, *(["", "", ""] if side.who in LIMITS else parts), share, memory])
         rows[-1] += compiling
+        if PRODUCTS in results:
+            rows[-1].append("" if side.who in LIMITS else str(ratio(results[PRODUCTS], m, "train")))
     head = ["side", "steps/s", "us a step", "collect", "train", "rest", "environment's share", "peak MiB"]
-    return _table([*head, "compile s, first run", "next runs", "pays back after steps"], rows)
+    head += ["compile s, first run", "next runs", "pays back after steps"]
+    return _table([*head, "train, times the products"] if PRODUCTS in results else head, rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -264,12 +271,16 @@ def _machine() -> list[str]:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):
         name = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
-    commit = "unknown"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        describe = ["git", "describe", "--always", "--dirty=, with changes"]
-        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     load = f"load average at the start {os.getloadavg()[0]:.1f}"
     return [
         f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {load}",
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit}",
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {_commit(ROOT)}",
     ]
+
+
+def _commit(folder: Path) -> str:
+    if (folder / ".git").exists():  # or it would be that of a repository around the folder
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            describe = ["git", "describe", "--always", "--dirty=, with changes"]
+            return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"

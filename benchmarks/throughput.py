@@ -3,6 +3,7 @@ Environment steps per second of ``learn()``: ours against a peer, side by side i
 
     python -m benchmarks.throughput --suite goals
     python -m benchmarks.throughput --suite growth
+    python -m benchmarks.throughput --suite masks-and-memory --before ../the-version-before
     python -m benchmarks.throughput --algo dual_clip_ppo --env HalfCheetah-v5 --n-envs 8 --steps 256 --torch-compile
 
 Each side is a process of its own that holds its model and waits for its turn; the sides take turns, A B A B, one
@@ -21,17 +22,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import cases
-from benchmarks.cases import IMAGES, OURS, PEERS, PEERS_OF, SBX_PYTHON, Settings
+from benchmarks.cases import IMAGES, OURS, PEERS_OF, SBX_PYTHON, Settings
 from benchmarks.measuring import measure
 from benchmarks.report import Report
+
+_SUITES = {
+    "goals": cases.goals_suite,
+    "masks-and-memory": cases.masks_and_memory_suite,
+    "growth": cases.growth_suite,
+    "single": cases.single_suite,
+}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", choices=("goals", "growth", "single"), default="single", help="what is measured")
+    add("--suite", choices=tuple(_SUITES), default="single", help="what is measured")
     add("--algo", choices=tuple(OURS), default="dual_clip_ppo", help="ours")
-    add("--peer", choices=tuple(PEERS), help="the other; SB3 or sb3-contrib if it is not said")
+    peers = sorted({peer for peers in PEERS_OF.values() for peer in peers})
+    add("--peer", choices=peers, help="the other; SB3 or sb3-contrib if it is not said")
     add("--env", help=f"id of the environment, or {IMAGES}: 84x84x4 noise; HalfCheetah-v5 if it is not said")
     add("--n-envs", type=_positive, default=1, help="environments side by side")
     add("--steps", type=_positive, help="steps of each environment in a rollout; 2048 in all if it is not said")
@@ -42,13 +51,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sub-sampling-factor", type=_positive, default=1, help="measure TRPO with this too")
     add("--threads", type=_positive, default=1, help="of each side, on as many cores")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--repeats", type=_positive, help="turns of each side; 9, and 3 for growth")
+    add("--repeats", type=_positive, help="turns of each side; 9, for masks-and-memory 15, for growth 3")
     add("--cleanrl-script", default="", help="path of CleanRL's ppo.py or ppo_continuous_action.py")
     add("--cleanrl-python", default=sys.executable, help="interpreter with what that imports; this one")
+    add("--before", type=Path, help="masks-and-memory: folder with the package sb3_ppo_ext of the version before")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     args = parser.parse_args(argv)
 
-    if args.suite != "goals":
+    if args.suite in ("growth", "single"):
         if args.peer is None and PEERS_OF[args.algo]:
             args.peer = PEERS_OF[args.algo][0]
         if args.peer is not None and args.peer not in PEERS_OF[args.algo]:
@@ -63,6 +73,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--sub-sampling-factor is for --algo trpo, not {args.algo}")
     if args.peer == "sbx" and not SBX_PYTHON.exists():
         parser.error("--peer sbx needs .venv-sbx: run make sbx-env")
+    if args.before is not None:
+        if args.suite != "masks-and-memory":
+            parser.error(f"--before is for --suite masks-and-memory, not {args.suite}")
+        if not (args.before / "sb3_ppo_ext" / "__init__.py").is_file():
+            parser.error(f"--before {args.before} is not allowed: there is no package sb3_ppo_ext in it")
     if args.peer == "cleanrl":
         if not Path(args.cleanrl_script).is_file():
             parser.error(
@@ -88,16 +103,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.threads > len(cores):
             sys.exit(f"--threads {args.threads} is not allowed: this process may use {len(cores)} core(s)")
         os.sched_setaffinity(0, cores[-args.threads :])  # all sides inherit it
-    make_suite = {"goals": cases.goals_suite, "growth": cases.growth_suite, "single": cases.single_suite}[args.suite]
-    suite = make_suite(args)
-    is_growth = args.suite == "growth"
+    suite = _SUITES[args.suite](args)
     settings = Settings(
         device=args.device,
         threads=args.threads,
-        repeats=args.repeats or (3 if is_growth else 9),
-        n_warm_up=1 if is_growth else 2,
+        repeats=args.repeats or suite.repeats,
+        n_warm_up=1 if args.suite == "growth" else 2,
         cleanrl_script=str(Path(args.cleanrl_script).resolve()),
         cleanrl_python=os.path.abspath(shutil.which(args.cleanrl_python) or args.cleanrl_python),
+        before="" if args.before is None else str(args.before.resolve()),
     )
     report = Report(suite, settings, args.out)
     for workload, results in measure(suite, settings):

@@ -306,12 +306,9 @@ class REINFORCE(OnPolicyAlgorithm):
     def _weights(self, actor_critic: ActorCritic, rollout: RolloutSamples, index: EpisodeIndex) -> th.Tensor:
         """
         What the score of each sample is multiplied by: the return less the baseline, normalised and discounted if asked
-        for.
+        for; 0 of those that do not count.
 
-        :param actor_critic: the policy
-        :param rollout: all samples
         :param index: where in its episode each is that counts
-        :return: shape ``(batch,)``; 0 of those that do not count
         """
         n_episodes = self._n_episodes
         returns = rollout.counted(rollout.returns)
@@ -365,19 +362,15 @@ class REINFORCE(OnPolicyAlgorithm):
             samples = weighted.rows(rows)
             log_prob, entropy, _ = actor_critic.evaluate_actor(samples.inputs, samples.actions)
             chunk_loss = losses.reinforce_loss(log_prob, samples.advantages).sum()
-            if entropy is None:
-                # Estimated by the actions. The gradient of the estimate has the mean 0; with their scores it has not.
-                log_prob = samples.counted(log_prob)
-                entropy = -log_prob.detach()
-                entropy_loss = losses.reinforce_loss(log_prob, entropy).sum()
-            else:
-                entropy = samples.counted(entropy)
-                entropy_loss = -entropy.sum()
-            loss = (chunk_loss + ent_coef * entropy_loss) / self._n_episodes
-            loss.backward()  # type: ignore[no-untyped-call]
+            log_prob = samples.counted(log_prob)
+            # Estimated by the actions, if there is no formula. The gradient of the estimate has the mean 0; with their
+            # scores it has not.
+            entropies = -log_prob.detach() if entropy is None else samples.counted(entropy)
+            entropy_loss = losses.reinforce_loss(log_prob, entropies).sum() if entropy is None else -entropies.sum()
+            ((chunk_loss + ent_coef * entropy_loss) / self._n_episodes).backward()  # type: ignore[no-untyped-call]
             policy_loss += chunk_loss.detach()
-            entropy_sum += entropy.detach().sum()
-            n_samples += len(entropy)
+            entropy_sum += entropies.detach().sum()
+            n_samples += len(entropies)
         parameters = list(self.policy.parameters())
         self._reducer.average(*gradients_of(parameters))
         grad_norm = clip_and_step(self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm).item()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch as th
 from gymnasium import spaces
@@ -22,7 +22,7 @@ from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, sequences_to_pad_to
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.saving.interchange import whole_action_values
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION, n_action_dims
@@ -30,7 +30,7 @@ from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit
 from sb3_ppo_ext.common.update.fisher import fisher_vector_product
 from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.update.reduce import averaged
-from sb3_ppo_ext.common.update.surrogate import Surrogate
+from sb3_ppo_ext.common.update.surrogate import PolicyStep, Surrogate
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
     backtracking_line_search,
@@ -41,36 +41,6 @@ from sb3_ppo_ext.numerics import (
 CG_DAMPING_PER_DIMENSION = 0.1
 
 _OF_CONTRIB = "sb3_contrib.TRPO"
-
-
-class PolicyStep(NamedTuple):
-    """
-    What became of the step of the policy in one update.
-
-    :param status: "accepted", or why the step was not taken: "constraint", "improvement" (the line search found no
-        point within the trust region, or none that improves enough), "zero_gradient", "not_positive_definite",
-        "non_finite"
-    :param objective: surrogate objective before the step
-    :param kl: mean KL(old || new) of the step that was taken, 0 if none
-    :param fraction: of the full step that was taken, 0 if none
-    :param predicted_improvement: of the objective, to first order, for the last step tried
-    :param actual_improvement: of the objective by the last step tried
-    :param cg_steps: steps of conjugate gradient
-    :param cg_residual: its relative residual
-    :param gradients: of minus the objective before the step, one for each parameter of the actor
-    :param reverse_kl: mean KL(new || old) of the step that was taken, 0 if none
-    """
-
-    status: str
-    objective: float
-    kl: float = 0.0
-    fraction: float = 0.0
-    predicted_improvement: float = 0.0
-    actual_improvement: float = 0.0
-    cg_steps: int = 0
-    cg_residual: float = 0.0
-    gradients: Sequence[th.Tensor] = ()
-    reverse_kl: float = 0.0
 
 
 class TRPO(OnPolicyAlgorithm):
@@ -275,7 +245,7 @@ class TRPO(OnPolicyAlgorithm):
                 self._minibatch_step(
                     critic_loss,
                     critic_parameters(self.policy, actor_parameters),
-                    pad_to=self._sequences_to_pad_to(),
+                    pad_to=sequences_to_pad_to(buffer, self.batch_size),
                 ),
                 self.policy,
                 actor_parameters,

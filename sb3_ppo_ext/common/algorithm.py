@@ -18,7 +18,7 @@ from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.compile.policy_programs import CompiledActorCritic
 from sb3_ppo_ext.common.compile.step import CompiledStep
 from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler
-from sb3_ppo_ext.common.construction import say_sequence_length
+from sb3_ppo_ext.common.construction import cannot_remember, say_sequence_length
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.model import Model
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
@@ -61,8 +61,6 @@ class OnPolicyAlgorithm(Model):
 
     :raises ValueError: for what cannot be used or cannot be used together, before anything is trained
     """
-
-    batch_size: int
 
     # Whether the value of what would have followed is added where a time limit ends an episode.
     bootstrap_timeouts: bool = True
@@ -146,14 +144,16 @@ class OnPolicyAlgorithm(Model):
             raise more from error
         if self.env is not None and convention_of(self.env) == "info":
             present_infos(self.env)  # watches them from now on, masks or not
-        self._masks = ActionMasks.of(self.env) if self.env is not None and self._use_masking else None
+        before, self._masks = self._masks, None
+        if self.env is not None and self._use_masking:
+            self._masks = ActionMasks.of(self.env)
         if is_reset:
             self._last_state = None
-        if is_reset or self._masks is None:
+        if is_reset or self._masks is None or self._masks.sees_others(before):
             self._last_masks = None
         if self._masks is not None:
             self._start_masking(self._masks)
-        self._is_masked = self._masks is not None
+        self._set_masked(self._masks is not None)
         return result
 
     def _start_masking(self, masks: ActionMasks) -> None:
@@ -169,7 +169,7 @@ class OnPolicyAlgorithm(Model):
             raise self._cannot_mask(reason)
         if not self._is_masked and self.verbose >= 1:
             print(f"Actions are masked as the environments say ({masks.convention}); use_masking=False turns it off")
-        if self._last_masks is None or masks.convention == "method":
+        if self._last_masks is None:
             self._last_masks = masks.read(self._last_obs)
 
     def _cannot_mask(self, reason: str) -> ArgumentError:
@@ -240,6 +240,7 @@ class OnPolicyAlgorithm(Model):
             stop,
             self._masks,
             self._acting_policy,
+            heeds_masks=self._use_masking,
             keeps_final_values=self.bootstrap_timeouts,
             step_by_step=self._policy_changes_in_rollouts,
         )
@@ -315,6 +316,8 @@ class OnPolicyAlgorithm(Model):
             )
         if self._masks is not None:  # a callback has changed the policy, which could heed them before
             raise self._cannot_mask(reason)
+        if has_memory(self.policy):
+            raise cannot_remember(self, reason)
         self._say_why_slow(f"{type(self.policy).__name__} {reason}: it acts and is trained through its own methods")
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
 
@@ -357,17 +360,6 @@ class OnPolicyAlgorithm(Model):
                 announce=self.verbose >= 1,
             ),
         )
-
-    def _sequences_to_pad_to(self) -> int | None:
-        """
-        What a compiled step pads minibatches of sequences to, where the last one of an epoch is smaller: unrolled, a
-        second program for it would take long to make.
-        """
-        if not has_memory(self.policy):
-            return None
-        length = cast(RolloutBuffer, self.rollout_buffer).sequence_length
-        n_sequences, n_of_minibatch = self.n_steps * self.n_envs // length, self.batch_size // length
-        return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
 
     def _chunks(self, n_samples: int, length: int = 1) -> Iterator[slice]:
         """

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -78,6 +79,8 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
     kwargs = algorithm.policy_kwargs
     given = f"policy={policy_name(algorithm)}"
     check_policy_class(policy_class, given)
+    # sb3-contrib's policies that take masks have no gSDE, as no Box of actions can be masked.
+    is_maskable = isinstance(policy_class, type) and issubclass(policy_class, MaskableActorCriticPolicy)
     with _refusal(
         algorithm,
         f"{given} with policy_kwargs={kwargs!r}",
@@ -88,7 +91,7 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
             algorithm.observation_space,
             algorithm.action_space,
             algorithm.lr_schedule,
-            use_sde=algorithm.use_sde,
+            **({} if is_maskable else {"use_sde": algorithm.use_sde}),
             **kwargs,
         ).to(algorithm.device)
         check_policy_class(type(policy), given)  # of a function in a class's place, what it returns
@@ -118,10 +121,7 @@ def sequence_length(algorithm: Any) -> int:
         return 1
     reason = refusal(algorithm.policy)
     if reason is not None:
-        raise ArgumentError(
-            f"policy={policy_name(algorithm)} is not allowed: it has a memory, and {reason}. It must be one of "
-            "sb3_contrib's recurrent policies or of this package as it is"
-        )
+        raise cannot_remember(algorithm, reason)
     buffer = algorithm.rollout_buffer
     if not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step or type(buffer).get is not RolloutBuffer.get:
         raise ArgumentError(
@@ -139,6 +139,17 @@ def sequence_length(algorithm: Any) -> int:
         if size % given:
             raise ArgumentError(f"sequence_length={given!r} is not allowed with {name}={size}: it must divide it")
     return int(given)
+
+
+def cannot_remember(algorithm: OnPolicyAlgorithm, reason: str) -> ArgumentError:
+    """
+    :param algorithm: whose policy has a memory and cannot be run
+    :param reason: why, as :func:`refusal` gives it
+    """
+    return ArgumentError(
+        f"policy={policy_name(algorithm)} is not allowed: it has a memory, and {reason}. It must be one of "
+        "sb3_contrib's recurrent policies or of this package as it is"
+    )
 
 
 def say_sequence_length(algorithm: Any) -> None:

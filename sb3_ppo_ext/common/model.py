@@ -22,7 +22,7 @@ from sb3_ppo_ext.common import construction
 from sb3_ppo_ext.common.compile.program import ProgramCache
 from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.policies import POLICY_ALIASES
+from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
 from sb3_ppo_ext.common.policy_distributions import family_of_policy
 from sb3_ppo_ext.common.recurrent_policies import RECURRENT_POLICY_ALIASES
 from sb3_ppo_ext.common.rollout.adapters import has_memory
@@ -212,6 +212,7 @@ class Model(SB3OnPolicyAlgorithm):
         construction.set_seed(self)
         self.rollout_buffer = construction.make_rollout_buffer(self)
         self.policy = construction.make_policy(self)
+        self._set_masked(self._is_masked)
         self._maybe_recommend_cpu()
         self._check_family()
         length = construction.sequence_length(self)
@@ -223,6 +224,12 @@ class Model(SB3OnPolicyAlgorithm):
         buffer = self.rollout_buffer
         if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
             print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
+
+    def _set_masked(self, is_masked: bool) -> None:
+        """Note whether the policy is to be asked with masks: here for the file, and where it is asked itself."""
+        self._is_masked = is_masked
+        if isinstance(self.policy, ActorCriticPolicy):
+            self.policy.is_masked = is_masked
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         check_one_of("policy", policy_name, list(self.policy_aliases))
@@ -276,9 +283,9 @@ class Model(SB3OnPolicyAlgorithm):
         As SB3: the model of a file, made anew. Nothing is checked that only learning needs.
 
         A model of another algorithm is refused. A class and those that derive from it are one algorithm; files of SB3
-        and sb3-contrib are taken where the algorithms are of one kind: of ``PPO`` and ``A2C`` by ``DualClipPPO`` and
-        ``AdaptiveKLPPO``, which have defaults of their own for what such a file lacks, and of sb3-contrib's ``TRPO`` by
-        ``TRPO``.
+        and sb3-contrib are taken where the algorithms are of one kind: of ``PPO``, ``A2C`` and ``MaskablePPO`` by
+        ``DualClipPPO`` and ``AdaptiveKLPPO``, which have defaults of their own for what such a file lacks, and of
+        sb3-contrib's ``TRPO`` by ``TRPO``.
 
         :param path: of the file, ``.zip`` may be left out; or an open file
         :param env: to train on in; None if it is to be watched only

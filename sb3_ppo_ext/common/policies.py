@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent import policies as contrib
 from stable_baselines3.common import policies as sb3
 from stable_baselines3.common.torch_layers import MlpExtractor
@@ -18,9 +19,10 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, SB3ActorCritic
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
+from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
 from sb3_ppo_ext.common.update.step import reached
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
@@ -48,6 +50,9 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     :raises ArgumentError: for an argument that is out of range or contradicts another
     """
 
+    # Whether it was last trained with masks, and is to be asked with them. A policy's own file does not say.
+    is_masked = False
+
     # SB3's arguments are passed on, not repeated: its classes differ in their defaults, and the next in line has them.
     def __init__(
         self,
@@ -74,6 +79,32 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             self._split_optimizer(as_schedule("critic_learning_rate", critic_learning_rate, may_be_zero=True)(1.0))
         self.log_std_bounds = log_std_bounds if log_std_bounds is None else self._checked_bounds(log_std_bounds)
         self._log_std_was_bound = False
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        As SB3: an action for each observation. One that was last trained with masks finds them as the model's
+        ``predict`` does.
+
+        :param observation: of one environment, or one for each
+        :param state: of a policy with a memory, what the last call returned
+        :param episode_start: whether each observation is the first of its episode
+        :param deterministic: whether to take the most likely action
+        :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``
+        :return: the actions, and the state to be handed over at the next step
+        :raises ValueError: if masks are needed and there are none, or one is wrong
+        """
+        if action_masks is None and not self.is_masked:
+            return super().predict(observation, state, episode_start, deterministic)
+        return predict_masked(
+            self, observation, state, episode_start, deterministic=deterministic, action_masks=action_masks
+        )
 
     def _split_optimizer(self, learning_rate: float) -> None:
         """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
@@ -193,10 +224,12 @@ def check_policy_class(policy_class: Any, given: str) -> None:
     """
     :param policy_class: what is to act and to be trained; of what is no class it cannot be told yet
     :param given: how the user gave it, for the error
-    :raises ArgumentError: for one that takes masks, or has a memory in another way than sb3-contrib's recurrent
-        policies, or is no actor and critic
+    :raises ArgumentError: for one that takes masks, or has a memory, in another way than sb3-contrib's policies, or is
+        no actor and critic
     """
     if not isinstance(policy_class, type) or issubclass(policy_class, contrib.RecurrentActorCriticPolicy):
+        return
+    if issubclass(policy_class, MaskableActorCriticPolicy) and not DirectActorCritic.overridden(policy_class):
         return
     for name, arguments in _ASKED.items():
         method = getattr(policy_class, name, None)
@@ -209,7 +242,8 @@ def check_policy_class(policy_class: Any, given: str) -> None:
         if any(parameter.name == "action_masks" for parameter in parameters):
             raise ArgumentError(
                 f"{given} is not allowed: its {name}() takes action_masks, which this algorithm does not pass on, so "
-                "that no action would be masked; it must be a policy without masks, or sb3_contrib.MaskablePPO train it"
+                "that no action would be masked; it must be a policy without masks, or one of sb3-contrib's with no "
+                "method of its own, or sb3_contrib.MaskablePPO train it"
             )
         more = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if more:

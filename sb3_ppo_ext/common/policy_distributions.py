@@ -1,21 +1,24 @@
-"""The distributions of SB3's policies: which family they are of, and their parameters."""
+"""The distributions of SB3's policies and sb3-contrib's: which family they are of, and their parameters."""
 
 from __future__ import annotations
 
 import torch as th
+from sb3_contrib.common.maskable import distributions as maskable
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_ppo_ext.common.distributions import Bernoulli, Categorical, Family, Gaussian, family_of_space
 
 
-def family_of_policy(policy: ActorCriticPolicy) -> Family | None:
+def family_of_policy(policy: ActorCriticPolicy | MaskableActorCriticPolicy) -> Family | None:
     """
     The family of the distributions that a policy makes.
 
-    :param policy: of SB3, or of the user's own
-    :return: the family; None if the class of its distribution is none of SB3's, nor derived from one without overriding
-        the formulas
+    :param policy: of SB3 or sb3-contrib, or of the user's own
+    :return: the family; None if the class of its distribution is none of theirs, nor derived from one without
+        overriding the formulas
     """
     space, kind = policy.action_space, type(policy.action_dist)
     base = next((c for c in kind.__mro__ if c in _SB3_DISTRIBUTIONS), None)
@@ -25,6 +28,8 @@ def family_of_policy(policy: ActorCriticPolicy) -> Family | None:
         or any(name in vars(c) for c in kind.__mro__[: kind.__mro__.index(base)] for name in _FORMULAS)
     ):
         return None
+    if base is maskable.MaskableBernoulliDistribution:  # which has a logit for each of 0 and 1
+        return Categorical((2,) * get_action_dim(space))
     squashes = base is sb3.SquashedDiagGaussianDistribution or getattr(policy.action_dist, "bijector", None) is not None
     family = family_of_space(space, squash_output=squashes)
     return family if isinstance(family, _SB3_DISTRIBUTIONS[base]) else None
@@ -37,6 +42,9 @@ _SB3_DISTRIBUTIONS: dict[type[sb3.Distribution], type[Family]] = {
     sb3.CategoricalDistribution: Categorical,
     sb3.MultiCategoricalDistribution: Categorical,
     sb3.BernoulliDistribution: Bernoulli,
+    maskable.MaskableCategoricalDistribution: Categorical,
+    maskable.MaskableBernoulliDistribution: Categorical,
+    maskable.MaskableMultiCategoricalDistribution: Categorical,
 }
 
 # Where a derived class has one of these of its own, it is another distribution.
@@ -55,19 +63,24 @@ _FORMULAS = (
 
 def params_of(distribution: sb3.Distribution) -> th.Tensor:
     """
-    Parameters of one of SB3's distribution objects, as its family reads them.
+    Parameters of one of SB3's or sb3-contrib's distribution objects, as its family reads them.
 
     :param distribution: what ``policy.get_distribution(obs)`` returns
     :return: shape ``(batch, n_params)``, part of the same autograd graph
-    :raises ValueError: for a class that SB3 does not have
+    :raises ValueError: for a class that they do not have
     """
     if isinstance(distribution, (sb3.DiagGaussianDistribution, sb3.StateDependentNoiseDistribution)):
         normal = distribution.distribution
         return th.cat((normal.mean, normal.stddev), dim=1)
-    if isinstance(distribution, (sb3.CategoricalDistribution, sb3.BernoulliDistribution)):
+    if isinstance(
+        distribution,
+        (sb3.CategoricalDistribution, sb3.BernoulliDistribution, maskable.MaskableCategoricalDistribution),
+    ):
         return distribution.distribution.logits
     if isinstance(distribution, sb3.MultiCategoricalDistribution):
         return th.cat([categorical.logits for categorical in distribution.distribution], dim=1)
+    if isinstance(distribution, maskable.MaskableMultiCategoricalDistribution):
+        return th.cat([categorical.logits for categorical in distribution.distributions], dim=1)
     raise ValueError(
         f"distribution={type(distribution).__name__} is not supported where an exact KL divergence is needed: "
         "it must be one of the classes of stable_baselines3.common.distributions"

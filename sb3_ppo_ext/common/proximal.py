@@ -15,10 +15,10 @@ from stable_baselines3.common.utils import explained_variance
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES
-from sb3_ppo_ext.common.rollout.buffers import minibatches
+from sb3_ppo_ext.common.rollout.buffers import minibatches, sequences_to_pad_to
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
-from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO, of_maskable_ppo
+from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
 from sb3_ppo_ext.common.update.step import raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
@@ -123,7 +123,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
         adapted = super()._adapted(origin, attributes)
-        return adapted | of_maskable_ppo(attributes, cls.policy_aliases) if origin == MASKABLE_PPO else adapted
+        return {**adapted, "_is_masked": True} if origin == MASKABLE_PPO else adapted
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -183,7 +183,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             ActorCriticLoss(self.policy_loss, self.normalize_advantage),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
-            pad_to=self._sequences_to_pad_to(),
+            pad_to=sequences_to_pad_to(self.rollout_buffer, self.batch_size),
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None

@@ -15,10 +15,10 @@ import sb3_contrib
 from gymnasium import spaces
 from sb3_contrib.common.wrappers import ActionMasker
 from sb3_contrib.ppo_mask.policies import MlpPolicy as MaskablePolicy
-from sb3_contrib.ppo_recurrent.policies import MlpLstmPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
@@ -232,13 +232,23 @@ def test_checkpoints_are_importable_from_the_top() -> None:
 # What cannot be learnt is refused before training
 
 
+class OwnMaskablePolicy(MaskablePolicy):
+    def predict_values(self, obs: Any) -> Any:
+        return 2.0 * super().predict_values(obs)
+
+
+class OwnMemory(ActorCriticPolicy):
+    def forward(self, obs: Any, state: Any) -> Any:  # type: ignore[override]
+        return *super().forward(obs), state
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (MlpLstmPolicy, r"its forward\(\) needs lstm_states and episode_starts .* sb3_contrib.RecurrentPPO"),
-        (lambda *args, **kwargs: MlpLstmPolicy(*args, **kwargs), r"policy=<lambda> is not allowed: .* lstm_states"),
-        (MaskablePolicy, r"its forward\(\) takes action_masks.* sb3_contrib.MaskablePPO"),
+        (OwnMemory, r"its forward\(\) needs state .* must derive from sb3_contrib's RecurrentActorCriticPolicy"),
+        (lambda *args, **kwargs: OwnMemory(*args, **kwargs), r"policy=<lambda> is not allowed: .* needs state"),
+        (OwnMaskablePolicy, r"its forward\(\) takes action_masks.* sb3_contrib.MaskablePPO"),
         (SACPolicy, r"policy=SACPolicy is not allowed: it has no evaluate_actions\(\)"),
     ],
     ids=["memory", "memory in a function", "masks", "no actor and critic"],

@@ -14,7 +14,12 @@ import sb3_contrib
 import torch as th
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO, RecurrentPPO
-from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary
+from sb3_contrib.common.envs import (
+    InvalidActionEnvDiscrete,
+    InvalidActionEnvMultiBinary,
+    InvalidActionEnvMultiDiscrete,
+)
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.env_util import make_vec_env
@@ -23,6 +28,7 @@ from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import PolicyInput
+from sb3_ppo_ext.common.rollout.masks import choices_of
 from sb3_ppo_ext.common.saving.checkpoint import load_weights, resume, save_checkpoint
 from sb3_ppo_ext.common.saving.interchange import ALGORITHM
 from tests.algorithms import ALGORITHMS, PROXIMAL, ROLLOUT, assert_same_policy, small
@@ -205,40 +211,116 @@ def test_contribs_trpo(action_space, factor, tmp_path):
         assert (own._whole_action_value(own.target_kl, math.nan), own.cg_damping) == (0.5, 0.6)
 
 
+MASKED = {
+    "discrete": InvalidActionEnvDiscrete(dim=6, n_invalid_actions=2),
+    "multi_discrete": InvalidActionEnvMultiDiscrete(dims=[3, 4], n_invalid_actions=3),
+    "multi_binary": InvalidActionEnvMultiBinary(dims=3, n_invalid_actions=2),
+}
+
+
+def maskable_ppo(env, policy="MlpPolicy"):
+    return MaskablePPO(policy, env, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu", seed=0)
+
+
+def assert_same_actions(one, other, env):
+    """Of the networks as they are, with masks."""
+    for _ in range(10):
+        obs, _ = env.reset()
+        obs, masks = np.asarray(obs).reshape(-1), env.action_masks()
+        actions = [model.predict(obs, action_masks=masks, deterministic=True)[0] for model in (one, other)]
+        assert np.array_equal(*actions)
+
+
 @pytest.mark.parametrize("by", PROXIMAL)
-def test_maskable_ppo(by, tmp_path):
-    masked = InvalidActionEnvDiscrete(dim=6, n_invalid_actions=2)
-    model = MaskablePPO("MlpPolicy", masked, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
-    model.learn(16)
+@pytest.mark.parametrize("masked", MASKED.values(), ids=MASKED)
+def test_maskable_ppo(masked, by, tmp_path):
+    model = maskable_ppo(masked).learn(32)
     model.save(tmp_path / "model")
     loaded = by.load(tmp_path / "model", env=masked, device="cpu")
     assert_same_policy(loaded, model)
-    for action in range(6):
-        masks = np.arange(6) == action
-        assert loaded.predict(np.zeros(1), action_masks=masks)[0].item() == action
-    allowed = np.flatnonzero(masked.action_masks())
-    assert loaded.predict(np.zeros(1))[0].item() in allowed  # of the environment that is at hand
+    assert_same_actions(loaded, model, masked)
+    for _ in range(20):  # of the environment that is at hand
+        obs, _ = masked.reset()
+        action = np.asarray(loaded.predict(np.asarray(obs).reshape(-1))[0]).reshape(-1)
+        starts = np.cumsum([0, *choices_of(masked.action_space)[:-1]])
+        assert np.asarray(masked.action_masks())[starts + action].all()
     loaded.learn(16, reset_num_timesteps=False)
     loaded.save(tmp_path / "ours")
-    by.load(tmp_path / "ours", device="cpu")
+    again = by.load(tmp_path / "ours", device="cpu")
+    back = MaskablePPO.load(tmp_path / "ours", env=masked, device="cpu")
+    for other in (again, back):
+        assert_same_policy(other, loaded)
+        assert_same_actions(other, loaded, masked)
+    back.learn(16)
     with pytest.raises(ValueError, match=r"cannot be loaded by TRPO: it is a model of sb3_contrib.MaskablePPO"):
         TRPO.load(tmp_path / "model", device="cpu")
     save_checkpoint(model, tmp_path / "checkpoint")  # which names the algorithm
     assert_same_policy(by.load(tmp_path / "checkpoint", device="cpu"), model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        ("discrete", "MlpPolicy"),
+        ("multi_discrete", "MlpPolicy"),
+        ("discrete", MaskableActorCriticPolicy),
+        ("multi_discrete", MaskableActorCriticPolicy),
+        ("multi_binary", MaskableActorCriticPolicy),
+    ],
+)
+def test_weights_of_maskable_ppo_and_back(kind, policy, tmp_path):
+    masked = MASKED[kind]
+    model = maskable_ppo(masked).learn(16)
+    model.save(tmp_path / "model")
     for algorithm in ALGORITHMS:
-        ours = small(algorithm, "MlpPolicy", masked)
+        ours = small(algorithm, policy, masked)
         load_weights(tmp_path / "model.zip", ours.policy)
         assert_same_policy(ours, model)
-    back = MaskablePPO("MlpPolicy", masked, n_steps=16, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
-    back.set_parameters(loaded.get_parameters())
-    assert_same_policy(back, loaded)
+    ours = small(DualClipPPO, policy, masked, seed=3)
+    ours.set_parameters(model.get_parameters())
+    assert_same_policy(ours, model)
+    ours.learn(ROLLOUT)
+    model.set_parameters(ours.get_parameters())
+    assert_same_policy(model, ours)
+    assert_same_actions(model, ours, masked)
 
 
-def test_maskable_ppo_with_binary_actions_is_refused(tmp_path):
-    env = InvalidActionEnvMultiBinary(dims=3, n_invalid_actions=1)
-    MaskablePPO("MlpPolicy", env, n_steps=16, batch_size=8, device="cpu").save(tmp_path / "model")
-    with pytest.raises(ValueError, match="MaskablePPO with MultiBinary actions cannot be loaded"):
-        DualClipPPO.load(tmp_path / "model", device="cpu")
+def test_binary_actions_of_maskable_ppo_have_two_outputs_each():
+    model = maskable_ppo(MASKED["multi_binary"])
+    with pytest.raises(RuntimeError, match=r"size mismatch for action_net.*\[6, 8\].*\[3, 8\]"):
+        small(DualClipPPO, "MlpPolicy", MASKED["multi_binary"]).set_parameters(model.get_parameters())
+
+
+class OwnDefaults(MaskableActorCriticPolicy):
+    """Other defaults, the same computation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"activation_fn": th.nn.ReLU, **kwargs})
+
+
+class OwnForward(MaskableActorCriticPolicy):
+    """A computation of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_maskable_ppo_with_a_policy_of_ones_own(tmp_path):
+    masked = MASKED["discrete"]
+    model = maskable_ppo(masked, OwnDefaults).learn(16)
+    model.save(tmp_path / "model")
+    loaded = DualClipPPO.load(tmp_path / "model", device="cpu")
+    assert_same_policy(loaded, model)
+    assert_same_actions(loaded, model, masked)
+    del masked
+    with pytest.raises(ValueError, match="this model was trained with masks"):
+        loaded.predict(np.zeros(1))
+    replaced = DualClipPPO.load(tmp_path / "model", custom_objects={"policy_class": OwnDefaults}, device="cpu")
+    with pytest.raises(ValueError, match="this model was trained with masks"):
+        replaced.predict(np.zeros(1))
+    maskable_ppo(MASKED["discrete"], OwnForward).save(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"policy=OwnForward is not allowed: .* takes action_masks"):
+        DualClipPPO.load(tmp_path / "own", device="cpu")
 
 
 @pytest.mark.parametrize("by", ALGORITHMS)

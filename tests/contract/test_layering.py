@@ -86,7 +86,7 @@ FLOORS: list[set[str]] = [
     {"rollout"},
     {"update"},
     {"compile", "saving", "policies"},
-    {"construction"},
+    {"construction", "recurrent_policies"},
     {"model"},
     {"algorithm"},
     {"proximal"},

@@ -128,6 +128,105 @@ def test_worker_processes_and_wrappers(says: str) -> None:
     assert model.rollout_buffer.action_masks is not None
 
 
+class Board(Forbids):
+    """A mask of two axes, as that of a board is."""
+
+    def __init__(self) -> None:
+        super().__init__("multi-discrete", "observation")
+        assert isinstance(self.observation_space, spaces.Dict)
+        self.observation_space["action_mask"] = spaces.Box(0, 1, (1, 5), np.float32)
+
+    def _next(self) -> tuple[Any, dict[str, Any]]:
+        obs, info = super()._next()
+        return {**obs, "action_mask": obs["action_mask"].reshape(1, 5)}, info
+
+
+def test_a_mask_of_two_axes_in_stacked_frames() -> None:
+    env = VecFrameStack(DummyVecEnv([Board] * 2), 3)
+    assert env.observation_space["action_mask"].shape == (1, 15)  # type: ignore[index]
+    model = DualClipPPO("MultiInputPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(64)
+    evaluate_policy(model, env, n_eval_episodes=4, warn=False)
+
+
+class InParts(Forbids):
+    """Gives one part for each dimension, as gymnasium's ``MultiDiscrete.sample`` takes them."""
+
+    def _next(self) -> tuple[Any, dict[str, Any]]:
+        obs, _ = super()._next()
+        return obs, {"action_mask": (self._mask[:3], self._mask[3:])}
+
+
+def test_a_mask_in_parts() -> None:
+    env = make_vec_env(lambda: InParts("multi-discrete", "info"), n_envs=2, seed=0)
+    model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(64)
+    evaluate_policy(model, env, n_eval_episodes=4)
+    action, _ = model.predict(np.zeros(3, np.float32), action_masks=([False, True, False], [True, False]))  # type: ignore[arg-type]
+    assert action.tolist() == [1, 0]
+
+
+class Late(Forbids):
+    """Allows everything at first, and says so by saying nothing."""
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        obs, _ = super().reset(**kwargs)
+        self._mask[:] = True
+        return obs, {}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.__name__)
+def test_masks_that_come_with_steps_alone_are_not_passed_over(algorithm: Any) -> None:
+    env = make_vec_env(lambda: Late("discrete", "info"), n_envs=2, seed=0)
+    model = algorithm("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[algorithm])
+    with pytest.raises(
+        ValueError, match=r'gives info\["action_mask"\] with a step, and none was found when it was reset'
+    ):
+        model.learn(16)
+    with pytest.raises(AssertionError, match="is not allowed"):
+        model.learn(1000, use_masking=False)
+
+
+def test_masks_of_some_environments_are_not_passed_over() -> None:
+    env = DummyVecEnv([lambda: Forbids("discrete", "none"), lambda: Forbids("discrete", "method")])
+    model = DualClipPPO("MlpPolicy", VecNormalize(env), seed=0, device="cpu", **ALGORITHMS[DualClipPPO])
+    with pytest.raises(ValueError, match="environment 1 has action_masks, which must be a method, and of all environ"):
+        model.learn(16)
+
+
+def test_masks_in_an_attribute_are_not_passed_over() -> None:
+    env = Forbids("discrete", "none")
+    env.action_masks = np.ones(5, bool)  # type: ignore[method-assign, assignment]
+    model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO])
+    with pytest.raises(ValueError, match="environment 0 has action_masks, which must be a method"):
+        model.learn(16)
+
+
+TAXI = "Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.__name__)
+def test_the_taxi_of_gymnasium(algorithm: Any, vec_env_cls: Any) -> None:
+    """Its masks stand in its infos, and follow from the state that it shows."""
+    taxi: Any = gym.make(TAXI).unwrapped
+    in_processes = {"start_method": "fork"} if vec_env_cls is SubprocVecEnv else {}
+    env = make_vec_env(
+        TAXI, 2, seed=0, env_kwargs={"max_episode_steps": 7}, vec_env_cls=vec_env_cls, vec_env_kwargs=in_processes
+    )
+    try:
+        model = algorithm("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[algorithm]).learn(32)
+        model.learn(32, reset_num_timesteps=False)
+        evaluate_policy(model, env, n_eval_episodes=2)
+    finally:
+        env.close()
+    buffer = model.rollout_buffer
+    rows = list(zip(*(x.reshape(-1, x.shape[-1]) for x in (buffer.observations, buffer.action_masks)), strict=True))
+    assert len(rows) >= 28
+    for state, mask in rows:
+        assert np.array_equal(mask, taxi.action_mask(int(state.item())))
+    actions = buffer.actions.reshape(-1).astype(int)
+    assert all(mask[action] for (_, mask), action in zip(rows, actions, strict=True))
+
+
 def test_action_masker_of_contrib() -> None:
     env = ActionMasker(Forbids("discrete", "info"), lambda one: one.unwrapped._mask)
     model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(32)
@@ -175,6 +274,10 @@ def test_a_vector_that_keeps_no_infos_of_resets(says: str) -> None:
     model = DualClipPPO("MlpPolicy", env, device="cpu", **ALGORITHMS[DualClipPPO])
     model._setup_learn(16)
     assert (model._masks is not None) == (says == "method")
+    if says == "info":
+        model.set_env(Forgets(DummyVecEnv([lambda: Late("discrete", says)])))
+        with pytest.raises(ValueError, match="a VecEnv must keep it in reset_infos"):
+            model.learn(16)
 
 
 class Notes(BaseCallback):
@@ -218,6 +321,30 @@ def test_predict_with_given_masks() -> None:
         model.predict(obs)
 
 
+@pytest.mark.parametrize("says", ["method", "info", "observation"])
+def test_the_policy_itself_is_asked_with_masks(says: str, tmp_path: Path) -> None:
+    env = make_vec_env(lambda: Forbids("multi-discrete", says), n_envs=2, seed=0)
+    model = DualClipPPO(policy_of(says), env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO])
+    obs = env.reset()
+    model.policy.predict(obs)  # type: ignore[arg-type]  # of one that was not trained with masks
+    model.learn(16).save(tmp_path / "model")
+    policy: Any
+    for policy in (model.policy, DualClipPPO.load(tmp_path / "model").policy):
+        for deterministic in (True, False):
+            evaluate_policy(policy, env, n_eval_episodes=4, deterministic=deterministic)
+        allowed = np.array([0, 0, 1, 0, 1])
+        actions, state = policy.predict(obs, action_masks=np.stack([allowed, allowed]))
+        assert (actions.tolist(), state) == ([[2, 1], [2, 1]], None)
+
+
+def test_a_policy_without_masks_at_hand_says_what_it_needs() -> None:
+    env = make_vec_env(Forbids, n_envs=2, seed=0)
+    policy = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(16).policy
+    del env
+    with pytest.raises(ValueError, match=r"action_masks=None is not allowed: this model was trained with masks"):
+        policy.predict(np.zeros(3, np.float32))
+
+
 class Says(Forbids):
     """Says a mask that is wrong, after some steps."""
 
@@ -235,12 +362,13 @@ class Says(Forbids):
     ("mask", "message"),
     [
         (np.ones(4, bool), r"it must hold 5 entries"),
+        ([True] * 10, r"it must hold 5 entries"),
         (np.full(5, 0.5), r"each True or False"),
         (["yes"] * 5, r"each True or False"),
         (None, r"it must hold 5 entries"),
         (np.zeros(5, bool), r"allows no action: \[0, 0, 0, 0, 0\]"),
     ],
-    ids=["shape", "numbers", "words", "none", "nothing"],
+    ids=["shape", "twice", "numbers", "words", "none", "nothing"],
 )
 def test_a_wrong_mask_is_named(mask: Any, message: str) -> None:
     env = DummyVecEnv([lambda: Says(None, 10**6), lambda: Says(mask, 7)])

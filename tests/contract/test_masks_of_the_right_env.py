@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ppo_ext import DualClipPPO
 from tests.contract.test_masks import ALGORITHMS, Forbids, policy_of
@@ -49,6 +50,47 @@ def test_learning_on_after_a_stop_within_a_rollout(algorithm: Any, says: str, in
         except KeyboardInterrupt:
             assert interrupts
     model.learn(40, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("says", ["method", "info"])
+def test_learning_on_after_someone_else_has_stepped_the_environments(says: str) -> None:
+    env = make(says, 2)
+    model = trained(says, env)
+    for n_steps in (3, 7, 9, 11):
+        obs = env.reset()
+        for _ in range(n_steps):
+            obs, *_ = env.step(model.predict(obs)[0])
+        model.learn(4, reset_num_timesteps=False)
+
+
+class StepsByItself(DummyVecEnv):
+    """Steps without ``step_wait()``, as vectors in one array may."""
+
+    def step(self, actions: Any) -> Any:
+        self.step_async(actions)
+        return DummyVecEnv.step_wait(self)
+
+
+def test_a_vector_with_a_step_of_its_own() -> None:
+    env = StepsByItself([lambda: Forbids("discrete", "info")] * 2)
+    model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(64)
+    evaluate_policy(model, env, n_eval_episodes=4, warn=False)
+
+
+@pytest.mark.parametrize("keeps_info", [True, False])
+def test_one_environment_in_a_loop(keeps_info: bool) -> None:
+    """Also where the info of a reset is passed over, and the one at hand is of the episode before."""
+    env = Forbids("discrete", "info")
+    model = trained("info", make("info", 2))
+    obs, info = env.reset(seed=0)
+    for _ in range(200):
+        obs, _, is_over, _, info = env.step(model.predict(obs)[0])
+        if is_over and keeps_info:
+            obs, info = env.reset()
+        elif is_over:
+            obs, _ = env.reset()
+    assert "action_mask" in info
+    copy.deepcopy(env).reset()
 
 
 @pytest.mark.parametrize("says", CONVENTIONS)
@@ -101,8 +143,11 @@ def test_environments_without_masks_and_back() -> None:
     model = trained("method", env)
     with pytest.raises(ValueError, match="no environment was found that says which are allowed now"):
         evaluate_policy(model, free, 2)
+    with pytest.raises(ValueError, match="no environment was found that says which are allowed now"):
+        evaluate_policy(model.policy, free, 2)
     model.set_env(free)
     model.learn(32, callback=EvalCallback(free, eval_freq=4, n_eval_episodes=1, verbose=0))
+    evaluate_policy(model.policy, free, 2)
     model.set_env(env)
     model.learn(32)
     evaluate_policy(model, env, 2)

@@ -172,6 +172,10 @@ def test_what_cannot_be_trained_with_a_memory_is_refused() -> None:
         remembering(DualClipPPO, scripted(), rollout_buffer_class=OwnGet)
     with pytest.raises(ArgumentError, match="policy=OwnForward is not allowed: it has a memory, and overrides"):
         small(DualClipPPO, OwnForward, scripted())
+    model = remembering(DualClipPPO, scripted())
+    model.policy.lstm_critic.register_forward_hook(lambda *_: None)
+    with pytest.raises(ArgumentError, match=r"policy=MlpLstmPolicy.*has a lstm_critic with hooks"):
+        model.learn(16)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

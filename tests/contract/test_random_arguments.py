@@ -70,7 +70,7 @@ POLICY_KWARGS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 )
 # Each argument of each constructor has one. The sizes are small, or an example would take long.
 GOOD: dict[str, st.SearchStrategy[Any]] = {
-    "policy": st.sampled_from(["MlpPolicy", "MultiInputPolicy"]),
+    "policy": st.sampled_from(["MlpPolicy", "MultiInputPolicy", "MlpLstmPolicy"]),
     "learning_rate": st.one_of(RATE, st.just(0.0), st.just(1e6)),
     "n_steps": st.integers(1, 24),
     "batch_size": st.integers(1, 40),
@@ -118,6 +118,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "verbose": st.sampled_from([0, 1, 2, False]),
     "device": st.sampled_from(["cpu", "auto", "cuda", "meta", th.device("cpu")]),
     "torch_compile": st.just(False),
+    "sequence_length": st.sampled_from([None, 1, 2, 4]),
 }
 LEFT = {"self", "env", "_init_setup_model", "fvp_subsampling"}  # the last is an old name of another
 ACTION_SPACES = [

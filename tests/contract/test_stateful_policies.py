@@ -300,7 +300,7 @@ def test_log_probabilities_of_another_distribution_are_refused_before_an_update(
         (nn.BatchNorm1d(8, track_running_stats=False), "normalises by the batch, also in evaluation mode"),
         (nn.Embedding(3, 8, max_norm=1.0), "changes its weights in each pass"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "is not known to be a pure function"),
-        (nn.Sequential(nn.Linear(8, 8), nn.GRU(8, 8)), r"mlp_extractor.policy_net.0.1 \(GRU\) is not known"),
+        (nn.Sequential(nn.Linear(8, 8), nn.RNN(8, 8)), r"mlp_extractor.policy_net.0.1 \(RNN\) is not known"),
     ],
 )
 def test_what_is_known_to_be_pure(module: nn.Module, reason: str | None) -> None:

@@ -9,7 +9,15 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_ppo_ext.common.rollout.recurrence import as_torch, by_layers, from_torch, n_state, step_by_step, unrolled
+from sb3_ppo_ext.common.rollout.recurrence import (
+    as_torch,
+    by_layers,
+    from_torch,
+    n_state,
+    one_step,
+    step_by_step,
+    unrolled,
+)
 
 N, LENGTH, N_FEATURES, HIDDEN = 4, 6, 3, 5
 STARTS = th.tensor(
@@ -76,6 +84,16 @@ def test_all_ways_agree_gradients_and_all(way: Any, kind: Any, kwargs: dict[str,
         results.append([outputs, *th.autograd.grad((weights * outputs).sum(), [features, *rnn.parameters()])])
     for expected, actual in zip(*results, strict=True):
         assert th.allclose(expected, actual)
+
+
+@pytest.mark.parametrize(("kind", "kwargs"), LAYERS)
+def test_one_step_is_the_first_of_many(kind: Any, kwargs: dict[str, Any]) -> None:
+    rnn, features, state = case(kind, kwargs)
+    one = features.view(N, LENGTH, -1)[:, 0]
+    for ours, theirs in zip(
+        one_step(rnn, one, state), step_by_step(rnn, one, state, th.zeros(N, dtype=th.float64)), strict=True
+    ):
+        assert th.allclose(ours, theirs)
 
 
 def test_one_step_of_an_lstm_by_hand() -> None:

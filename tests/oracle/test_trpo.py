@@ -18,8 +18,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from sb3_ppo_ext import TRPO
 from sb3_ppo_ext.common.rollout import data
-from sb3_ppo_ext.common.update.surrogate import Surrogate
-from sb3_ppo_ext.trpo import PolicyStep
+from sb3_ppo_ext.common.update.surrogate import PolicyStep, Surrogate
 from tests.custom import OverridesForward
 from tests.envs import BOX, DICT, IMAGE, scripted
 

@@ -13,13 +13,13 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.masks import KEY, METHOD, checked_masks, choices_of, convention_of
-from sb3_ppo_ext.common.rollout.present_infos import present_infos
+from sb3_ppo_ext.common.rollout.masks import KEY, METHOD, checked_masks, choices_of, convention_of, of_newest_frame
+from sb3_ppo_ext.common.rollout.present_infos import present_info, present_infos
 
 _FRAMES = 8  # how far up the stack the environments are looked for
 
 
-def masks_where_acting(n: int, action_space: spaces.Space[Any]) -> np.ndarray | None:
+def masks_where_acting(n: int, action_space: spaces.Space[Any]) -> tuple[np.ndarray | None, bool]:
     """
     The masks of the environments that are being acted in by whoever called ``predict``: ``evaluate_policy``, callbacks
     and the RL Zoo's commands give the observations alone, and have the environments in a local variable. The nearest
@@ -27,20 +27,22 @@ def masks_where_acting(n: int, action_space: spaces.Space[Any]) -> np.ndarray | 
 
     :param n: number of observations
     :param action_space: of the policy
-    :return: True where an action is allowed, shape ``(n, n_choices)``; None if these environments say nothing but in
-        their observations, or none are found
+    :return: True where an action is allowed, shape ``(n, n_choices)``, or None if these environments say nothing but in
+        their observations, or none are found; and whether masks are to be heeded, which sb3-contrib's
+        ``evaluate_policy(use_masking=False)`` does not
     :raises ArgumentError: if the caller has several, and they do not say the same
     """
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_FRAMES):
         if frame is None:
-            return None
+            break
         found = list(_fitting(frame, n, action_space))
         if found:
             masks = _only_masks(found, frame)
-            return None if masks is None else checked_masks(masks, choices_of(action_space), step=None)
+            checked = None if masks is None else checked_masks(masks, choices_of(action_space), step=None)
+            return checked, frame.f_locals.get("use_masking") is not False
         frame = frame.f_back
-    return None
+    return None, True
 
 
 def _fitting(frame: FrameType, n: int, action_space: spaces.Space[Any]) -> Iterator[Any]:
@@ -101,7 +103,10 @@ def _masks_of(env: Any, frame: FrameType) -> Any:
         if callable(method):
             return [method()]
         info = frame.f_locals.get("info")
-        return [info[KEY]] if isinstance(info, dict) and KEY in info else None
+        if not isinstance(info, dict) or KEY not in info:
+            return None
+        mask = present_info(env, info).get(KEY)
+        return None if mask is None else [mask]
     convention = convention_of(env)
     if convention == "method":
         return env.env_method(METHOD)
@@ -110,7 +115,7 @@ def _masks_of(env: Any, frame: FrameType) -> Any:
     normalizer = unwrap_vec_normalize(env)
     if convention is None or normalizer is None or KEY not in (normalizer.norm_obs_keys or ()):
         return None
-    return normalizer.get_original_obs()[KEY]
+    return of_newest_frame(normalizer.get_original_obs()[KEY], choices_of(env.action_space))
 
 
 def _attribute(env: gym.Env[Any, Any], name: str) -> Any:

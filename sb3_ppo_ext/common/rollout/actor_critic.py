@@ -6,12 +6,14 @@ from typing import Any, Protocol
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable import distributions as maskable
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ppo_ext.common.distributions import Family, Gaussian, family_of_space
+from sb3_ppo_ext.common.distributions import Family, Gaussian
 from sb3_ppo_ext.common.policy_distributions import family_of_policy, params_of
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation, Evaluation, StepEvaluation
@@ -73,8 +75,9 @@ class ActorCritic(Protocol):
 
 class DirectActorCritic:
     """
-    Runs the networks of an SB3 policy directly, and draws actions with the same torch calls as SB3, but builds no
-    distribution object and computes only what is asked for: an action costs a pass through the actor alone.
+    Runs the networks of an SB3 policy, or of sb3-contrib's that takes masks, directly, and draws actions with the same
+    torch calls as SB3, but builds no distribution object and computes only what is asked for: an action costs a pass
+    through the actor alone.
 
     Only for a policy that it :meth:`supports`. It owns nothing and is made anew for each rollout and each update, so a
     layer that a user replaces is seen.
@@ -102,7 +105,9 @@ class DirectActorCritic:
     def __init__(self, policy: ActorCriticPolicy, *, with_params: bool = True) -> None:
         self.policy = policy
         self._with_params = with_params
-        self.family: Family = family_of_space(policy.action_space, squash_output=policy.squash_output)
+        family = family_of_policy(policy)
+        assert family is not None, "it is no policy that is supported"
+        self.family: Family = family
         self._like = next(policy.parameters()).new_empty(0)  # dtype and device
         self._action_dist: Any = policy.action_dist  # SB3's types do not say what only gSDE's has
         self._is_gaussian = isinstance(policy.action_dist, sb3.DiagGaussianDistribution)
@@ -127,14 +132,22 @@ class DirectActorCritic:
         return cls.refusal(policy) is None
 
     @classmethod
+    def overridden(cls, policy_class: type[BasePolicy]) -> bool:
+        """
+        :param policy_class: derived from SB3's, or from sb3-contrib's that takes masks
+        :return: whether it overrides methods that are not called when its networks are
+        """
+        return any(not cls._knows(name, policy_class) for name in cls._CALLS)
+
+    @classmethod
     def refusal(cls, policy: BasePolicy) -> str | None:
         """
         :param policy: to be run
         :return: why the networks must be run by the policy's methods, as the end of a sentence; None if they need not
         """
-        if not isinstance(policy, ActorCriticPolicy):
+        if not isinstance(policy, _BASES):
             return "is no actor-critic policy of Stable-Baselines3"
-        if any(name in vars(policy) or not cls._knows(name, type(policy)) for name in cls._CALLS):
+        if cls.overridden(type(policy)) or not vars(policy).keys().isdisjoint(cls._CALLS):
             return "overrides methods of Stable-Baselines3's ActorCriticPolicy"
         if type(policy.action_dist) not in _SB3_DISTRIBUTIONS or family_of_policy(policy) is None:
             return f"has a distribution of its own, {type(policy.action_dist).__name__}"
@@ -148,7 +161,8 @@ class DirectActorCritic:
     @classmethod
     def _knows(cls, name: str, policy_class: type[BasePolicy]) -> bool:
         """Whether a method of a policy is one that calling the networks one by one does the same as."""
-        return getattr(policy_class, name) is getattr(ActorCriticPolicy, name)
+        base = next(base for base in _BASES if issubclass(policy_class, base))
+        return getattr(policy_class, name, None) is getattr(base, name, None)
 
     @th.inference_mode()
     def act(self, inputs: PolicyInput) -> tuple[th.Tensor, StepEvaluation | None]:
@@ -268,12 +282,17 @@ class DirectActorCritic:
         return self.family.draw(out, noise)
 
 
+_BASES = (ActorCriticPolicy, MaskableActorCriticPolicy)  # which have the same networks
+
 _SB3_DISTRIBUTIONS = (
     sb3.DiagGaussianDistribution,
     sb3.StateDependentNoiseDistribution,
     sb3.CategoricalDistribution,
     sb3.MultiCategoricalDistribution,
     sb3.BernoulliDistribution,
+    maskable.MaskableCategoricalDistribution,
+    maskable.MaskableMultiCategoricalDistribution,
+    maskable.MaskableBernoulliDistribution,
 )
 
 

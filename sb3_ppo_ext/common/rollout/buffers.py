@@ -308,6 +308,22 @@ def minibatches(
             yield samples if isinstance(samples, RolloutSamples) else _of_sb3(samples), None
 
 
+def sequences_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> int | None:
+    """
+    What a compiled step pads minibatches of sequences to, where the last one of an epoch is smaller: unrolled, a second
+    program for it would take long to make.
+
+    :param rollout_buffer: filled
+    :param batch_size: samples in a minibatch
+    :return: the number of sequences; None where all minibatches have it, or there is no memory
+    """
+    if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.states is None:
+        return None
+    n_sequences = rollout_buffer.states.shape[0] * rollout_buffer.n_envs
+    n_of_minibatch = batch_size // rollout_buffer.sequence_length
+    return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
+
+
 def _of_sb3(samples: RolloutBufferSamples | DictRolloutBufferSamples) -> RolloutSamples:
     """What one of SB3's buffers gives, which does not know the distributions that acted."""
     return RolloutSamples(

@@ -20,7 +20,7 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
 from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
 from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
 from sb3_ppo_ext.common.rollout.final_values import FinalValues
-from sb3_ppo_ext.common.rollout.masks import ActionMasks
+from sb3_ppo_ext.common.rollout.masks import ActionMasks, check_no_masks
 from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.rollout.stop_rules import StopRule
 
@@ -42,6 +42,7 @@ class Collector:
     :param stop: when the rollout ends
     :param masks: reads which actions the environments allow; None: all
     :param acting_policy: gives the policy as it is now; ``step_by_step=True`` if it must evaluate each step at once
+    :param heeds_masks: whether masks that were not found when the environments were reset are an error
     :param keeps_final_values: whether the values of the observations are wanted that a time limit ends episodes with
     :param step_by_step: whether to evaluate each step at once, as a callback is known to change the policy within a
         rollout; the attribute becomes true when that is seen
@@ -57,6 +58,7 @@ class Collector:
         masks: ActionMasks | None,
         acting_policy: Callable[..., ActorCritic],
         *,
+        heeds_masks: bool,
         keeps_final_values: bool,
         step_by_step: bool,
     ) -> None:
@@ -68,6 +70,7 @@ class Collector:
         self._stop = stop
         self._masks = masks
         self._acting_policy = acting_policy
+        self._heeds_masks = heeds_masks
         self._keeps_final_values = keeps_final_values
         self.actor_critic = acting_policy(step_by_step=step_by_step)
         # With a memory, each step is evaluated at once in any case.
@@ -135,6 +138,8 @@ class Collector:
 
             if self._masks is not None:
                 self.last_masks = self._masks.read(new_obs)
+            elif n_steps == 0 and self._heeds_masks:
+                check_no_masks(infos)
             self.last_state = state
             algorithm.num_timesteps += env.num_envs
             callback.update_locals(

@@ -13,7 +13,7 @@ from sb3_ppo_ext.common.policy_distributions import params_of
 from sb3_ppo_ext.common.rollout.acting_env import masks_where_acting
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
-from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of
+from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of, flat_mask, of_newest_frame
 from sb3_ppo_ext.common.rollout.recurrence import check_states
 
 
@@ -46,26 +46,30 @@ def predict_masked(
     obs, is_vector = policy.obs_to_tensor(observation)
     n = PolicyInput(obs).n_rows
     masks: Any = action_masks
+    choices = choices_of(policy.action_space)
     if masks is None:
-        masks = masks_where_acting(n, policy.action_space)
+        masks, are_heeded = masks_where_acting(n, policy.action_space)
         if masks is not None and isinstance(obs, dict) and KEY in obs and obs[KEY].numel() == masks.size:
             # In training VecNormalize leaves the mask as it is; another one, around these environments, may not.
             obs[KEY] = th.as_tensor(masks, device=policy.device).to(obs[KEY].dtype).view_as(obs[KEY])
+        if not are_heeded:
+            masks = np.ones((n, sum(choices)), dtype=bool)
     if masks is None and isinstance(obs, dict) and KEY in obs:
-        masks = obs[KEY].cpu().numpy()
+        masks = of_newest_frame(obs[KEY].cpu().numpy(), choices)
     if masks is None:
         raise ArgumentError(
             "action_masks=None is not allowed: this model was trained with masks of its actions, and no environment "
             "was found that says which are allowed now. It must be an array of True and False, one for each choice"
         )
-    if n == 1 and action_masks is not None and np.ndim(action_masks[0]) == 0:
-        masks = [action_masks]
+    if n == 1 and action_masks is not None:
+        is_one = np.ndim(action_masks[0]) == 0 or flat_mask(action_masks).size == sum(choices)
+        masks = [action_masks] if is_one else masks
     if len(masks) != n:
         raise ArgumentError(
             f"action_masks of {len(masks)} environments are not allowed: there must be one mask for each of the {n} "
             "observations"
         )
-    masks = checked_masks(masks, choices_of(policy.action_space), step=None)
+    masks = checked_masks(masks, choices, step=None)
     policy.set_training_mode(False)
     actor_critic = direct_actor_critic(policy)
     family, mask = actor_critic.family, th.as_tensor(masks, device=policy.device)

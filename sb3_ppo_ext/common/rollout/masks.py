@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
+from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.present_infos import present_infos, reset_infos
 from sb3_ppo_ext.common.rollout.vec_envs import has_masks_method
 
@@ -60,7 +62,20 @@ class ActionMasks:
         :return: what reads their masks; None if they have none
         """
         convention = convention_of(env)
-        return None if convention is None else cls(env, convention)
+        if convention is None:
+            _check_that_none_has_masks(env)
+            return None
+        return cls(env, convention)
+
+    def sees_others(self, before: ActionMasks | None) -> bool:
+        """
+        Whether :meth:`read` gives the masks of the environments as they are even if someone else has stepped them
+        since the model did, as ``evaluate_policy`` between two calls of ``learn``.
+
+        :param before: what read the masks until now
+        """
+        is_watched = self.convention == "info" and before is not None and before._env is self._env
+        return self.convention == "method" or is_watched
 
     def read(self, obs: Any) -> np.ndarray:
         """
@@ -76,7 +91,7 @@ class ActionMasks:
             masks = [info.get(KEY) for info in present_infos(self._env)]
         else:
             normalizer = unwrap_vec_normalize(self._env)
-            masks = (obs if normalizer is None else normalizer.get_original_obs())[KEY]
+            masks = of_newest_frame((obs if normalizer is None else normalizer.get_original_obs())[KEY], self._choices)
         checked = checked_masks(masks, self._choices, step=self._n_read)
         self._n_read += 1
         return checked
@@ -123,6 +138,18 @@ def checked_masks(masks: Any, choices: list[int], *, step: int | None) -> np.nda
     return checked
 
 
+def of_newest_frame(masks: np.ndarray, choices: list[int]) -> np.ndarray:
+    """
+    :param masks: in observations, of which ``VecFrameStack`` may have stacked several, the newest last
+    :param choices: of each dimension of an action
+    :return: one frame of them; all, if they are no whole number of frames
+    """
+    n_frames, rest = divmod(masks[0].size, sum(choices))
+    if n_frames < 2 or rest or masks.shape[-1] % n_frames:
+        return masks
+    return masks[..., -(masks.shape[-1] // n_frames) :]
+
+
 def _as_they_should_be(masks: Any, size: int) -> np.ndarray | None:
     """All masks at once, if they have the right size and hold True and False (or 1 and 0); None if some do not."""
     try:
@@ -141,9 +168,7 @@ def _as_they_should_be(masks: Any, size: int) -> np.ndarray | None:
 
 def _checked_mask(mask: Any, choices: list[int], env_index: int, step: int | None) -> np.ndarray:
     size = sum(choices)
-    values = np.asarray(mask if mask is not None else []).reshape(-1)
-    if len(values) > size and len(values) % size == 0:  # of stacked frames the newest stands last
-        values = values[-size:]
+    values = flat_mask(mask)
     is_right = len(values) == size and values.dtype.kind in "biuf"
     if not is_right or (values.dtype != bool and not np.isin(values, (0, 1)).all()):
         raise ValueError(
@@ -153,8 +178,50 @@ def _checked_mask(mask: Any, choices: list[int], env_index: int, step: int | Non
     return values.astype(bool)
 
 
+def flat_mask(mask: Any) -> np.ndarray:
+    """
+    :param mask: of one environment; it may be in parts, one for each dimension, as gymnasium's ``MultiDiscrete`` has it
+    :return: in one, shape ``(n_choices,)``
+    """
+    if mask is None:
+        return np.zeros(0)
+    try:
+        return np.asarray(mask).reshape(-1)
+    except ValueError:  # parts of different lengths
+        return np.concatenate([flat_mask(part) for part in mask])
+
+
 def _where(env_index: int, step: int | None) -> str:
     return f"The action mask of environment {env_index}" + ("" if step is None else f" in step {step}")
+
+
+def _check_that_none_has_masks(env: VecEnv) -> None:
+    """
+    :param env: environments that have no method for their masks
+    :raises ArgumentError: if some of them have it, or something else of its name, as far as can be seen
+    """
+    if not isinstance(env.unwrapped, DummyVecEnv):  # a worker process ends when it is asked for what is not there
+        return
+    for index in range(env.num_envs):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            if env.get_attr(METHOD, indices=index)[0] is not None:
+                raise ArgumentError(
+                    f"env is not allowed: environment {index} has {METHOD}, which must be a method, and of all "
+                    "environments; learn(..., use_masking=False) ignores it"
+                )
+
+
+def check_no_masks(infos: list[dict[str, Any]]) -> None:
+    """
+    :param infos: of a step of environments in which no masks were found
+    :raises ArgumentError: if there are masks in them
+    """
+    if any(KEY in info for info in infos):
+        raise ArgumentError(
+            f'env is not allowed: it gives info["{KEY}"] with a step, and none was found when it was reset, so that it '
+            "is not known which actions were allowed first. It must give one there too, and a VecEnv must keep it in "
+            "reset_infos; learn(..., use_masking=False) ignores it"
+        )
 
 
 def keep_from_normalizing(env: VecEnv) -> None:

@@ -123,6 +123,34 @@ def step_by_step(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Ten
     return _over_layers(rnn, features, state, starts, _loop)
 
 
+def one_step(rnn: Rnn, features: th.Tensor, state: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :func:`step_by_step` of one step, by torch's cells.
+
+    :param rnn: recurrent layers
+    :param features: shape ``(n_sequences, n_features)``
+    :param state: shape ``(n_sequences, n_state)``, 0 where an episode begins
+    :return: outputs, and the state after the step
+    """
+    is_lstm, x, new = isinstance(rnn, nn.LSTM), features, []
+    parts = state.view(state.shape[0], -1, rnn.num_layers, rnn.hidden_size)
+    for i in range(rnn.num_layers):
+        if i:
+            x = F.dropout(x, rnn.dropout, rnn.training)
+        weights = _weights(rnn, i)
+        now = parts[:, :, i].unbind(dim=1)
+        now = th.lstm_cell(x, now, *weights) if is_lstm else (th.gru_cell(x, now[0], *weights),)
+        x = now[0]
+        new.append(now)
+    return x, th.cat([part for parts in zip(*new, strict=True) for part in parts], dim=1)
+
+
+def _weights(rnn: Rnn, layer: int) -> list[Any]:
+    """Of input and output, then their biases; looked up at the call, as torch.func.functional_call swaps them."""
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    return [getattr(rnn, f"{name}_l{layer}", None) for name in names]
+
+
 def process_sequence(
     features: th.Tensor, lstm_states: tuple[th.Tensor, ...], episode_starts: th.Tensor, lstm: Rnn
 ) -> tuple[th.Tensor, tuple[th.Tensor, ...]]:
@@ -175,12 +203,20 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
         outputs: th.Tensor = rnn(features.view(n, length, -1).transpose(0, 1), as_torch(rnn, state))[0]
         return outputs.transpose(0, 1).flatten(0, 1)
     first = begins.flatten().nonzero().flatten()  # row of each piece's beginning
-    piece = begins.flatten().cumsum(dim=0) - 1  # of each row
-    step = th.arange(n * length, device=first.device) - first[piece]
-    padded = features.new_zeros(int(step.max()) + 1, first.shape[0], features.shape[1])
-    states = state.new_zeros(first.shape[0], state.shape[1]).index_put((piece.view(n, length)[:, 0],), state)
-    padded_outputs: th.Tensor = rnn(padded.index_put((step, piece), features), as_torch(rnn, states))[0]
-    return padded_outputs[step, piece]
+    lengths = th.diff(first, append=first.new_tensor([n * length]))
+    states = state.new_zeros(first.shape[0], state.shape[1]).index_put((first % length == 0,), state)
+    results, places = [], []
+    for of_piece in (lengths > length // 2, lengths <= length // 2):  # two calls, for less padding
+        begin, of_group = first[of_piece], lengths[of_piece]
+        if not begin.numel():
+            continue
+        steps = th.arange(int(of_group.max()), device=first.device).unsqueeze(1)
+        rows, is_there = begin + steps, steps < of_group
+        padded = features[th.where(is_there, rows, begin)]
+        of_padded: th.Tensor = rnn(padded, as_torch(rnn, states[of_piece]))[0]
+        results.append(of_padded[is_there])
+        places.append(rows[is_there])
+    return th.cat(results)[th.cat(places).argsort()]
 
 
 def _over_layers(
@@ -194,11 +230,9 @@ def _over_layers(
     for i in range(rnn.num_layers):
         if i:
             x = F.dropout(x, rnn.dropout, rnn.training)
-        # Looked up at the call, so that torch.func.functional_call can swap them.
-        weights = [getattr(rnn, f"weight_{name}_l{i}") for name in ("ih", "hh")]
-        biases = [getattr(rnn, f"bias_{name}_l{i}") if rnn.bias else None for name in ("ih", "hh")]
-        of_inputs = F.linear(x, weights[0], biases[0])
-        x, *state_of_layer = layer(cell, of_inputs, keep, weights[1], biases[1], *parts[:, :, i].unbind(dim=1))
+        of_input, of_output, bias_of_input, bias_of_output = _weights(rnn, i)
+        of_inputs = F.linear(x, of_input, bias_of_input)
+        x, *state_of_layer = layer(cell, of_inputs, keep, of_output, bias_of_output, *parts[:, :, i].unbind(dim=1))
         new.append(th.stack(state_of_layer, dim=1))
     return x.transpose(0, 1).flatten(0, 1), th.stack(new, dim=2).flatten(1)
 

@@ -8,11 +8,20 @@ import torch as th
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.layers import apply, unrolled
-from sb3_ppo_ext.common.rollout.recurrence import Recurrence, by_layers, n_state, process_sequence, step_by_step
+from sb3_ppo_ext.common.rollout.purity import has_hooks
+from sb3_ppo_ext.common.rollout.recurrence import (
+    Recurrence,
+    by_layers,
+    n_state,
+    one_step,
+    process_sequence,
+    step_by_step,
+)
 from sb3_ppo_ext.common.rollout.recurrence import unrolled as unrolled_recurrence
 
 
@@ -43,6 +52,16 @@ class RecurrentActorCritic(DirectActorCritic):
         self._critic_layer = [] if policy.critic is None else unrolled(policy.critic)
         self._sizes = [n_state(rnn) for rnn in (self._rnn, self._critic_rnn) if rnn is not None]
         self.n_state = sum(self._sizes)
+
+    @classmethod
+    def refusal(cls, policy: BasePolicy) -> str | None:
+        for name in ("lstm_actor", "lstm_critic"):
+            rnn = getattr(policy, name, None)
+            if rnn is not None and (type(rnn) not in (nn.LSTM, nn.GRU) or has_hooks(rnn)):
+                return f"has a {name} with hooks, or of a class of its own"
+            if rnn is not None and (rnn.bidirectional or rnn.batch_first or rnn.proj_size):
+                return f"has a {name} that is bidirectional, a projection or batch_first"
+        return super().refusal(policy)
 
     @classmethod
     def _knows(cls, name: str, policy_class: type[BasePolicy]) -> bool:
@@ -76,11 +95,13 @@ class RecurrentActorCritic(DirectActorCritic):
     def _latents_of_step(self, x: Any, inputs: PolicyInput) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         features = apply(self._actor, x)
         vf_features = features if self.policy.share_features_extractor else apply(self._critic, x)
-        parts = self._parts(inputs)
         assert inputs.starts is not None
-        of_actor, parts[0] = step_by_step(self._rnn, features, parts[0], inputs.starts)
+        assert inputs.state is not None
+        state = inputs.state * (1.0 - inputs.starts).unsqueeze(1)
+        parts = self._parts(inputs._replace(state=state))
+        of_actor, parts[0] = one_step(self._rnn, features, parts[0])
         if self._critic_rnn is not None:
-            of_critic, parts[1] = step_by_step(self._critic_rnn, vf_features, parts[1], inputs.starts)
+            of_critic, parts[1] = one_step(self._critic_rnn, vf_features, parts[1])
         else:
             of_critic = of_actor if self._shares_rnn else apply(self._critic_layer, vf_features)
         return apply(self._actor_head, of_actor), apply(self._critic_head, of_critic), th.cat(parts, dim=1)

@@ -6,13 +6,12 @@ import base64
 import json
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 
 from sb3_ppo_ext.common.saving.files import ReadableFile, name_of_file
 from sb3_ppo_ext.common.spaces import n_action_dims
@@ -33,10 +32,13 @@ _ATTRIBUTES = (
     ("stable_baselines3.PPO", {"clip_range"}),
     ("stable_baselines3.A2C", {"gae_lambda"}),
 )
-# What a policy of sb3-contrib needs that no algorithm of this package has.
+MASKABLE_PPO = "sb3_contrib.MaskablePPO"
+RECURRENT_PPO = "sb3_contrib.RecurrentPPO"
+
+# Whose the policy or the buffer of a file is, by their modules.
 _OF_CONTRIB = {
-    "sb3_contrib.common.maskable.": "sb3_contrib.MaskablePPO",
-    "sb3_contrib.common.recurrent.": "sb3_contrib.RecurrentPPO",
+    "sb3_contrib.common.maskable.": MASKABLE_PPO,
+    "sb3_contrib.common.recurrent.": RECURRENT_PPO,
 }
 
 
@@ -102,19 +104,18 @@ def why_missing(attributes: dict[str, Any], name: str) -> Exception | None:
     return None
 
 
-def origin_of(file: ReadableFile, replaced: Collection[str] = ()) -> str:
+def origin_of(file: ReadableFile) -> str:
     """
     The algorithm whose model a file is: the one that it names, else the one whose attributes it has.
 
     :param file: a model file
-    :param replaced: names of attributes that will not be taken from it
     """
     mark = mark_of(file)
-    if mark is not None and (mark != "sb3_contrib.MaskablePPO" or "policy_class" not in replaced):
+    if mark is not None:
         return mark
     attributes = attributes_of(file)
-    if "policy_class" not in replaced:
-        module = str(attributes.get("policy_class", {}).get("__module__"))
+    for name in ("policy_class", "rollout_buffer_class"):
+        module = str((attributes.get(name) or {}).get("__module__"))
         for of_contrib, origin in _OF_CONTRIB.items():
             if module.startswith(of_contrib):
                 return origin
@@ -159,34 +160,3 @@ def whole_action_values(attributes: dict[str, Any]) -> dict[str, float]:
             stacklevel=5,
         )
     return values
-
-
-MASKABLE_PPO = "sb3_contrib.MaskablePPO"
-RECURRENT_PPO = "sb3_contrib.RecurrentPPO"
-
-# The policies of sb3-contrib's MaskablePPO, and those that have the same networks.
-_MASKABLE_POLICIES = {
-    "MaskableMultiInputActorCriticPolicy": "MultiInputPolicy",
-    "MaskableActorCriticCnnPolicy": "CnnPolicy",
-    "MaskableActorCriticPolicy": "MlpPolicy",
-}
-
-
-def of_maskable_ppo(attributes: dict[str, Any], policies: Mapping[str, type[BasePolicy]]) -> dict[str, Any]:
-    """
-    What has to be put in place of attributes of a model of sb3-contrib's MaskablePPO.
-
-    :param attributes: as :func:`attributes_of` gives them
-    :param policies: of the algorithm that is to load it, by alias
-    :raises ValueError: if its networks are others than the policies have
-    """
-    if "policy_class" not in attributes:  # another is put in its place
-        return {}
-    if isinstance(unpickled(attributes, "action_space"), spaces.MultiBinary):
-        raise ValueError(
-            "A model of sb3_contrib.MaskablePPO with MultiBinary actions cannot be loaded: it has two outputs for each "
-            "of them, the policies here have one"
-        )
-    names = [base.__name__ for base in unpickled(attributes, "policy_class").__mro__]
-    alias = next(alias for name, alias in _MASKABLE_POLICIES.items() if name in names)
-    return {"policy_class": policies[alias], "_is_masked": True}

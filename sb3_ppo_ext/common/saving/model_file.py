@@ -66,7 +66,7 @@ def replacements(
     :raises ValueError: if the model is of another algorithm
     """
     replaced = custom_objects.keys() | given.keys()
-    origin = origin_of(file, replaced)
+    origin = origin_of(file)
     check_origin(origin, algorithm, also, path)
     attributes = attributes_of(file)
     missing = why_missing(attributes, "rollout_buffer_class")

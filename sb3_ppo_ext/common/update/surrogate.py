@@ -1,9 +1,10 @@
-"""The surrogate objective of a rollout that is too large for one pass."""
+"""The surrogate objective of a rollout that is too large for one pass, and a step on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch as th
 from torch import nn
@@ -15,6 +16,36 @@ from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation
 from sb3_ppo_ext.common.update.reduce import Reducer
 from sb3_ppo_ext.numerics import flatten
+
+
+class PolicyStep(NamedTuple):
+    """
+    What became of the step of the policy in one update.
+
+    :param status: "accepted", or why the step was not taken: "constraint", "improvement" (the line search found no
+        point within the trust region, or none that improves enough), "zero_gradient", "not_positive_definite",
+        "non_finite"
+    :param objective: surrogate objective before the step
+    :param kl: mean KL(old || new) of the step that was taken, 0 if none
+    :param fraction: of the full step that was taken, 0 if none
+    :param predicted_improvement: of the objective, to first order, for the last step tried
+    :param actual_improvement: of the objective by the last step tried
+    :param cg_steps: steps of conjugate gradient
+    :param cg_residual: its relative residual
+    :param gradients: of minus the objective before the step, one for each parameter of the actor
+    :param reverse_kl: mean KL(new || old) of the step that was taken, 0 if none
+    """
+
+    status: str
+    objective: float
+    kl: float = 0.0
+    fraction: float = 0.0
+    predicted_improvement: float = 0.0
+    actual_improvement: float = 0.0
+    cg_steps: int = 0
+    cg_residual: float = 0.0
+    gradients: Sequence[th.Tensor] = ()
+    reverse_kl: float = 0.0
 
 
 @dataclass(frozen=True)

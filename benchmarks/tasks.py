@@ -1,0 +1,127 @@
+"""What the process of a side does again and again; as a rule, one iteration of ``learn()``."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+MAXRSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
+
+
+class Turn(NamedTuple):
+    """
+    :param steps: of the environments, in one iteration
+    :param seconds: for all of it
+    :param collect: seconds of it in ``collect_rollouts``
+    :param train: seconds of it in ``train``
+    :param cpu: seconds of processor time
+    """
+
+    steps: int
+    seconds: float
+    collect: float
+    train: float
+    cpu: float
+
+    @property
+    def rest(self) -> float:
+        """Seconds of it in neither: logging, and what else ``learn`` does."""
+        return self.seconds - self.collect - self.train
+
+
+class Task(ABC):
+    """What a process does again and again."""
+
+    device = "cpu"
+
+    @abstractmethod
+    def turn(self) -> Turn:
+        """One iteration."""
+
+    def peak_memory(self) -> dict[str, float]:
+        """The most that the process has had so far, in MiB; and on the CUDA device, what torch had."""
+        peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MIB}
+        with contextlib.suppress(OSError, IndexError):
+            # getrusage's maximum begins, on Linux, with the memory that the parent had.
+            status = Path("/proc/self/status").read_text()
+            peaks["host"] = int(re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[0]) / 2**10
+        th = sys.modules.get("torch")
+        if th is not None and th.cuda.is_initialized():
+            peaks["device"] = th.cuda.max_memory_allocated() / 2**20
+        return peaks
+
+
+class Training(Task):
+    """
+    Iterations of ``learn()``, ``collect_rollouts`` and ``train`` timed apart.
+
+    :param model: to be trained
+    :param n_samples: in a rollout; at least 1
+    :param actions: file that the actions of the first iteration are written to, if it does not exist yet
+    :param device: name of what the networks are on
+    :param wait: until the device has done what it was told
+    """
+
+    def __init__(
+        self, model: OnPolicyAlgorithm, n_samples: int, actions: Path, device: str, wait: Callable[[], object]
+    ) -> None:
+        self.device = device
+        self.model = model
+        self._n_samples = n_samples
+        self._wait = wait
+        self._actions = actions
+        self._seconds: dict[str, float] = {}
+        for name in ("collect_rollouts", "train"):
+            setattr(model, name, self._timed(name, getattr(model, name)))
+
+    def _clock(self) -> float:
+        self._wait()
+        return time.perf_counter()
+
+    def _timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self._clock()
+            result = method(*args, **kwargs)
+            self._seconds[name] = self._clock() - start
+            return result
+
+        return timed
+
+    def turn(self) -> Turn:
+        """One iteration, at whose end the device is done."""
+        return self._iteration() if self._actions.exists() else self._recorded_iteration()
+
+    def _iteration(self) -> Turn:
+        steps = self.model.num_timesteps
+        start, cpu = self._clock(), time.process_time()
+        self.model.learn(self._n_samples, reset_num_timesteps=False)
+        seconds, cpu = self._clock() - start, time.process_time() - cpu
+        steps = self.model.num_timesteps - steps
+        return Turn(steps, seconds, self._seconds["collect_rollouts"], self._seconds["train"], cpu)
+
+    def _recorded_iteration(self) -> Turn:
+        """Its actions are written to the file as the environment got them."""
+        env: Any = self.model.env
+        step, actions = env.step, []
+
+        def recording_step(action: np.ndarray) -> Any:
+            actions.append(np.array(action))
+            return step(action)
+
+        env.step = recording_step
+        turn = self._iteration()
+        del env.step
+        np.save(self._actions, np.stack(actions))
+        return turn

@@ -33,7 +33,7 @@ import yaml
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
-from benchmarks.memory_cases import TASKS, settings
+from benchmarks.memory_cases import LEFT_OUT, TASKS, settings
 from sb3_ppo_ext.zoo import ALGORITHMS, ZooExperimentManager, register
 
 RESULTS = Path(__file__).parent / "results" / "memory"
@@ -213,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Run(task, algo, memory, seed)
         for task in args.tasks
         for algo in args.algos
+        if (task, algo) not in LEFT_OUT
         for memory in policies
         for seed in range(args.seeds)
     ]

@@ -84,7 +84,7 @@ _OF_TASK: dict[str, tuple[float, dict[str, int]]] = {
     "popgym-RepeatFirstEasy-v0": (0.0, _ANSWERS),
 }
 
-# Not trained: a batch of REINFORCE, an episode of each environment, is 1600 steps of this task, and 300 000 steps are 190
+# Not trained: a batch of REINFORCE, an episode of each environment, is 1600 steps of this task; 300 000 steps are 190
 # updates, in which it learns nothing.
 LEFT_OUT = {("PendulumNoVel-v1", "reinforce")}
 

@@ -14,6 +14,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import check_policy_class, keywords_of
@@ -95,6 +96,9 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
             **kwargs,
         ).to(algorithm.device)
         check_policy_class(type(policy), given)  # of a function in a class's place, what it returns
+        is_dict = isinstance(algorithm.observation_space, spaces.Dict)
+        if is_dict and type(getattr(policy, "features_extractor", None)) is FlattenExtractor:
+            raise TypeError("its features extractor takes one array, and the observations are several")
     return policy
 
 

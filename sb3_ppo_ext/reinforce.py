@@ -386,7 +386,7 @@ class REINFORCE(OnPolicyAlgorithm):
         one = rollout.rows(slice(0, 1))
         first = actor_critic.evaluate_actor(one.inputs, one.actions)
         actor_parameters = reached(first.log_prob, self.policy.parameters())
-        pad_to = self.batch_size // rollout.length
+        pad_to = max(1, self.batch_size // rollout.length)
         value_loss = fit_critic(
             self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=pad_to),
             self.policy,

@@ -192,10 +192,19 @@ class RolloutBuffer(sb3.RolloutBuffer):
             if self.action_masks is not None:
                 inputs = inputs._replace(mask=self._to_flat(self.action_masks))
             if self.states is not None:
+                self._check_states(self.states)
                 starts = self._to_flat(self.episode_starts).flatten()
                 inputs = inputs._replace(state=self._to_flat(self.states), starts=starts)
             self._flat_inputs = inputs, self._to_flat(actions)
         return self._flat_inputs
+
+    def _check_states(self, states: np.ndarray) -> None:
+        n_steps, length = len(self.episode_starts), self.sequence_length
+        if states.shape[:2] != (-(-n_steps // length), self.n_envs):
+            raise ValueError(
+                f"The rollout buffer has {n_steps} steps of {self.n_envs} environment(s), in sequences of {length}, and "
+                f"states of shape {states.shape}: a callback that adds samples must add the state before each sequence"
+            )
 
     def inputs_so_far(self) -> tuple[PolicyInput, th.Tensor]:
         """

@@ -202,8 +202,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
         n_steps, length = len(self.episode_starts), self.sequence_length
         if states.shape[:2] != (-(-n_steps // length), self.n_envs):
             raise ValueError(
-                f"The rollout buffer has {n_steps} steps of {self.n_envs} environment(s), in sequences of {length}, and "
-                f"states of shape {states.shape}: a callback that adds samples must add the state before each sequence"
+                f"The rollout buffer has {n_steps} steps of {self.n_envs} environment(s), in sequences of {length}, "
+                f"and states of shape {states.shape}: a callback that adds samples must add the state before each "
+                "sequence"
             )
 
     def inputs_so_far(self) -> tuple[PolicyInput, th.Tensor]:

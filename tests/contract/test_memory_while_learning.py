@@ -18,6 +18,7 @@ from torch import nn
 from sb3_ppo_ext import REINFORCE, DualClipPPO
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.recurrent_policies import RecurrentActorCriticPolicy
+from sb3_ppo_ext.common.rollout.buffers import sequences_to_pad_to
 from tests.algorithms import ALGORITHMS, small
 from tests.envs import BOX, BOX_ACTIONS, DICT, ScriptedEnv, scripted
 
@@ -159,6 +160,18 @@ def test_the_length_of_sequences_follows_what_is_changed_between_two_trainings(a
     model.batch_size = 3
     with pytest.raises(ArgumentError, match="sequence_length=2 is not allowed with batch_size=3"):
         model.learn(32)
+
+
+def test_minibatches_are_padded_to_the_largest_that_there_is() -> None:
+    """In a compiled step, and where the last one is smaller than the others."""
+    buffer = remembering(DualClipPPO).learn(32).rollout_buffer  # of 4 sequences of 8 steps
+    assert [sequences_to_pad_to(buffer, batch_size) for batch_size in (8, 16, 24, 32, 64)] == [
+        None,
+        None,
+        3,
+        None,
+        None,
+    ]
 
 
 class Doubles(BaseCallback):

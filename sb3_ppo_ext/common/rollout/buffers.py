@@ -330,7 +330,7 @@ def sequences_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> i
     if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.states is None:
         return None
     n_sequences = rollout_buffer.states.shape[0] * rollout_buffer.n_envs
-    n_of_minibatch = max(1, batch_size // rollout_buffer.sequence_length)
+    n_of_minibatch = min(n_sequences, max(1, batch_size // rollout_buffer.sequence_length))
     return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
 
 

@@ -165,13 +165,20 @@ def test_the_length_of_sequences_follows_what_is_changed_between_two_trainings(a
 def test_minibatches_are_padded_to_the_largest_that_there_is() -> None:
     """In a compiled step, and where the last one is smaller than the others."""
     buffer = remembering(DualClipPPO).learn(32).rollout_buffer  # of 4 sequences of 8 steps
-    assert [sequences_to_pad_to(buffer, batch_size) for batch_size in (8, 16, 24, 32, 64)] == [
-        None,
-        None,
-        3,
-        None,
-        None,
-    ]
+    padded_to = {batch_size: sequences_to_pad_to(buffer, batch_size) for batch_size in (8, 16, 24, 32, 64)}
+    assert padded_to == {8: None, 16: None, 24: 3, 32: None, 64: None}
+
+
+def test_the_value_after_an_episode_that_the_rollout_ends_with_is_that_of_an_empty_memory() -> None:
+    model = remembering(DualClipPPO, scripted(script=((4, True, False),)))
+    model.train = lambda: None
+    model.learn(N_STEPS * N_ENVS)
+    assert model._last_episode_starts.all()
+    assert model._last_state.any()
+    nothing = th.zeros(1, N_ENVS, 4)
+    with th.no_grad():
+        values = model.policy.predict_values(th.as_tensor(model._last_obs), (nothing, nothing), th.zeros(N_ENVS))
+    assert np.allclose(model.rollout_buffer.last_values, values.flatten(), atol=1e-6)
 
 
 class Doubles(BaseCallback):

@@ -14,6 +14,7 @@ from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.update.critic import critic_loss
 from sb3_ppo_ext.common.update.fisher import fisher_vector_product
+from sb3_ppo_ext.common.update.step import reached
 from tests.algorithms import small
 from tests.envs import scripted
 from tests.pairwise import pairwise
@@ -150,6 +151,16 @@ def test_without_recurrent_weights_only_the_present_counts(rnn_type: str) -> Non
     alone = PolicyInput(samples.observations, None, th.randn(n, actor_critic.n_state), th.zeros(n))
     assert th.allclose(actor_critic.params(alone), samples.old_params, atol=1e-6)
     assert th.allclose(actor_critic.values(alone), samples.old_values, atol=1e-6)
+
+
+def test_the_values_do_not_reach_layers_that_the_critic_shares() -> None:
+    model = model_of(policy_kwargs=SHARED)
+    samples = collected(model)
+    actor_critic = direct_actor_critic(model.policy)
+    evaluated = actor_critic.evaluate_actions(samples.inputs, samples.actions).values
+    for values in (actor_critic.values(samples.inputs), evaluated):
+        assert reached(values, model.policy.lstm_actor.parameters()) == []
+        assert reached(values, model.policy.value_net.parameters()) == [*model.policy.value_net.parameters()]
 
 
 def test_minibatches_are_of_whole_sequences_and_each_comes_once() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from sb3_ppo_ext import REINFORCE, DualClipPPO
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.recurrent_policies import RecurrentActorCriticPolicy
+from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic
 from sb3_ppo_ext.common.rollout.buffers import sequences_to_pad_to
 from tests.algorithms import ALGORITHMS, small
 from tests.envs import BOX, BOX_ACTIONS, DICT, ScriptedEnv, scripted
@@ -128,6 +129,27 @@ def test_reinforce_goes_on_after_the_step_that_a_callback_stopped_at() -> None:
 class Masking(ScriptedEnv):
     def action_masks(self) -> np.ndarray:
         return np.array([False, True, True])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_all_that_is_computed_of_a_rollout_with_masks_and_memory_is_of_the_masked_distributions(algorithm: Any) -> None:
+    model = remembering(algorithm, make_vec_env(lambda: Masking(BOX, spaces.Discrete(3)), 2, seed=0))
+    model.train = lambda: None
+    model.learn(32)
+    model.policy.set_training_mode(False)
+    flat = model.rollout_buffer.flat()
+    counts = slice(None) if flat.mask is None else flat.mask
+    actor_critic = direct_actor_critic(model.policy)
+    evaluation = actor_critic.evaluate_actions(flat.inputs, flat.actions)
+    assert (flat.old_params[:, 0] == -math.inf).all()
+    for params in (
+        actor_critic.params(flat.inputs),
+        actor_critic.evaluate_actor(flat.inputs, flat.actions).params,
+        evaluation.params,
+    ):
+        assert th.allclose(params[counts], flat.old_params[counts], atol=1e-6)
+    assert th.allclose(evaluation.log_prob[counts], flat.old_log_prob[counts], atol=1e-6)
+    assert th.allclose(evaluation.values[counts], flat.old_values[counts], atol=1e-6)
 
 
 @pytest.mark.parametrize("baseline", ["value", "optimal"])

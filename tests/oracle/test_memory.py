@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from torch import nn
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic
@@ -204,6 +205,15 @@ def test_fisher_products_are_those_of_the_explicit_matrix() -> None:
             actor_critic, actor_critic.family, samples.inputs, parameters, chunks, damping=0.25
         )
         assert th.allclose(product(v), fisher @ v + 0.25 * v, atol=1e-5)
+
+
+def test_parameters_of_distributions_do_not_come_from_layers_that_cudnn_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fisher products differentiate them twice, which is an error there; on the CPU it is not."""
+    model = model_of(TRPO)
+    samples = collected(model)
+    monkeypatch.setattr(nn.LSTM, "forward", None)
+    params = direct_actor_critic(model.policy).params(samples.inputs)
+    assert th.allclose(params, samples.old_params, atol=1e-6)
 
 
 def test_the_kl_divergence_of_an_update_is_that_of_the_distributions_by_hand() -> None:

@@ -227,7 +227,9 @@ def test_masks_and_memory_together(algorithm: Any) -> None:
     actions, other = model.predict(obs, state, np.array([False, True]), action_masks=only_last)
     assert list(actions) == [5, 5]
     assert other[0].shape == (1, 2, 4)
-    assert not np.allclose(other[0][:, 0], model.predict(obs, None, action_masks=only_last)[1][0][:, 0])
+    of_nothing = model.predict(obs, None, action_masks=only_last)[1]
+    assert not np.allclose(other[0][:, 0], of_nothing[0][:, 0])
+    assert np.allclose(other[0][:, 1], of_nothing[0][:, 1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # as in test_saving.py

@@ -132,7 +132,10 @@ class Masking(ScriptedEnv):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_all_that_is_computed_of_a_rollout_with_masks_and_memory_is_of_the_masked_distributions(algorithm: Any) -> None:
+def test_all_that_is_computed_of_a_rollout_with_masks_and_memory_is_of_the_masked_distributions(
+    algorithm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_ppo_ext.reinforce._FIRST_BUFFER_SIZE", 4)  # which is to grow
     model = remembering(algorithm, make_vec_env(lambda: Masking(BOX, spaces.Discrete(3)), 2, seed=0))
     model.train = lambda: None
     model.learn(32)

@@ -15,6 +15,7 @@ from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.update.critic import critic_loss
 from sb3_ppo_ext.common.update.fisher import fisher_vector_product
+from sb3_ppo_ext.common.update.objective import ActorCriticLoss
 from sb3_ppo_ext.common.update.step import reached
 from tests.algorithms import small
 from tests.envs import scripted
@@ -225,6 +226,25 @@ def test_the_kl_divergence_of_an_update_is_that_of_the_distributions_by_hand() -
     expected = (old.exp() * (old - new)).sum(dim=1).mean().item()
     assert model.logger.name_to_value["train/kl"] == pytest.approx(expected, rel=1e-3)
     assert expected > 1e-4
+
+
+@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO])
+def test_sequences_that_fill_a_minibatch_change_nothing(algorithm: Any) -> None:
+    model = model_of(algorithm, clip_range_vf=0.1, ent_coef=0.1)
+    samples = collected(model)
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.add_(0.1 * th.randn_like(parameter))  # so that ratios are not 1
+    loss = ActorCriticLoss(model.policy_loss, normalize_advantage=True)
+    coefficients = {**model.coefficients(), "vf_coef": 0.5}
+    rows, parameters = th.tensor([5, 2, 7]), list(model.policy.parameters())
+    results = []
+    for minibatch in (samples.rows(rows), samples.padded(rows, 5)):
+        total, statistics = loss(direct_actor_critic(model.policy), minibatch, coefficients)
+        gradients = th.autograd.grad(total, parameters)
+        results.append([total, *gradients, *statistics.values()])
+    for unfilled, filled in zip(*results, strict=True):
+        assert th.allclose(unfilled, filled, atol=1e-6)
 
 
 @pytest.mark.parametrize("sequence_length", [4, 64])

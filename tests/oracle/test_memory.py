@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.update.critic import critic_loss
 from sb3_ppo_ext.common.update.fisher import fisher_vector_product
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss
+from sb3_ppo_ext.common.update.scores import score_statistics
 from sb3_ppo_ext.common.update.step import reached
 from tests.algorithms import small
 from tests.envs import scripted
@@ -279,3 +281,34 @@ def test_padding_counts_in_no_mean_of_reinforce(sequence_length: int) -> None:
         assert th.allclose(gradient, theirs, atol=1e-5)
     entropy_loss = -entropy[counts].mean().item()
     assert model.logger.name_to_value["train/entropy_loss"] == pytest.approx(entropy_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("sequence_length", [4, 16])
+def test_scores_of_episodes_are_those_by_hand(sequence_length: int) -> None:
+    """Those that the variance-optimal baseline of REINFORCE is made of: an episode is in several sequences, and others
+    are in these too."""
+    model = model_of(REINFORCE, sequence_length, episodes_per_env=2, batch_size=16, baseline="optimal")
+    samples = collected(model)
+    assert samples.mask is not None
+    index = model.rollout_buffer.episode_index()
+    seen: list[tuple[th.Tensor, th.Tensor]] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(score_statistics(*args, **kwargs))
+        return seen[-1]
+
+    with mock.patch("sb3_ppo_ext.reinforce.score_statistics", noted):
+        model._weights(direct_actor_critic(model.policy), samples, index)
+    log_probs = by_hand(model.policy, samples)[0].log_softmax(dim=1).gather(1, samples.actions.long()).flatten()
+    counted, returns = log_probs[samples.mask], samples.returns[samples.mask]
+    parameters = [*model.policy.parameters()]
+    for i in range(4):
+        is_of_episode = index.episode == i
+        score, weighted = (
+            th.cat(
+                [g.flatten() for g in th.autograd.grad(x.sum(), parameters, retain_graph=True, materialize_grads=True)]
+            )
+            for x in (counted[is_of_episode], (counted * returns)[is_of_episode])
+        )
+        assert seen[0][0][i].item() == pytest.approx(score.dot(weighted).item(), rel=1e-3, abs=1e-5)
+        assert seen[0][1][i].item() == pytest.approx(score.dot(score).item(), rel=1e-3)

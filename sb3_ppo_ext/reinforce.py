@@ -262,9 +262,10 @@ class REINFORCE(OnPolicyAlgorithm):
             is_stopped = not is_complete
         finally:
             if is_stopped:  # by the callback, after a step: learn() goes on from what followed it
-                self._last_obs = callback.locals["new_obs"]
-                self._last_episode_starts = callback.locals["dones"]
-                stop.count(callback.locals["dones"])
+                dones, state = callback.locals["dones"], callback.locals["next_state"]
+                self._last_obs, self._last_episode_starts = callback.locals["new_obs"], dones
+                self._last_state = None if state is None else state.cpu().numpy()
+                stop.count(dones)
             elif not is_complete:  # the environments are in whatever state: learn() is to reset them
                 self._last_obs = None
         return is_complete
@@ -385,7 +386,7 @@ class REINFORCE(OnPolicyAlgorithm):
         one = rollout.rows(slice(0, 1))
         first = actor_critic.evaluate_actor(one.inputs, one.actions)
         actor_parameters = reached(first.log_prob, self.policy.parameters())
-        pad_to = self.batch_size // rollout.length
+        pad_to = max(1, self.batch_size // rollout.length)
         value_loss = fit_critic(
             self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=pad_to),
             self.policy,
@@ -396,5 +397,4 @@ class REINFORCE(OnPolicyAlgorithm):
         )
         self.logger.record("train/value_loss", value_loss)
         values, returns = (rollout.counted(x).cpu().numpy() for x in (rollout.old_values, rollout.returns))
-        explained = explained_variance(values, returns)
-        self.logger.record("train/explained_variance", explained)
+        self.logger.record("train/explained_variance", explained_variance(values, returns))

@@ -185,6 +185,7 @@ def training_together(
             yield CallbackList([_as_callback(callback), _ProgressBar()]), False
         else:
             yield callback, False
+        group.gathered(None)  # what the first one's callbacks do at the end is done when any process goes on
     except BaseException as error:
         group.fail(error)
         raise

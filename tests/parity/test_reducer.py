@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.compile.program import Program
-from sb3_ppo_ext.common.rollout.episode_buffer import EpisodeBuffer
 from sb3_ppo_ext.common.update.samplers import normalized_over_processes
-
-LENGTH = 6
-EPISODES = 4
-
-
-class Noise(gym.Env[Any, Any]):
-    """Episodes of one length, with random observations and rewards."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    observation_space = spaces.Box(-1.0, 1.0, (3,), np.float32)
-    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.steps = 0
-        return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.steps += 1
-        obs = self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32)
-        return obs, float(self.np_random.normal() + action.sum()), self.steps == self._length, False, {}
+from tests.parity.noise import LENGTH, give, model_of, recorded
 
 
 class Exchange:
@@ -75,40 +48,6 @@ class Exchange:
                 tensor.copy_(sum(weight / total * theirs[i] for theirs, weight in gathered))
 
 
-def model_of(algorithm: Any, lengths: list[int], **kwargs: Any) -> Any:
-    """
-    A model whose minibatches are all of its samples, so that it does not matter how they are shuffled.
-
-    :param lengths: of the episodes of each environment
-    """
-    sizes: dict[Any, dict[str, Any]] = {
-        DualClipPPO: {"n_steps": EPISODES * LENGTH, "n_epochs": 3},
-        AdaptiveKLPPO: {"n_steps": EPISODES * LENGTH, "n_epochs": 3},
-        TRPO: {"n_steps": EPISODES * LENGTH, "n_critic_updates": 3},
-        REINFORCE: {"episodes_per_env": EPISODES, "n_critic_updates": 3, "baseline": "value"},
-    }
-    batch_size = sum(lengths) * EPISODES if algorithm is REINFORCE else len(lengths) * EPISODES * LENGTH
-    env = DummyVecEnv([partial(Noise, length) for length in lengths])
-    arguments = {"seed": 0, "device": "cpu", "batch_size": batch_size, "learning_rate": 0.01, **sizes[algorithm]}
-    return algorithm("MlpPolicy", env, **{**arguments, **kwargs})
-
-
-def give(worker: Any, whole: Any, i: int) -> None:
-    """Put the rollout of one environment into a worker's buffer."""
-    theirs, buffer = whole.rollout_buffer, worker.rollout_buffer
-    buffer.reset()
-    buffer.buffer_size = buffer.pos = theirs.buffer_size
-    inputs = ("observations", "actions", "rewards", "episode_starts", "truncated", "final_values")
-    for name in inputs:
-        setattr(buffer, name, getattr(theirs, name)[:, i : i + 1].copy())
-    buffer.full = True
-    if isinstance(buffer, EpisodeBuffer):
-        buffer.close(EPISODES)
-    for name in ("values", "log_probs", "advantages", "returns", "distribution_params"):
-        setattr(buffer, name, getattr(theirs, name)[:, i : i + 1].copy())
-    buffer.forget_flat()
-
-
 def workers_of(algorithm: Any, lengths: list[int], **kwargs: Any) -> tuple[Any, list[Any]]:
     """
     A model that has collected a rollout from all environments, and one for each environment that has its part of it.
@@ -125,7 +64,7 @@ def workers_of(algorithm: Any, lengths: list[int], **kwargs: Any) -> tuple[Any, 
         worker._reducer = exchange
         worker._logger = Logger(folder=None, output_formats=[])
         worker._current_progress_remaining = whole._current_progress_remaining
-        give(worker, whole, i)
+        give(worker, recorded(whole), i)
     return whole, workers
 
 

@@ -11,9 +11,10 @@ set ``WORLD_SIZE`` above 1, it makes one (gloo on the CPU, nccl on GPUs). Then a
 - ``total_timesteps`` and ``num_timesteps`` count the steps of all processes. During a rollout a process adds its own;
   those of the others are added at its end.
 - The first process (rank 0) logs, shows the progress bar and has the callbacks. One that ends the training ends it for
-  all, when they have completed their rollouts; what it changes of the model or of the rollout it changes in the first
-  process alone, so that it must not. Losses are logged as means over all processes, and so are maxima; the episodes are
-  those of all; the success rate and the explained variance are those of the first.
+  all, when they have completed their rollouts. Parameters that it changes are those of all from the next rollout on; a
+  hyper-parameter that it changes is an error, and a rollout it changes is that of the first process alone. Losses are
+  logged as means over all processes, and so are maxima; the episodes are those of all; the success rate and the
+  explained variance are those of the first.
 - At the start, all get the first one's parameters, state of the optimiser and statistics of ``VecNormalize``; the
   others draw from seeds of their own, and reset their environments. What differs otherwise is an error that names it.
 - The statistics of ``VecNormalize`` are put together after each rollout.
@@ -34,6 +35,7 @@ import re
 import secrets
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from sb3_ppo_ext.common.update.process_group import ProcessGroup
 
 # What may differ, or is compared or shared in another way.
-_OF_EACH = {"seed", "verbose", "tensorboard_log", "device", "start_time", "n_envs", "policy"}
+_OF_EACH = {"seed", "verbose", "tensorboard_log", "device", "start_time", "n_envs", "num_timesteps", "policy"}
 
 
 def are_several() -> bool:
@@ -72,6 +74,7 @@ class _OfRollout(NamedTuple):
     n_steps: int
     episodes: list[Any]
     statistics: list[RunningMeanStd]
+    settings: dict[str, Any]
 
 
 class Together:
@@ -96,8 +99,7 @@ class Together:
         :param arguments: of ``learn``
         :raises ArgumentError: if they are not
         """
-        descriptions = self.group.gathered({**arguments, **_description(model)})
-        _check_alike(descriptions)
+        _check_alike(self.group.gathered({**arguments, **_settings(model), **_surroundings(model)}))
         content = io.BytesIO()
         if self.group.rank == 0:
             th.save(model.get_parameters(), content)
@@ -117,10 +119,12 @@ class Together:
 
     def start_rollout(self, model: OnPolicyAlgorithm) -> None:
         """
-        Note what has been told already.
+        Let all have the first one's parameters and buffers (those of batch normalisation follow its own samples), and
+        note what has been told already.
 
         :param model: about to collect
         """
+        self.group.take_from_first([*model.policy.parameters(), *model.policy.buffers()])
         self._n_steps = model.num_timesteps
         self._episodes = list(model.ep_info_buffer or [])
 
@@ -131,6 +135,7 @@ class Together:
         :param model: that has collected
         :param is_complete: whether its rollout is; not, if a callback has ended it
         :return: whether the rollouts of all are
+        :raises ArgumentError: if a callback has changed a hyper-parameter in the first process alone
         """
         assert model.ep_info_buffer is not None
         told = set(map(id, self._episodes))
@@ -139,8 +144,10 @@ class Together:
             model.num_timesteps - self._n_steps,
             [episode for episode in model.ep_info_buffer if id(episode) not in told],
             running_statistics(model.env),
+            _settings(model),
         )
         reports = self.group.gathered(own)
+        _check_alike([report.settings for report in reports])
         others = [report for rank, report in enumerate(reports) if rank != self.group.rank]
         model.num_timesteps += sum(report.n_steps for report in others)
         for report in others:
@@ -223,23 +230,31 @@ def _seed_anew(model: OnPolicyAlgorithm, numbers: tuple[int, ...]) -> None:
     model._last_obs = None
 
 
-def _description(model: OnPolicyAlgorithm) -> dict[str, str]:
-    """What has to be the same in all processes, in words."""
-    described = {
+def _settings(model: OnPolicyAlgorithm) -> dict[str, Any]:
+    """The hyper-parameters, which have to be the same in all processes, in words."""
+    return {
         name: _in_words(value)
         for name, value in vars(model).items()
         if not name.startswith("_") and name not in _OF_EACH and _is_setting(value)
     }
+
+
+def _surroundings(model: OnPolicyAlgorithm) -> dict[str, Any]:
+    """What else has to be the same."""
     wrappers, env = [], model.env
     while isinstance(env, VecEnvWrapper):
         wrappers.append(type(env).__name__)
         env = env.venv
-    described["the environments"] = f"{model.n_envs} in {[*wrappers, *_ids(env)]}"
-    described["the parameters"] = str({name: tuple(p.shape) for name, p in model.policy.named_parameters()})
-    described["the versions"] = f"torch {th.__version__}, stable_baselines3 {stable_baselines3.__version__}"
-    for cls in (*type(model).__mro__, *type(model.policy).__mro__):
-        described[f"the code of {cls.__module__}"] = _digest(cls)
-    return described
+    package = Path(__file__).parents[1]
+    classes = {cls.__module__: cls for cls in (*type(model).__mro__, *type(model.policy).__mro__)}
+    return {
+        "num_timesteps": model.num_timesteps,
+        "the environments": f"{model.n_envs} in {[*wrappers, *_ids(env)]}",
+        "the parameters": str({name: tuple(p.shape) for name, p in model.policy.named_parameters()}),
+        "the versions": f"torch {th.__version__}, stable_baselines3 {stable_baselines3.__version__}",
+        "the code of sb3_ppo_ext": _digest("".join(path.read_text() for path in sorted(package.rglob("*.py")))),
+        **{f"the code of {module}": _digest(_source(cls)) for module, cls in classes.items()},
+    }
 
 
 def _is_setting(value: Any) -> bool:
@@ -267,14 +282,18 @@ def _ids(env: Any) -> list[str]:
         return []
 
 
-def _digest(cls: type) -> str:
+def _source(cls: type) -> str:
     try:
-        return hashlib.sha256(inspect.getsource(inspect.getmodule(cls)).encode()).hexdigest()[:12]  # type: ignore[arg-type]
-    except (OSError, TypeError):  # built in, or typed into an interpreter
-        return "unknown"
+        return inspect.getsource(sys.modules[cls.__module__])
+    except (KeyError, OSError, TypeError):  # built in, or typed into an interpreter
+        return ""
 
 
-def _check_alike(descriptions: list[dict[str, str]]) -> None:
+def _digest(code: str) -> str:
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def _check_alike(descriptions: list[dict[str, Any]]) -> None:
     first = descriptions[0]
     for rank, other in enumerate(descriptions):
         differing = [
@@ -285,5 +304,6 @@ def _check_alike(descriptions: list[dict[str, str]]) -> None:
         if differing:
             raise ArgumentError(
                 f"The processes cannot train one model: in process {rank}, {'; '.join(differing)}. All must run the "
-                "same script with the same arguments"
+                "same script with the same arguments; and a callback, which the first process alone has, must not "
+                "change any"
             )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_ext import REINFORCE, DualClipPPO
@@ -96,6 +97,53 @@ def stopped(algorithm: Any) -> dict[str, Any]:
     return {"parameters": parameters(model), "num_timesteps": (at_first, model.num_timesteps)}
 
 
+class Changing(BaseCallback):
+    """Changes the policy at the end of the first rollout, as one does that puts back the best one."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.model.num_timesteps < 64:
+            th.nn.init.zeros_(self.model.policy.value_net.bias)
+            self.model.policy.value_net.bias.data += 3.0
+
+
+class ChangingGamma(BaseCallback):
+    """Changes what the other processes do not know of."""
+
+    def _on_step(self) -> bool:
+        self.model.gamma = 0.5
+        return True
+
+
+def changed() -> dict[str, Any]:
+    """A callback changes the parameters, and layers keep statistics of what they see."""
+    model = small(
+        DualClipPPO,
+        "MlpPolicy",
+        scripted(),
+        n_epochs=1,
+        policy_kwargs={"features_extractor_class": WithBatchNorm},
+    )
+    model.learn(128, callback=Changing())
+    seen: dict[str, Any] = {"bias": model.policy.value_net.bias.item()}
+    model.learn(64, reset_num_timesteps=False)
+    return {**seen, "parameters": parameters(model)}
+
+
+class WithBatchNorm(FlattenExtractor):
+    """Observations, normalised by what was seen."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space)
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        normalized: th.Tensor = self.norm(super().forward(observations))
+        return normalized
+
+
 def checkpointed(folder: Path) -> dict[str, Any]:
     """Checkpoints, and another training that goes on from one."""
     model = small(DualClipPPO, "MlpPolicy", VecNormalize(Watched(scripted())))
@@ -115,6 +163,7 @@ def usual(folder: Path) -> None:
         "learnt": learnt(),
         "stopped": stopped(DualClipPPO),
         "stopped REINFORCE": stopped(REINFORCE),
+        "changed": changed(),
         "checkpointed": checkpointed(folder),
     }
     th.save(result, folder / f"{os.environ['RANK']}.pt")
@@ -143,6 +192,8 @@ def main(scenario: str, folder: Path) -> None:
         usual(folder)
     elif scenario == "differing":
         small(DualClipPPO, "MlpPolicy", scripted(), gamma=0.9 + 0.01 * rank).learn(100)
+    elif scenario == "gamma changed":
+        small(DualClipPPO, "MlpPolicy", scripted()).learn(100, callback=ChangingGamma())
     elif scenario == "broken in an update":
         model = small(DualClipPPO, "MlpPolicy", scripted())
         if is_last:

@@ -19,7 +19,15 @@ from tests.envs import scripted
 from tests.processes import in_new_process
 from tests.several import Ended, run
 
-SCENARIOS = {"usual": 2, "broken": 3, "broken in an update": 2, "interrupted": 2, "killed": 2, "differing": 2}
+SCENARIOS = {
+    "usual": 2,
+    "broken": 3,
+    "broken in an update": 2,
+    "interrupted": 2,
+    "killed": 2,
+    "differing": 2,
+    "gamma changed": 2,
+}
 PER_ROLLOUT = 2 * 2 * ROLLOUT  # two processes with two environments
 
 
@@ -120,6 +128,18 @@ def test_processes_that_differ_are_told_so(ended: Any) -> None:
     for process in ended[1]["differing"]:
         assert process.status != 0
         assert "in process 1, gamma is 0.91, and 0.9 in process 0. All must" in process.said
+
+
+def test_a_hyper_parameter_that_a_callback_changes_is_an_error(ended: Any) -> None:
+    for process in ended[1]["gamma changed"]:
+        assert process.status != 0
+        assert "in process 1, gamma is 0.99, and 0.5 in process 0. All must" in process.said
+
+
+def test_parameters_that_a_callback_changes_are_those_of_all(usual: Any) -> None:
+    first, second = of(usual, "changed")
+    assert first["bias"] == second["bias"] != 0.0
+    assert all(map(th.equal, first["parameters"], second["parameters"]))
 
 
 def test_nothing_of_it_is_imported_by_one_process() -> None:

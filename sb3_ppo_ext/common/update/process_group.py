@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -54,18 +54,27 @@ class ProcessGroup:
         :param tensors: of the same shapes in each process; written into
         :param weight: of this process
         """
-        kinds: dict[Any, list[th.Tensor]] = {}
-        for tensor in tensors:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        for (dtype, device), same in kinds.items():
-            own_weight = th.as_tensor(weight, dtype=dtype, device=device).reshape(1)
+        for same in _kinds(tensors):
+            own_weight = th.as_tensor(weight, dtype=same[0].dtype, device=same[0].device).reshape(1)
             message = th.cat([*(tensor.flatten() for tensor in same), own_weight])
             message[:-1] *= own_weight
             with self._explained():
                 dist.all_reduce(message)
-            means = th.split(message[:-1] / message[-1], [tensor.numel() for tensor in same])
-            for tensor, mean in zip(same, means, strict=True):
-                tensor.copy_(mean.view_as(tensor))
+            _write(message[:-1] / message[-1], same)
+
+    @th.no_grad()
+    def take_from_first(self, tensors: Iterable[th.Tensor]) -> None:
+        """
+        Put in the place of each tensor what the first process has.
+
+        :param tensors: of the same shapes in each process; written into, except in the first one
+        """
+        for same in _kinds(tensors):
+            message = th.cat([tensor.flatten() for tensor in same])
+            with self._explained():
+                dist.broadcast(message, src=0)
+            if self.rank > 0:
+                _write(message, same)
 
     def gathered(self, value: T) -> list[T]:
         """
@@ -108,10 +117,30 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:
-            raise ProcessError(f"This process ends, as {self._failure()}") from error
+            raise ProcessError(f"This process ends, as {self._failure() or _without_a_word(error)}") from error
 
-    def _failure(self) -> str:
+    def _failure(self) -> str | None:
+        """What another process has failed by, if it has told."""
         with contextlib.suppress(Exception):
             if self._store.check([_FAILURE]):
                 return str(self._store.get(_FAILURE), "utf-8", "replace")
-        return "another one has ended without a word: it was killed, or has lost its connection"
+        return None
+
+
+def _without_a_word(error: RuntimeError) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return f"another one has ended without a word: it was killed, or has lost its connection ({reason})"
+
+
+def _kinds(tensors: Iterable[th.Tensor]) -> Iterable[list[th.Tensor]]:
+    """The tensors of each dtype and device."""
+    kinds: dict[Any, list[th.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return kinds.values()
+
+
+def _write(message: th.Tensor, tensors: list[th.Tensor]) -> None:
+    parts = th.split(message, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))

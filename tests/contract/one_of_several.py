@@ -126,10 +126,20 @@ def changed() -> dict[str, Any]:
         n_epochs=1,
         policy_kwargs={"features_extractor_class": WithBatchNorm},
     )
+    collect, running_means = model._collect, []
+
+    def watched(*args: Any) -> bool:
+        running_means.append(model.policy.features_extractor.norm.running_mean.clone())
+        is_complete: bool = collect(*args)
+        return is_complete
+
+    model._collect = watched
     model.learn(128, callback=Changing())
-    seen: dict[str, Any] = {"bias": model.policy.value_net.bias.item()}
-    model.learn(64, reset_num_timesteps=False)
-    return {**seen, "parameters": parameters(model)}
+    return {
+        "bias": model.policy.value_net.bias.item(),
+        "parameters": parameters(model),
+        "running_means": running_means,
+    }
 
 
 class WithBatchNorm(FlattenExtractor):

@@ -204,6 +204,13 @@ def main(scenario: str, folder: Path) -> None:
         small(DualClipPPO, "MlpPolicy", scripted(), gamma=0.9 + 0.01 * rank).learn(100)
     elif scenario == "gamma changed":
         small(DualClipPPO, "MlpPolicy", scripted()).learn(100, callback=ChangingGamma())
+    elif scenario.startswith("killed at"):
+        model = small(DualClipPPO, "MlpPolicy", scripted())
+        model.learn(1)
+        if is_last:  # by a signal that nobody handles, wherever it is by then
+            signal.setitimer(signal.ITIMER_REAL, float(scenario.split()[-1]))
+        checkpoints = folder / scenario
+        model.learn(1_000_000, callback=SafeCheckpointCallback(16, checkpoints), reset_num_timesteps=False)
     elif scenario == "broken in an update":
         model = small(DualClipPPO, "MlpPolicy", scripted())
         if is_last:

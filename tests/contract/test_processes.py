@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.envs import scripted
 from tests.processes import in_new_process
 from tests.several import Ended, run
 
+MOMENTS = [0.1, 0.17, 0.24, 0.31, 0.38, 0.45]  # seconds; where that is in the training depends on the machine
 SCENARIOS = {
     "usual": 2,
     "broken": 3,
@@ -27,6 +29,7 @@ SCENARIOS = {
     "killed": 2,
     "differing": 2,
     "gamma changed": 2,
+    **{f"killed at {moment}": 2 for moment in MOMENTS},
 }
 PER_ROLLOUT = 2 * 2 * ROLLOUT  # two processes with two environments
 
@@ -122,6 +125,16 @@ def test_a_process_that_fails_ends_all(scenario: str, words: str, ended: Any) ->
     for other in others:
         assert other.status != 0
         assert f"ProcessError: This process ends, as {words}" in other.said
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_process_may_be_killed_at_any_moment(moment: float, ended: Any) -> None:
+    folder, of_scenarios = ended
+    first, second = of_scenarios[f"killed at {moment}"]
+    assert (first.status, second.status) == (1, -signal.SIGALRM)
+    assert "ProcessError: This process ends, as another one has ended without a word" in first.said
+    checkpoints = list((folder / f"killed at {moment}").glob("*.zip"))
+    assert all(DualClipPPO.load(path).num_timesteps > 0 for path in checkpoints)
 
 
 def test_processes_that_differ_are_told_so(ended: Any) -> None:

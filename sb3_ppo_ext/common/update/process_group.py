@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch as th
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sb3_ppo_ext.common.errors import ProcessError
 from sb3_ppo_ext.common.torch_internals import default_store
@@ -43,7 +46,13 @@ class ProcessGroup:
         :param device: of the model
         """
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            store, rank, n_processes = next(rendezvous("env://", timeout=_PATIENCE))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # On one machine, torchrun may keep the store from one attempt to the next, and in it addresses of dead
+                # processes. (For several machines, --rdzv-backend c10d makes a new one.)
+                store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=_PATIENCE)
         return cls()
 
     @th.no_grad()

@@ -104,7 +104,12 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
     "memory": (
         DualClipPPO,
         spaces.Discrete(3),
-        {"policy": "MlpLstmPolicy", "sequence_length": 2, "n_epochs": 2, "policy_kwargs": {"lstm_hidden_size": 4}},
+        {
+            "policy": "MlpLstmPolicy",
+            "sequence_length": 2,
+            "n_epochs": 2,
+            "policy_kwargs": {"lstm_hidden_size": 4, "enable_critic_lstm": False},
+        },
     ),
     "memory, gsde, dict with an image": (
         AdaptiveKLPPO,
@@ -127,7 +132,7 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
         spaces.MultiDiscrete([3, 2]),
         {
             "policy": "MlpLstmPolicy",
-            "sequence_length": 8,
+            "sequence_length": 4,
             "n_critic_updates": 2,
             "policy_kwargs": {"lstm_hidden_size": 4, "rnn_type": "gru", "n_lstm_layers": 2},
         },
@@ -140,7 +145,7 @@ CASES: dict[str, tuple[Any, spaces.Space, dict[str, Any]]] = {
             "sequence_length": 4,
             "baseline": "value",
             "n_critic_updates": 2,
-            "policy_kwargs": {"lstm_hidden_size": 4, "enable_critic_lstm": False},
+            "policy_kwargs": {"lstm_hidden_size": 4},
         },
     ),
     "reinforce, images": (

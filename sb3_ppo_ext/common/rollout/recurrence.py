@@ -5,8 +5,8 @@ A *state* is one tensor of shape ``(n_sequences, n_state)``: of each layer the o
 Where an episode begins, the state is 0, so that nothing of the one before is remembered.
 
 There are three ways to the same numbers. :func:`step_by_step` is the definition. :func:`by_layers` calls torch's own
-layer once for all sequences of a minibatch, which on the CPU is as fast as the products in it; it cannot be
-differentiated twice. :func:`unrolled` is for compiled programs, whose shapes are fixed.
+layer once for all sequences of a minibatch (twice, if episodes begin within some), which on the CPU is as fast as the
+products in it; it cannot be differentiated twice. :func:`unrolled` is for compiled programs, whose shapes are fixed.
 """
 
 from __future__ import annotations
@@ -186,8 +186,9 @@ def unrolled(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor)
 
 def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor) -> th.Tensor:
     """
-    Outputs, by one call of torch's own layers. A sequence in which an episode begins is cut there; the pieces are
-    padded at their ends to the length of the longest, and what the padding gives is left out.
+    Outputs, by one call of torch's own layers if no episode begins within a sequence. Otherwise the sequences are cut
+    there, and the long and the short pieces are padded to the length of the longest of each; what the padding gives is
+    left out.
 
     :param rnn: recurrent layers
     :param features: shape ``(n_sequences * length, n_features)``

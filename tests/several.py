@@ -29,7 +29,7 @@ class Ended(NamedTuple):
     said: str
 
 
-def run(module: str, folder: Path, scenarios: dict[str, int], timeout: float = 200.0) -> dict[str, list[Ended]]:
+def run(module: str, folder: Path, scenarios: dict[str, int], timeout: float = 600.0) -> dict[str, list[Ended]]:
     """
     :param module: that has a ``main(scenario, folder)``
     :param folder: for it to write into

@@ -247,8 +247,7 @@ class REINFORCE(OnPolicyAlgorithm):
         :return: whether all episodes were run; False if the callback ended the rollout
         """
         starts = self._last_episode_starts
-        assert starts is not None
-        assert stop is None
+        assert starts is not None and stop is None
         if starts.all():
             self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
         stop = AfterEpisodes(
@@ -264,9 +263,10 @@ class REINFORCE(OnPolicyAlgorithm):
             is_stopped = not (is_complete or stop.is_closed)
         finally:
             if is_stopped:  # by the callback, after a step: learn() goes on from what followed it
-                self._last_obs = callback.locals["new_obs"]
-                self._last_episode_starts = callback.locals["dones"]
-                stop.count(callback.locals["dones"])
+                dones, state = callback.locals["dones"], callback.locals["next_state"]
+                self._last_obs, self._last_episode_starts = callback.locals["new_obs"], dones
+                self._last_state = None if state is None else state.cpu().numpy()
+                stop.count(dones)
             elif not is_complete:  # the environments are in whatever state: learn() is to reset them
                 self._last_obs = None
         return is_complete
@@ -385,7 +385,7 @@ class REINFORCE(OnPolicyAlgorithm):
         one = rollout.rows(slice(0, 1))
         log_prob = actor_critic.evaluate_actor(one.inputs, one.actions).log_prob
         actor_parameters = reached(log_prob, self.policy.parameters())
-        pad_to = self.batch_size // rollout.length
+        pad_to = max(1, self.batch_size // rollout.length)
         value_loss = fit_critic(
             self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=pad_to),
             self.policy,

@@ -18,7 +18,7 @@ from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.compile.policy_programs import CompiledActorCritic
 from sb3_ppo_ext.common.compile.step import CompiledStep
 from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler
-from sb3_ppo_ext.common.construction import cannot_remember, say_sequence_length
+from sb3_ppo_ext.common.construction import cannot_remember, say_sequence_length, set_sequence_length
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.model import Model
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
@@ -127,8 +127,9 @@ class OnPolicyAlgorithm(Model):
         For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled, and
         with environments that it could not learn.
 
-        :raises ValueError: if ``torch_compile=True`` cannot be had, saying what to change
+        :raises ValueError: if ``torch_compile=True`` or sequences of such a length cannot be had, saying what to change
         """
+        set_sequence_length(self)
         if self.torch_compile:
             check_can_compile(self._actor_critic(), self.policy.optimizer)
             check_compiler(self.device)

@@ -14,6 +14,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import check_policy_class, keywords_of
@@ -95,6 +96,9 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
             **kwargs,
         ).to(algorithm.device)
         check_policy_class(type(policy), given)  # of a function in a class's place, what it returns
+        is_dict = isinstance(algorithm.observation_space, spaces.Dict)
+        if is_dict and type(getattr(policy, "features_extractor", None)) is FlattenExtractor:
+            raise TypeError("its features extractor takes one array, and the observations are several")
     return policy
 
 
@@ -103,9 +107,9 @@ _LONGEST_SEQUENCE = 16
 _SHORT_SEQUENCE = 8
 
 
-def sequence_length(algorithm: Any) -> int:
+def set_sequence_length(algorithm: Any) -> None:
     """
-    The steps through which gradients go back in time; 1 for a policy without a memory.
+    Tell the rollout buffer through how many steps gradients go back in time, if the policy has a memory.
 
     :param algorithm: with its policy and its rollout buffer
     :raises ArgumentError: if ``sequence_length`` does not fit the policy, or the rollout and the minibatches; or if the
@@ -118,7 +122,7 @@ def sequence_length(algorithm: Any) -> int:
                 f"sequence_length={given!r} is not allowed with policy={policy_name(algorithm)}, which has no memory: "
                 "it must be None, or the policy MlpLstmPolicy, CnnLstmPolicy or MultiInputLstmPolicy"
             )
-        return 1
+        return
     reason = refusal(algorithm.policy)
     if reason is not None:
         raise cannot_remember(algorithm, reason)
@@ -134,11 +138,11 @@ def sequence_length(algorithm: Any) -> int:
         sizes["n_steps"] = algorithm.n_steps
     if given is None:
         common = math.gcd(*sizes.values())
-        return max(n for n in range(1, _LONGEST_SEQUENCE + 1) if common % n == 0)
+        given = max(n for n in range(1, _LONGEST_SEQUENCE + 1) if common % n == 0)
     for name, size in sizes.items():
         if size % given:
             raise ArgumentError(f"sequence_length={given!r} is not allowed with {name}={size}: it must divide it")
-    return int(given)
+    buffer.sequence_length = int(given)
 
 
 def cannot_remember(algorithm: OnPolicyAlgorithm, reason: str) -> ArgumentError:

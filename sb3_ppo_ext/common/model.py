@@ -25,7 +25,6 @@ from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
 from sb3_ppo_ext.common.policy_distributions import family_of_policy
 from sb3_ppo_ext.common.recurrent_policies import RECURRENT_POLICY_ALIASES
-from sb3_ppo_ext.common.rollout.adapters import has_memory
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
 from sb3_ppo_ext.common.rollout.vec_envs import check_env
@@ -215,9 +214,6 @@ class Model(SB3OnPolicyAlgorithm):
         self._set_masked(self._is_masked)
         self._maybe_recommend_cpu()
         self._check_family()
-        length = construction.sequence_length(self)
-        if has_memory(self.policy):
-            cast(RolloutBuffer, self.rollout_buffer).sequence_length = length
         self._compiled = ProgramCache()
         self._has_said_why_slow = False
         self._policy_changes_in_rollouts = False

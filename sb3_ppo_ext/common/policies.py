@@ -20,7 +20,7 @@ from torch import nn
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
-from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, refusal
+from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
 from sb3_ppo_ext.common.update.step import reached
@@ -108,8 +108,11 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
 
     def _split_optimizer(self, learning_rate: float) -> None:
         """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
+        reason = refusal(self)
+        if reason is not None and has_memory(self):
+            raise ArgumentError(f"critic_learning_rate is not allowed with {type(self).__name__}, which {reason}")
         actor_critic: ActorCritic = (
-            direct_actor_critic(self) if refusal(self) is None else SB3ActorCritic(self, with_params=False)
+            direct_actor_critic(self) if reason is None else SB3ActorCritic(self, with_params=False)
         )
         inputs = PolicyInput(self.obs_to_tensor(_zeros(self.observation_space))[0])
         if actor_critic.n_state:

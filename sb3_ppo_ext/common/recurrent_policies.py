@@ -14,11 +14,11 @@ from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.recurrence import check_states, process_sequence
-from sb3_ppo_ext.common.validation import check_int, check_one_of
+from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of
 
 RnnType = Literal["lstm", "gru"]
 
-_REFUSED = ("batch_first", "bidirectional", "proj_size")
+_REFUSED = ("batch_first", "bidirectional", "proj_size", "dtype")
 
 
 class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
@@ -31,16 +31,22 @@ class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
         for name in ("lstm_hidden_size", "n_lstm_layers"):
             if name in kwargs:
                 check_int(name, kwargs[name], minimum=1)
+        for name in ("shared_lstm", "enable_critic_lstm"):
+            if name in kwargs:
+                check_bool(name, kwargs[name])
         if kwargs.get("shared_lstm") and kwargs.get("enable_critic_lstm", True):
             raise ArgumentError(
                 "shared_lstm=True is not allowed with enable_critic_lstm=True, which is its default: the critic uses "
                 "the actor's recurrent layers, or has its own; one of the two must be False"
             )
+        lstm_kwargs = kwargs.get("lstm_kwargs") or {}
+        if not isinstance(lstm_kwargs, dict):
+            raise ArgumentError(f"lstm_kwargs={lstm_kwargs!r} is not allowed: it must be a dict or None")
         for name in _REFUSED:
-            if (kwargs.get("lstm_kwargs") or {}).get(name):
+            if lstm_kwargs.get(name):
                 raise ArgumentError(
-                    f"lstm_kwargs={kwargs['lstm_kwargs']!r} is not allowed: the memory goes forward in time, and its "
-                    f"outputs are its state; {name} must be left out"
+                    f"lstm_kwargs={lstm_kwargs!r} is not allowed: the memory goes forward in time, its outputs are its "
+                    f"state, and it computes in the dtype of the other layers; {name} must be left out"
                 )
         super().__init__(*args, **kwargs)
         self.rnn_type = rnn_type

@@ -11,6 +11,9 @@ entry has it, inside of ``policy_kwargs`` too: the activation function, the feat
 Each number is drawn from a range of its own, which no other number changes: Optuna's samplers learn best from those.
 Numbers that depend on each other are drawn as a factor (minibatches of a rollout, high over low clip range), so that no
 combination is a contradiction. A learning rate is constant, also where the entry has a schedule.
+
+Where the entry's policy is a recurrent one, its memory is searched, too. rl_zoo3 does not tell a sampler of the policy,
+so the trial has it as an attribute, :data:`POLICY`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import optuna
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
 Params = dict[str, Any]
+
+POLICY = "policy"  # a trial's attribute: that of the entry
 
 
 def _converted(trial: optuna.Trial, convert: Callable[[Params], Params], params: Params) -> Params:
@@ -43,7 +48,15 @@ def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
     What every space has.
 
     - ``one_minus_gamma``: the horizon is the task's, and what gamma is best for it nobody knows beforehand
-    - ``net_arch``: rl_zoo3's sizes, as far as [256, 256]
+    - ``net_arch``: rl_zoo3's sizes, as far as [256, 256]; of a recurrent policy, after its memory
+
+    A recurrent policy's space has also
+
+    - ``lstm_hidden_size_pow``: how much it can remember
+    - ``sequence_length_pow``: how long it learns to remember something, against the number of independent samples. All
+      of these lengths divide all batch sizes that are drawn
+    - ``enable_critic_lstm``: whether the critic has a memory of its own, or none. It could have the actor's
+      (``shared_lstm``) only where they share their features, too, which depends on the algorithm and on the entry
 
     :param trial: to draw for
     :param n_envs: number of environments; kept with what was drawn, as a converter is given nothing else
@@ -52,6 +65,17 @@ def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
         "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.1, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["tiny", "small", "medium"]),
+        **_sample_memory(trial),
+    }
+
+
+def _sample_memory(trial: optuna.Trial) -> Params:
+    if "Lstm" not in trial.user_attrs.get(POLICY, ""):
+        return {}
+    return {
+        "lstm_hidden_size_pow": trial.suggest_int("lstm_hidden_size_pow", 4, 8),
+        "sequence_length_pow": trial.suggest_int("sequence_length_pow", 3, 5),
+        "enable_critic_lstm": trial.suggest_categorical("enable_critic_lstm", [False, True]),
     }
 
 
@@ -97,6 +121,13 @@ def _convert_common_params(sampled_params: Params) -> Params:
     """rl_zoo3's conversion, without an activation function, which none of our spaces has."""
     hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
     del hyperparams["policy_kwargs"]["activation_fn"]
+    if "sequence_length_pow" in hyperparams:
+        hyperparams["sequence_length"] = 2 ** hyperparams.pop("sequence_length_pow")
+        hyperparams["policy_kwargs"] |= {
+            "lstm_hidden_size": 2 ** hyperparams.pop("lstm_hidden_size_pow"),
+            "enable_critic_lstm": hyperparams.pop("enable_critic_lstm"),
+            "shared_lstm": False,  # an entry that has it would contradict
+        }
     return hyperparams
 
 
@@ -105,7 +136,8 @@ def convert_rollout_params(sampled_params: Params) -> Params:
     hyperparams = _convert_common_params(sampled_params)
     n_envs, n_minibatches = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_minibatches_pow")
     batch_size = hyperparams["batch_size"]
-    whole = batch_size // math.gcd(batch_size, n_envs)  # the fewest steps of all environments without a remainder
+    # The fewest steps of all environments that are whole minibatches and whole sequences.
+    whole = math.lcm(batch_size // math.gcd(batch_size, n_envs), hyperparams.get("sequence_length", 1))
     hyperparams["n_steps"] = whole * math.ceil(n_minibatches * batch_size / (whole * n_envs))
     return hyperparams
 

@@ -76,6 +76,22 @@ def test_all_of_it_learns_saves_loads_and_predicts(
     loaded.learn(64)
 
 
+@pytest.mark.parametrize("policy_kwargs", [*MEMORIES, {"n_lstm_layers": 2}], ids=str)
+def test_a_policy_alone_is_saved_and_loaded(policy_kwargs: Any, tmp_path: Path) -> None:
+    policy = remembering(DualClipPPO, scripted(), policy_kwargs=policy_kwargs).policy
+    policy.save(str(tmp_path / "policy.pth"))
+    loaded = type(policy).load(str(tmp_path / "policy.pth"))
+    obs, starts = BOX.sample()[None], np.ones(1)
+    for ours, theirs in zip(
+        policy.predict(obs, None, starts, True)[1], loaded.predict(obs, None, starts, True)[1], strict=True
+    ):
+        assert np.array_equal(ours, theirs)
+    for one in (policy, loaded):
+        assert repr(one) == repr(policy)
+        optimized = [id(p) for group in one.optimizer.param_groups for p in group["params"]]
+        assert sorted(optimized) == sorted(map(id, one.parameters()))
+
+
 class RepeatFirst(gym.Env[Any, Any]):
     """What was seen at first is to be done at the last of three steps: only one who remembers can."""
 
@@ -227,7 +243,9 @@ def test_masks_and_memory_together(algorithm: Any) -> None:
     actions, other = model.predict(obs, state, np.array([False, True]), action_masks=only_last)
     assert list(actions) == [5, 5]
     assert other[0].shape == (1, 2, 4)
-    assert not np.allclose(other[0][:, 0], model.predict(obs, None, action_masks=only_last)[1][0][:, 0])
+    of_nothing = model.predict(obs, None, action_masks=only_last)[1]
+    assert not np.allclose(other[0][:, 0], of_nothing[0][:, 0])
+    assert np.allclose(other[0][:, 1], of_nothing[0][:, 1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # as in test_saving.py

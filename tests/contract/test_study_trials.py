@@ -244,3 +244,11 @@ def test_a_trial_that_is_not_there_is_named_in_a_line(
     assert captured.err.count("\n") == 1
     assert said in captured.err
     assert not Path("no.log").exists()
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
+def test_the_memory_of_the_entrys_policy_is_searched(policy: str, tmp_path: Path) -> None:
+    study = study_of("dual_clip_ppo", "CartPole-v1", tmp_path, n_timesteps=1000, n_trials=1, n_envs=2, policy=policy)
+    assert study.trials[0].state is TrialState.PRUNED  # by its pruner, at the first evaluation
+    assert "reason" not in study.trials[0].user_attrs
+    assert ("sequence_length_pow" in study.trials[0].params) == (policy == "MlpLstmPolicy")

@@ -34,9 +34,16 @@ TASKS = {
     "InvertedPendulum-v5",
     "InvertedDoublePendulum-v5",
     "Reacher-v5",
+    "CartPoleNoVel-v1",
+    "PendulumNoVel-v1",
+    "Taxi-v3",
+    "Taxi-v4",
     "atari",
     "default",
 }
+
+# A batch of REINFORCE is 1600 steps of this task: it does not learn it in a time that an entry could ask for.
+MISSING = {("reinforce", "PendulumNoVel-v1")}
 
 # Short rollouts, each seen once.
 SMALL: dict[str, Any] = {"n_envs": 1, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
@@ -92,23 +99,31 @@ def entries(algo: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_all_tasks_have_an_entry_which_says_where_its_values_are_from(algo: str) -> None:
-    assert set(entries(algo)) == TASKS
+    tasks = {task for task in TASKS if (algo, task) not in MISSING}
+    assert set(entries(algo)) == tasks
     lines = config_path(algo).read_text().splitlines()
-    for task in TASKS:
-        first = lines.index(f"{task}:") - 1
+    for task in tasks:
+        first = next(number for number, line in enumerate(lines) if line.startswith(f"{task}:")) - 1
         while lines[first - 1].startswith("#"):
             first -= 1
         assert lines[first].startswith(("# Carried over from ", "# Tuned here", "# Default"))
 
 
-@pytest.mark.parametrize(("algo", "task"), [(algo, task) for algo in ALGORITHMS for task in sorted(TASKS)])
+@pytest.mark.parametrize(
+    ("algo", "task"),
+    [(algo, task) for algo in ALGORITHMS for task in sorted(TASKS) if (algo, task) not in MISSING],
+)
 def test_an_entry_builds_its_model_and_takes_an_update(algo: str, task: str, tmp_path: Path) -> None:
     env_id, hyperparams = task, dict(SMALL_OF.get(algo, SMALL))
     if task == "atari":
         # Its wrapper needs a real game; the stand-in is already as that wrapper would leave it.
         env_id, hyperparams["env_wrapper"] = "StandIn-v0", hyperparams.get("env_wrapper")
     elif task == "default":
-        env_id = "CartPoleNoVel-v1"
+        env_id = "MountainCarNoVel-v0"
+    elif task.startswith("Taxi") and task not in gym.registry:
+        pytest.skip(f"gymnasium {gym.__version__} has another version of {task}")
+    if "Lstm" in entries(algo)[task]["policy"]:
+        hyperparams["sequence_length"] = 8
     with built(algo, env_id, tmp_path, hyperparams) as model:
         assert type(model) is ALGOS[algo]
         for key in {"gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "use_sde"} & set(

@@ -20,7 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_ext.common.validation import value_at
 from sb3_ppo_ext.zoo import ALGORITHMS, ZooExperimentManager, register
 from sb3_ppo_ext.zoo.cli import main
-from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, SAMPLERS
+from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, POLICY, SAMPLERS
+from sb3_ppo_ext.zoo.study.trials import merge_hyperparams
 
 ON_ROLLOUTS = [algo for algo in ALGORITHMS if algo != "reinforce"]
 
@@ -33,11 +34,17 @@ def _registered() -> Iterator[None]:
     optuna.logging.set_verbosity(optuna.logging.INFO)
 
 
-def drawn(algo: str, n_trials: int, n_envs: int) -> Iterator[tuple[optuna.Trial, dict[str, Any]]]:
+POLICIES = ["MlpPolicy", "MlpLstmPolicy"]
+
+
+def drawn(
+    algo: str, n_trials: int, n_envs: int, policy: str = "MlpPolicy"
+) -> Iterator[tuple[optuna.Trial, dict[str, Any]]]:
     """Random trials, and what the sampler made of each."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=n_envs))
     for _ in range(n_trials):
         trial = study.ask()
+        trial.set_user_attr(POLICY, policy)
         yield trial, HYPERPARAMS_SAMPLER[algo](trial, 0, n_envs, {})
 
 
@@ -55,12 +62,13 @@ def test_register_adds_our_spaces_and_replaces_none(monkeypatch: pytest.MonkeyPa
         assert spaces["trpo_ext"] is theirs["trpo"]
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("n_envs", [1, 6, 8])
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_the_converter_gives_what_the_sampler_gave(algo: str, n_envs: int) -> None:
-    for trial, sampled in drawn(algo, 100, n_envs):
+def test_the_converter_gives_what_the_sampler_gave(algo: str, n_envs: int, policy: str) -> None:
+    for trial, sampled in drawn(algo, 100, n_envs, policy):
         assert HYPERPARAMS_CONVERTER[algo](trial.params) == sampled
-        noted = trial.user_attrs
+        noted = {name: value for name, value in trial.user_attrs.items() if name != POLICY}
         assert noted == {name: sampled[name] for name in noted}
         assert set(sampled) <= set(noted) | set(trial.params) | {"policy_kwargs"}
 
@@ -82,6 +90,46 @@ def test_a_rollout_is_whole_minibatches(algo: str, n_envs: int) -> None:
         assert rollout % batch_size == 0
         wanted = batch_size * 2 ** trial.params["n_minibatches_pow"]
         assert wanted <= rollout < wanted + np.lcm(batch_size, n_envs)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_of_a_recurrent_policy_the_memory_is_searched_too(algo: str) -> None:
+    without, with_memory = (
+        [trial.distributions for trial, _ in drawn(algo, 20, 8, policy)] for policy in ("CnnPolicy", "CnnLstmPolicy")
+    )
+    memory = {"lstm_hidden_size_pow", "sequence_length_pow", "enable_critic_lstm"}
+    for space in with_memory:
+        assert {name: space[name] for name in space.keys() - memory} == without[0]
+        assert memory <= set(space)
+        assert space == with_memory[0]
+
+
+@pytest.mark.parametrize("n_envs", [1, 6, 8, 1000])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_rollouts_and_minibatches_are_whole_sequences(algo: str, n_envs: int) -> None:
+    lengths = set()
+    for _, sampled in drawn(algo, 100, n_envs, "MlpLstmPolicy"):
+        length = sampled["sequence_length"]
+        lengths.add(length)
+        if algo != "reinforce":  # whose rollouts are as long as its episodes, and filled up
+            assert sampled["n_steps"] % length == 0
+            assert sampled["batch_size"] % length == 0
+            assert sampled["n_steps"] * n_envs % sampled["batch_size"] == 0
+    assert lengths == {8, 16, 32}
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_recurrent_samples_are_accepted_by_the_constructor(algo: str) -> None:
+    env = make_vec_env("CartPole-v1", 6)
+    memories = set()
+    entry = {"shared_lstm": True, "enable_critic_lstm": False}  # which a sample would contradict
+    for _, sampled in drawn(algo, 10, 6, "MlpLstmPolicy"):
+        sampled = merge_hyperparams({"policy_kwargs": entry}, sampled)
+        policy = ALGORITHMS[algo]("MlpLstmPolicy", env, device="cpu", **sampled).policy
+        assert policy.lstm_actor.hidden_size == sampled["policy_kwargs"]["lstm_hidden_size"]
+        memories.add(policy.lstm_critic is not None)
+    env.close()
+    assert memories == {False, True}
 
 
 @pytest.mark.parametrize("n_envs", [1, 8])

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from torch import nn
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.update.critic import critic_loss
 from sb3_ppo_ext.common.update.fisher import fisher_vector_product
+from sb3_ppo_ext.common.update.objective import ActorCriticLoss
+from sb3_ppo_ext.common.update.scores import score_statistics
+from sb3_ppo_ext.common.update.step import reached
 from tests.algorithms import small
 from tests.envs import scripted
 from tests.pairwise import pairwise
@@ -152,6 +157,16 @@ def test_without_recurrent_weights_only_the_present_counts(rnn_type: str) -> Non
     assert th.allclose(actor_critic.values(alone), samples.old_values, atol=1e-6)
 
 
+def test_the_values_do_not_reach_layers_that_the_critic_shares() -> None:
+    model = model_of(policy_kwargs=SHARED)
+    samples = collected(model)
+    actor_critic = direct_actor_critic(model.policy)
+    evaluated = actor_critic.evaluate_actions(samples.inputs, samples.actions).values
+    for values in (actor_critic.values(samples.inputs), evaluated):
+        assert reached(values, model.policy.lstm_actor.parameters()) == []
+        assert reached(values, model.policy.value_net.parameters()) == [*model.policy.value_net.parameters()]
+
+
 def test_minibatches_are_of_whole_sequences_and_each_comes_once() -> None:
     model = model_of(n_steps=16, batch_size=8)
     samples = collected(model)
@@ -195,6 +210,15 @@ def test_fisher_products_are_those_of_the_explicit_matrix() -> None:
         assert th.allclose(product(v), fisher @ v + 0.25 * v, atol=1e-5)
 
 
+def test_parameters_of_distributions_do_not_come_from_layers_that_cudnn_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fisher products differentiate them twice, which is an error there; on the CPU it is not."""
+    model = model_of(TRPO)
+    samples = collected(model)
+    monkeypatch.setattr(nn.LSTM, "forward", None)
+    params = direct_actor_critic(model.policy).params(samples.inputs)
+    assert th.allclose(params, samples.old_params, atol=1e-6)
+
+
 def test_the_kl_divergence_of_an_update_is_that_of_the_distributions_by_hand() -> None:
     model = model_of(AdaptiveKLPPO, n_envs=2, learning_rate=0.05, batch_size=16)
     model.learn(32)
@@ -204,6 +228,25 @@ def test_the_kl_divergence_of_an_update_is_that_of_the_distributions_by_hand() -
     expected = (old.exp() * (old - new)).sum(dim=1).mean().item()
     assert model.logger.name_to_value["train/kl"] == pytest.approx(expected, rel=1e-3)
     assert expected > 1e-4
+
+
+@pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO])
+def test_sequences_that_fill_a_minibatch_change_nothing(algorithm: Any) -> None:
+    model = model_of(algorithm, clip_range_vf=0.1, ent_coef=0.1)
+    samples = collected(model)
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.add_(0.1 * th.randn_like(parameter))  # so that ratios are not 1
+    loss = ActorCriticLoss(model.policy_loss, normalize_advantage=True)
+    coefficients = {**model.coefficients(), "vf_coef": 0.5}
+    rows, parameters = th.tensor([5, 2, 7]), list(model.policy.parameters())
+    results = []
+    for minibatch in (samples.rows(rows), samples.padded(rows, 5)):
+        total, statistics = loss(direct_actor_critic(model.policy), minibatch, coefficients)
+        gradients = th.autograd.grad(total, parameters)
+        results.append([total, *gradients, *statistics.values()])
+    for unfilled, filled in zip(*results, strict=True):
+        assert th.allclose(unfilled, filled, atol=1e-6)
 
 
 @pytest.mark.parametrize("sequence_length", [4, 64])
@@ -238,3 +281,34 @@ def test_padding_counts_in_no_mean_of_reinforce(sequence_length: int) -> None:
         assert th.allclose(gradient, theirs, atol=1e-5)
     entropy_loss = -entropy[counts].mean().item()
     assert model.logger.name_to_value["train/entropy_loss"] == pytest.approx(entropy_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("sequence_length", [4, 16])
+def test_scores_of_episodes_are_those_by_hand(sequence_length: int) -> None:
+    """Those that the variance-optimal baseline of REINFORCE is made of: an episode is in several sequences, and others
+    are in these too."""
+    model = model_of(REINFORCE, sequence_length, episodes_per_env=2, batch_size=16, baseline="optimal")
+    samples = collected(model)
+    assert samples.mask is not None
+    index = model.rollout_buffer.episode_index()
+    seen: list[tuple[th.Tensor, th.Tensor]] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(score_statistics(*args, **kwargs))
+        return seen[-1]
+
+    with mock.patch("sb3_ppo_ext.reinforce.score_statistics", noted):
+        model._weights(direct_actor_critic(model.policy), samples, index)
+    log_probs = by_hand(model.policy, samples)[0].log_softmax(dim=1).gather(1, samples.actions.long()).flatten()
+    counted, returns = log_probs[samples.mask], samples.returns[samples.mask]
+    parameters = [*model.policy.parameters()]
+    for i in range(4):
+        is_of_episode = index.episode == i
+        score, weighted = (
+            th.cat(
+                [g.flatten() for g in th.autograd.grad(x.sum(), parameters, retain_graph=True, materialize_grads=True)]
+            )
+            for x in (counted[is_of_episode], (counted * returns)[is_of_episode])
+        )
+        assert seen[0][0][i].item() == pytest.approx(score.dot(weighted).item(), rel=1e-3, abs=1e-5)
+        assert seen[0][1][i].item() == pytest.approx(score.dot(score).item(), rel=1e-3)

@@ -33,6 +33,7 @@ STARTS = th.tensor(
 LAYERS = [
     pytest.param(nn.LSTM, {}, id="lstm"),
     pytest.param(nn.LSTM, {"num_layers": 2, "bias": False}, id="lstm, two layers"),
+    pytest.param(nn.LSTM, {"num_layers": 2, "dropout": 0.9}, id="lstm, dropout that is off"),
     pytest.param(nn.GRU, {}, id="gru"),
     pytest.param(nn.GRU, {"num_layers": 2, "bias": False}, id="gru, two layers"),
 ]
@@ -40,7 +41,7 @@ LAYERS = [
 
 def case(kind: Any, kwargs: dict[str, Any]) -> tuple[Any, th.Tensor, th.Tensor]:
     th.manual_seed(0)
-    rnn = kind(N_FEATURES, HIDDEN, **kwargs).double()
+    rnn = kind(N_FEATURES, HIDDEN, **kwargs).double().eval()
     features = th.randn(N * LENGTH, N_FEATURES, dtype=th.float64, requires_grad=True)
     return rnn, features, th.randn(N, n_state(rnn), dtype=th.float64)
 
@@ -94,6 +95,25 @@ def test_one_step_is_the_first_of_many(kind: Any, kwargs: dict[str, Any]) -> Non
         one_step(rnn, one, state), step_by_step(rnn, one, state, th.zeros(N, dtype=th.float64)), strict=True
     ):
         assert th.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_dropout_between_layers_in_training_is_that_of_torch(kind: Any) -> None:
+    """Of all that passes from one layer to the next, so that nothing is left to chance."""
+    rnn, features, state = case(kind, {"num_layers": 2, "dropout": 1.0})
+    starts = th.zeros(N * LENGTH, dtype=th.float64)
+    in_evaluation = step_by_step(rnn, features, state, starts)[0]
+    rnn.train()
+    expected = rnn(features.view(N, LENGTH, -1).transpose(0, 1), as_torch(rnn, state))[0].transpose(0, 1)
+    assert not th.allclose(in_evaluation.view_as(expected), expected)
+    for outputs in (
+        step_by_step(rnn, features, state, starts)[0],
+        unrolled(rnn, features, state, starts),
+        by_layers(rnn, features, state, starts),
+    ):
+        assert th.allclose(outputs.view_as(expected), expected)
+    one = one_step(rnn, features.view(N, LENGTH, -1)[:, 0], state)[0]
+    assert th.allclose(one, expected[:, 0])
 
 
 def test_one_step_of_an_lstm_by_hand() -> None:

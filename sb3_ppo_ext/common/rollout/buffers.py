@@ -192,10 +192,20 @@ class RolloutBuffer(sb3.RolloutBuffer):
             if self.action_masks is not None:
                 inputs = inputs._replace(mask=self._to_flat(self.action_masks))
             if self.states is not None:
+                self._check_states(self.states)
                 starts = self._to_flat(self.episode_starts).flatten()
                 inputs = inputs._replace(state=self._to_flat(self.states), starts=starts)
             self._flat_inputs = inputs, self._to_flat(actions)
         return self._flat_inputs
+
+    def _check_states(self, states: np.ndarray) -> None:
+        n_steps, length = len(self.episode_starts), self.sequence_length
+        if states.shape[:2] != (-(-n_steps // length), self.n_envs):
+            raise ValueError(
+                f"The rollout buffer has {n_steps} steps of {self.n_envs} environment(s), in sequences of {length}, "
+                f"and states of shape {states.shape}: a callback that adds samples must add the state before each "
+                "sequence"
+            )
 
     def inputs_so_far(self) -> tuple[PolicyInput, th.Tensor]:
         """
@@ -320,7 +330,7 @@ def sequences_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> i
     if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.states is None:
         return None
     n_sequences = rollout_buffer.states.shape[0] * rollout_buffer.n_envs
-    n_of_minibatch = batch_size // rollout_buffer.sequence_length
+    n_of_minibatch = min(n_sequences, max(1, batch_size // rollout_buffer.sequence_length))
     return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
 
 

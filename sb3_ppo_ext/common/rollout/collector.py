@@ -73,9 +73,8 @@ class Collector:
         self._heeds_masks = heeds_masks
         self._keeps_final_values = keeps_final_values
         self.actor_critic = acting_policy(step_by_step=step_by_step)
-        # With a memory, each step is evaluated at once in any case.
-        evaluates_later = self.actor_critic.is_pure and not self.actor_critic.n_state
-        self._watch = ParameterWatch(algorithm.policy) if evaluates_later else None
+        # With a memory, each step is evaluated at once in any case, but not the final observations.
+        self._watch = ParameterWatch(algorithm.policy) if self.actor_critic.is_pure else None
         self._final_values = FinalValues(self.actor_critic)
         self._steps: list[StepEvaluation] = []
         self.last_masks: np.ndarray | None = None
@@ -86,7 +85,7 @@ class Collector:
     ) -> bool:
         """
         Step the environments until the rollout is complete. Afterwards ``last_masks`` are those of the environments as
-        they are, and ``last_state`` is what the policy remembers.
+        they are, and ``last_state`` is what the policy remembers before the algorithm's last observations.
 
         :param n_rollout_steps: as ``collect_rollouts`` got it, for callbacks to look at
         :param first_masks: which actions are allowed in the first observations
@@ -140,7 +139,6 @@ class Collector:
                 self.last_masks = self._masks.read(new_obs)
             elif n_steps == 0 and self._heeds_masks:
                 check_no_masks(infos)
-            self.last_state = state
             algorithm.num_timesteps += env.num_envs
             callback.update_locals(
                 {
@@ -158,6 +156,7 @@ class Collector:
                     "dones": dones,
                     "infos": infos,
                     "action_masks": masks,
+                    "next_state": state,
                 }
             )
             masks = self.last_masks
@@ -183,6 +182,7 @@ class Collector:
             n_steps += 1
             algorithm._last_obs = new_obs  # type: ignore[assignment]
             algorithm._last_episode_starts = dones
+            self.last_state = state
             if not is_alone and self._watch is not None and self._watch.is_touched() and self._watch.has_changed():
                 self._follow_change()
             if self._stop.is_complete(n_steps, dones):

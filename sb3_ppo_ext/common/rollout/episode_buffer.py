@@ -89,7 +89,8 @@ class EpisodeBuffer(RolloutBuffer):
     def flat(self) -> RolloutSamples:
         """
         The samples that count: those of the complete episodes, one episode after the other. Where there is a memory,
-        all sequences in which some do, with a mask of these; the last of each environment is filled up with zeros.
+        all sequences in which some do, with a mask of these; the last of each environment is filled up with its last
+        sample.
         """
         if self._flat is None:
             whole = super().flat()
@@ -99,17 +100,18 @@ class EpisodeBuffer(RolloutBuffer):
     def _sequences(self, whole: RolloutSamples) -> RolloutSamples:
         assert whole.states is not None
         n_missing = -self.buffer_size % self.sequence_length
+        steps = th.arange(self.buffer_size + n_missing, device=self._counts.device).clamp(max=self.buffer_size - 1)
 
         def padded(part: Any) -> Any:
             if part is None:
                 return None
             if isinstance(part, dict):
                 return {key: padded(tensor) for key, tensor in part.items()}
-            by_env = part.view(self.n_envs, -1, *part.shape[1:])
-            return th.cat((by_env, by_env.new_zeros(self.n_envs, n_missing, *part.shape[1:])), dim=1).flatten(0, 1)
+            return part.view(self.n_envs, -1, *part.shape[1:])[:, steps].flatten(0, 1)
 
         samples = RolloutSamples(*map(padded, whole._replace(states=None, mask=self._counts)))
         assert samples.mask is not None
+        samples.mask.view(self.n_envs, -1)[:, self.buffer_size :] = False
         counts = samples.mask.view(-1, self.sequence_length).any(dim=1)
         return samples._replace(states=whole.states).rows(counts)
 

@@ -90,7 +90,8 @@ def _recurrent_params(
 ) -> tuple[th.Tensor, tuple[np.ndarray, ...]]:
     """Parameters of the distributions without masks, and the next state, as sb3-contrib's policies have it."""
     n_layers, _, hidden_size = policy.lstm_hidden_state_shape
-    state = state or (np.zeros((n_layers, n, hidden_size)),) * 2
+    if state is None:
+        state = (np.zeros((n_layers, n, hidden_size)),) * 2
     states = tuple(th.as_tensor(part, dtype=th.float32, device=policy.device) for part in state)
     starts = th.as_tensor(np.zeros(n) if episode_start is None else episode_start, device=policy.device)
     check_states(policy.lstm_actor, n, states, starts)

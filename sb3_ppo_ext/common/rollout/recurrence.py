@@ -6,7 +6,8 @@ Where an episode begins, the state is 0, so that nothing of the one before is re
 
 There are three ways to the same numbers. :func:`step_by_step` is the definition. :func:`by_layers` calls torch's own
 layer once for all sequences of a minibatch (twice, if episodes begin within some), which on the CPU is as fast as the
-products in it; it cannot be differentiated twice. :func:`unrolled` is for compiled programs, whose shapes are fixed.
+products in it; cuDNN's cannot be differentiated twice. :func:`unrolled` is for compiled programs, whose shapes are
+fixed.
 """
 
 from __future__ import annotations

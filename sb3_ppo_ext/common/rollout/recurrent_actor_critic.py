@@ -69,7 +69,7 @@ class RecurrentActorCritic(DirectActorCritic):
         return method is getattr(RecurrentActorCriticPolicy, name) or method is process_sequence
 
     def params(self, inputs: PolicyInput | PyTorchObs) -> th.Tensor:
-        # The Fisher information is a product of derivatives, and torch's own layers cannot be differentiated twice.
+        # The Fisher information is a product of derivatives, and cuDNN's layers cannot be differentiated twice.
         inputs = PolicyInput.of(inputs)
         latent_pi = self._latent_pi(self._preprocess_batch(inputs.obs), inputs, _outputs_step_by_step)
         return self._params_by(latent_pi, self._action_out(latent_pi, inputs.mask))

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_ppo_ext.zoo.errors import StudyError
+from sb3_ppo_ext.zoo.search_spaces import POLICY
 
 # The attributes that we give to a trial.
 REASON = "reason"  # why it has failed or was pruned
@@ -111,6 +112,7 @@ def run_trial(manager: ExperimentManager, trial: optuna.Trial) -> float:
     own = copy.copy(manager)  # trials may run in threads, and each has its own discount factor
     own.normalize_kwargs = dict(manager.normalize_kwargs)
     own._hyperparams = _TrialHyperparams(manager._hyperparams, own.normalize_kwargs)
+    trial.set_user_attr(POLICY, str(own._hyperparams["policy"]))
     try:
         return float(ExperimentManager.objective(own, trial))
     except optuna.TrialPruned as pruned:

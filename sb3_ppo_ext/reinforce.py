@@ -246,8 +246,8 @@ class REINFORCE(OnPolicyAlgorithm):
         :param stop: None; the rule is this algorithm's own
         :return: whether all episodes were run; False if the callback ended the rollout
         """
-        starts = self._last_episode_starts
-        assert starts is not None and stop is None
+        starts = cast(np.ndarray, self._last_episode_starts)
+        assert stop is None
         if starts.all():
             self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
         stop = AfterEpisodes(

@@ -207,5 +207,5 @@ class AdaptiveKLPPO(ProximalAlgorithm):
                 samples = rollout.rows(rows)
                 total += family.kl(samples.old_params, actor_critic.params(samples.inputs)).sum().item()
         mean = th.tensor(total / len(rollout.old_params), dtype=th.float64)
-        self._reducer.average(mean)
+        self._reducer.average(mean, weight=len(rollout.old_params))
         return mean.item()

@@ -24,8 +24,10 @@ from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
 from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule
 from sb3_ppo_ext.common.rollout.vec_envs import time_limit
+from sb3_ppo_ext.common.update.all_episodes import AllEpisodes
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.update.objective import normalized
+from sb3_ppo_ext.common.update.reduce import concatenated
 from sb3_ppo_ext.common.update.scores import score_statistics
 from sb3_ppo_ext.common.update.step import clip_and_step, gradients_of, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
@@ -244,8 +246,7 @@ class REINFORCE(OnPolicyAlgorithm):
         :param stop: None; the rule is this algorithm's own
         :return: whether all episodes were run; False if the callback ended the rollout
         """
-        starts = self._last_episode_starts
-        assert starts is not None
+        starts = cast(np.ndarray, self._last_episode_starts)
         assert stop is None
         if starts.all():
             self._episode_length = np.zeros(env.num_envs, dtype=np.int64)
@@ -259,7 +260,7 @@ class REINFORCE(OnPolicyAlgorithm):
         is_complete = is_stopped = False
         try:
             is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, stop=stop)
-            is_stopped = not is_complete
+            is_stopped = not (is_complete or stop.is_closed)
         finally:
             if is_stopped:  # by the callback, after a step: learn() goes on from what followed it
                 dones, state = callback.locals["dones"], callback.locals["next_state"]
@@ -307,46 +308,43 @@ class REINFORCE(OnPolicyAlgorithm):
     def _weights(self, actor_critic: ActorCritic, rollout: RolloutSamples, index: EpisodeIndex) -> th.Tensor:
         """
         What the score of each sample is multiplied by: the return less the baseline, normalised and discounted if asked
-        for; 0 of those that do not count.
+        for; 0 of those that do not count. The baselines are computed from the episodes of all processes.
 
         :param index: where in its episode each is that counts
         """
-        n_episodes = self._n_episodes
-        returns = rollout.counted(rollout.returns)
+        n_episodes = self._n_episodes * self._reducer.n_processes
+        returns, values, episode, step, is_own = AllEpisodes.of(rollout, index, self._n_episodes, self._reducer)
         discount = th.ones_like(returns)
         if self.returns == "total":
             totals = returns.new_zeros(n_episodes)
-            is_first = index.step == 0
-            totals[index.episode[is_first]] = returns[is_first]
-            returns = totals[index.episode]
+            totals[episode[step == 0]] = returns[step == 0]
+            returns = totals[episode]
         elif self.discount_from == "start":
-            discount = self.gamma ** index.step.to(returns.dtype)
+            discount = self.gamma ** step.to(returns.dtype)
 
         if self.baseline == "none":
             baseline = th.zeros_like(returns)
         elif self.baseline == "mean":
-            baseline = baselines.mean_of_other_episodes(returns, index.episode, n_episodes)
+            baseline = baselines.mean_of_other_episodes(returns, episode, n_episodes)
         elif self.baseline == "optimal":
             statistics = score_statistics(
                 actor_critic,
                 rollout,
                 rollout.scattered(index.episode, elsewhere=-1),
-                rollout.scattered(returns),
-                rollout.scattered(discount),
+                rollout.scattered(returns[is_own]),
+                rollout.scattered(discount[is_own]),
                 parameters=[p for p in self.policy.parameters() if p.requires_grad],
                 chunks=self._chunks,
             )
-            baseline = baselines.optimal_of_other_episodes(*statistics)[index.episode]
+            baseline = baselines.optimal_of_other_episodes(*concatenated(self._reducer, *statistics))[episode]
         elif self.baseline == "leave_one_out" and self.returns == "total":  # one return an episode, whenever it ends
-            baseline = ((totals.sum() - totals) / (n_episodes - 1))[index.episode]
+            baseline = ((totals.sum() - totals) / (n_episodes - 1))[episode]
         elif self.baseline == "leave_one_out":
-            baseline = baselines.leave_one_out(returns, index.episode, index.step, n_episodes)
+            baseline = baselines.leave_one_out(returns, episode, step, n_episodes)
         else:
-            baseline = rollout.counted(rollout.old_values)
-        advantages = returns - baseline
-        if self.normalize_advantage:
-            advantages = normalized(advantages)
-        return rollout.scattered(discount * advantages)
+            baseline = values
+        advantages = normalized(returns - baseline) if self.normalize_advantage else returns - baseline
+        return rollout.scattered((discount * advantages)[is_own])
 
     def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples, weights: th.Tensor) -> bool:
         """
@@ -373,10 +371,11 @@ class REINFORCE(OnPolicyAlgorithm):
             entropy_sum += entropies.detach().sum()
             n_samples += len(entropies)
         parameters = list(self.policy.parameters())
-        self._reducer.average(*gradients_of(parameters))
+        totals = th.stack((policy_loss, entropy_sum, entropy_sum.new_tensor(n_samples)))
+        self._reducer.average(*gradients_of(parameters), totals)
         grad_norm = clip_and_step(self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm).item()
-        self.logger.record("train/policy_gradient_loss", policy_loss.item() / self._n_episodes)
-        self.logger.record("train/entropy_loss", -entropy_sum.item() / n_samples)
+        self.logger.record("train/policy_gradient_loss", totals[0].item() / self._n_episodes)
+        self.logger.record("train/entropy_loss", -(totals[1] / totals[2]).item())
         self.logger.record("train/grad_norm", grad_norm)
         self._log_ent_coef()
         return math.isfinite(grad_norm)
@@ -384,8 +383,8 @@ class REINFORCE(OnPolicyAlgorithm):
     def _fit_critic(self, actor_critic: ActorCritic, buffer: EpisodeBuffer) -> None:
         rollout = buffer.flat()
         one = rollout.rows(slice(0, 1))
-        first = actor_critic.evaluate_actor(one.inputs, one.actions)
-        actor_parameters = reached(first.log_prob, self.policy.parameters())
+        log_prob = actor_critic.evaluate_actor(one.inputs, one.actions).log_prob
+        actor_parameters = reached(log_prob, self.policy.parameters())
         pad_to = max(1, self.batch_size // rollout.length)
         value_loss = fit_critic(
             self._minibatch_step(critic_loss, critic_parameters(self.policy, actor_parameters), pad_to=pad_to),
@@ -394,6 +393,7 @@ class REINFORCE(OnPolicyAlgorithm):
             buffer,
             n_epochs=self.n_critic_updates,
             batch_size=self.batch_size,
+            reducer=self._reducer,
         )
         self.logger.record("train/value_loss", value_loss)
         values, returns = (rollout.counted(x).cpu().numpy() for x in (rollout.old_values, rollout.returns))

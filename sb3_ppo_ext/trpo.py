@@ -28,8 +28,8 @@ from sb3_ppo_ext.common.saving.interchange import whole_action_values
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.update.fisher import fisher_vector_product
-from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.update.reduce import averaged
+from sb3_ppo_ext.common.update.samplers import normalized_over_processes
 from sb3_ppo_ext.common.update.surrogate import PolicyStep, Surrogate
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 from sb3_ppo_ext.numerics import (
@@ -235,12 +235,13 @@ class TRPO(OnPolicyAlgorithm):
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         rollout = buffer.flat()
         if self.normalize_advantage:
-            rollout = rollout._replace(advantages=normalized(rollout.advantages))
+            (advantages,) = normalized_over_processes([rollout.advantages], self._reducer)
+            rollout = rollout._replace(advantages=advantages)
 
         step, actor_parameters = self._policy_step(actor_critic, rollout)
         if step.status in ("non_finite", "not_positive_definite", "zero_gradient"):
             warnings.warn(f"TRPO left the policy as it was in this update: {step.status}", stacklevel=2)
-        if bool(rollout.returns.isfinite().all()):
+        if all(self._reducer.gathered(bool(rollout.returns.isfinite().all()))):
             value_loss = fit_critic(
                 self._minibatch_step(
                     critic_loss,
@@ -252,6 +253,7 @@ class TRPO(OnPolicyAlgorithm):
                 buffer,
                 n_epochs=self.n_critic_updates,
                 batch_size=self.batch_size,
+                reducer=self._reducer,
             )
             self.logger.record("train/value_loss", value_loss)
         update_statistics(actor_critic, rollout.inputs, self.batch_size)
@@ -284,7 +286,8 @@ class TRPO(OnPolicyAlgorithm):
         if not bool(gradient.any()):
             return PolicyStep("zero_gradient", objective, gradients=of_loss), parameters
 
-        product = averaged(self._fisher_vector_product(actor_critic, rollout, parameters), self._reducer)
+        n_samples = len(rollout.advantages)
+        product = averaged(self._fisher_vector_product(actor_critic, rollout, parameters), self._reducer, n_samples)
         direction, cg_steps, cg_residual, cg_status = conjugate_gradient(
             product, gradient, max_steps=self.cg_max_steps, rtol=self.cg_residual_tol
         )

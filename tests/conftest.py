@@ -45,6 +45,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
+    """In place of :func:`cpu.machine_code`."""
+    layouts = [(x.dtype, x.stride(), x.shape) for x in inputs]
+
+    @th.no_grad()
+    def run(inputs: list[th.Tensor]) -> list[th.Tensor]:
+        assert layouts == [(x.dtype, x.stride(), x.shape) for x in inputs]
+        return list(graph(*inputs))
+
+    return run
+
+
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """
@@ -52,17 +64,6 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     For what does not depend on the machine code: to make it takes seconds a program.
     """
-
-    def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
-        layouts = [(x.dtype, x.stride(), x.shape) for x in inputs]
-
-        @th.no_grad()
-        def run(inputs: list[th.Tensor]) -> list[th.Tensor]:
-            assert layouts == [(x.dtype, x.stride(), x.shape) for x in inputs]
-            return list(graph(*inputs))
-
-        return run
-
     monkeypatch.setattr(cpu, "machine_code", run_as_traced)
 
 

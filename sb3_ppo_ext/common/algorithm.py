@@ -22,6 +22,7 @@ from sb3_ppo_ext.common.construction import cannot_remember, say_sequence_length
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.model import Model
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
+from sb3_ppo_ext.common.processes import Together, training_together
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic, SB3ActorCritic
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
@@ -71,8 +72,9 @@ class OnPolicyAlgorithm(Model):
     _use_masking: bool = True
     _last_state: np.ndarray | None = None  # what a policy with a memory remembers of each environment
 
-    # Puts gradients and statistics of several processes together; there is one.
+    # Puts gradients and statistics of several processes together.
     _reducer: Reducer = OneProcess()
+    _together: Together | None = None  # this process's part, where there are several
 
     def learn(
         self,
@@ -87,7 +89,8 @@ class OnPolicyAlgorithm(Model):
     ) -> Self:
         """
         As SB3: train. Where the environments say which actions are allowed, no other is taken; see
-        :mod:`sb3_ppo_ext.common.rollout.masks`.
+        :mod:`sb3_ppo_ext.common.rollout.masks`. Under ``torchrun``, all processes train one model; see
+        :mod:`sb3_ppo_ext.common.processes`.
 
         :param total_timesteps: steps to make; the last rollout may exceed them
         :param callback: called at each step, and at the beginning and the end of each rollout
@@ -101,14 +104,16 @@ class OnPolicyAlgorithm(Model):
         """
         check_bool("use_masking", use_masking)
         self._use_masking = use_masking
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        compared = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
+        with training_together(self, callback, progress_bar, compared) as (callback, progress_bar):
+            return super().learn(
+                total_timesteps=total_timesteps,
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
 
     def _setup_new_model(self) -> None:
         """Build what a new model consists of, and check what one that is loaded to be watched need not keep to."""
@@ -198,10 +203,12 @@ class OnPolicyAlgorithm(Model):
         :param stop: when the rollout ends; None: after ``n_rollout_steps``
         :return: whether the rollout was filled; False if the callback ended it
         """
+        if self._together is not None:
+            self._together.start_rollout(self)
         try:
             if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.wants_every_step:
                 assert stop is None, "a buffer that is filled as SB3 does it ends after n_rollout_steps"
-                return collect_as_sb3(
+                is_complete = collect_as_sb3(
                     self,
                     super().collect_rollouts,
                     env,
@@ -210,13 +217,16 @@ class OnPolicyAlgorithm(Model):
                     n_rollout_steps,
                     needs_old_params=self._needs_old_params,
                 )
-            return self._collect(env, callback, rollout_buffer, n_rollout_steps, stop or AfterSteps(n_rollout_steps))
+            else:
+                stop = stop or AfterSteps(n_rollout_steps)
+                is_complete = self._collect(env, callback, rollout_buffer, n_rollout_steps, stop)
         except Exception as error:
             obs, self._last_obs = self._last_obs, None  # in whatever state the environments are, learn() resets them
             more = explained(error, env, obs)
             if more is None:
                 raise
             raise more from error
+        return is_complete if self._together is None else self._together.end_rollout(self, is_complete)
 
     def _collect(
         self,
@@ -370,17 +380,6 @@ class OnPolicyAlgorithm(Model):
         :param length: of the sequences that they are
         """
         return chunks(n_samples, self.observation_space, length)
-
-    def _check_old_params(self) -> None:
-        """
-        :raises ValueError: if the updates need the distributions that acted, and samples in the buffer have none
-        """
-        buffer = cast(RolloutBuffer, self.rollout_buffer)
-        if self._needs_old_params and buffer.flat().old_params.shape[1] == 0:
-            raise ValueError(
-                f"A callback adds samples without distribution_params to the rollout buffer, and {type(self).__name__} "
-                "needs the distributions that acted: extend that array too, as it does observations and actions"
-            )
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)  # which writes one number into every group

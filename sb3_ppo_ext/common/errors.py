@@ -19,3 +19,7 @@ class NonFiniteError(ValueError):
     A reward, an observation, a loss or a gradient is NaN or infinite. No step was made along a gradient that is; the
     message says whether other steps of the same update were made.
     """
+
+
+class ProcessError(RuntimeError):
+    """Another of the processes that train one model has failed; the message says with what error."""

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -324,7 +324,7 @@ class Model(SB3OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         excluded = [*super()._excluded_save_params(), "_compiled", "_masks", "_use_masking"]
-        excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts"]
+        excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts", "_reducer", "_together"]
         # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
         excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
         if self.rollout_buffer_class is buffer_class_for(self.observation_space) or self._rollouts_vary:
@@ -350,6 +350,17 @@ class Model(SB3OnPolicyAlgorithm):
                 f"divergence of its distributions, and {type(self.policy.action_dist).__name__} has formulas of its "
                 "own; it must be one of stable_baselines3.common.distributions, or derive from one without overriding "
                 "its formulas. DualClipPPO and REINFORCE learn with any distribution"
+            )
+
+    def _check_old_params(self) -> None:
+        """
+        :raises ValueError: if the updates need the distributions that acted, and samples in the buffer have none
+        """
+        buffer = cast(RolloutBuffer, self.rollout_buffer)
+        if self._needs_old_params and buffer.flat().old_params.shape[1] == 0:
+            raise ValueError(
+                f"A callback adds samples without distribution_params to the rollout buffer, and {type(self).__name__} "
+                "needs the distributions that acted: extend that array too, as it does observations and actions"
             )
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:

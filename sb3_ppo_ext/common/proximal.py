@@ -15,11 +15,12 @@ from stable_baselines3.common.utils import explained_variance
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES
-from sb3_ppo_ext.common.rollout.buffers import minibatches, sequences_to_pad_to
+from sb3_ppo_ext.common.rollout.buffers import sequences_to_pad_to
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
+from sb3_ppo_ext.common.update.samplers import Epochs
 from sb3_ppo_ext.common.update.step import raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
@@ -180,17 +181,20 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if kl_limit is not None:
             coefficients["kl_limit"] = kl_limit = float(np.float32(kl_limit))  # as what it is compared with
         step = self._minibatch_step(
-            ActorCriticLoss(self.policy_loss, self.normalize_advantage),
+            ActorCriticLoss(self.policy_loss, self.normalize_advantage and self._reducer.is_local),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
             pad_to=sequences_to_pad_to(self.rollout_buffer, self.batch_size),
+        )
+        epochs = Epochs(
+            self.rollout_buffer, self.batch_size, self._reducer, normalize_advantage=self.normalize_advantage
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None
 
         with step:
             for epoch in range(self.n_epochs):
-                for rollout, rows in minibatches(self.rollout_buffer, self.batch_size):
+                for rollout, rows in epochs.minibatches():
                     history.append(step(rollout, rows, coefficients))
                     if kl_limit is not None and history[-1][step.names.index("approx_kl")].item() > kl_limit:
                         stopped_at = epoch

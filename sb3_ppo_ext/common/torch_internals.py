@@ -133,3 +133,14 @@ def compiler_cache_folder() -> Path:
     tells.
     """
     return Path(th._inductor.runtime.cache_dir_utils.cache_dir())
+
+
+def default_store() -> Any:
+    """
+    What the processes of the default group of ``torch.distributed`` met by: one of them writes a value, and the others
+    read it whenever they want, without waiting for each other. The group does not give it away, and a store of our own
+    would need a port of its own.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()

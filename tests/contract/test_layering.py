@@ -86,7 +86,7 @@ FLOORS: list[set[str]] = [
     {"rollout"},
     {"update"},
     {"compile", "saving", "policies"},
-    {"construction", "recurrent_policies"},
+    {"construction", "recurrent_policies", "processes"},
     {"model"},
     {"algorithm"},
     {"proximal"},

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch as th
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -21,6 +22,7 @@ from sb3_ppo_ext.common.rollout.purity import impurity
 from sb3_ppo_ext.common.torch_internals import (
     compile_ahead_of_time,
     compiler_cache_folder,
+    default_store,
     fused_step,
     has_gradient_hooks,
     has_module_hooks,
@@ -225,3 +227,15 @@ def test_parametrizations_are_found() -> None:
     assert impurity(policy) is None
     nn.utils.parametrize.register_parametrization(policy, "log_std", nn.Identity())
     assert impurity(policy) == "policy has parametrizations of its own parameters"
+
+
+def test_default_store() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        store = default_store()
+        assert not store.check(["key"]), "Processes would be told of an error that nobody has had"
+        store.compare_set("key", "", "first")
+        store.compare_set("key", "", "second")
+        assert store.get("key") == b"first", "The error that is told would not be the first one"
+    finally:
+        dist.destroy_process_group()

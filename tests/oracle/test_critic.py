@@ -56,7 +56,9 @@ def fit(model: Any, n_epochs: int, batch_size: int = 64) -> float:
         lambda batch, coefficients: critic_loss(actor_critic, batch, coefficients),
         OneProcess(),
     )
-    return fit_critic(step, model.policy, actor, model.rollout_buffer, n_epochs=n_epochs, batch_size=batch_size)
+    return fit_critic(
+        step, model.policy, actor, model.rollout_buffer, n_epochs=n_epochs, batch_size=batch_size, reducer=OneProcess()
+    )
 
 
 @pytest.mark.parametrize("share", [True, False])

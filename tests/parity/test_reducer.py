@@ -5,124 +5,71 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.compile.program import Program
-from sb3_ppo_ext.common.rollout.episode_buffer import EpisodeBuffer
-
-LENGTH = 6
-EPISODES = 4
-
-
-class Noise(gym.Env[Any, Any]):
-    """Episodes of one length, with random observations and rewards."""
-
-    observation_space = spaces.Box(-1.0, 1.0, (3,), np.float32)
-    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.steps = 0
-        return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.steps += 1
-        obs = self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32)
-        return obs, float(self.np_random.normal() + action.sum()), self.steps == LENGTH, False, {}
+from sb3_ppo_ext.common.update.samplers import normalized_over_processes
+from tests.parity.noise import LENGTH, give, model_of, recorded
 
 
 class Exchange:
-    """A reducer of threads, which stand for processes."""
+    """A reducer of threads, which stand for processes; one for each of them, with what they share."""
 
     is_local = False
 
-    def __init__(self, n: int) -> None:
-        self._barrier = threading.Barrier(n, timeout=30.0)
-        self._given: dict[int, list[th.Tensor]] = {}
+    def __init__(self, rank: int, barrier: threading.Barrier, given: dict[int, Any]) -> None:
+        self.rank = rank
+        self.n_processes = barrier.parties
         self.n_calls = 0
+        self._barrier = barrier
+        self._given = given
 
-    def average(self, *tensors: th.Tensor) -> None:
-        self._given[threading.get_ident()] = [tensor.clone() for tensor in tensors]
-        self.n_calls += self._barrier.wait() == 0
-        means = [th.stack(same).mean(dim=0) for same in zip(*self._given.values(), strict=True)]
+    @classmethod
+    def of(cls, n: int) -> list[Exchange]:
+        barrier, given = threading.Barrier(n, timeout=30.0), dict[int, Any]()
+        return [cls(rank, barrier, given) for rank in range(n)]
+
+    def gathered(self, value: Any) -> list[Any]:
+        self._barrier.wait()  # nobody still reads what was given before
+        self._given[self.rank] = value
+        self.n_calls += 1
         self._barrier.wait()
+        return [self._given[rank] for rank in range(self.n_processes)]
+
+    def average(self, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
+        gathered = self.gathered(([tensor.detach().clone() for tensor in tensors], float(weight)))
+        total = sum(weight for _, weight in gathered)
         with th.no_grad():
-            for tensor, mean in zip(tensors, means, strict=True):
-                tensor.copy_(mean)
+            for i, tensor in enumerate(tensors):
+                tensor.copy_(sum(weight / total * theirs[i] for theirs, weight in gathered))
 
 
-def model_of(algorithm: Any, n_envs: int, **kwargs: Any) -> Any:
-    n_samples = n_envs * EPISODES * LENGTH  # all in one minibatch: how they are shuffled does not matter
-    sizes: dict[Any, dict[str, Any]] = {
-        DualClipPPO: {"n_steps": EPISODES * LENGTH, "n_epochs": 3, "normalize_advantage": False},
-        AdaptiveKLPPO: {"n_steps": EPISODES * LENGTH, "n_epochs": 3, "normalize_advantage": False},
-        TRPO: {"n_steps": EPISODES * LENGTH, "n_critic_updates": 3, "normalize_advantage": False},
-        REINFORCE: {"episodes_per_env": EPISODES, "n_critic_updates": 3, "baseline": "value"},
-    }
-    env = DummyVecEnv([Noise] * n_envs)
-    return algorithm(
-        "MlpPolicy", env, seed=0, device="cpu", batch_size=n_samples, learning_rate=0.01, **sizes[algorithm], **kwargs
-    )
+def workers_of(algorithm: Any, lengths: list[int], **kwargs: Any) -> tuple[Any, list[Any]]:
+    """
+    A model that has collected a rollout from all environments, and one for each environment that has its part of it.
 
-
-def give(worker: Any, whole: Any, i: int) -> None:
-    """Put the rollout of one environment into a worker's buffer."""
-    theirs, buffer = whole.rollout_buffer, worker.rollout_buffer
-    buffer.reset()
-    buffer.buffer_size = buffer.pos = theirs.buffer_size
-    inputs = ("observations", "actions", "rewards", "episode_starts", "truncated", "final_values")
-    for name in inputs:
-        setattr(buffer, name, getattr(theirs, name)[:, i : i + 1].copy())
-    buffer.full = True
-    if isinstance(buffer, EpisodeBuffer):
-        buffer.close(EPISODES)
-    for name in ("values", "log_probs", "advantages", "returns", "distribution_params"):
-        setattr(buffer, name, getattr(theirs, name)[:, i : i + 1].copy())
-    buffer.forget_flat()
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "torch_compile"),
-    [
-        (DualClipPPO, False),
-        (DualClipPPO, True),
-        (AdaptiveKLPPO, False),
-        (TRPO, False),
-        (REINFORCE, False),
-        (REINFORCE, True),
-    ],
-)
-@pytest.mark.usefixtures("without_compiler")
-def test_two_processes_equal_one(algorithm: Any, torch_compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, first_call = threading.Lock(), Program._first_call
-
-    def one_at_a_time(self: Program, *args: Any) -> list[th.Tensor]:
-        with lock:  # torch traces in one thread
-            return first_call(self, *args)
-
-    monkeypatch.setattr(Program, "_first_call", one_at_a_time)
-    whole = model_of(algorithm, 2, torch_compile=torch_compile)
-    train = whole.train
+    :return: the whole, whose ``train`` does nothing as long as it is not asked for by its class, and the workers
+    """
+    whole = model_of(algorithm, lengths, **kwargs)
     whole.train = lambda: None
     whole.learn(1)
-    workers = [model_of(algorithm, 1, torch_compile=torch_compile) for _ in range(2)]
-    exchange = Exchange(2)
-    for i, worker in enumerate(workers):
+    del whole.train
+    workers = [model_of(algorithm, [length], **kwargs) for length in lengths]
+    for i, (worker, exchange) in enumerate(zip(workers, Exchange.of(len(lengths)), strict=True)):
         worker.policy.load_state_dict(whole.policy.state_dict())
         worker._reducer = exchange
         worker._logger = Logger(folder=None, output_formats=[])
         worker._current_progress_remaining = whole._current_progress_remaining
-        give(worker, whole, i)
-    before = [p.detach().clone() for p in whole.policy.parameters()]
-    train()
+        give(worker, recorded(whole), i)
+    return whole, workers
 
+
+def train(workers: list[Any]) -> None:
+    """Let all of them make an update at the same time."""
     failed: list[BaseException] = []
 
     def trained(worker: Any) -> None:
@@ -137,13 +84,87 @@ def test_two_processes_equal_one(algorithm: Any, torch_compile: bool, monkeypatc
     for thread in threads:
         thread.join()
     assert not failed
-    assert exchange.n_calls >= 3
+    assert all(map(th.equal, *(worker.policy.parameters() for worker in workers)))
+
+
+@pytest.fixture
+def one_at_a_time(without_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch traces in one thread."""
+    lock, first_call = threading.Lock(), Program._first_call
+
+    def locked(self: Program, *args: Any) -> list[th.Tensor]:
+        with lock:
+            return first_call(self, *args)
+
+    monkeypatch.setattr(Program, "_first_call", locked)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kwargs"),
+    [
+        (DualClipPPO, {}),
+        (DualClipPPO, {"torch_compile": True}),
+        (DualClipPPO, {"normalize_advantage": False}),
+        (DualClipPPO, {"n_epochs": 10, "target_kl": 0.02}),
+        (DualClipPPO, {"n_epochs": 10, "target_kl": 0.02, "torch_compile": True}),
+        (AdaptiveKLPPO, {}),
+        (TRPO, {}),
+        (TRPO, {"ent_coef": 0.1, "torch_compile": True}),
+        (REINFORCE, {}),
+        (REINFORCE, {"torch_compile": True}),
+        *((REINFORCE, {"baseline": name}) for name in ("none", "mean", "optimal", "leave_one_out")),
+        (REINFORCE, {"baseline": "leave_one_out", "returns": "total"}),
+        (REINFORCE, {"discount_from": "start", "normalize_advantage": False, "ent_coef": 0.1}),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "-".join(f"{k}={v}" for k, v in x.items()),
+)
+@pytest.mark.usefixtures("one_at_a_time")
+def test_two_processes_equal_one(algorithm: Any, kwargs: dict[str, Any]) -> None:
+    whole, workers = workers_of(algorithm, [LENGTH, LENGTH + 3], **kwargs)  # REINFORCE's have as many episodes
+    before = [p.detach().clone() for p in whole.policy.parameters()]
+    whole.train()
+    train(workers)
+    assert all(worker._reducer.n_calls >= 1 for worker in workers)
     assert not all(map(th.equal, before, whole.policy.parameters()))
     for worker in workers:
         for ours, expected in zip(worker.policy.parameters(), whole.policy.parameters(), strict=True):
             th.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-4)
-    assert all(map(th.equal, *(worker.policy.parameters() for worker in workers)))
+    logged = [model.logger.name_to_value for model in (*workers, whole)]
+    names = ["policy_gradient_loss", "value_loss", "approx_kl", "grad_norm", "kl", "actual_improvement"]
+    for name in (*names, *([] if algorithm is TRPO else ["entropy_loss"])):
+        numbers = [of_model[f"train/{name}"] for of_model in logged if f"train/{name}" in of_model]
+        assert numbers == pytest.approx(numbers[-1:] * len(numbers), rel=1e-3, abs=1e-6), name
+    if "target_kl" in kwargs:
+        assert [of_model["train/early_stop_epoch"] for of_model in logged] == [logged[-1]["train/early_stop_epoch"]] * 3
+        assert 0 < logged[-1]["train/early_stop_epoch"] < 9
     if algorithm is AdaptiveKLPPO:
-        kls = [model.logger.name_to_value["train/kl"] for model in (*workers, whole)]
-        assert kls == pytest.approx([kls[-1]] * 3, rel=1e-4)
         assert workers[0].kl_coef == workers[1].kl_coef == whole.kl_coef != 1.0
+
+
+@pytest.mark.parametrize("torch_compile", [False, True])
+@pytest.mark.usefixtures("one_at_a_time")
+def test_a_process_with_fewer_samples_makes_as_many_steps(torch_compile: bool) -> None:
+    _, workers = workers_of(REINFORCE, [1, 40], batch_size=16, torch_compile=torch_compile)
+    train(workers)  # of 4 samples and of 160, in 10 minibatches each
+    assert workers[0]._reducer.n_calls == workers[1]._reducer.n_calls
+
+
+@pytest.mark.parametrize("sizes", [[[3, 1, 4], [2, 5, 0]], [[1], [0]], [[1], [1]]])
+def test_advantages_are_normalized_over_all(sizes: list[list[int]]) -> None:
+    generator = th.Generator().manual_seed(0)
+    parts = [[100.0 + 3.0 * th.randn(n, generator=generator) for n in of_process] for of_process in sizes]
+    exchanges = Exchange.of(2)
+    results: list[Any] = [None, None]
+
+    def normalize(i: int) -> None:
+        results[i] = normalized_over_processes(parts[i], exchanges[i])
+
+    threads = [threading.Thread(target=normalize, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k in range(len(sizes[0])):
+        together = th.cat([parts[0][k], parts[1][k]]).numpy().astype(np.float64)
+        expected = (together - together.mean()) / (together.std(ddof=1) + 1e-8) if len(together) > 1 else together
+        np.testing.assert_allclose(th.cat([results[0][k], results[1][k]]).numpy(), expected, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
 from sb3_ppo_ext.common.update.objective import Coefficients, Loss, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
-from sb3_ppo_ext.common.update.step import reached
+from sb3_ppo_ext.common.update.step import n_counted, reached, without_nothing
 
 
 class Owned(NamedTuple):
@@ -120,8 +120,10 @@ class CompiledStep:
         del self._taken, self._fixed, self._bound_to
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
+        weight = n_counted(rollout, rows)
         if self._pad_to is not None:
             rollout, rows = rollout.padded(rows, self._pad_to), None
+        rollout, rows = without_nothing(rollout, rows)
         if self._updated is None:
             self._updated = self._parameters_of_loss(rollout if rows is None else rollout.rows(rows), coefficients)
         if self._flat is None:
@@ -132,7 +134,7 @@ class CompiledStep:
         self._take_learning_rates()
         (statistics,) = self._program(rollout if rows is None else rows)
         if not self._reducer.is_local:
-            self._reducer.average(*self._fixed[0].gradients, statistics)
+            self._reducer.average(*self._fixed[0].gradients, statistics, weight=weight)
             (statistics,) = self._adam_program(statistics)
         return statistics
 

@@ -67,6 +67,9 @@ class AfterEpisodes:
     :param limit_in_words: what that limit is, and where it comes from
     """
 
+    is_closed = False
+    """Whether the rollout was complete."""
+
     def __init__(
         self,
         episodes_per_env: int,
@@ -111,4 +114,5 @@ class AfterEpisodes:
 
     def close(self, rollout_buffer: RolloutBuffer) -> None:
         assert isinstance(rollout_buffer, EpisodeBuffer)
+        self.is_closed = True
         rollout_buffer.close(self._episodes_per_env)

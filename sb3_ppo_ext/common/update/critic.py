@@ -13,10 +13,11 @@ from torch import nn
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
-from sb3_ppo_ext.common.rollout.buffers import minibatches
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.purity import keeps_statistics
 from sb3_ppo_ext.common.update.objective import Coefficients, Statistics
+from sb3_ppo_ext.common.update.reduce import Reducer
+from sb3_ppo_ext.common.update.samplers import Epochs
 from sb3_ppo_ext.common.update.step import MinibatchStep
 
 
@@ -100,6 +101,7 @@ def fit_critic(
     *,
     n_epochs: int,
     batch_size: int,
+    reducer: Reducer,
 ) -> float:
     """
     Regress the values on the returns in the buffer.
@@ -111,15 +113,17 @@ def fit_critic(
     :param rollout_buffer: filled
     :param n_epochs: passes over the rollout
     :param batch_size: samples in a minibatch
+    :param reducer: of the processes that make the steps
     :return: mean loss
     """
     set_critic_training_mode(policy, actor_parameters)
     coefficients = {"max_grad_norm": math.inf}
     history: list[th.Tensor] = []
     rollout: RolloutSamples | None = None
+    epochs = Epochs(rollout_buffer, batch_size, reducer)
     with step:
         for _ in range(n_epochs):
-            for samples, rows in minibatches(rollout_buffer, batch_size):
+            for samples, rows in epochs.minibatches():
                 if samples is not rollout:
                     rollout, of_critic = samples, _of_critic(samples)
                 history.append(step(of_critic, rows, coefficients))

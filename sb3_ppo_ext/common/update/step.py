@@ -10,7 +10,7 @@ import torch as th
 from torch import nn
 
 from sb3_ppo_ext.common.errors import NonFiniteError
-from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.data import RolloutSamples, rows_of
 from sb3_ppo_ext.common.torch_internals import fused_step
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam
 from sb3_ppo_ext.common.update.objective import Coefficients, Statistics
@@ -87,30 +87,40 @@ class EagerStep:
         self._leave_flat()
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        rollout_data = rollout if rows is None else rollout.rows(rows)
-        loss, statistics = self._loss(rollout_data, coefficients)
-        if "kl_limit" in coefficients and statistics["approx_kl"].item() > coefficients["kl_limit"]:
-            statistics["grad_norm"] = th.zeros_like(loss)
-        else:
-            statistics["grad_norm"] = self._make_step(loss, coefficients["max_grad_norm"])
-        self.names = tuple(statistics)
+        weight = n_counted(rollout, rows)
+        rollout, rows = without_nothing(rollout, rows)
+        loss, statistics = self._loss(rollout if rows is None else rollout.rows(rows), coefficients)
+        self.names = (*statistics, "grad_norm")
         with th.no_grad():
-            return th.stack(list(statistics.values()))
+            numbers = th.stack(list(statistics.values()))
+        is_limited = "kl_limit" in coefficients
+        if is_limited:  # all processes have to agree whether the step is made
+            self._reducer.average(numbers, weight=weight)
+        if is_limited and numbers[self.names.index("approx_kl")].item() > coefficients["kl_limit"]:
+            return th.cat((numbers, numbers.new_zeros(1)))
 
-    def _make_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
+        def average(gradients: list[th.Tensor]) -> None:
+            self._reducer.average(*gradients, *(() if is_limited else (numbers,)), weight=weight)
+
+        grad_norm = self._make_step(loss, coefficients["max_grad_norm"], average)
+        return th.cat((numbers, grad_norm[None]))
+
+    def _make_step(
+        self, loss: th.Tensor, max_grad_norm: float, average: Callable[[list[th.Tensor]], None]
+    ) -> th.Tensor:
         if self._may_be_flat:
             if self._flat is None:
                 self._make_flat(self._parameters)
             if self._has_flat_gradients(loss):
                 assert self._flat is not None
-                self._reducer.average(*gradients_of(self._flat.parameters))
+                average(gradients_of(self._flat.parameters))
                 self._flat.take_learning_rates()
                 return clip_and_step(self._flat.adam, self._flat.parameters, max_grad_norm=max_grad_norm)
             self._leave_flat()
             self._may_be_flat = False
         self._optimizer.zero_grad()
         loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
-        self._reducer.average(*gradients_of(self._parameters))
+        average(gradients_of(self._parameters))
         return clip_and_step(
             self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
         )
@@ -145,6 +155,28 @@ class EagerStep:
         self._optimizer.zero_grad()
         self._make_flat(reached(loss, self._parameters))
         return self._has_flat_gradients(loss)
+
+
+def n_counted(rollout: RolloutSamples, rows: th.Tensor | None) -> int | th.Tensor:
+    """
+    How many samples of a minibatch count.
+
+    :param rollout: the samples that it is cut out of
+    :param rows: which of them; None: all
+    """
+    if rollout.mask is None:
+        return len(rollout.returns) if rows is None else len(rows) * rollout.length
+    return (rollout.mask if rows is None else rows_of(rollout.mask, rows, rollout.length)).sum()
+
+
+def without_nothing(rollout: RolloutSamples, rows: th.Tensor | None) -> tuple[RolloutSamples, th.Tensor | None]:
+    """
+    A minibatch without any rows, which other processes may leave to this one, as one of a sample that does not count.
+
+    :param rollout: the samples that it is cut out of
+    :param rows: which of them; None: all
+    """
+    return (rollout, rows) if rows is None or len(rows) else (rollout.padded(rows, 1), None)
 
 
 def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -1,0 +1,309 @@
+"""
+Training one model by several processes: ``torchrun --nproc-per-node 4 train.py``, with a script for one process.
+
+``learn`` takes part in the process group of ``torch.distributed`` that is there; if there is none and ``torchrun`` has
+set ``WORLD_SIZE`` above 1, it makes one (gloo on the CPU, nccl on GPUs). Then all processes train one model:
+
+- **All arguments are of each process**: ``n_envs``, ``n_steps``, ``episodes_per_env``, ``batch_size``. N processes are
+  one process with N times as many environments and N times the batch size: gradients, the normalisation of
+  advantages, KL divergences, ``target_kl``, the products and the line search of TRPO and the baselines of REINFORCE are
+  computed over all of them. Only the shuffling differs: each process shuffles its own samples.
+- ``total_timesteps`` and ``num_timesteps`` count the steps of all processes. During a rollout a process adds its own;
+  those of the others are added at its end.
+- The first process (rank 0) logs, shows the progress bar and has the callbacks. One that ends the training ends it for
+  all, when they have completed their rollouts. Parameters that it changes are those of all from the next rollout on; a
+  hyper-parameter that it changes is an error, and a rollout it changes is that of the first process alone. Losses are
+  logged as means over all processes, and so are maxima; the episodes are those of all; the success rate and the
+  explained variance are those of the first.
+- At the start, all get the first one's parameters, state of the optimiser and statistics of ``VecNormalize``; the
+  others draw from seeds of their own, and reset their environments. What differs otherwise is an error that names it.
+- The statistics of ``VecNormalize`` are put together after each rollout.
+- An error in one process ends all: the others raise :class:`~sb3_ppo_ext.common.errors.ProcessError`, which says it.
+
+``save`` works in each process; a checkpoint of the first can be resumed by another number of processes, each with as
+many environments. On GPUs, the script says ``torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))`` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import stable_baselines3
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import VecEnvWrapper
+
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.running_statistics import put_together, running_statistics, write_into
+
+if TYPE_CHECKING:
+    from sb3_ppo_ext.common.update.process_group import ProcessGroup
+
+# What may differ, or is compared or shared in another way.
+_OF_EACH = {"seed", "verbose", "tensorboard_log", "device", "start_time", "n_envs", "num_timesteps", "policy"}
+
+
+def are_several() -> bool:
+    """Whether this process is one of several that train one model."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return bool(dist.get_world_size() > 1)
+    needed = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return needed <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+class _OfRollout(NamedTuple):
+    """What a process tells the others at the end of a rollout."""
+
+    goes_on: bool
+    n_steps: int
+    episodes: list[Any]
+    statistics: list[RunningMeanStd]
+    settings: dict[str, Any]
+
+
+class Together:
+    """
+    The part of one process in training a model.
+
+    :param group: the processes
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self._is_new = True
+        self._statistics: list[RunningMeanStd] = []
+        self._episodes: list[Any] = []
+        self._n_steps = 0
+
+    def start(self, model: OnPolicyAlgorithm, arguments: dict[str, Any]) -> None:
+        """
+        Check that all processes are about to do the same, and let them have the first one's model.
+
+        :param model: before ``learn`` sets itself up
+        :param arguments: of ``learn``
+        :raises ArgumentError: if they are not
+        """
+        _check_alike(self.group.gathered({**arguments, **_settings(model), **_surroundings(model)}))
+        content = io.BytesIO()
+        if self.group.rank == 0:
+            th.save(model.get_parameters(), content)
+        seed = secrets.randbits(32) if model.seed is None else model.seed
+        mine = content.getvalue(), running_statistics(model.env), model._n_updates, seed
+        parameters, statistics, model._n_updates, seed = self.group.of_first(mine)
+        if self.group.rank > 0:
+            model.set_parameters(th.load(io.BytesIO(parameters), map_location="cpu", weights_only=False))
+            for place, of_first in zip(running_statistics(model.env), statistics, strict=True):
+                write_into(place, of_first)
+            if self._is_new:
+                _seed_anew(model, (seed, model.num_timesteps, self.group.rank))
+            model.set_logger(Logger(folder=None, output_formats=[]))
+            model.verbose = 0
+        self._is_new = False
+        self._statistics = [some.copy() for some in statistics]
+
+    def start_rollout(self, model: OnPolicyAlgorithm) -> None:
+        """
+        Let all have the first one's parameters and buffers (those of batch normalisation follow its own samples), and
+        note what has been told already.
+
+        :param model: about to collect
+        """
+        self.group.take_from_first([*model.policy.parameters(), *model.policy.buffers()])
+        self._n_steps = model.num_timesteps
+        self._episodes = list(model.ep_info_buffer or [])
+
+    def end_rollout(self, model: OnPolicyAlgorithm, is_complete: bool) -> bool:
+        """
+        Put together what all have seen in a rollout.
+
+        :param model: that has collected
+        :param is_complete: whether its rollout is; not, if a callback has ended it
+        :return: whether the rollouts of all are
+        :raises ArgumentError: if a callback has changed a hyper-parameter in the first process alone
+        """
+        assert model.ep_info_buffer is not None
+        told = set(map(id, self._episodes))
+        own = _OfRollout(
+            is_complete,
+            model.num_timesteps - self._n_steps,
+            [episode for episode in model.ep_info_buffer if id(episode) not in told],
+            running_statistics(model.env),
+            _settings(model),
+        )
+        reports = self.group.gathered(own)
+        _check_alike([report.settings for report in reports])
+        others = [report for rank, report in enumerate(reports) if rank != self.group.rank]
+        model.num_timesteps += sum(report.n_steps for report in others)
+        for report in others:
+            model.ep_info_buffer.extend(report.episodes)
+        of_processes = zip(*(report.statistics for report in reports), strict=True)
+        self._statistics = [
+            put_together(before, now) for before, now in zip(self._statistics, of_processes, strict=True)
+        ]
+        for place, statistics in zip(running_statistics(model.env), self._statistics, strict=True):
+            write_into(place, statistics)
+        return all(report.goes_on for report in reports)
+
+
+@contextlib.contextmanager
+def training_together(
+    model: Any, callback: MaybeCallback, progress_bar: bool, arguments: dict[str, Any]
+) -> Iterator[tuple[MaybeCallback, bool]]:
+    """
+    Take part in the training of one model by several processes, if this is one of several.
+
+    :param model: that ``learn`` is called of
+    :param callback: given to ``learn``
+    :param progress_bar: given to ``learn``
+    :param arguments: the others
+    :return: which callbacks and whether a bar this process has
+    :raises ArgumentError: if the processes do not do the same
+    """
+    if not are_several():
+        yield callback, progress_bar
+        return
+    from sb3_ppo_ext.common.update.process_group import ProcessGroup
+
+    if model._together is None:
+        model._together = Together(ProcessGroup.joined(model.device))
+        model._reducer = model._together.group
+    group: ProcessGroup = model._reducer
+    try:
+        model._together.start(model, arguments)
+        if group.rank > 0:
+            yield None, False
+        elif progress_bar:
+            yield CallbackList([_as_callback(callback), _ProgressBar()]), False
+        else:
+            yield callback, False
+        group.gathered(None)  # what the first one's callbacks do at the end is done when any process goes on
+    except BaseException as error:
+        group.fail(error)
+        raise
+
+
+def _as_callback(callback: MaybeCallback) -> BaseCallback:
+    if isinstance(callback, list):
+        return CallbackList(callback)
+    return callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)
+
+
+class _ProgressBar(ProgressBarCallback):
+    """SB3's, which counts the steps that it sees; those of the other processes come to it at the end of a rollout."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self._first = self.model.num_timesteps
+
+    def _catch_up(self) -> None:
+        self.pbar.update(self.model.num_timesteps - self._first - self.pbar.n)
+
+    def _on_rollout_start(self) -> None:
+        self._catch_up()
+
+    def _on_training_end(self) -> None:
+        self._catch_up()
+        super()._on_training_end()
+
+
+def _seed_anew(model: OnPolicyAlgorithm, numbers: tuple[int, ...]) -> None:
+    """Let a process draw other numbers than the first, and begin other episodes: both may come from one file."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    with contextlib.suppress(AttributeError, NotImplementedError):  # environments that cannot be seeded
+        model.set_random_seed(seed)
+    model._last_obs = None
+
+
+def _settings(model: OnPolicyAlgorithm) -> dict[str, Any]:
+    """The hyper-parameters, which have to be the same in all processes, in words."""
+    return {
+        name: _in_words(value)
+        for name, value in vars(model).items()
+        if not name.startswith("_") and name not in _OF_EACH and _is_setting(value)
+    }
+
+
+def _surroundings(model: OnPolicyAlgorithm) -> dict[str, Any]:
+    """What else has to be the same."""
+    wrappers, env = [], model.env
+    while isinstance(env, VecEnvWrapper):
+        wrappers.append(type(env).__name__)
+        env = env.venv
+    package = Path(__file__).parents[1]
+    classes = {cls.__module__: cls for cls in (*type(model).__mro__, *type(model.policy).__mro__)}
+    return {
+        "num_timesteps": model.num_timesteps,
+        "the environments": f"{model.n_envs} in {[*wrappers, *_ids(env)]}",
+        "the parameters": str({name: tuple(p.shape) for name, p in model.policy.named_parameters()}),
+        "the versions": f"torch {th.__version__}, stable_baselines3 {stable_baselines3.__version__}",
+        "the code of sb3_ppo_ext": _digest("".join(path.read_text() for path in sorted(package.rglob("*.py")))),
+        **{f"the code of {module}": _digest(_source(cls)) for module, cls in classes.items()},
+    }
+
+
+def _is_setting(value: Any) -> bool:
+    return (
+        value is None
+        or callable(value)
+        or isinstance(value, (bool, int, float, str, dict, tuple, type))
+        or hasattr(value, "dtype")
+    )
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, type) or not callable(value):
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    try:
+        return str([float(value(progress)) for progress in (1.0, 0.5, 0.0)])  # a schedule
+    except Exception:
+        return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _ids(env: Any) -> list[str]:
+    try:
+        return sorted({str(getattr(spec, "id", None)) for spec in env.get_attr("spec")})
+    except Exception:  # not every vector of environments can tell
+        return []
+
+
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(sys.modules[cls.__module__])
+    except (KeyError, OSError, TypeError):  # built in, or typed into an interpreter
+        return ""
+
+
+def _digest(code: str) -> str:
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def _check_alike(descriptions: list[dict[str, Any]]) -> None:
+    first = descriptions[0]
+    for rank, other in enumerate(descriptions):
+        differing = [
+            f"{name} is {other.get(name, 'missing')}, and {first.get(name, 'missing')} in process 0"
+            for name in sorted(first.keys() | other.keys())
+            if first.get(name) != other.get(name)
+        ]
+        if differing:
+            raise ArgumentError(
+                f"The processes cannot train one model: in process {rank}, {'; '.join(differing)}. All must run the "
+                "same script with the same arguments; and a callback, which the first process alone has, must not "
+                "change any"
+            )

@@ -120,10 +120,11 @@ class CompiledStep:
         del self._taken, self._fixed, self._bound_to
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        weight = n_counted(rollout, rows)
+        weight = 0 if self._reducer.is_local else n_counted(rollout, rows)
         if self._pad_to is not None:
             rollout, rows = rollout.padded(rows, self._pad_to), None
-        rollout, rows = without_nothing(rollout, rows)
+        if not self._reducer.is_local:
+            rollout, rows = without_nothing(rollout, rows)
         if self._updated is None:
             self._updated = self._parameters_of_loss(rollout if rows is None else rollout.rows(rows), coefficients)
         if self._flat is None:

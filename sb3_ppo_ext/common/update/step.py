@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch as th
 from torch import nn
@@ -87,23 +87,30 @@ class EagerStep:
         self._leave_flat()
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        weight = n_counted(rollout, rows)
-        rollout, rows = without_nothing(rollout, rows)
+        is_alone = self._reducer.is_local
+        weight: int | th.Tensor = 0
+        if not is_alone:
+            weight = n_counted(rollout, rows)
+            rollout, rows = without_nothing(rollout, rows)
         loss, statistics = self._loss(rollout if rows is None else rollout.rows(rows), coefficients)
         self.names = (*statistics, "grad_norm")
-        with th.no_grad():
-            numbers = th.stack(list(statistics.values()))
+        numbers: Any = list(statistics.values())
         is_limited = "kl_limit" in coefficients
-        if is_limited:  # all processes have to agree whether the step is made
-            self._reducer.average(numbers, weight=weight)
+        if not is_alone:
+            with th.no_grad():
+                numbers = th.stack(numbers)
+            if is_limited:  # all processes have to agree whether the step is made
+                self._reducer.average(numbers, weight=weight)
         if is_limited and numbers[self.names.index("approx_kl")].item() > coefficients["kl_limit"]:
-            return th.cat((numbers, numbers.new_zeros(1)))
+            return th.stack([*numbers, th.zeros_like(loss)])
 
         def average(gradients: list[th.Tensor]) -> None:
-            self._reducer.average(*gradients, *(() if is_limited else (numbers,)), weight=weight)
+            if not is_alone:
+                self._reducer.average(*gradients, *(() if is_limited else (numbers,)), weight=weight)
 
         grad_norm = self._make_step(loss, coefficients["max_grad_norm"], average)
-        return th.cat((numbers, grad_norm[None]))
+        with th.no_grad():
+            return th.stack([*numbers, grad_norm])
 
     def _make_step(
         self, loss: th.Tensor, max_grad_norm: float, average: Callable[[list[th.Tensor]], None]

@@ -66,7 +66,7 @@ def test_the_critics_group_is_what_the_critic_alone_depends_on(
     )
     policy = model.policy
     assert type(policy) is policy_class
-    assert DirectActorCritic.supports(policy)
+    assert DirectActorCritic.refusal(policy) is None
     main, critic = names_of_group(policy, 0), names_of_group(policy, 1)
     assert main | critic == {name for name, _ in policy.named_parameters()}
     assert not main & critic

@@ -96,21 +96,21 @@ def test_custom_policy_trains_with_every_algorithm(
 
 def test_sb3s_own_policies_are_used_directly() -> None:
     model = DualClipPPO(ActorCriticPolicy, "CartPole-v1", device="cpu")
-    assert DirectActorCritic.supports(model.policy)
+    assert DirectActorCritic.refusal(model.policy) is None
     model = DualClipPPO(OwnNetworks, "CartPole-v1", device="cpu")
-    assert not DirectActorCritic.supports(model.policy)
+    assert DirectActorCritic.refusal(model.policy) is not None
     model.policy.mlp_extractor.is_pure = True  # type: ignore[assignment]
-    assert DirectActorCritic.supports(model.policy)
+    assert DirectActorCritic.refusal(model.policy) is None
     for policy in (ScalesLogits, ShiftsValues, OverridesGetDistribution):
         model = DualClipPPO(policy, "CartPole-v1", device="cpu")
-        assert not DirectActorCritic.supports(model.policy)
+        assert DirectActorCritic.refusal(model.policy) is not None
 
 
 def test_a_method_replaced_on_the_instance_is_seen() -> None:
     model = DualClipPPO("MlpPolicy", "CartPole-v1", device="cpu")
     forward = model.policy.forward
     model.policy.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # type: ignore[method-assign]
-    assert not DirectActorCritic.supports(model.policy)
+    assert DirectActorCritic.refusal(model.policy) is not None
 
 
 class StepByStep(sb3_buffers.RolloutBuffer):

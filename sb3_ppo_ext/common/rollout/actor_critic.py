@@ -79,8 +79,8 @@ class DirectActorCritic:
     torch calls as SB3, but builds no distribution object and computes only what is asked for: an action costs a pass
     through the actor alone.
 
-    Only for a policy that it :meth:`supports`. It owns nothing and is made anew for each rollout and each update, so a
-    layer that a user replaces is seen.
+    Only for a policy of which :meth:`refusal` says nothing. It owns nothing and is made anew for each rollout and each
+    update, so a layer that a user replaces is seen.
 
     Where a network is not known to be pure (see :mod:`sb3_ppo_ext.common.rollout.purity`), the pass that draws an
     action also gives the value and the distribution, as in SB3; and the passes through each module are as many as SB3
@@ -125,11 +125,6 @@ class DirectActorCritic:
         self._critic_head = unrolled(mlp.value_net) if is_plain else [mlp.forward_critic]
         self._action_net = unrolled(policy.action_net)
         self._value_net = unrolled(policy.value_net)
-
-    @classmethod
-    def supports(cls, policy: BasePolicy) -> bool:
-        """Whether calling the networks of a policy one by one does all that SB3's own methods do, overriding none."""
-        return cls.refusal(policy) is None
 
     @classmethod
     def overridden(cls, policy_class: type[BasePolicy]) -> bool:

@@ -239,6 +239,24 @@ def _over_layers(
     return x.transpose(0, 1).flatten(0, 1), th.stack(new, dim=2).flatten(1)
 
 
+def _steps(
+    cell: Cell,
+    of_inputs: th.Tensor,
+    keep: th.Tensor,
+    weight: th.Tensor,
+    bias: th.Tensor | None,
+    state: tuple[th.Tensor, ...],
+) -> tuple[list[th.Tensor], list[tuple[th.Tensor, ...]], list[th.Tensor], tuple[th.Tensor, ...]]:
+    """Of one layer, for each step: the output, the state before it and its product; and the state after the last."""
+    outputs, before, of_outputs = [], [], []
+    for of_input, kept in zip(of_inputs.unbind(), keep.unbind(), strict=True):
+        before.append(tuple(part * kept for part in state))
+        of_outputs.append(F.linear(before[-1][0], weight, bias))
+        state = cell(of_input, of_outputs[-1], *before[-1])
+        outputs.append(state[0])
+    return outputs, before, of_outputs, state
+
+
 def _loop(
     cell: Cell,
     of_inputs: th.Tensor,
@@ -248,11 +266,7 @@ def _loop(
     *state: th.Tensor,
 ) -> tuple[th.Tensor, ...]:
     """Outputs of one layer, shape ``(length, n_sequences, hidden_size)``, and its state after the last step."""
-    outputs = []
-    for of_input, kept in zip(of_inputs.unbind(), keep.unbind(), strict=True):
-        state = tuple(part * kept for part in state)
-        state = cell(of_input, F.linear(state[0], weight, bias), *state)
-        outputs.append(state[0])
+    outputs, _, _, state = _steps(cell, of_inputs, keep, weight, bias, state)
     return th.stack(outputs), *state
 
 
@@ -269,13 +283,7 @@ class _UnrolledLayer(th.autograd.Function):
         bias: th.Tensor | None,
         *state: th.Tensor,
     ) -> tuple[th.Tensor, ...]:
-        outputs, before, of_outputs = [], [], []
-        for of_input, kept in zip(of_inputs.unbind(), keep.unbind(), strict=True):
-            state = tuple(part * kept for part in state)
-            before.append(state)
-            of_outputs.append(F.linear(state[0], weight, bias))
-            state = cell(of_input, of_outputs[-1], *state)
-            outputs.append(state[0])
+        outputs, before, of_outputs, state = _steps(cell, of_inputs, keep, weight, bias, state)
         ctx.cell, ctx.has_bias = cell, bias is not None
         ctx.mark_non_differentiable(*state)
         kept_parts = [th.stack(parts) for parts in zip(*before, strict=True)]

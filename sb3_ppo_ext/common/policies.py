@@ -14,7 +14,7 @@ from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent import policies as contrib
 from stable_baselines3.common import policies as sb3
-from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
@@ -23,14 +23,15 @@ from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCrit
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
+from sb3_ppo_ext.common.rollout.observation_groups import ObservationGroup, groups_of
 from sb3_ppo_ext.common.update.step import reached
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 
 class ActorCriticPolicy(sb3.ActorCriticPolicy):
     """
-    SB3's actor and critic, with a learning rate of the critic's own and bounds on the standard deviation. Without these
-    two it is SB3's, and either loads what the other saved.
+    SB3's actor and critic, with a learning rate of the critic's own, bounds on the standard deviation, and observations
+    for the critic alone. Without these three it is SB3's, and either loads what the other saved.
 
     **The critic's learning rate** is for the parameters that the values depend on and the actions do not: they form a
     second group of the optimiser. What both depend on, such as a shared features extractor, follows the main rate;
@@ -40,12 +41,18 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     out of them is put on the nearest bound. (Within an update of several steps it may be out of them: nothing is drawn
     there, and putting it back would not fit into the optimiser's own kernel.)
 
+    **Observations for the critic** (Pinto et al. 2018, arXiv 1710.06542) help where a simulator knows more than the actor
+    will: of Dict observations the critic sees one key, and the actor all others, each by an extractor of its own. After
+    training, ``predict`` needs the actor's part only.
+
     :param observation_space: of the environment
     :param action_space: of the environment
     :param lr_schedule: the main learning rate
     :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or the RL Zoo's string such
         as "lin_1e-3"), or None for the main one
     :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: none
+    :param critic_observation_key: key of Dict observations that the critic sees, and the actor does not; the critic
+        sees no other. None: both see all observations
     :param kwargs: the further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
     :raises ArgumentError: for an argument that is out of range or contradicts another
     """
@@ -62,8 +69,17 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         *args: Any,
         critic_learning_rate: float | str | Schedule | None = None,
         log_std_bounds: tuple[float, float] | None = None,
+        critic_observation_key: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self.critic_observation_key = critic_observation_key
+        if critic_observation_key is not None:
+            self._groups = groups_of(observation_space, critic_observation_key)
+            if kwargs.setdefault("share_features_extractor", False):
+                raise ArgumentError(
+                    f"share_features_extractor=True is not allowed with critic_observation_key={critic_observation_key!r}: "
+                    "the actor and the critic see different observations; it must be False, or be left out"
+                )
         if kwargs.get("squash_output") and not kwargs.get("use_sde"):
             raise ArgumentError(
                 "squash_output=True is not allowed without gSDE: it must be False, or use_sde=True be given"
@@ -105,6 +121,23 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         return predict_masked(
             self, observation, state, episode_start, deterministic=deterministic, action_masks=action_masks
         )
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        if self.critic_observation_key is None:
+            return super().make_features_extractor()
+        of_actor, of_critic = self._groups
+        group = of_actor if self.features_extractor is None else of_critic  # SB3 makes the actor's first
+        extractor = self.features_extractor_class(group, **self.features_extractor_kwargs)
+        return ObservationGroup(extractor, list(group.spaces))
+
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        if self.critic_observation_key is not None and not has_memory(self):  # whose features are of another size
+            of_critic = MlpExtractor(
+                self.vf_features_extractor.features_dim, self.net_arch, self.activation_fn, self.device
+            )
+            self.mlp_extractor.value_net = of_critic.value_net
+            self.mlp_extractor.latent_dim_vf = of_critic.latent_dim_vf
 
     def _split_optimizer(self, learning_rate: float) -> None:
         """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
@@ -184,6 +217,8 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             parameters["critic_learning_rate"] = _picklable(self.critic_learning_rate)
         if self.log_std_bounds is not None:
             parameters["log_std_bounds"] = self.log_std_bounds
+        if self.critic_observation_key is not None:
+            parameters["critic_observation_key"] = self.critic_observation_key
         return parameters
 
 

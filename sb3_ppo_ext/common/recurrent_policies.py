@@ -50,12 +50,24 @@ class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
                 )
         super().__init__(*args, **kwargs)
         self.rnn_type = rnn_type
-        if rnn_type == "gru":
-            self.lstm_actor: Any = self._as_gru(self.lstm_actor)
-            self.lstm_critic: Any = self._as_gru(self.lstm_critic)
+        n_features = self.vf_features_extractor.features_dim
+        if rnn_type == "gru" or n_features != self.features_dim:
+            if n_features != self.features_dim:
+                self._resize_critic(n_features)
+            if rnn_type == "gru":
+                self.lstm_actor: Any = self._as_gru(self.lstm_actor)
+                self.lstm_critic: Any = self._as_gru(self.lstm_critic)
             learning_rate = self.optimizer.param_groups[0]["lr"]
             optimizer_class: Any = self.optimizer_class
             self.optimizer = optimizer_class(self.parameters(), lr=learning_rate, **self.optimizer_kwargs)
+
+    def _resize_critic(self, n_features: int) -> None:
+        """Make the critic's first layers anew, for observations that the critic alone sees."""
+        n_layers, _, hidden_size = self.lstm_hidden_state_shape
+        if self.lstm_critic is not None:
+            self.lstm_critic = nn.LSTM(n_features, hidden_size, num_layers=n_layers, **self.lstm_kwargs)
+        else:
+            self.critic = nn.Linear(n_features, hidden_size)
 
     def _as_gru(self, lstm: nn.LSTM | None) -> nn.GRU | None:
         if lstm is None:

@@ -23,6 +23,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from sb3_ppo_ext.common.rollout.observation_groups import ObservationGroup
 from sb3_ppo_ext.common.torch_internals import has_module_hooks
 
 _PURE: frozenset[type[nn.Module]] = frozenset(
@@ -31,6 +32,7 @@ _PURE: frozenset[type[nn.Module]] = frozenset(
         sb3.FlattenExtractor,
         sb3.MlpExtractor,
         sb3.NatureCNN,
+        ObservationGroup,
         nn.Sequential,
         nn.ModuleList,
         nn.ModuleDict,

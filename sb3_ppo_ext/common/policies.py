@@ -41,9 +41,9 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     out of them is put on the nearest bound. (Within an update of several steps it may be out of them: nothing is drawn
     there, and putting it back would not fit into the optimiser's own kernel.)
 
-    **Observations for the critic** (Pinto et al. 2018, arXiv 1710.06542) help where a simulator knows more than the actor
-    will: of Dict observations the critic sees one key, and the actor all others, each by an extractor of its own. After
-    training, ``predict`` needs the actor's part only.
+    **Observations for the critic** (Pinto et al. 2018, arXiv 1710.06542) help where a simulator knows more than the
+    actor will: of Dict observations the critic sees one key, and the actor all others, each by an extractor of its own.
+    After training, ``predict`` needs the actor's part only.
 
     :param observation_space: of the environment
     :param action_space: of the environment
@@ -77,8 +77,9 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             self._groups = groups_of(observation_space, critic_observation_key)
             if kwargs.setdefault("share_features_extractor", False):
                 raise ArgumentError(
-                    f"share_features_extractor=True is not allowed with critic_observation_key={critic_observation_key!r}: "
-                    "the actor and the critic see different observations; it must be False, or be left out"
+                    "share_features_extractor=True is not allowed with "
+                    f"critic_observation_key={critic_observation_key!r}: the actor and the critic see different "
+                    "observations; it must be False, or be left out"
                 )
         if kwargs.get("squash_output") and not kwargs.get("use_sde"):
             raise ArgumentError(

@@ -1,0 +1,138 @@
+"""
+Gymnasium's CartPole and Pendulum as batches of environments whose states are torch tensors, on any device.
+
+    python examples/torch_environments.py
+
+They show what an environment must have whose tensors are to stay on its device; see
+:mod:`sb3_ppo_ext.common.rollout.tensor_envs`. Dynamics, rewards and limits are gymnasium's ``CartPole-v1`` and
+``Pendulum-v1``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+
+
+class TorchEnv(ABC):
+    """
+    Environments side by side that begin a new episode in the step that ends one.
+
+    :param num_envs: number of them
+    :param device: of their tensors
+    """
+
+    single_observation_space: spaces.Space[Any]
+    single_action_space: spaces.Space[Any]
+    max_episode_steps: int
+
+    def __init__(self, num_envs: int, device: th.device | str = "cpu") -> None:
+        self.num_envs = num_envs
+        self.device = th.device(device)
+        self._random = th.Generator(self.device)
+
+    def reset(self, *, seed: int | None = None) -> tuple[th.Tensor, dict[str, Any]]:
+        """
+        Begin an episode everywhere.
+
+        :param seed: of all that follows; None: the generator goes on
+        :return: observations, shape ``(num_envs, *obs_shape)``, and further information
+        """
+        if seed is not None:
+            self._random.manual_seed(seed)
+        self.state = self._first_states()
+        self.n_steps = th.zeros(self.num_envs, dtype=th.int64, device=self.device)
+        return self._observe(self.state), {}
+
+    def step(self, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, dict[str, Any]]:
+        """
+        :param actions: shape ``(num_envs, *action_shape)``
+        :return: observations, of the new episode where one has ended; rewards; whether an episode terminated; whether
+            a time limit cut it; and further information: ``final_obs``, in which the episodes' last observations are
+        """
+        self.state, rewards, terminated = self._advance(self.state, actions)
+        self.n_steps += 1
+        truncated = self.n_steps >= self.max_episode_steps
+        final_obs = self._observe(self.state)
+        ends = terminated | truncated
+        self.state = th.where(ends.unsqueeze(1), self._first_states(), self.state)
+        self.n_steps = self.n_steps.masked_fill(ends, 0)
+        return self._observe(self.state), rewards, terminated, truncated, {"final_obs": final_obs}
+
+    def _uniform(self, bounds: list[float]) -> th.Tensor:
+        """A number from ``-bound`` to ``bound`` for each environment and bound."""
+        unit = th.rand(self.num_envs, len(bounds), generator=self._random, device=self.device)
+        return (2.0 * unit - 1.0) * th.tensor(bounds, device=self.device)
+
+    @abstractmethod
+    def _first_states(self) -> th.Tensor:
+        """A state for each environment to begin with, shape ``(num_envs, n)``."""
+
+    @abstractmethod
+    def _observe(self, state: th.Tensor) -> th.Tensor:
+        """What is seen of a state."""
+
+    @abstractmethod
+    def _advance(self, state: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """The next states, the rewards and whether the next state is terminal."""
+
+
+class TorchCartPole(TorchEnv):
+    """``CartPole-v1`` (Barto, Sutton & Anderson 1983)."""
+
+    single_observation_space = spaces.Box(
+        -np.array([4.8, np.inf, math.radians(24), np.inf], np.float32),
+        np.array([4.8, np.inf, math.radians(24), np.inf], np.float32),
+    )
+    single_action_space = spaces.Discrete(2)
+    max_episode_steps = 500
+
+    def _first_states(self) -> th.Tensor:
+        return self._uniform([0.05] * 4)
+
+    def _observe(self, state: th.Tensor) -> th.Tensor:
+        return state
+
+    def _advance(self, state: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        gravity, mass_cart, mass_pole, half_length, force, dt = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
+        mass = mass_cart + mass_pole
+        x, x_dot, angle, angle_dot = state.unbind(dim=1)
+        cos, sin = angle.cos(), angle.sin()
+        push = (2.0 * actions - 1.0) * force
+        inertia = (push + mass_pole * half_length * angle_dot.square() * sin) / mass
+        angle_acc = (gravity * sin - cos * inertia) / (half_length * (4.0 / 3.0 - mass_pole * cos.square() / mass))
+        x_acc = inertia - mass_pole * half_length * angle_acc * cos / mass
+        state = state + dt * th.stack((x_dot, x_acc, angle_dot, angle_acc), dim=1)
+        terminated = (state[:, 0].abs() > 2.4) | (state[:, 2].abs() > math.radians(12))
+        return state, th.ones_like(x), terminated
+
+
+class TorchPendulum(TorchEnv):
+    """``Pendulum-v1``."""
+
+    single_observation_space = spaces.Box(-np.array([1.0, 1.0, 8.0], np.float32), np.array([1.0, 1.0, 8.0], np.float32))
+    single_action_space = spaces.Box(-2.0, 2.0, (1,), np.float32)
+    max_episode_steps = 200
+
+    def _first_states(self) -> th.Tensor:
+        return self._uniform([math.pi, 1.0])
+
+    def _observe(self, state: th.Tensor) -> th.Tensor:
+        angle, speed = state.unbind(dim=1)
+        return th.stack((angle.cos(), angle.sin(), speed), dim=1)
+
+    def _advance(self, state: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        gravity, mass, length, dt = 10.0, 1.0, 1.0, 0.05
+        angle, speed = state.unbind(dim=1)
+        torque = actions.reshape(-1).clamp(-2.0, 2.0)
+        from_top = (angle + math.pi) % (2.0 * math.pi) - math.pi
+        rewards = -(from_top.square() + 0.1 * speed.square() + 0.001 * torque.square())
+        speed = speed + dt * (1.5 * gravity / length * angle.sin() + 3.0 / (mass * length**2) * torque)
+        speed = speed.clamp(-8.0, 8.0)
+        state = th.stack((angle + dt * speed, speed), dim=1)
+        return state, rewards, th.zeros_like(angle, dtype=th.bool)

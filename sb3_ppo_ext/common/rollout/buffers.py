@@ -26,7 +26,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step;
     - ``action_masks``: which actions were allowed, shape ``(n_steps, n_envs, n_choices)``; None where all are;
     - ``states``: of a policy with a memory, before each sequence of ``sequence_length`` steps, shape
-      ``(n_sequences, n_envs, n_state)``; None where there is no memory.
+      ``(n_sequences, n_envs, n_state)``; None where there is no memory;
+    - ``counts``: False where an environment did nothing but begin a new episode, a step from which nothing is learnt;
+      None where all count.
 
     ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them. So it is
     here too where a derived buffer has an ``add`` or a ``compute_returns_and_advantage`` of its own and is therefore
@@ -44,6 +46,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
     last_values: np.ndarray
     action_masks: np.ndarray | None
     states: np.ndarray | None
+    counts: np.ndarray | None
     sequence_length: int = 1
 
     def reset(self) -> None:
@@ -58,6 +61,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self._last_dones = np.zeros(self.n_envs, dtype=bool)
         self.action_masks = None
         self.states = None
+        self.counts = None
         self.forget_flat()
 
     @property
@@ -115,6 +119,16 @@ class RolloutBuffer(sb3.RolloutBuffer):
             n_sequences = -(-self.buffer_size // self.sequence_length)
             self.states = np.zeros((n_sequences, *state.shape), dtype=np.float32)
         self.states[self.pos // self.sequence_length] = state.cpu().numpy()
+
+    def add_counts(self, counts: np.ndarray) -> None:
+        """
+        Add in which environments the step counts that :meth:`add_transition` completes.
+
+        :param counts: bool, shape ``(n_envs,)``
+        """
+        if self.counts is None:
+            self.counts = np.ones((self.buffer_size, self.n_envs), dtype=bool)
+        self.counts[self.pos] = counts
 
     def add_transition(self, action: np.ndarray, reward: np.ndarray) -> None:
         """
@@ -242,6 +256,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
                 inputs.mask,
                 inputs.state,
                 inputs.starts,
+                None if self.counts is None else self._to_flat(self.counts).flatten(),
             )
         return self._flat
 

@@ -1,0 +1,153 @@
+"""What a step of all environments gave, in whole arrays, without an info for each of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+
+class Episodes(NamedTuple):
+    """
+    Episodes that a step has ended, as SB3's ``Monitor`` reports them.
+
+    :param env_indices: by which environments, shape ``(n_episodes,)``
+    :param returns: sums of rewards
+    :param lengths: numbers of steps
+    :param times: seconds since the environments were made
+    :param successes: whether the task was achieved; None: the environments do not say
+    """
+
+    env_indices: Any
+    returns: Any
+    lengths: Any
+    times: Any
+    successes: Any = None
+
+    def rows(self) -> Iterator[tuple[int, float, int, float, Any]]:
+        """Environment, return, length, time and success of each of them, rounded as ``Monitor`` rounds."""
+        successes = [None] * len(self.env_indices) if self.successes is None else self.successes.tolist()
+        numbers = (x.tolist() for x in (self.env_indices, self.returns, self.lengths, self.times))
+        for index, episode_return, length, time, success in zip(*numbers, successes, strict=True):
+            yield index, round(episode_return, 6), int(length), round(time, 6), success
+
+
+class Transition(NamedTuple):
+    """
+    A step of all environments. The arrays are numpy's, or tensors where the environments are on a device; those without
+    a shape below have ``(n_envs,)``.
+
+    :param obs: after the step, shape ``(n_envs, *obs_shape)`` or a dict of such; where the step ended an episode, the
+        first one of the next
+    :param rewards: of the step
+    :param terminated: whether it ended an episode, other than by a time limit
+    :param truncated: whether a time limit did, and nothing else
+    :param final_obs: of the shape of ``obs``: where the step ended an episode, what it ended with; other rows may be
+        anything. None: no episode ended
+    :param counts: False where an environment did nothing but begin a new episode, so that there is nothing to be learnt
+        from the step; None: all count
+    :param episodes: that the step has ended; None: none
+    :param infos: one info an environment, as SB3 has them; made when they are asked for
+    """
+
+    obs: Any
+    rewards: Any
+    terminated: Any
+    truncated: Any
+    final_obs: Any = None
+    counts: Any = None
+    episodes: Episodes | None = None
+    infos: Sequence[dict[str, Any]] = ()
+
+    @property
+    def dones(self) -> Any:
+        """Whether the next observation has nothing to do with this step. A step that does not count is on its own."""
+        ends = self.terminated | self.truncated
+        return ends if self.counts is None else ends | ~self.counts
+
+
+class Infos(Sequence[dict[str, Any]]):
+    """
+    Infos that are made when they are asked for.
+
+    :param n_envs: number of them
+    :param make: makes the one of an environment
+    """
+
+    def __init__(self, n_envs: int, make: Callable[[int], dict[str, Any]]) -> None:
+        self._numbers = range(n_envs)
+        self._make = make
+        self._made: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in self._numbers[index]]
+        number = self._numbers[index]
+        if number not in self._made:  # whoever writes into it, as VecNormalize does, finds it again
+            self._made[number] = self._make(number)
+        return self._made[number]
+
+
+class BatchedVecEnv(VecEnv):
+    """
+    A vector of environments that are stepped all at once, and give a :class:`Transition`. By SB3's interface it can be
+    used as any other.
+    """
+
+    gives_tensors: bool = False
+    """Whether actions, observations and all else are tensors on the model's device, and not arrays."""
+
+    transition: Transition
+    """The last one."""
+
+    @abstractmethod
+    def make_transition(self, actions: Any) -> Transition:
+        """
+        Step all environments.
+
+        :param actions: shape ``(n_envs, *action_shape)``, which the environments may keep
+        """
+
+    def step_async(self, actions: Any) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> Any:
+        self.transition = self.make_transition(self._actions)
+        return self.transition.obs, self.transition.rewards, self.transition.dones, self.transition.infos
+
+
+def whole_steps(env: VecEnv) -> Callable[[Any], Transition] | None:
+    """
+    What steps the environments and gives the transition in whole arrays; None for those that tell by their infos how
+    episodes ended.
+
+    :param env: the environments
+    """
+    if isinstance(env, BatchedVecEnv):
+        return lambda actions: _stepped(env, actions)
+    if type(env) is VecNormalize and isinstance(env.venv, BatchedVecEnv) and not env.venv.gives_tensors:
+        return lambda actions: _normalized(env, env.venv, actions)
+    return None
+
+
+def _stepped(env: BatchedVecEnv, actions: Any) -> Transition:
+    env.step(actions)  # by which whoever watches the environments sees it
+    return env.transition
+
+
+def _normalized(env: VecNormalize, inner: Any, actions: Any) -> Transition:
+    obs, rewards, _, _ = env.step(actions)
+    transition: Transition = inner.transition
+    final_obs = transition.final_obs
+    if final_obs is not None:
+        final_obs = env.normalize_obs(final_obs)
+    return transition._replace(obs=obs, rewards=rewards, final_obs=final_obs)

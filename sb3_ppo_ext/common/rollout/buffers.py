@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3
-from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, PyTorchObs, RolloutBufferSamples
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
@@ -175,14 +175,20 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :param dones: whether the last step ended an episode, shape ``(n_envs,)``
         :raises ValueError: if a callback has added steps or environments to the rewards and not to ``truncated``
         """
-        if not self.rewards.shape == self.truncated.shape == self.final_values.shape:
-            raise ValueError(
-                f"The rollout buffer has rewards of shape {self.rewards.shape}, truncated of shape "
-                f"{self.truncated.shape} and final_values of shape {self.final_values.shape}: a callback that adds "
-                "samples and computes the advantages anew must extend all three alike"
-            )
+        self._check_shapes(self.rewards, self.truncated, self.final_values)
         self.last_values = last_values.cpu().numpy().flatten()
         self._last_dones = np.asarray(dones, dtype=bool)
+        self._set_targets()
+
+    def _check_shapes(self, rewards: Any, truncated: Any, final_values: Any) -> None:
+        if not rewards.shape == truncated.shape == final_values.shape:
+            raise ValueError(
+                f"The rollout buffer has rewards of shape {tuple(rewards.shape)}, truncated of shape "
+                f"{tuple(truncated.shape)} and final_values of shape {tuple(final_values.shape)}: a callback that adds "
+                "samples and computes the advantages anew must extend all three alike"
+            )
+
+    def _set_targets(self) -> None:
         arrays = (self.rewards, self.values, self.last_values, self.terminated, self.truncated, self.final_values)
         # Copies, as torch refuses some arrays that a callback may have put there (read-only ones, reversed ones).
         *transitions, final_values = (th.from_numpy(np.array(array)) for array in arrays)
@@ -201,15 +207,15 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :return: inputs, and actions of shape ``(n_envs * n_steps, action_dim)``
         """
         if self._flat_inputs is None:
-            actions = self.actions.astype(np.float32, copy=False)  # as SB3: MultiBinary's int8 could not be trained on
-            inputs = PolicyInput(self._flat_obs())
+            inputs = PolicyInput(self._flat_of("observations"))
             if self.action_masks is not None:
-                inputs = inputs._replace(mask=self._to_flat(self.action_masks))
+                inputs = inputs._replace(mask=self._flat_of("action_masks"))
             if self.states is not None:
                 self._check_states(self.states)
-                starts = self._to_flat(self.episode_starts).flatten()
-                inputs = inputs._replace(state=self._to_flat(self.states), starts=starts)
-            self._flat_inputs = inputs, self._to_flat(actions)
+                starts = self._flat_of("episode_starts").flatten()
+                inputs = inputs._replace(state=self._flat_of("states"), starts=starts)
+            actions = self._flat_of("actions").float()  # as SB3: MultiBinary's int8 could not be trained on
+            self._flat_inputs = inputs, actions
         return self._flat_inputs
 
     def _check_states(self, states: np.ndarray) -> None:
@@ -228,13 +234,15 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :return: inputs, and actions of shape ``(n_steps * n_envs, action_dim)``
         """
 
-        def step_by_step(array: np.ndarray) -> th.Tensor:
-            return self.to_torch(array[: self.pos].reshape(-1, *array.shape[2:]))
+        def step_by_step(stored: Any) -> Any:
+            if isinstance(stored, dict):
+                return {key: step_by_step(part) for key, part in stored.items()}
+            return th.as_tensor(stored[: self.pos], device=self.device).flatten(0, 1)
 
-        obs = self.observations
-        flat_obs = {k: step_by_step(v) for k, v in obs.items()} if isinstance(obs, dict) else step_by_step(obs)
-        mask = None if self.action_masks is None else step_by_step(self.action_masks)
-        return PolicyInput(flat_obs, mask), step_by_step(self.actions.astype(np.float32, copy=False))
+        mask = None if self.action_masks is None else step_by_step(self._stored("action_masks"))
+        return PolicyInput(step_by_step(self._stored("observations")), mask), step_by_step(
+            self._stored("actions")
+        ).float()
 
     def flat(self) -> RolloutSamples:
         """
@@ -245,25 +253,33 @@ class RolloutBuffer(sb3.RolloutBuffer):
         assert self.full, "the rollout buffer is not full"
         if self._flat is None:
             inputs, actions = self.flat_inputs()
+            returns = self._flat_of("returns").flatten()
+            params = self._flat_of("distribution_params")
             self._flat = RolloutSamples(
                 inputs.obs,
                 actions,
-                self._to_flat(self.values).flatten(),
-                self._to_flat(self.log_probs).flatten(),
-                self._to_flat(self.advantages).flatten(),
-                self._to_flat(self.returns).flatten(),
-                self._to_flat(self._params_of_samples()),
+                self._flat_of("values").flatten(),
+                self._flat_of("log_probs").flatten(),
+                self._flat_of("advantages").flatten(),
+                returns,
+                # None if a callback has added samples without theirs.
+                params if len(params) == len(returns) else returns.new_zeros(len(returns), 0),
                 inputs.mask,
                 inputs.state,
                 inputs.starts,
-                None if self.counts is None else self._to_flat(self.counts).flatten(),
+                None if self.counts is None else self._flat_of("counts").flatten(),
             )
         return self._flat
 
-    def _params_of_samples(self) -> np.ndarray:
-        """The distribution parameters; none if a callback has added samples without theirs."""
-        params = self.distribution_params
-        return params if len(params) == len(self.returns) else np.zeros((*self.returns.shape, 0), dtype=np.float32)
+    def _stored(self, name: str) -> Any:
+        """What :meth:`_to_flat` takes of an attribute."""
+        return getattr(self, name)
+
+    def _flat_of(self, name: str) -> Any:
+        stored = self._stored(name)
+        if isinstance(stored, dict):
+            return {key: self._to_flat(part) for key, part in stored.items()}
+        return self._to_flat(stored)
 
     def _to_flat(self, array: np.ndarray) -> th.Tensor:
         return self.to_torch(self.swap_and_flatten(array), copy=False)
@@ -271,9 +287,6 @@ class RolloutBuffer(sb3.RolloutBuffer):
     def _unflat(self, tensor: th.Tensor) -> np.ndarray:
         shape = (self.n_envs, self.buffer_size, *tensor.shape[1:])
         return tensor.cpu().numpy().reshape(shape).swapaxes(0, 1)
-
-    def _flat_obs(self) -> PyTorchObs:
-        return self._to_flat(self.observations)
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutSamples, None, None]:  # type: ignore[override]
         """
@@ -308,9 +321,6 @@ class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[m
     def _store_obs(self, pos: int, obs: dict[str, np.ndarray]) -> None:  # type: ignore[override]
         for key, stored in self.observations.items():
             stored[pos] = np.reshape(obs[key], (self.n_envs, *self.obs_shape[key]))
-
-    def _flat_obs(self) -> PyTorchObs:
-        return {key: self._to_flat(array) for key, array in self.observations.items()}
 
 
 def minibatches(

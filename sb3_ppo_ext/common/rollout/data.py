@@ -177,6 +177,29 @@ def rows_of(part: Any, rows: slice | th.Tensor, length: int = 1) -> Any:
     return part[rows] if length == 1 else part.unflatten(0, (-1, length))[rows].flatten(0, 1)
 
 
+def to_tensors(obs: Any, device: th.device) -> Any:
+    """
+    Observations on a device, of which those that are there already are the same tensors.
+
+    :param obs: an array or a tensor, or a dict of such
+    :param device: where they are to be
+    """
+    if isinstance(obs, dict):
+        return {key: th.as_tensor(part, device=device) for key, part in obs.items()}
+    return th.as_tensor(obs, device=device)
+
+
+def to_arrays(obs: Any) -> Any:
+    """
+    What numpy can read; it is the same memory where that is the CPU's.
+
+    :param obs: an array or a tensor, or a dict of such
+    """
+    if isinstance(obs, dict):
+        return {key: to_arrays(part) for key, part in obs.items()}
+    return obs.detach().cpu().numpy() if isinstance(obs, th.Tensor) else obs
+
+
 def chunks(n_samples: int, observation_space: spaces.Space[Any], length: int = 1) -> Iterator[slice]:
     """
     Cut a rollout so that the memory a pass through the networks takes is bounded.

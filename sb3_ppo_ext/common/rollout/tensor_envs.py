@@ -1,0 +1,198 @@
+"""
+Environments whose tensors never leave their device.
+
+Where SB3 takes an environment, an algorithm of this package takes one object that steps many environments at once, on
+any device, if it has (nothing need be derived from):
+
+- ``num_envs``, an integer, and ``device``, of its tensors;
+- ``single_observation_space`` and ``single_action_space``, gymnasium's spaces of one environment;
+- ``reset(seed=None) -> obs, extras``, which begins an episode everywhere;
+- ``step(actions) -> obs, rewards, terminated, truncated, extras``.
+
+``obs`` is a tensor of shape ``(num_envs, *obs_shape)``, or for a ``Dict`` space a dict of such; ``rewards`` are floats and
+``terminated`` and ``truncated`` bools of shape ``(num_envs,)``. A step that ends an episode begins the next, and ``obs`` is
+its first observation; ``extras["final_obs"]`` is then of the shape of ``obs``, and holds the last observation of each episode
+that has ended (other rows may hold anything), of which the value is what a time limit cuts off. ``actions`` are what the
+policy drew, clipped to a ``Box`` as in SB3, shape ``(num_envs, *action_shape)``. Tensors may be written into at the next step.
+
+This is also what a ``VectorEnv`` of gymnasium is that gives tensors and whose ``autoreset_mode`` is ``SAME_STEP``. Two more
+methods, ``state_dict() -> dict`` and ``load_state_dict(dict)``, let a checkpoint be resumed to the bit.
+
+``DualClipPPO("MlpPolicy", env, n_steps=24, batch_size=...)`` trains in it. From the environment to the optimiser all
+stays on the device: observations and actions, the rollout buffer, advantages, and the returns of episodes until they are
+logged. Callbacks see SB3's protocol, in whole tensors: ``locals["new_obs"]``, ``locals["actions"]`` are tensors,
+``rewards`` and ``dones`` arrays, and ``infos`` are made when they are asked for; ``model.get_env().extras`` are those of the
+last step. For ``evaluate_policy`` and ``EvalCallback``, :class:`TensorVecEnv` makes of it what SB3 takes.
+
+REINFORCE, whose rollouts are of complete episodes, and buffers of one's own are filled by way of numpy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.data import rows_of, to_arrays
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition
+
+_PROTOCOL = ("num_envs", "device", "single_observation_space", "single_action_space", "reset", "step")
+
+
+def is_tensor_env(env: Any) -> bool:
+    """
+    Whether an object has what this module asks of environments on a device.
+
+    :param env: any object
+    """
+    return all(hasattr(env, name) for name in _PROTOCOL)
+
+
+class TensorVecEnv(BatchedVecEnv):
+    """
+    A vector of environments of SB3's, made of one whose tensors stay on their device. Who gives it arrays is answered
+    in arrays, and who gives it tensors in tensors.
+
+    :param env: as this module describes it
+    :raises ValueError: if it is not
+    """
+
+    gives_tensors = True
+
+    extras: dict[str, Any]
+    """What the environment said besides, at the last step or reset."""
+
+    def __init__(self, env: Any) -> None:
+        given = f"env={env!r:.100} is not allowed: "
+        missing = [name for name in _PROTOCOL if not hasattr(env, name)]
+        if missing:
+            raise ArgumentError(
+                f"{given}an environment on a device must have {', '.join(_PROTOCOL)}; {missing[0]} is missing"
+            )
+        mode = (getattr(env, "metadata", None) or {}).get("autoreset_mode", AutoresetMode.SAME_STEP)
+        if AutoresetMode(mode) is not AutoresetMode.SAME_STEP:
+            raise ArgumentError(
+                f"{given}its autoreset_mode is {AutoresetMode(mode)}, and must be {AutoresetMode.SAME_STEP}: the step that "
+                "ends an episode begins the next"
+            )
+        self.tensor_env = env
+        self.device = th.device(env.device)
+        self._start = time.time()
+        self.extras = {}
+        self._forget_episodes(env.num_envs)
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    def _forget_episodes(self, n_envs: int) -> None:
+        # Monitor adds in float64, which MPS lacks.
+        wide = th.float32 if self.device.type == "mps" else th.float64
+        self._returns = th.zeros(n_envs, dtype=wide, device=self.device)
+        self._lengths = th.zeros(n_envs, dtype=th.int64, device=self.device)
+
+    def reset(self) -> Any:
+        if any(self._options):
+            raise ValueError(f"set_options({self._options!r:.100}) is not allowed: the environments take none")
+        obs, self.extras = self.tensor_env.reset(seed=self._seeds[0])
+        self._check_obs(obs)
+        self._reset_seeds()
+        self._forget_episodes(self.num_envs)
+        return to_arrays(obs)
+
+    def make_transition(self, actions: Any) -> Transition:
+        obs, rewards, terminated, truncated, extras = self.tensor_env.step(th.as_tensor(actions, device=self.device))
+        self.extras = extras
+        for name, tensor in (("rewards", rewards), ("terminated", terminated), ("truncated", truncated)):
+            if tuple(tensor.shape) != (self.num_envs,):
+                raise ValueError(f"The environments gave {name} of shape {tuple(tensor.shape)}, not ({self.num_envs},)")
+        terminated = terminated.bool()
+        truncated = truncated.bool() & ~terminated
+        self._returns += rewards
+        self._lengths += 1
+        rows = (terminated | truncated).nonzero().flatten()
+        final_obs = extras.get("final_obs") if len(rows) else None
+        if len(rows) and final_obs is None and bool(truncated.any()):
+            raise ValueError(
+                f"A time limit has cut the episode of environment {int(truncated.nonzero()[0])}, and extras have no "
+                "'final_obs', which must be what it ended with"
+            )
+        infos = Infos(self.num_envs, lambda i: self._info(i, terminated, truncated, extras, final_obs, ended))
+        ended = self._ended(rows)
+        return Transition(obs, rewards, terminated, truncated, final_obs, None, ended, infos)
+
+    def step_wait(self) -> Any:
+        transition = self.make_transition(self._actions)
+        if isinstance(self._actions, np.ndarray):
+            transition = Transition(*(to_arrays(part) for part in transition[:5]), *transition[5:])
+        self.transition = transition
+        return transition.obs, transition.rewards, transition.dones, transition.infos
+
+    def _check_obs(self, obs: Any) -> None:
+        space = self.observation_space
+        parts: Any = space.spaces.items() if isinstance(space, spaces.Dict) else [(None, space)]
+        for key, of_key in parts:
+            shape = tuple((obs if key is None else obs[key]).shape)
+            if shape != (self.num_envs, *(of_key.shape or ())):
+                name = "observations" if key is None else f"observations of {key!r}"
+                raise ValueError(
+                    f"The environments gave {name} of shape {shape}, and by their space they must have "
+                    f"{(self.num_envs, *(of_key.shape or ()))}"
+                )
+
+    def _ended(self, rows: th.Tensor) -> Episodes | None:
+        """The episodes that the last step has ended; those that follow are counted from 0."""
+        if not len(rows):
+            return None
+        returns, lengths = self._returns[rows], self._lengths[rows]
+        self._returns[rows] = 0.0
+        self._lengths[rows] = 0
+        now = np.full(len(rows), time.time() - self._start)
+        return Episodes(to_arrays(rows), to_arrays(returns), to_arrays(lengths), now)
+
+    def _info(
+        self, i: int, terminated: Any, truncated: Any, extras: dict[str, Any], final_obs: Any, ended: Episodes | None
+    ) -> dict[str, Any]:
+        """The info of an environment, as SB3 has it."""
+        info = {
+            name: to_arrays(value[i])
+            for name, value in extras.items()
+            if isinstance(value, th.Tensor) and value.shape[:1] == (self.num_envs,)
+        }
+        info.pop("final_obs", None)
+        info["TimeLimit.truncated"] = bool(truncated[i])
+        if terminated[i] or truncated[i]:
+            info["terminal_observation"] = to_arrays(rows_of(final_obs, i))
+            if ended is not None:
+                k = int(np.flatnonzero(ended.env_indices == i)[0])
+                _, episode_return, length, seconds, _ = list(ended.rows())[k]
+                info["episode"] = {"r": episode_return, "l": length, "t": seconds}
+        return info
+
+    def close(self) -> None:
+        if hasattr(self.tensor_env, "close"):
+            self.tensor_env.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        if attr_name == "render_mode":
+            value = getattr(self.tensor_env, attr_name, None)
+        else:
+            value = getattr(self.tensor_env, attr_name)
+        return [value for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        setattr(self.tensor_env, attr_name, value)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        result = getattr(self.tensor_env, method_name)(*method_args, **method_kwargs)
+        return [result for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
+        return [issubclass(Monitor, wrapper_class) for _ in self._get_indices(indices)]  # by which episodes are counted
+
+    def get_images(self) -> Sequence[Any]:
+        raise NotImplementedError("environments on a device are not drawn one by one")

@@ -246,30 +246,35 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def flat(self) -> RolloutSamples:
         """
-        The whole rollout on the device, in the order of :meth:`flat_inputs`.
+        The rollout on the device, in the order of :meth:`flat_inputs`, without the steps that do not count.
 
         :return: the samples; made at the first call after a rollout, the same tensors afterwards
         """
         assert self.full, "the rollout buffer is not full"
         if self._flat is None:
-            inputs, actions = self.flat_inputs()
-            returns = self._flat_of("returns").flatten()
-            params = self._flat_of("distribution_params")
-            self._flat = RolloutSamples(
-                inputs.obs,
-                actions,
-                self._flat_of("values").flatten(),
-                self._flat_of("log_probs").flatten(),
-                self._flat_of("advantages").flatten(),
-                returns,
-                # None if a callback has added samples without theirs.
-                params if len(params) == len(returns) else returns.new_zeros(len(returns), 0),
-                inputs.mask,
-                inputs.state,
-                inputs.starts,
-                None if self.counts is None else self._flat_of("counts").flatten(),
-            )
+            self._flat = self._whole()
+            if self.counts is not None:
+                self._flat = self._flat.rows(self._flat_of("counts").flatten())
         return self._flat
+
+    def _whole(self) -> RolloutSamples:
+        """All steps on the device."""
+        inputs, actions = self.flat_inputs()
+        returns = self._flat_of("returns").flatten()
+        params = self._flat_of("distribution_params")
+        return RolloutSamples(
+            inputs.obs,
+            actions,
+            self._flat_of("values").flatten(),
+            self._flat_of("log_probs").flatten(),
+            self._flat_of("advantages").flatten(),
+            returns,
+            # None if a callback has added samples without theirs.
+            params if len(params) == len(returns) else returns.new_zeros(len(returns), 0),
+            inputs.mask,
+            inputs.state,
+            inputs.starts,
+        )
 
     def _stored(self, name: str) -> Any:
         """What :meth:`_to_flat` takes of an attribute."""
@@ -343,20 +348,35 @@ def minibatches(
             yield samples if isinstance(samples, RolloutSamples) else _of_sb3(samples), None
 
 
-def sequences_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> int | None:
+def size_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> int | None:
     """
-    What a compiled step pads minibatches of sequences to, where the last one of an epoch is smaller: unrolled, a second
-    program for it would take long to make.
+    What a compiled step pads minibatches to where the last one of an epoch is smaller. There is a program for each size
+    else, which would be one in each rollout if steps of it do not count; and of sequences, which are unrolled, a second
+    program takes long to make.
 
     :param rollout_buffer: filled
     :param batch_size: samples in a minibatch
-    :return: the number of sequences; None where all minibatches have it, or there is no memory
+    :return: the number of rows, of sequences where there is a memory; None where all minibatches have it, or one second
+        program will do
     """
-    if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.states is None:
+    if not isinstance(rollout_buffer, RolloutBuffer):
         return None
-    n_sequences = rollout_buffer.states.shape[0] * rollout_buffer.n_envs
-    n_of_minibatch = min(n_sequences, max(1, batch_size // rollout_buffer.sequence_length))
-    return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
+    if rollout_buffer.states is not None:
+        n_sequences = rollout_buffer.states.shape[0] * rollout_buffer.n_envs
+        n_of_minibatch = min(n_sequences, max(1, batch_size // rollout_buffer.sequence_length))
+        return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
+    return None if rollout_buffer.counts is None else min(rollout_buffer.counts.size, batch_size)
+
+
+def values_and_returns(rollout_buffer: sb3.RolloutBuffer) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Those of the steps that count.
+
+    :param rollout_buffer: filled, any of SB3's
+    """
+    counts = getattr(rollout_buffer, "counts", None)
+    values, returns = rollout_buffer.values, rollout_buffer.returns
+    return (values.flatten(), returns.flatten()) if counts is None else (values[counts], returns[counts])
 
 
 def _of_sb3(samples: RolloutBufferSamples | DictRolloutBufferSamples) -> RolloutSamples:

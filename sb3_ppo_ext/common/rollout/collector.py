@@ -147,7 +147,7 @@ class Collector:
             if self._masks is not None:
                 self.last_masks = self._masks.read(new_obs)
             elif n_steps == 0 and self._heeds_masks:
-                check_no_masks(infos)
+                check_no_masks(infos if transition is None else infos[:1])
             algorithm.num_timesteps += env.num_envs
             callback.update_locals(
                 {

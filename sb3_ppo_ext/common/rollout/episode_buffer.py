@@ -97,7 +97,7 @@ class EpisodeBuffer(RolloutBuffer):
         sample.
         """
         if self._flat is None:
-            whole = super().flat()
+            whole = self._whole()
             self._flat = whole.rows(self._counts) if whole.states is None else self._sequences(whole)
         return self._flat
 

@@ -97,6 +97,37 @@ class Infos(Sequence[dict[str, Any]]):
         return self._made[number]
 
 
+def info_of(infos: dict[str, Any], env_index: int, n_envs: int) -> dict[str, Any]:
+    """
+    The info of one environment.
+
+    :param infos: of all, as gymnasium's vectors have them: arrays, and under ``_name`` whether ``name`` is said
+    :param env_index: number of the environment
+    :param n_envs: of how many
+    """
+    info = {}
+    for name, values in infos.items():
+        if (name.startswith("_") and name[1:] in infos) or not _at(infos.get(f"_{name}", True), env_index, n_envs):
+            continue
+        info[name] = info_of(values, env_index, n_envs) if isinstance(values, dict) else _at(values, env_index, n_envs)
+    return info
+
+
+def _at(values: Any, env_index: int, n_envs: int) -> Any:
+    """Of one environment, if there is one value for each."""
+    return values[env_index] if hasattr(values, "__len__") and len(values) == n_envs else values
+
+
+def row_of(obs: Any, env_index: int) -> Any:
+    """
+    The observation of one environment.
+
+    :param obs: of all, an array or a dict of such
+    :param env_index: number of the environment
+    """
+    return {key: part[env_index] for key, part in obs.items()} if isinstance(obs, dict) else obs[env_index]
+
+
 class BatchedVecEnv(VecEnv):
     """
     A vector of environments that are stepped all at once, and give a :class:`Transition`. By SB3's interface it can be
@@ -105,6 +136,15 @@ class BatchedVecEnv(VecEnv):
 
     gives_tensors: bool = False
     """Whether actions, observations and all else are tensors on the model's device, and not arrays."""
+
+    resets_take_steps: bool = False
+    """Whether an environment spends a step of its own on beginning an episode, a step that does not count."""
+
+    can_be_restored: bool = False
+    """Whether each environment can be given back what it remembers, so that a checkpoint is to hold it."""
+
+    max_episode_steps: int = 0
+    """Steps after which an episode is cut; 0 if it is not known."""
 
     transition: Transition
     """The last one."""
@@ -117,12 +157,29 @@ class BatchedVecEnv(VecEnv):
         :param actions: shape ``(n_envs, *action_shape)``, which the environments may keep
         """
 
+    def action_masks_in_infos(self) -> Any:
+        """
+        What the infos under ``action_mask`` say of the observations as they are, one mask an environment.
+
+        :return: shape ``(n_envs, n_choices)``; None: they do not say it
+        """
+        return None
+
     def step_async(self, actions: Any) -> None:
         self._actions = actions
 
     def step_wait(self) -> Any:
         self.transition = self.make_transition(self._actions)
         return self.transition.obs, self.transition.rewards, self.transition.dones, self.transition.infos
+
+
+def resets_take_steps(env: VecEnv) -> bool:
+    """
+    Whether some steps do not count.
+
+    :param env: the environments
+    """
+    return isinstance(env.unwrapped, BatchedVecEnv) and env.unwrapped.resets_take_steps
 
 
 def whole_steps(env: VecEnv) -> Callable[[Any], Transition] | None:

@@ -27,6 +27,8 @@ from sb3_ppo_ext.common.policy_distributions import family_of_policy
 from sb3_ppo_ext.common.recurrent_policies import RECURRENT_POLICY_ALIASES
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
+from sb3_ppo_ext.common.rollout.tensor_buffer import TensorRolloutBuffer
+from sb3_ppo_ext.common.rollout.transitions import gives_tensors
 from sb3_ppo_ext.common.rollout.vec_envs import as_learnable
 from sb3_ppo_ext.common.saving.files import opened
 from sb3_ppo_ext.common.saving.model_file import replacements, write_model
@@ -204,7 +206,7 @@ class Model(SB3OnPolicyAlgorithm):
                 "env=None is not allowed: it must be an environment, a vector of them, or the id of one"
             )
         if self.rollout_buffer_class in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
-            self.rollout_buffer_class = buffer_class_for(self.observation_space)  # which derives from SB3's
+            self.rollout_buffer_class = self._own_buffer_class()  # which derives from SB3's
         self._validate()
         self._setup_lr_schedule()
         construction.set_seed(self)
@@ -219,6 +221,9 @@ class Model(SB3OnPolicyAlgorithm):
         buffer = self.rollout_buffer
         if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
             print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
+
+    def _own_buffer_class(self) -> type[RolloutBuffer]:
+        return TensorRolloutBuffer if gives_tensors(self.env) else buffer_class_for(self.observation_space)
 
     def _set_masked(self, is_masked: bool) -> None:
         """Note whether the policy is to be asked with masks: here for the file, and where it is asked itself."""
@@ -245,7 +250,11 @@ class Model(SB3OnPolicyAlgorithm):
         :param force_reset: whether ``learn`` resets it first
         :raises ValueError: for what is neither
         """
+        is_own = self.rollout_buffer_class is self._own_buffer_class()
         super().set_env(env, force_reset)
+        if is_own and self.rollout_buffer_class is not self._own_buffer_class():
+            self.rollout_buffer_class = self._own_buffer_class()
+            self.rollout_buffer = construction.make_rollout_buffer(self)
 
     def save(
         self,
@@ -329,7 +338,7 @@ class Model(SB3OnPolicyAlgorithm):
         excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts", "_reducer", "_together"]
         # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
         excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
-        if self.rollout_buffer_class is buffer_class_for(self.observation_space) or self._rollouts_vary:
+        if self.rollout_buffer_class is self._own_buffer_class() or self._rollouts_vary:
             excluded.append("rollout_buffer_class")
         return excluded
 

@@ -175,20 +175,14 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :param dones: whether the last step ended an episode, shape ``(n_envs,)``
         :raises ValueError: if a callback has added steps or environments to the rewards and not to ``truncated``
         """
-        self._check_shapes(self.rewards, self.truncated, self.final_values)
-        self.last_values = last_values.cpu().numpy().flatten()
-        self._last_dones = np.asarray(dones, dtype=bool)
-        self._set_targets()
-
-    def _check_shapes(self, rewards: Any, truncated: Any, final_values: Any) -> None:
-        if not rewards.shape == truncated.shape == final_values.shape:
+        if not self.rewards.shape == self.truncated.shape == self.final_values.shape:
             raise ValueError(
-                f"The rollout buffer has rewards of shape {tuple(rewards.shape)}, truncated of shape "
-                f"{tuple(truncated.shape)} and final_values of shape {tuple(final_values.shape)}: a callback that adds "
+                f"The rollout buffer has rewards of shape {self.rewards.shape}, truncated of shape "
+                f"{self.truncated.shape} and final_values of shape {self.final_values.shape}: a callback that adds "
                 "samples and computes the advantages anew must extend all three alike"
             )
-
-    def _set_targets(self) -> None:
+        self.last_values = last_values.cpu().numpy().flatten()
+        self._last_dones = np.asarray(dones, dtype=bool)
         arrays = (self.rewards, self.values, self.last_values, self.terminated, self.truncated, self.final_values)
         # Copies, as torch refuses some arrays that a callback may have put there (read-only ones, reversed ones).
         *transitions, final_values = (th.from_numpy(np.array(array)) for array in arrays)
@@ -239,9 +233,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
                 return {key: step_by_step(part) for key, part in stored.items()}
             return th.as_tensor(stored[: self.pos], device=self.device).flatten(0, 1)
 
-        mask = None if self.action_masks is None else step_by_step(self._stored("action_masks"))
-        return PolicyInput(step_by_step(self._stored("observations")), mask), step_by_step(
-            self._stored("actions")
+        mask = None if self.action_masks is None else step_by_step(self.stored("action_masks"))
+        return PolicyInput(step_by_step(self.stored("observations")), mask), step_by_step(
+            self.stored("actions")
         ).float()
 
     def flat(self) -> RolloutSamples:
@@ -276,12 +270,16 @@ class RolloutBuffer(sb3.RolloutBuffer):
             inputs.starts,
         )
 
-    def _stored(self, name: str) -> Any:
-        """What :meth:`_to_flat` takes of an attribute."""
+    def stored(self, name: str) -> Any:
+        """
+        What holds the values of an attribute, to be written into.
+
+        :param name: of the attribute
+        """
         return getattr(self, name)
 
     def _flat_of(self, name: str) -> Any:
-        stored = self._stored(name)
+        stored = self.stored(name)
         if isinstance(stored, dict):
             return {key: self._to_flat(part) for key, part in stored.items()}
         return self._to_flat(stored)

@@ -11,19 +11,19 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
-from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, rows_of
+from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, rows_of, to_arrays, to_tensors
 from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
 from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
 from sb3_ppo_ext.common.rollout.final_values import FinalValues
 from sb3_ppo_ext.common.rollout.masks import ActionMasks, check_no_masks
 from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.rollout.stop_rules import StopRule
-from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Transition, whole_steps
+from sb3_ppo_ext.common.rollout.tensor_buffer import TensorRolloutBuffer
+from sb3_ppo_ext.common.rollout.transitions import Episodes, Transition, gives_tensors, whole_steps
 
 Act = Callable[[PolicyInput], tuple[th.Tensor, StepEvaluation | None]]
 
@@ -93,12 +93,20 @@ class Collector:
         :param first_state: what the policy remembers before them, shape ``(n_envs, n_state)``; None: it has no memory
         :return: False if the callback ended the rollout before
         """
+        algorithm = self._algorithm
+        try:
+            return self._collect(n_rollout_steps, first_masks, first_state)
+        finally:  # what is kept between rollouts, saved and looked at is numpy's, as SB3 has it
+            algorithm._last_obs = to_arrays(algorithm._last_obs)
+            algorithm._last_episode_starts = to_arrays(algorithm._last_episode_starts)
+
+    def _collect(self, n_rollout_steps: int, first_masks: np.ndarray | None, first_state: th.Tensor | None) -> bool:
         algorithm, env, callback, rollout_buffer = self._algorithm, self._env, self._callback, self._buffer
         policy, device, use_sde = algorithm.policy, algorithm.device, algorithm.use_sde
         action_shape = (env.num_envs, *(algorithm.action_space.shape or ()))
         action_space = algorithm.action_space
         step_whole = whole_steps(env)
-        gives_tensors = isinstance(env, BatchedVecEnv) and env.gives_tensors
+        stays_on_device = isinstance(rollout_buffer, TensorRolloutBuffer) and gives_tensors(env)
         all_count = self._stop.counted is None
         # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
@@ -115,7 +123,7 @@ class Collector:
                 policy = algorithm.policy
                 act = self._take_policy()
 
-            obs_tensor = obs_as_tensor(algorithm._last_obs, device)  # type: ignore[arg-type]
+            obs_tensor = to_tensors(algorithm._last_obs, device)
             if masks is not None:
                 mask_tensor = th.as_tensor(masks, device=device)
             if state is not None:
@@ -123,11 +131,14 @@ class Collector:
             action_tensor, step = act(PolicyInput(obs_tensor, mask_tensor, state, starts))
             if step is not None:
                 self._steps.append(step._replace(state=None))
-            actions: Any = action_tensor if gives_tensors else action_tensor.cpu().numpy()
+            actions: Any = action_tensor if stays_on_device else action_tensor.cpu().numpy()
             actions = actions.reshape(action_shape)
             clipped_actions = to_env(actions, policy, action_space)
             # Before the step, as an environment may write its next observation into the same array.
-            rollout_buffer.add_observation(algorithm._last_obs, algorithm._last_episode_starts)  # type: ignore[arg-type]
+            rollout_buffer.add_observation(
+                obs_tensor if stays_on_device else algorithm._last_obs,
+                algorithm._last_episode_starts,  # type: ignore[arg-type]
+            )
 
             if masks is not None:
                 rollout_buffer.add_masks(masks)
@@ -161,8 +172,8 @@ class Collector:
                     "actions": actions,
                     "clipped_actions": clipped_actions,
                     "new_obs": new_obs,
-                    "rewards": rewards,
-                    "dones": dones,
+                    "rewards": to_arrays(rewards),
+                    "dones": to_arrays(dones),
                     "infos": infos,
                     "action_masks": masks,
                     "next_state": state,
@@ -215,13 +226,13 @@ class Collector:
         """
         buffer, last_obs = self._buffer, self._algorithm._last_obs
         self._evaluate_steps()
-        inputs = PolicyInput(obs_as_tensor(last_obs, self._algorithm.device))  # type: ignore[arg-type]
+        inputs = PolicyInput(to_tensors(last_obs, self._algorithm.device))
         if self.last_state is not None:
             inputs = inputs._replace(state=self.last_state, starts=self._starts())
         last_values = self.actor_critic.values(inputs)
-        raise_if_rollout_not_finite(buffer, last_values.cpu().numpy(), last_obs)
+        raise_if_rollout_not_finite(buffer, last_values, last_obs)
         self._final_values.evaluate()
-        self._final_values.write_into(buffer.final_values)
+        self._final_values.write_into(buffer)
         return last_values
 
     def _starts(self) -> th.Tensor:
@@ -250,9 +261,9 @@ class Collector:
             self._note_episodes(transition.episodes)
         if transition.counts is not None:
             buffer.add_counts(transition.counts)
-        buffer.truncated[n_steps] = truncated
+        buffer.stored("truncated")[n_steps] = truncated
         if self._keeps_final_values and transition.final_obs is not None and truncated.any():
-            rows = truncated.nonzero()[0]
+            rows = truncated.nonzero().flatten() if isinstance(truncated, th.Tensor) else truncated.nonzero()[0]
             of_envs = None if state is None else state[rows]
             self._final_values.add_rows(n_steps, rows, rows_of(transition.final_obs, rows), of_envs)
 

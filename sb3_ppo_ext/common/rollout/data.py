@@ -189,6 +189,13 @@ def to_tensors(obs: Any, device: th.device) -> Any:
     return th.as_tensor(obs, device=device)
 
 
+def is_tensors(obs: Any) -> bool:
+    """
+    :param obs: an array or a tensor, or a dict of such
+    """
+    return isinstance(next(iter(obs.values())) if isinstance(obs, dict) else obs, th.Tensor)
+
+
 def to_arrays(obs: Any) -> Any:
     """
     What numpy can read; it is the same memory where that is the CPU's.

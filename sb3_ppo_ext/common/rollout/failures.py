@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ppo_ext.common.errors import NonFiniteError
+from sb3_ppo_ext.common.rollout.data import to_arrays
+from sb3_ppo_ext.common.rollout.tensor_buffer import TensorRolloutBuffer
 
 
 def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
@@ -68,7 +70,7 @@ def _add_note(error: Exception, note: str) -> None:
         vars(error).setdefault("__notes__", []).append(note)
 
 
-def raise_if_rollout_not_finite(rollout_buffer: RolloutBuffer, of_values: np.ndarray, last_obs: Any) -> None:
+def raise_if_rollout_not_finite(rollout_buffer: RolloutBuffer, of_values: Any, last_obs: Any) -> None:
     """
     A reward must be finite. An observation may be what it likes as long as the policy makes something finite of it.
 
@@ -78,22 +80,23 @@ def raise_if_rollout_not_finite(rollout_buffer: RolloutBuffer, of_values: np.nda
     :raises NonFiniteError: if a reward is not finite, or where it is a value or log-probability, an observation; saying
         which is first
     """
-    results = (rollout_buffer.rewards, rollout_buffer.values, rollout_buffer.log_probs, of_values)
+    if isinstance(rollout_buffer, TensorRolloutBuffer) and rollout_buffer.is_finite():
+        results: tuple[Any, ...] = (to_arrays(of_values),)
+    else:
+        results = (rollout_buffer.rewards, rollout_buffer.values, rollout_buffer.log_probs, to_arrays(of_values))
     # A buffer of the user's own may hold them in other ways.
     if all(np.isfinite(result).all() for result in results if isinstance(result, np.ndarray)):
         return
     obs = _not_finite(rollout_buffer.observations, axes=("step", "environment"))
     found = {
-        "Observations": obs or _not_finite(last_obs, axes=("environment",)),
+        "Observations": obs or _not_finite(to_arrays(last_obs), axes=("environment",)),
         "Rewards": _not_finite(rollout_buffer.rewards, axes=("step", "environment")),
     }
     if any(found.values()):
         raise NonFiniteError(_not_finite_message(found))
 
 
-def raise_if_final_not_finite(
-    values: np.ndarray, final_obs: Any, steps: Sequence[int], env_indices: Sequence[int]
-) -> None:
+def raise_if_final_not_finite(values: np.ndarray, final_obs: Any, steps: np.ndarray, env_indices: np.ndarray) -> None:
     """
     :param values: of final observations
     :param final_obs: these, stacked

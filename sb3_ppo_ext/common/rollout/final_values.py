@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch as th
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
-from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, rows_of
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, is_tensors, rows_of, to_arrays, to_tensors
 from sb3_ppo_ext.common.rollout.failures import raise_if_final_not_finite
 
 
@@ -24,13 +24,13 @@ class FinalValues:
     def __init__(self, actor_critic: ActorCritic) -> None:
         self.actor_critic = actor_critic
         self._states: list[th.Tensor] = []
-        self._steps: list[int] = []
-        self._env_indices: list[int] = []
+        self._steps: list[int] = []  # one for each of the following
+        self._env_indices: list[Any] = []
         self._final_obs: list[Any] = []
-        self._values: list[np.ndarray] = []
+        self._values: list[th.Tensor] = []
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return sum(map(len, self._env_indices))
 
     def add(self, step: int, env_index: int, final_obs: Any, state: th.Tensor | None = None) -> None:
         """
@@ -41,19 +41,20 @@ class FinalValues:
         """
         is_dict = isinstance(final_obs, dict)
         row = {k: np.array(x)[None] for k, x in final_obs.items()} if is_dict else np.array(final_obs)[None]
-        self.add_rows(step, [env_index], row, None if state is None else state[None])
+        self.add_rows(step, np.array([env_index]), row, None if state is None else state[None])
 
-    def add_rows(self, step: int, env_indices: Sequence[int], final_obs: Any, states: th.Tensor | None = None) -> None:
+    def add_rows(self, step: int, env_indices: Any, final_obs: Any, states: th.Tensor | None = None) -> None:
         """
         :param step: of the rollout, in which the episodes were cut
-        :param env_indices: numbers of the environments
-        :param final_obs: one row for each of them, shape ``(n, *obs_shape)`` or a dict of such, to be kept
+        :param env_indices: numbers of the environments, shape ``(n,)``
+        :param final_obs: one row for each of them, shape ``(n, *obs_shape)`` or a dict of such, to be kept; arrays or
+            tensors
         :param states: what the policy remembers before them, shape ``(n, n_state)``; None: it has no memory
         """
-        self._steps += [step] * len(env_indices)
-        self._env_indices += [int(index) for index in env_indices]
+        self._steps.append(step)
+        self._env_indices.append(env_indices)
         if states is not None:
-            self._states += states
+            self._states.append(states)
         if self.actor_critic.is_pure:
             self._final_obs.append(final_obs)
         else:
@@ -64,31 +65,44 @@ class FinalValues:
         if not self._final_obs:
             return
         first = sum(map(len, self._values))
-        space = self.actor_critic.policy.observation_space
-        all_obs: Any = self._final_obs
-        if isinstance(all_obs[0], dict):
-            all_obs = {key: np.concatenate([obs[key] for obs in all_obs]) for key in all_obs[0]}
-        else:
-            all_obs = np.concatenate(all_obs)
-        for rows in chunks(len(self) - first, space):
+        all_obs = _joined(self._final_obs)
+        for rows in chunks(len(self) - first, self.actor_critic.policy.observation_space):
             self._values.append(self._evaluated(rows_of(all_obs, rows), first + rows.start))
         self._final_obs = []
 
-    def write_into(self, final_values: np.ndarray) -> None:
+    def write_into(self, rollout_buffer: RolloutBuffer) -> None:
         """
-        :param final_values: of a rollout, shape ``(n_steps, n_envs)``
+        :param rollout_buffer: that holds the rollout
         """
         if self._values:
-            final_values[self._steps, self._env_indices] = np.concatenate(self._values)
+            place: Any = rollout_buffer.stored("final_values")
+            values = th.cat(self._values)
+            place[self._all_steps(), _joined(self._env_indices)] = values if is_tensors(place) else to_arrays(values)
+
+    def _all_steps(self) -> np.ndarray:
+        """One for each value."""
+        return np.repeat(self._steps, [len(indices) for indices in self._env_indices])
 
     @th.no_grad()
-    def _evaluated(self, final_obs: Any, first: int) -> np.ndarray:
+    def _evaluated(self, final_obs: Any, first: int) -> th.Tensor:
         policy = self.actor_critic.policy
-        inputs = PolicyInput(policy.obs_to_tensor(final_obs)[0])
+        if is_tensors(final_obs):
+            inputs = PolicyInput(to_tensors(final_obs, policy.device))
+        else:
+            inputs = PolicyInput(policy.obs_to_tensor(final_obs)[0])
         n_rows = inputs.n_rows
         if self._states:
-            states = th.stack(self._states[first : first + n_rows])
+            states = th.cat(self._states)[first : first + n_rows]
             inputs = inputs._replace(state=states, starts=th.zeros(n_rows, device=policy.device))
-        values: np.ndarray = self.actor_critic.values(inputs).cpu().numpy()
-        raise_if_final_not_finite(values, final_obs, self._steps[first:], self._env_indices[first:])
+        values = self.actor_critic.values(inputs)
+        if not bool(values.isfinite().all()):
+            env_indices = to_arrays(_joined(self._env_indices))[first:]
+            raise_if_final_not_finite(to_arrays(values), to_arrays(final_obs), self._all_steps()[first:], env_indices)
         return values
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Rows of arrays or of tensors, or of dicts of such, in one."""
+    if isinstance(parts[0], dict):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    return th.cat(parts) if isinstance(parts[0], th.Tensor) else np.concatenate(parts)

@@ -16,8 +16,8 @@ from sb3_ppo_ext.losses.targets import generalized_advantages
 
 class _AsArray:
     """
-    An attribute that is a tensor, or a dict of such, and is read and set as numpy's. On the CPU both are the same memory.
-    What is read of another device is a copy that cannot be written into: set the attribute instead.
+    An attribute that is a tensor, or a dict of such, and is read and set as numpy's. On the CPU both are the same
+    memory. What is read of another device is a copy that cannot be written into: set the attribute instead.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -32,9 +32,9 @@ class _AsArray:
 
 class TensorRolloutBuffer(RolloutBuffer):
     """
-    :class:`RolloutBuffer` for environments whose observations and rewards are tensors: what it holds stays on the device
-    of the model, in :attr:`tensors`, by the names of the attributes. By these, callbacks read and set it as numpy's
-    arrays. For all observations, Dict ones too.
+    :class:`RolloutBuffer` for environments whose observations and rewards are tensors: what it holds stays on the
+    device of the model, in :attr:`tensors`, by the names of the attributes. By these, callbacks read and set it as
+    numpy's arrays. For all observations, Dict ones too.
     """
 
     tensors: dict[str, Any]
@@ -94,7 +94,8 @@ class TensorRolloutBuffer(RolloutBuffer):
 
     def _terminated(self) -> th.Tensor:
         ends = th.cat((self.tensors["episode_starts"][1:] != 0.0, self._ends[None]))
-        return ends & ~self.tensors["truncated"]
+        terminated: th.Tensor = ends & ~self.tensors["truncated"]
+        return terminated
 
     def is_finite(self) -> bool:
         """Whether the rewards, and what the policy says of the rollout, are."""
@@ -108,7 +109,7 @@ class TensorRolloutBuffer(RolloutBuffer):
                 of_key[self.pos] = obs[key].reshape(of_key.shape[1:])
         else:
             stored[self.pos] = obs.reshape(stored.shape[1:])
-        self.tensors["episode_starts"][self.pos] = episode_start
+        self.tensors["episode_starts"][self.pos] = th.as_tensor(episode_start, device=self.device)
 
     def add_masks(self, masks: Any) -> None:
         if self.tensors["action_masks"] is None:
@@ -133,7 +134,6 @@ class TensorRolloutBuffer(RolloutBuffer):
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: Any) -> None:
         tensors = self.tensors
-        self._check_shapes(tensors["rewards"], tensors["truncated"], tensors["final_values"])
         tensors["last_values"] = last_values.flatten()
         self._ends = th.as_tensor(dones, dtype=th.bool, device=self.device)
         advantages = generalized_advantages(
@@ -149,14 +149,14 @@ class TensorRolloutBuffer(RolloutBuffer):
         tensors["advantages"], tensors["returns"] = advantages, advantages + tensors["values"]
         self._flat = None
 
-    def _stored(self, name: str) -> Any:
+    def stored(self, name: str) -> Any:
         return self.tensors[name]
 
     def _to_flat(self, array: Any) -> th.Tensor:
         return th.as_tensor(array, device=self.device).transpose(0, 1).flatten(0, 1)
 
     def _unflat(self, tensor: th.Tensor) -> Any:
-        return tensor.unflatten(0, (self.n_envs, self.buffer_size)).transpose(0, 1)
+        return tensor.view(self.n_envs, self.buffer_size, *tensor.shape[1:]).transpose(0, 1)
 
     def shuffled_rows(self, batch_size: int) -> tuple[th.Tensor, ...]:
         if self.device.type == "cpu":

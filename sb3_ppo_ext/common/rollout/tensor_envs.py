@@ -9,22 +9,26 @@ any device, if it has (nothing need be derived from):
 - ``reset(seed=None) -> obs, extras``, which begins an episode everywhere;
 - ``step(actions) -> obs, rewards, terminated, truncated, extras``.
 
-``obs`` is a tensor of shape ``(num_envs, *obs_shape)``, or for a ``Dict`` space a dict of such; ``rewards`` are floats and
-``terminated`` and ``truncated`` bools of shape ``(num_envs,)``. A step that ends an episode begins the next, and ``obs`` is
-its first observation; ``extras["final_obs"]`` is then of the shape of ``obs``, and holds the last observation of each episode
-that has ended (other rows may hold anything), of which the value is what a time limit cuts off. ``actions`` are what the
-policy drew, clipped to a ``Box`` as in SB3, shape ``(num_envs, *action_shape)``. Tensors may be written into at the next step.
+``obs`` is a tensor of shape ``(num_envs, *obs_shape)``, or for a ``Dict`` space a dict of such. ``rewards`` are floats,
+and ``terminated`` and ``truncated`` bools, of shape ``(num_envs,)``. A step that ends an episode begins the next:
+``obs`` is its first observation, and ``extras["final_obs"]``, of the shape of ``obs``, holds what the episode ended
+with; other rows may hold anything. It is what a time limit cuts off that its value stands for. ``actions`` have the
+shape ``(num_envs, *action_shape)``; those of a ``Box`` are clipped to its bounds, as in SB3. Tensors that were given
+may be written into at the next step.
 
-This is also what a ``VectorEnv`` of gymnasium is that gives tensors and whose ``autoreset_mode`` is ``SAME_STEP``. Two more
-methods, ``state_dict() -> dict`` and ``load_state_dict(dict)``, let a checkpoint be resumed to the bit.
+A ``VectorEnv`` of gymnasium is one of these, if it gives tensors, has a ``device``, and its ``autoreset_mode`` is
+``SAME_STEP``. :mod:`sb3_ppo_ext.common.rollout.tensor_adapters` makes one of those of Isaac Lab, mjlab, Brax and MuJoCo
+Playground.
 
 ``DualClipPPO("MlpPolicy", env, n_steps=24, batch_size=...)`` trains in it. From the environment to the optimiser all
-stays on the device: observations and actions, the rollout buffer, advantages, and the returns of episodes until they are
-logged. Callbacks see SB3's protocol, in whole tensors: ``locals["new_obs"]``, ``locals["actions"]`` are tensors,
-``rewards`` and ``dones`` arrays, and ``infos`` are made when they are asked for; ``model.get_env().extras`` are those of the
-last step. For ``evaluate_policy`` and ``EvalCallback``, :class:`TensorVecEnv` makes of it what SB3 takes.
+stays on the device: observations, actions, the rollout buffer, advantages and minibatches. Callbacks see SB3's
+protocol: ``locals["new_obs"]`` and ``locals["actions"]`` are tensors, ``rewards`` and ``dones`` arrays, and ``infos``
+are made when they are asked for; ``model.get_env().extras`` are those of the last step. :class:`TensorVecEnv` makes of
+an environment what ``evaluate_policy`` and ``EvalCallback`` take. Two more methods, ``state_dict() -> dict`` and
+``load_state_dict(dict)``, let a checkpoint be resumed to the bit.
 
-REINFORCE, whose rollouts are of complete episodes, and buffers of one's own are filled by way of numpy.
+REINFORCE, whose rollouts are complete episodes, and buffers of one's own are filled by way of numpy, and so is what a
+``VecNormalize`` or another wrapper of SB3's around a :class:`TensorVecEnv` gives.
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.data import rows_of, to_arrays
-from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition
+from sb3_ppo_ext.common.rollout.data import to_arrays
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, row_of
 
 _PROTOCOL = ("num_envs", "device", "single_observation_space", "single_action_space", "reset", "step")
 
@@ -79,8 +83,8 @@ class TensorVecEnv(BatchedVecEnv):
         mode = (getattr(env, "metadata", None) or {}).get("autoreset_mode", AutoresetMode.SAME_STEP)
         if AutoresetMode(mode) is not AutoresetMode.SAME_STEP:
             raise ArgumentError(
-                f"{given}its autoreset_mode is {AutoresetMode(mode)}, and must be {AutoresetMode.SAME_STEP}: the step that "
-                "ends an episode begins the next"
+                f"{given}its autoreset_mode is {AutoresetMode(mode)}, and must be {AutoresetMode.SAME_STEP}: the step "
+                "that ends an episode begins the next"
             )
         self.tensor_env = env
         self.device = th.device(env.device)
@@ -128,7 +132,7 @@ class TensorVecEnv(BatchedVecEnv):
     def step_wait(self) -> Any:
         transition = self.make_transition(self._actions)
         if isinstance(self._actions, np.ndarray):
-            transition = Transition(*(to_arrays(part) for part in transition[:5]), *transition[5:])
+            transition = Transition(*map(to_arrays, transition))
         self.transition = transition
         return transition.obs, transition.rewards, transition.dones, transition.infos
 
@@ -166,7 +170,7 @@ class TensorVecEnv(BatchedVecEnv):
         info.pop("final_obs", None)
         info["TimeLimit.truncated"] = bool(truncated[i])
         if terminated[i] or truncated[i]:
-            info["terminal_observation"] = to_arrays(rows_of(final_obs, i))
+            info["terminal_observation"] = to_arrays(row_of(final_obs, i))
             if ended is not None:
                 k = int(np.flatnonzero(ended.env_indices == i)[0])
                 _, episode_return, length, seconds, _ = list(ended.rows())[k]

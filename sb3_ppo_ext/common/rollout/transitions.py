@@ -182,6 +182,15 @@ def resets_take_steps(env: VecEnv) -> bool:
     return isinstance(env.unwrapped, BatchedVecEnv) and env.unwrapped.resets_take_steps
 
 
+def gives_tensors(env: VecEnv | None) -> bool:
+    """
+    Whether what the environments give may stay on a device. A wrapper around them computes with numpy.
+
+    :param env: the environments
+    """
+    return isinstance(env, BatchedVecEnv) and env.gives_tensors
+
+
 def whole_steps(env: VecEnv) -> Callable[[Any], Transition] | None:
     """
     What steps the environments and gives the transition in whole arrays; None for those that tell by their infos how

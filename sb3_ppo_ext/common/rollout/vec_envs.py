@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
 from sb3_ppo_ext.common.rollout.autoreset import is_envpool
+from sb3_ppo_ext.common.rollout.tensor_envs import TensorVecEnv, is_tensor_env
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 
 
@@ -21,6 +22,8 @@ def as_learnable(env: Any) -> Any:
     """
     if isinstance(env, VecEnv):
         return env
+    if is_tensor_env(env):
+        return TensorVecEnv(env)
     inner = env.unwrapped if isinstance(env, gym.Env) else env
     if isinstance(env, gym.vector.VectorEnv) or is_envpool(env):
         return ArrayVecEnv(env)

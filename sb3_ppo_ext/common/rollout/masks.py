@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.data import to_arrays
 from sb3_ppo_ext.common.rollout.present_infos import present_infos, reset_infos
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 from sb3_ppo_ext.common.rollout.vec_envs import has_masks_method
@@ -94,7 +95,8 @@ class ActionMasks:
             masks = [info.get(KEY) for info in present_infos(self._env)]
         else:
             normalizer = unwrap_vec_normalize(self._env)
-            masks = of_newest_frame((obs if normalizer is None else normalizer.get_original_obs())[KEY], self._choices)
+            of_obs = (obs if normalizer is None else normalizer.get_original_obs())[KEY]
+            masks = of_newest_frame(to_arrays(of_obs), self._choices)
         checked = checked_masks(masks, self._choices, step=self._n_read)
         self._n_read += 1
         return checked

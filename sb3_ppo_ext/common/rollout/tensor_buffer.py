@@ -57,15 +57,17 @@ class TensorRolloutBuffer(RolloutBuffer):
     counts: Any = _AsArray()
 
     def reset(self) -> None:
-        space = self.observation_space
+        space, action_space = self.observation_space, self.action_space
+        # Integers of a Box would not be the actions that were drawn.
+        actions_dtype = th.float32 if isinstance(action_space, spaces.Box) else _dtype_of(action_space)
         names = ("rewards", "advantages", "returns", "episode_starts", "values", "log_probs", "final_values")
         self.tensors = {name: self._zeros() for name in names}
         self.tensors |= {
             "observations": {key: self._zeros_of(part) for key, part in space.spaces.items()}
             if isinstance(space, spaces.Dict)
             else self._zeros_of(space),
-            "actions": self._zeros(self.action_dim),
-            "distribution_params": self._zeros(family_of_space(self.action_space).n_params),
+            "actions": self._zeros(self.action_dim, dtype=actions_dtype),
+            "distribution_params": self._zeros(family_of_space(action_space).n_params),
             "truncated": self._zeros(dtype=th.bool),
             "last_values": th.zeros(self.n_envs, device=self.device),
             **dict.fromkeys(("action_masks", "states", "counts")),
@@ -81,8 +83,7 @@ class TensorRolloutBuffer(RolloutBuffer):
 
     def _zeros_of(self, space: spaces.Space[Any]) -> th.Tensor:
         shape = space.shape or (1,)  # Discrete ones as SB3 has them
-        dtype = th.from_numpy(np.zeros(0, space.dtype)).dtype
-        return self._zeros(*shape, dtype=dtype)
+        return self._zeros(*shape, dtype=_dtype_of(space))
 
     @property
     def wants_every_step(self) -> bool:
@@ -164,6 +165,10 @@ class TensorRolloutBuffer(RolloutBuffer):
         flat = self.flat()
         rows = th.randperm(len(flat.returns) // flat.length, device=self.device)  # for which no copy is waited for
         return th.split(rows, max(1, batch_size // flat.length))
+
+
+def _dtype_of(space: spaces.Space[Any]) -> th.dtype:
+    return th.from_numpy(np.zeros(0, space.dtype)).dtype
 
 
 def _readable(value: Any) -> Any:

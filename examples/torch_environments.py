@@ -85,11 +85,11 @@ class TorchEnv(ABC):
 class TorchCartPole(TorchEnv):
     """``CartPole-v1`` (Barto, Sutton & Anderson 1983)."""
 
-    single_observation_space = spaces.Box(
+    single_observation_space: spaces.Space[Any] = spaces.Box(
         -np.array([4.8, np.inf, math.radians(24), np.inf], np.float32),
         np.array([4.8, np.inf, math.radians(24), np.inf], np.float32),
     )
-    single_action_space = spaces.Discrete(2)
+    single_action_space: spaces.Space[Any] = spaces.Discrete(2)
     max_episode_steps = 500
 
     def _first_states(self) -> th.Tensor:
@@ -115,8 +115,10 @@ class TorchCartPole(TorchEnv):
 class TorchPendulum(TorchEnv):
     """``Pendulum-v1``."""
 
-    single_observation_space = spaces.Box(-np.array([1.0, 1.0, 8.0], np.float32), np.array([1.0, 1.0, 8.0], np.float32))
-    single_action_space = spaces.Box(-2.0, 2.0, (1,), np.float32)
+    single_observation_space: spaces.Space[Any] = spaces.Box(
+        -np.array([1.0, 1.0, 8.0], np.float32), np.array([1.0, 1.0, 8.0], np.float32)
+    )
+    single_action_space: spaces.Space[Any] = spaces.Box(-2.0, 2.0, (1,), np.float32)
     max_episode_steps = 200
 
     def _first_states(self) -> th.Tensor:

@@ -28,7 +28,7 @@ class ShortPendulum(TorchPendulum):
 class Groups(ShortCartPole):
     """What it shows is in two groups, of which one is for the critic; and an action is not allowed in some states."""
 
-    single_observation_space = spaces.Dict(
+    single_observation_space: spaces.Space[Any] = spaces.Dict(
         {
             "policy": spaces.Box(-np.inf, np.inf, (2,), np.float32),
             "critic": spaces.Box(-np.inf, np.inf, (4,), np.float32),
@@ -50,7 +50,7 @@ class Groups(ShortCartPole):
 class MaskedGroups(Groups):
     """An action is not allowed where the cart is far to one side."""
 
-    single_observation_space = spaces.Dict(
+    single_observation_space: spaces.Space[Any] = spaces.Dict(
         {**Groups.single_observation_space.spaces, "action_mask": spaces.MultiBinary(2)}
     )
 

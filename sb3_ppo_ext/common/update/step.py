@@ -123,10 +123,10 @@ class EagerStep:
                 average(gradients_of(self._flat.parameters))
                 self._flat.take_learning_rates()
                 return clip_and_step(self._flat.adam, self._flat.parameters, max_grad_norm=max_grad_norm)
-            self._leave_flat()
-            self._may_be_flat = False
-        self._optimizer.zero_grad()
-        loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
+            self._take_gradients_from_flat(loss)
+        else:
+            self._optimizer.zero_grad()
+            loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
         average(gradients_of(self._parameters))
         return clip_and_step(
             self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
@@ -151,8 +151,8 @@ class EagerStep:
         """
         assert self._flat is not None
         self._flat.zero_grad()
-        # The graph is kept for the case that it is asked again.
-        loss.backward(inputs=self._inputs, retain_graph=True)  # type: ignore[no-untyped-call]
+        # The graph is kept for the case that it is asked again. Later steps let go of it on the way, and of much memory.
+        loss.backward(inputs=self._inputs, retain_graph=not self._has_made_flat_steps)  # type: ignore[no-untyped-call]
         if self._flat.all_have_gradients() and not any(p.grad is not None for p in self._outside):
             self._has_made_flat_steps = True
             return True
@@ -162,6 +162,15 @@ class EagerStep:
         self._optimizer.zero_grad()
         self._make_flat(reached(loss, self._parameters))
         return self._has_flat_gradients(loss)
+
+    def _take_gradients_from_flat(self, loss: th.Tensor) -> None:
+        """Make no flat steps any more, as this pass has reached other parameters; what it gave them is there."""
+        gradients = [(p, p.grad) for p in leaves_of(loss, self._parameters) if p.grad is not None]
+        self._leave_flat()
+        self._may_be_flat = False
+        self._optimizer.zero_grad()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient.clone()
 
 
 def n_counted(rollout: RolloutSamples, rows: th.Tensor | None) -> int | th.Tensor:
@@ -199,6 +208,24 @@ def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Pa
         return []
     grads = th.autograd.grad(output.sum(), candidates, retain_graph=True, allow_unused=True)
     return [parameter for parameter, grad in zip(candidates, grads, strict=True) if grad is not None]
+
+
+def leaves_of(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """
+    :func:`reached`, told by the graph alone, which may have been let go of.
+
+    :param output: with its graph
+    :param parameters: candidates
+    """
+    nodes, found = [output.grad_fn], set()
+    seen = set(nodes)
+    while nodes:
+        node: Any = nodes.pop()
+        found.add(id(getattr(node, "variable", None)))
+        following = {child for child, _ in getattr(node, "next_functions", ())} - seen
+        seen |= following
+        nodes += following
+    return [parameter for parameter in parameters if id(parameter) in found]
 
 
 def gradients_of(parameters: Iterable[th.Tensor]) -> list[th.Tensor]:

@@ -276,12 +276,12 @@ class Collector:
         of_infos, of_successes = self._algorithm.ep_info_buffer, self._algorithm.ep_success_buffer
         assert of_infos is not None
         assert of_successes is not None
-        counted = self._stop.counted
-        for env_index, episode_return, length, time, success in episodes.rows():
-            if counted is None or counted[env_index]:
-                of_infos.append({"r": episode_return, "l": length, "t": time})
-                if success is not None:
-                    of_successes.append(success)
+        if self._stop.counted is not None:
+            episodes = episodes.some(self._stop.counted[episodes.env_indices])
+        episodes = episodes.some(slice(-(of_infos.maxlen or 0), None))  # of thousands, most would be dropped again
+        of_infos.extend(episodes.infos())
+        if episodes.successes is not None:
+            of_successes.extend(episodes.successes.tolist())
 
     def _note_counted_infos(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
         counted = self._stop.counted

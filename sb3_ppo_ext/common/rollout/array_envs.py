@@ -49,6 +49,7 @@ class ArrayVecEnv(BatchedVecEnv):
         self._masks: Any = None
         action_space = env.single_action_space
         self._action_dtype = None if isinstance(action_space, spaces.Box) else action_space.dtype
+        self.processes = getattr(self._inner, "processes", [])  # by which is seen why one does not answer
         self.resets_take_steps = self._begin is None
         self.can_be_restored = type(env) is SyncVectorEnv
         super().__init__(n_envs, env.single_observation_space, action_space)

@@ -49,6 +49,7 @@ class ArrayVecEnv(BatchedVecEnv):
         self._masks: Any = None
         action_space = env.single_action_space
         self._action_dtype = None if isinstance(action_space, spaces.Box) else action_space.dtype
+        self.processes = getattr(self._inner, "processes", [])  # by which is seen why one does not answer
         self.resets_take_steps = self._begin is None
         self.can_be_restored = type(env) is SyncVectorEnv
         super().__init__(n_envs, env.single_observation_space, action_space)
@@ -111,15 +112,15 @@ class ArrayVecEnv(BatchedVecEnv):
         else:
             episodes = self._statistics.after(rewards, counts, ends, final_infos)
         truncated = truncated & ~terminated
-        of_envs = {} if episodes is None else {env_index: row for env_index, *row in episodes.rows()}
 
         def make_info(i: int) -> dict[str, Any]:
             info = info_of(final_infos if ends[i] else infos, i, self.num_envs)
             info["TimeLimit.truncated"] = bool(truncated[i])
             if ends[i]:
                 info["terminal_observation"] = row_of(final_obs, i)
-            if i in of_envs:
-                info["episode"] = dict(zip("rlt", of_envs[i], strict=False))
+            if episodes is not None:
+                for episode in episodes.some(episodes.env_indices == i).infos():
+                    info["episode"] = episode
             return info
 
         return Transition(

@@ -19,6 +19,7 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, rows_of, to_arr
 from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
 from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
 from sb3_ppo_ext.common.rollout.final_values import FinalValues
+from sb3_ppo_ext.common.rollout.info_copies import copy_infos_quickly
 from sb3_ppo_ext.common.rollout.masks import ActionMasks, check_no_masks
 from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.rollout.stop_rules import StopRule
@@ -108,6 +109,7 @@ class Collector:
         step_whole = whole_steps(env)
         stays_on_device = isinstance(rollout_buffer, TensorRolloutBuffer) and gives_tensors(env)
         all_count = self._stop.counted is None
+        copy_infos_quickly(env)
         # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self.actor_critic.act
@@ -287,12 +289,12 @@ class Collector:
         of_infos, of_successes = self._algorithm.ep_info_buffer, self._algorithm.ep_success_buffer
         assert of_infos is not None
         assert of_successes is not None
-        counted = self._stop.counted
-        for env_index, episode_return, length, time, success in episodes.rows():
-            if counted is None or counted[env_index]:
-                of_infos.append({"r": episode_return, "l": length, "t": time})
-                if success is not None:
-                    of_successes.append(success)
+        if self._stop.counted is not None:
+            episodes = episodes.some(self._stop.counted[episodes.env_indices])
+        episodes = episodes.some(slice(-(of_infos.maxlen or 0), None))  # of thousands, most would be dropped again
+        of_infos.extend(episodes.infos())
+        if episodes.successes is not None:
+            of_successes.extend(episodes.successes.tolist())
 
     def _note_counted_infos(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
         counted = self._stop.counted

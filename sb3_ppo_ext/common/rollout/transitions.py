@@ -26,12 +26,18 @@ class Episodes(NamedTuple):
     times: Any
     successes: Any = None
 
-    def rows(self) -> Iterator[tuple[int, float, int, float, Any]]:
-        """Environment, return, length, time and success of each of them, rounded as ``Monitor`` rounds."""
-        successes = [None] * len(self.env_indices) if self.successes is None else self.successes.tolist()
-        numbers = (x.tolist() for x in (self.env_indices, self.returns, self.lengths, self.times))
-        for index, episode_return, length, time, success in zip(*numbers, successes, strict=True):
-            yield index, round(episode_return, 6), int(length), round(time, 6), success
+    def some(self, rows: Any) -> Episodes:
+        """
+        Some of them.
+
+        :param rows: a range, numbers or a mask
+        """
+        return Episodes(*(None if part is None else part[rows] for part in self))
+
+    def infos(self) -> Iterator[dict[str, float]]:
+        """What ``Monitor`` says of each of them."""
+        for r, length, t in zip(self.returns.tolist(), self.lengths.tolist(), self.times.tolist(), strict=True):
+            yield {"r": round(r, 6), "l": int(length), "t": round(t, 6)}
 
 
 class Transition(NamedTuple):

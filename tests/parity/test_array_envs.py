@@ -1,0 +1,241 @@
+"""Environments in whole arrays are what they are through DummyVecEnv: the same rollouts and parameters, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
+
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
+from tests.algorithms import ROLLOUT, STEP_BASED, assert_same_policy, small
+from tests.envs import BOX_ACTIONS, DICT, ScriptedEnv
+from tests.vectors import MakeEnv, NativeVector, Pool, WithResetSteps, scripted_env
+
+N_ENVS = 3
+OF_BUFFER = ("actions", "rewards", "episode_starts", "truncated", "terminated", "final_values", "advantages", "returns")
+
+
+def dummy(make: MakeEnv) -> VecEnv:
+    return make_vec_env(make, N_ENVS)
+
+
+def trained(algorithm: Any, env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+    return small(algorithm, policy, env, **kwargs).learn(2 * ROLLOUT * N_ENVS)
+
+
+def assert_same_training(one: Any, other: Any) -> None:
+    """The last rollout, the parameters after it, and what the logs say of episodes."""
+    for name in OF_BUFFER:
+        np.testing.assert_array_equal(getattr(one.rollout_buffer, name), getattr(other.rollout_buffer, name), name)
+    a, b = one.rollout_buffer.observations, other.rollout_buffer.observations
+    for key in a if isinstance(a, dict) else [...]:
+        np.testing.assert_array_equal(a[key], b[key])
+    assert_same_policy(one, other)
+    of_one, of_other = ([(e["r"], e["l"]) for e in model.ep_info_buffer] for model in (one, other))
+    assert of_one == of_other
+    assert one.num_timesteps == other.num_timesteps
+
+
+VECTORS: dict[str, Callable[[MakeEnv], Any]] = {
+    **{
+        f"sync, {mode.value}": partial(lambda mode, make: SyncVectorEnv([make] * N_ENVS, autoreset_mode=mode), mode)
+        for mode in AutoresetMode
+    },
+    "sync, without copies": lambda make: SyncVectorEnv([make] * N_ENVS, copy=False),
+    "native, SameStep": lambda make: NativeVector([make] * N_ENVS, AutoresetMode.SAME_STEP),
+    "pool": lambda make: Pool([make] * N_ENVS),
+}
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_every_way_to_begin_episodes(vector: str) -> None:
+    theirs = trained(DualClipPPO, dummy(scripted_env))
+    assert theirs.rollout_buffer.truncated.any()
+    assert theirs.rollout_buffer.terminated.any()
+    assert theirs.rollout_buffer.final_values.any()
+    assert_same_training(theirs, trained(DualClipPPO, VECTORS[vector](scripted_env)))
+
+
+@pytest.fixture
+def workers() -> Iterator[Callable[..., AsyncVectorEnv]]:
+    made: list[AsyncVectorEnv] = []
+
+    def make(*args: Any, **kwargs: Any) -> AsyncVectorEnv:
+        made.append(AsyncVectorEnv(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.close()
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_worker_processes(mode: AutoresetMode, workers: Any) -> None:
+    async_env = workers([scripted_env] * N_ENVS, autoreset_mode=mode)
+    assert_same_training(trained(DualClipPPO, dummy(scripted_env)), trained(DualClipPPO, async_env))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "make"),
+    [
+        (DualClipPPO, "MultiInputPolicy", partial(scripted_env, obs_space=DICT)),
+        (AdaptiveKLPPO, "MlpPolicy", partial(scripted_env, BOX_ACTIONS)),
+        (TRPO, "MlpPolicy", partial(scripted_env, BOX_ACTIONS)),
+        (REINFORCE, "MlpPolicy", partial(scripted_env, spaces.MultiBinary(2), spaces.Discrete(5))),
+    ],
+)
+def test_every_algorithm_and_space(algorithm: Any, policy: str, make: MakeEnv) -> None:
+    one, other = (trained(algorithm, env, policy) for env in (dummy(make), SyncVectorEnv([make] * N_ENVS)))
+    assert_same_training(one, other)
+
+
+@pytest.mark.parametrize("algorithm", [DualClipPPO, REINFORCE])
+def test_memory(algorithm: Any) -> None:
+    kwargs = {"policy": "MlpLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 4}}
+    one, other = (trained(algorithm, env, **kwargs) for env in (dummy(scripted_env), SyncVectorEnv([scripted_env] * 3)))
+    assert_same_training(one, other)
+
+
+@pytest.mark.parametrize("wrap", [VecNormalize, partial(VecFrameStack, n_stack=2)], ids=["normalised", "stacked"])
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_wrappers_of_sb3(wrap: Any, mode: AutoresetMode) -> None:
+    arrays = ArrayVecEnv(SyncVectorEnv([scripted_env] * N_ENVS, autoreset_mode=mode))
+    envs = [wrap(env) for env in (dummy(scripted_env), arrays)]
+    assert_same_training(*(trained(DualClipPPO, env) for env in envs))
+    if wrap is VecNormalize:
+        np.testing.assert_array_equal(envs[0].obs_rms.mean, envs[1].obs_rms.mean)
+        np.testing.assert_array_equal(envs[0].ret_rms.var, envs[1].ret_rms.var)
+
+
+class Masked(ScriptedEnv):
+    """Allows two of three actions, others after each step, and says so in one of three ways."""
+
+    def __init__(self, convention: str) -> None:
+        super().__init__(spaces.Box(-1.0, 1.0, (4,), np.float32), spaces.Discrete(3))
+        self._convention = convention
+        if convention == "observation":
+            self.observation_space = spaces.Dict(
+                {"vector": self.observation_space, "action_mask": spaces.Box(0, 1, (3,), np.int8)}
+            )
+        if convention == "method":
+            self.action_masks = self._mask
+
+    def _mask(self) -> np.ndarray:
+        return np.arange(3) != (self._steps + self._episode) % 3
+
+    def _said(self, obs: Any) -> tuple[Any, dict[str, Any]]:
+        if self._convention == "observation":
+            obs["action_mask"] = self._mask().astype(np.int8)
+        return obs, {"action_mask": self._mask()} if self._convention == "info" else {}
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return self._said(super().reset(**kwargs)[0])
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert self._mask()[action]
+        obs, reward, terminated, truncated, _ = super().step(action)
+        obs, info = self._said(obs)
+        return obs, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("convention", ["method", "info", "observation"])
+def test_masks(convention: str, mode: AutoresetMode) -> None:
+    make = partial(Masked, convention)
+    policy = "MultiInputPolicy" if convention == "observation" else "MlpPolicy"
+    arrays = SyncVectorEnv([make] * N_ENVS, autoreset_mode=mode)
+    one, other = (trained(DualClipPPO, env, policy) for env in (dummy(make), arrays))
+    np.testing.assert_array_equal(one.rollout_buffer.action_masks, other.rollout_buffer.action_masks)
+    assert not one.rollout_buffer.action_masks.all()
+    assert_same_training(one, other)
+
+
+class CountsByInfos(BaseCallback):
+    """Tells a rollout of :class:`WithResetSteps` which steps count."""
+
+    def _on_rollout_start(self) -> None:
+        self._counts: list[list[bool]] = []
+
+    def _on_step(self) -> bool:
+        self._counts.append(["is_reset_step" not in info for info in self.locals["infos"]])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.model.rollout_buffer.counts = np.array(self._counts)
+
+
+@pytest.mark.parametrize("algorithm", STEP_BASED)
+def test_steps_that_only_begin_an_episode(algorithm: Any) -> None:
+    """They are episodes of one step, which are left out of what is learnt from."""
+    env = DummyVecEnv([lambda: WithResetSteps(scripted_env())] * N_ENVS)
+    theirs = small(algorithm, "MlpPolicy", env).learn(2 * ROLLOUT * N_ENVS, callback=CountsByInfos())
+    ours = trained(algorithm, NativeVector([scripted_env] * N_ENVS))
+    np.testing.assert_array_equal(theirs.rollout_buffer.counts, ours.rollout_buffer.counts)
+    assert not ours.rollout_buffer.counts.all()
+    theirs.ep_info_buffer.clear()
+    ours.ep_info_buffer.clear()
+    assert_same_training(theirs, ours)
+
+
+def test_reinforce_has_the_same_episodes_with_and_without_steps_that_only_begin_them() -> None:
+    """Each environment has its own generators, so one that waits is not told apart from one that acts."""
+    models = [
+        small(REINFORCE, "MlpPolicy", env, baseline="none").learn(1)
+        for env in (dummy(scripted_env), NativeVector([scripted_env] * N_ENVS))
+    ]
+    one, other = (model.rollout_buffer.flat() for model in models)
+    th.testing.assert_close(other.observations, one.observations, atol=0.0, rtol=0.0)
+    th.testing.assert_close(other.returns, one.returns)
+    for a, b in zip(*(model.rollout_buffer.episode_index() for model in models), strict=True):
+        assert a.tolist() == b.tolist()
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_a_compiled_step_of_minibatches_of_any_number_of_samples() -> None:
+    kwargs = {"batch_size": 16, "policy": "MlpPolicy"}
+    eager, compiled = (
+        trained(DualClipPPO, NativeVector([scripted_env] * N_ENVS), torch_compile=on, **kwargs) for on in (False, True)
+    )
+    th.testing.assert_close(compiled.policy.state_dict(), eager.policy.state_dict(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "HalfCheetah-v5"])
+def test_envpool(env_id: str) -> None:
+    """Beside pools of one environment each, with the same seeds."""
+    envpool = pytest.importorskip("envpool")
+
+    class One(gym.Env[Any, Any]):
+        def __init__(self, seed: int) -> None:
+            self._pool = make(num_envs=1, env_seed=[seed])
+            self.observation_space, self.action_space = self._pool.observation_space, self._pool.action_space
+
+        def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
+            return self._pool.reset()[0][0], {}
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            obs, reward, terminated, truncated, _ = self._pool.step(np.array([action]))
+            return obs[0], reward[0], bool(terminated[0]), bool(truncated[0]), {}
+
+    make = partial(envpool.make_gymnasium, env_id, max_episode_steps=10, num_threads=1)
+    alone = DummyVecEnv([partial(One, seed) for seed in (1, 2, 3)])
+    pool = make(num_envs=N_ENVS, env_seed=[1, 2, 3])
+    th.manual_seed(0)
+    models = [small(DualClipPPO, "MlpPolicy", env, seed=None) for env in (alone, pool)]
+    models[1].policy.load_state_dict(models[0].policy.state_dict())
+    for model in models:
+        np.random.seed(0)  # noqa: NPY002
+        th.manual_seed(0)
+        model.learn(2 * ROLLOUT * N_ENVS)
+        model.ep_info_buffer.clear()
+    assert_same_training(*models)

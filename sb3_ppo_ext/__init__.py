@@ -2,6 +2,7 @@
 
 from sb3_ppo_ext.adaptive_kl_ppo import AdaptiveKLPPO
 from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
+from sb3_ppo_ext.common.rollout.tensor_envs import TensorVecEnv
 from sb3_ppo_ext.common.saving.checkpoint import (
     SafeCheckpointCallback,
     latest_checkpoint,
@@ -23,6 +24,7 @@ __all__ = [
     "ArrayVecEnv",
     "DualClipPPO",
     "SafeCheckpointCallback",
+    "TensorVecEnv",
     "__version__",
     "latest_checkpoint",
     "load_vec_normalize",

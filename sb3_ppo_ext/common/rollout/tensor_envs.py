@@ -45,7 +45,10 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.data import to_arrays
-from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, row_of
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, info_of, row_of
+
+# What may be asked of the environments besides, as it is the same for all of them.
+_ASKED = ("render_mode", "spec", "state_dict", "load_state_dict")
 
 _PROTOCOL = ("num_envs", "device", "single_observation_space", "single_action_space", "reset", "step")
 
@@ -86,8 +89,15 @@ class TensorVecEnv(BatchedVecEnv):
                 f"{given}its autoreset_mode is {AutoresetMode(mode)}, and must be {AutoresetMode.SAME_STEP}: the step "
                 "that ends an episode begins the next"
             )
+        if hasattr(env, "action_masks"):
+            raise ArgumentError(
+                f"{given}it has action_masks, which is not asked: masks must be in extras, or in Dict observations, "
+                'under the key "action_mask"'
+            )
         self.tensor_env = env
         self.device = th.device(env.device)
+        self.can_be_restored = hasattr(env, "state_dict") and hasattr(env, "load_state_dict")
+        self.max_episode_steps = getattr(env, "max_episode_steps", 0)
         self._start = time.time()
         self.extras = {}
         self._forget_episodes(env.num_envs)
@@ -104,6 +114,8 @@ class TensorVecEnv(BatchedVecEnv):
             raise ValueError(f"set_options({self._options!r:.100}) is not allowed: the environments take none")
         obs, self.extras = self.tensor_env.reset(seed=self._seeds[0])
         self._check_obs(obs)
+        extras = self.extras
+        self.reset_infos = Infos(self.num_envs, lambda i: info_of(extras, i, self.num_envs))  # type: ignore[assignment]
         self._reset_seeds()
         self._forget_episodes(self.num_envs)
         return to_arrays(obs)
@@ -125,14 +137,30 @@ class TensorVecEnv(BatchedVecEnv):
                 f"A time limit has cut the episode of environment {int(truncated.nonzero()[0])}, and extras have no "
                 "'final_obs', which must be what it ended with"
             )
-        infos = Infos(self.num_envs, lambda i: self._info(i, terminated, truncated, extras, final_obs, ended))
-        ended = self._ended(rows)
-        return Transition(obs, rewards, terminated, truncated, final_obs, None, ended, infos)
+        episodes = self._ended(rows)
+
+        def make_info(i: int) -> dict[str, Any]:
+            info = info_of({name: x for name, x in extras.items() if name != "final_obs"}, i, self.num_envs)
+            info = {name: to_arrays(x) for name, x in info.items()}
+            info["TimeLimit.truncated"] = bool(truncated[i])
+            if terminated[i] or truncated[i]:
+                info["terminal_observation"] = None if final_obs is None else to_arrays(row_of(final_obs, i))
+            if episodes is not None:
+                for episode in episodes.some(episodes.env_indices == i).infos():
+                    info["episode"] = episode
+            return info
+
+        return Transition(
+            obs, rewards, terminated, truncated, final_obs, None, episodes, Infos(self.num_envs, make_info)
+        )
 
     def step_wait(self) -> Any:
         transition = self.make_transition(self._actions)
         if isinstance(self._actions, np.ndarray):
-            transition = Transition(*map(to_arrays, transition))
+            of_episodes = transition.episodes
+            transition = Transition(*map(to_arrays, transition))._replace(
+                episodes=None if of_episodes is None else Episodes(*map(to_arrays, of_episodes))
+            )
         self.transition = transition
         return transition.obs, transition.rewards, transition.dones, transition.infos
 
@@ -155,31 +183,18 @@ class TensorVecEnv(BatchedVecEnv):
         returns, lengths = self._returns[rows], self._lengths[rows]
         self._returns[rows] = 0.0
         self._lengths[rows] = 0
-        now = np.full(len(rows), time.time() - self._start)
-        return Episodes(to_arrays(rows), to_arrays(returns), to_arrays(lengths), now)
+        now = th.full_like(returns, time.time() - self._start)
+        return Episodes(rows, returns, lengths, now)
 
-    def _info(
-        self, i: int, terminated: Any, truncated: Any, extras: dict[str, Any], final_obs: Any, ended: Episodes | None
-    ) -> dict[str, Any]:
-        """The info of an environment, as SB3 has it."""
-        info = {
-            name: to_arrays(value[i])
-            for name, value in extras.items()
-            if isinstance(value, th.Tensor) and value.shape[:1] == (self.num_envs,)
-        }
-        info.pop("final_obs", None)
-        info["TimeLimit.truncated"] = bool(truncated[i])
-        if terminated[i] or truncated[i]:
-            info["terminal_observation"] = to_arrays(row_of(final_obs, i))
-            if ended is not None:
-                k = int(np.flatnonzero(ended.env_indices == i)[0])
-                _, episode_return, length, seconds, _ = list(ended.rows())[k]
-                info["episode"] = {"r": episode_return, "l": length, "t": seconds}
-        return info
+    def action_masks_in_infos(self) -> Any:
+        return to_arrays(self.extras.get("action_mask"))
 
     def close(self) -> None:
         if hasattr(self.tensor_env, "close"):
             self.tensor_env.close()
+
+    def has_attr(self, attr_name: str) -> bool:
+        return attr_name in _ASKED and hasattr(self.tensor_env, attr_name)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         if attr_name == "render_mode":

@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
 from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
+from sb3_ppo_ext.common.rollout.tensor_envs import TensorVecEnv
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 
 # What gymnasium's wrappers and SB3's Monitor remember of an episode (TimeLimit, Monitor, FrameStackObservation), and of
@@ -33,6 +34,7 @@ _VEC_MEMORY: dict[type[VecEnv], tuple[str, ...]] = {
     VecFrameStack: ("stacked_obs",),
     VecMonitor: ("episode_returns", "episode_lengths"),
     ArrayVecEnv: ("_statistics", "_masks"),
+    TensorVecEnv: ("_returns", "_lengths"),
 }
 _VEC_SETTINGS: dict[type[VecEnvWrapper], tuple[str, ...]] = {
     VecNormalize: (

@@ -151,7 +151,7 @@ class EagerStep:
         """
         assert self._flat is not None
         self._flat.zero_grad()
-        # The graph is kept for the case that it is asked again. Later steps let go of it on the way, and of much memory.
+        # The graph is kept for the case that it is asked again. Later steps let go of it, and of memory, as they go.
         loss.backward(inputs=self._inputs, retain_graph=not self._has_made_flat_steps)  # type: ignore[no-untyped-call]
         if self._flat.all_have_gradients() and not any(p.grad is not None for p in self._outside):
             self._has_made_flat_steps = True

@@ -45,7 +45,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.data import to_arrays
-from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, info_of, row_of
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, row_of
 
 # What may be asked of the environments besides, as it is the same for all of them.
 _ASKED = ("render_mode", "spec", "state_dict", "load_state_dict")
@@ -115,7 +115,7 @@ class TensorVecEnv(BatchedVecEnv):
         obs, self.extras = self.tensor_env.reset(seed=self._seeds[0])
         self._check_obs(obs)
         extras = self.extras
-        self.reset_infos = Infos(self.num_envs, lambda i: info_of(extras, i, self.num_envs))  # type: ignore[assignment]
+        self.reset_infos = Infos(self.num_envs, lambda i: self._row_of(extras, i))  # type: ignore[assignment]
         self._reset_seeds()
         self._forget_episodes(self.num_envs)
         return to_arrays(obs)
@@ -140,8 +140,7 @@ class TensorVecEnv(BatchedVecEnv):
         episodes = self._ended(rows)
 
         def make_info(i: int) -> dict[str, Any]:
-            info = info_of({name: x for name, x in extras.items() if name != "final_obs"}, i, self.num_envs)
-            info = {name: to_arrays(x) for name, x in info.items()}
+            info = self._row_of(extras, i)
             info["TimeLimit.truncated"] = bool(truncated[i])
             if terminated[i] or truncated[i]:
                 info["terminal_observation"] = None if final_obs is None else to_arrays(row_of(final_obs, i))
@@ -153,6 +152,14 @@ class TensorVecEnv(BatchedVecEnv):
         return Transition(
             obs, rewards, terminated, truncated, final_obs, None, episodes, Infos(self.num_envs, make_info)
         )
+
+    def _row_of(self, extras: dict[str, Any], i: int) -> dict[str, Any]:
+        """What extras say of an environment: the rows of tensors that have one for each."""
+        return {
+            name: to_arrays(value[i])
+            for name, value in extras.items()
+            if name != "final_obs" and isinstance(value, th.Tensor) and value.shape[:1] == (self.num_envs,)
+        }
 
     def step_wait(self) -> Any:
         transition = self.make_transition(self._actions)

@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
 from sb3_ppo_ext.common.rollout.autoreset import is_envpool
+from sb3_ppo_ext.common.rollout.freed_memory import keep_freed_memory
 from sb3_ppo_ext.common.rollout.tensor_envs import TensorVecEnv, is_tensor_env
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 
@@ -20,6 +21,13 @@ def as_learnable(env: Any) -> Any:
     :return: the same, or a vector of environments that was none of SB3's as one
     :raises ArgumentError: for what is no environment that SB3 can take, saying what it is and what to do
     """
+    learnable = _as_learnable(env)
+    if isinstance(learnable, VecEnv) and isinstance(learnable.unwrapped, BatchedVecEnv):
+        keep_freed_memory()
+    return learnable
+
+
+def _as_learnable(env: Any) -> Any:
     if isinstance(env, VecEnv):
         return env
     if is_tensor_env(env):

@@ -1,0 +1,26 @@
+"""Memory that is freed and soon wanted again, where thousands of environments make tensors of megabytes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> None:
+    """
+    Let the C library keep the memory of tensors that are freed, for the whole process, instead of giving it back to the
+    system and asking for it anew in each minibatch: for those of a few megabytes this costs more than to compute them.
+    On Linux with glibc only, and not where the user has set one of its environment variables (mallopt(3)).
+    """
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in _SETTINGS):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that all versions take
+    mallopt(_M_TRIM_THRESHOLD, 2**30)

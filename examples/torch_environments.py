@@ -56,13 +56,22 @@ class TorchEnv(ABC):
             a time limit cut it; and further information: ``final_obs``, in which the episodes' last observations are
         """
         self.state, rewards, terminated = self._advance(self.state, actions)
-        self.n_steps += 1
+        self.n_steps = self.n_steps + 1
         truncated = self.n_steps >= self.max_episode_steps
         final_obs = self._observe(self.state)
         ends = terminated | truncated
         self.state = th.where(ends.unsqueeze(1), self._first_states(), self.state)
         self.n_steps = self.n_steps.masked_fill(ends, 0)
         return self._observe(self.state), rewards, terminated, truncated, {"final_obs": final_obs}
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        """What :meth:`load_state_dict` puts back, so that a checkpoint goes on with the episodes."""
+        return {"state": self.state, "n_steps": self.n_steps, "random": self._random.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, th.Tensor]) -> None:
+        """:param state_dict: from :meth:`state_dict`"""
+        self.state, self.n_steps = state_dict["state"], state_dict["n_steps"]
+        self._random.set_state(state_dict["random"])
 
     def _uniform(self, bounds: list[float]) -> th.Tensor:
         """A number from ``-bound`` to ``bound`` for each environment and bound."""

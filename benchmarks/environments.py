@@ -8,10 +8,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.cases import IMAGES, INVALID_ACTIONS, MASKED_CART_POLE, SEED, Workload
-from sb3_ppo_ext import ArrayVecEnv
 
 
 class SyntheticImages(gym.Env[np.ndarray, np.int64]):
@@ -113,11 +112,15 @@ def make_environments(workload: Workload, who: str = "") -> VecEnv:
     """
     if not workload.vector:
         return make_vec_env(_NOT_REGISTERED.get(workload.env, workload.env), workload.n_envs, seed=SEED)
-    if workload.vector == "gymnasium":
+    if workload.vector == "envpool":
+        envpool: Any = importlib.import_module("envpool")
+        vector = envpool.make_gymnasium(workload.env, num_envs=workload.n_envs, seed=SEED, num_threads=2)
         if who == "sb3":
-            return make_vec_env(workload.env, workload.n_envs, seed=SEED)
-        return ArrayVecEnv(gym.make_vec(workload.env, workload.n_envs))
-    pool = importlib.import_module("envpool").make_gymnasium(
-        workload.env, num_envs=workload.n_envs, seed=SEED, num_threads=2
-    )
-    return VecMonitor(PoolForSB3(pool)) if who == "sb3" else ArrayVecEnv(pool)
+            return VecMonitor(PoolForSB3(vector))
+    elif who == "sb3":
+        return make_vec_env(workload.env, workload.n_envs, seed=SEED)
+    else:
+        vector = gym.make_vec(workload.env, workload.n_envs)
+    from sb3_ppo_ext import ArrayVecEnv
+
+    return ArrayVecEnv(vector)

@@ -408,7 +408,7 @@ def test_an_error_inside_the_seeding_of_an_environment_is_its_own() -> None:
 def test_another_kind_of_environment_is_refused_by_set_env_and_none_by_the_constructor(algorithm: Any) -> None:
     model = small(algorithm, "MlpPolicy", "CartPole-v1")
     with pytest.raises(ValueError, match="is not allowed"):
-        model.set_env(gym.make_vec("CartPole-v1", num_envs=1))
+        model.set_env(Simulator())
     with pytest.raises(ValueError, match="env=None is not allowed"):
         algorithm("MlpPolicy", None)
 

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
@@ -182,7 +183,12 @@ def test_steps_that_only_begin_an_episode(algorithm: Any) -> None:
     theirs = small(algorithm, "MlpPolicy", env).learn(2 * ROLLOUT * N_ENVS, callback=CountsByInfos())
     ours = trained(algorithm, NativeVector([scripted_env] * N_ENVS))
     np.testing.assert_array_equal(theirs.rollout_buffer.counts, ours.rollout_buffer.counts)
-    assert not ours.rollout_buffer.counts.all()
+    counts = ours.rollout_buffer.counts
+    assert not counts.all()
+    explained = explained_variance(ours.rollout_buffer.values[counts], ours.rollout_buffer.returns[counts])
+    assert ours.logger.name_to_value["train/explained_variance"] == pytest.approx(explained)
+    flat = ours.rollout_buffer.flat()
+    np.testing.assert_array_equal(flat.returns, ours.rollout_buffer.returns.T[counts.T])
     theirs.ep_info_buffer.clear()
     ours.ep_info_buffer.clear()
     assert_same_training(theirs, ours)
@@ -202,11 +208,12 @@ def test_reinforce_has_the_same_episodes_with_and_without_steps_that_only_begin_
 
 
 @pytest.mark.usefixtures("without_compiler")
-def test_a_compiled_step_of_minibatches_of_any_number_of_samples() -> None:
-    kwargs = {"batch_size": 16, "policy": "MlpPolicy"}
+def test_one_compiled_step_for_rollouts_of_any_number_of_samples(programs: list[str]) -> None:
     eager, compiled = (
-        trained(DualClipPPO, NativeVector([scripted_env] * N_ENVS), torch_compile=on, **kwargs) for on in (False, True)
+        trained(DualClipPPO, NativeVector([scripted_env] * N_ENVS), batch_size=16, torch_compile=on)
+        for on in (False, True)
     )
+    assert programs.count("the gradient step") == 1
     th.testing.assert_close(compiled.policy.state_dict(), eager.policy.state_dict(), atol=1e-6, rtol=1e-5)
 
 

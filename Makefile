@@ -10,6 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 SBX := .venv-sbx
+RSL := .venv-rsl
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 TORCH ?= torch
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test test-lowest test-newest lint format sbx-env clean
+.PHONY: help train test test-lowest test-newest lint format sbx-env rsl-env clean
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
@@ -32,6 +33,7 @@ help:
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
+	@echo "make rsl-env  make $(RSL), in which the benchmark runs rsl_rl; see benchmarks/README.md"
 	@echo "make clean    remove .venv, .venv-* and what the tools have left; logs/ stays"
 
 train: $(INSTALLED)
@@ -61,7 +63,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(SBX) $(LOWEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SBX) $(RSL) $(LOWEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find sb3_ppo_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Where Python comes without ensurepip (Debian's python3 without python3-venv), its own pip fills the environment.
@@ -86,4 +88,12 @@ sbx-env: $(SBX)/installed
 $(SBX)/installed: constraints.txt
 	$(call venv,$(SBX))
 	$(SBX)/bin/python -m pip install -c constraints.txt sbx-rl==0.28.0 'gymnasium[mujoco]' stable-baselines3 torch
+	@touch $@
+
+# rsl_rl, for benchmarks/throughput.py; torch and gymnasium as in .venv.
+rsl-env: $(RSL)/installed
+
+$(RSL)/installed: constraints.txt
+	$(call venv,$(RSL))
+	$(RSL)/bin/python -m pip install -c constraints.txt rsl-rl-lib==5.5.1 gymnasium torch
 	@touch $@

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SBX_PYTHON = ROOT / ".venv-sbx" / "bin" / "python"
+RSL_PYTHON = ROOT / ".venv-rsl" / "bin" / "python"
 IMAGES, MASKED_CART_POLE, INVALID_ACTIONS = "synthetic-images", "masked-CartPole-v1", "InvalidActionEnvDiscrete"
 SEED = 0
 
@@ -22,6 +23,7 @@ PEERS = {
     "contrib": "sb3-contrib TRPO",
     "maskable": "sb3-contrib MaskablePPO",
     "recurrent": "sb3-contrib RecurrentPPO",
+    "rsl": "rsl_rl PPO",
     "before": "the version before",
 }
 LIMITS = {
@@ -70,7 +72,8 @@ class Workload:
     :param n_epochs: passes over a rollout; of TRPO's critic
     :param width: units in each of the two hidden layers; None: the policy's own architecture
     :param lstm: units of the LSTM before the actor's layers, and of another before the critic's; None: no memory
-    :param vector: "gymnasium" or "envpool": whose vector of environments steps them all at once; "": each by itself
+    :param vector: "gymnasium" or "envpool": whose vector of environments steps them all at once; "torch": those of
+        ``examples/torch_environments.py``; "": each by itself
     """
 
     env: str

@@ -105,11 +105,66 @@ class PoolForSB3(VecEnv):
         return [False] * self.num_envs
 
 
-def make_environments(workload: Workload, who: str = "") -> VecEnv:
+class TensorsForSB3(VecEnv):
+    """
+    Torch environments as Isaac Lab's wrapper for SB3 adapts them: arrays of all tensors, and a list of infos.
+
+    :param env: as :mod:`sb3_ppo_ext.common.rollout.tensor_envs` describes it
+    """
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    def reset(self) -> Any:
+        return self._env.reset(seed=SEED)[0].cpu().numpy()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> Any:
+        import torch as th
+
+        *results, extras = self._env.step(th.as_tensor(self._actions, device=self._env.device))
+        obs, rewards, terminated, truncated = (tensor.cpu().numpy() for tensor in results)
+        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": cut} for cut in (truncated & ~terminated).tolist()]
+        dones = terminated | truncated
+        if dones.any():
+            final_obs = extras["final_obs"].cpu().numpy()
+            for i in np.flatnonzero(dones):
+                infos[i]["terminal_observation"] = final_obs[i]
+        return obs, rewards, dones, infos
+
+    def close(self) -> None: ...
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self._env, attr_name, None)] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
+        return [False] * self.num_envs
+
+
+def make_environments(workload: Workload, who: str = "", device: str = "cpu") -> VecEnv:
     """
     :param workload: whose environments are made, side by side in this process
     :param who: whose they are; SB3 has its own ways to have environments in a vector
+    :param device: of those of tensors
     """
+    if workload.vector == "torch":
+        from examples.torch_environments import TorchPendulum
+
+        tensors = TorchPendulum(workload.n_envs, device)
+        if who == "sb3":
+            return VecMonitor(TensorsForSB3(tensors))
+        from sb3_ppo_ext import TensorVecEnv
+
+        return TensorVecEnv(tensors)
     if not workload.vector:
         return make_vec_env(_NOT_REGISTERED.get(workload.env, workload.env), workload.n_envs, seed=SEED)
     if workload.vector == "envpool":

@@ -17,7 +17,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import ROOT, SBX_PYTHON, Settings, Side, Suite, Workload
+from benchmarks.cases import ROOT, RSL_PYTHON, SBX_PYTHON, Settings, Side, Suite, Workload
 from benchmarks.tasks import Turn
 
 # What the environments, and the parts of SB3 that all sides use, depend on.
@@ -123,7 +123,7 @@ class Worker:
         self._errors = folder / "errors"
         self._connection, its_end = Pipe()
         code = "import sys; from benchmarks import sides; sides.serve(int(sys.argv[1]))"
-        python = str(SBX_PYTHON) if side.who == "sbx" else sys.executable
+        python = str({"sbx": SBX_PYTHON, "rsl": RSL_PYTHON}.get(side.who, sys.executable))
         with self._errors.open("w") as errors, its_end:
             self._process = subprocess.Popen(
                 [python, "-c", code, str(its_end.fileno())],
@@ -170,7 +170,7 @@ def _environment_variables(side: Side, settings: Settings, folder: Path) -> dict
     :param folder: for temporary files: torch keeps there what it has compiled, which the first run must not find
     """
     variables = dict(os.environ)
-    if side.who in ("sbx", "cleanrl"):
+    if side.who in ("sbx", "cleanrl", "rsl"):
         variables.pop("PYTHONPATH", None)  # they run in another Python environment
     if settings.device == "cpu":
         variables["JAX_PLATFORMS"] = "cpu"

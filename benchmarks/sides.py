@@ -39,6 +39,7 @@ _PACKAGES = [
     "jaxlib",
     "flax",
     "envpool",
+    "rsl-rl-lib",
 ]
 _PEERS = {
     "sb3": ("stable_baselines3", "PPO"),
@@ -107,6 +108,10 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
     """
     if side.who == "cleanrl":
         return CleanRL(workload, settings)
+    if side.who == "rsl":
+        from benchmarks.rsl import RslTraining
+
+        return RslTraining(side, workload, settings)
 
     import torch as th
 
@@ -114,7 +119,7 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
 
     if th.get_num_threads() != settings.threads:
         raise RuntimeError(f"torch has {th.get_num_threads()} threads and was to have {settings.threads}")
-    env = make_environments(workload, side.who)
+    env = make_environments(workload, side.who, settings.device)
     if side == ENVIRONMENT:
         if not actions.exists():
             raise RuntimeError("no side has trained, so there are no actions to take")
@@ -162,6 +167,9 @@ def _arguments(side: Side, workload: Workload, settings: Settings) -> dict[str, 
     if side.who != "reinforce":
         epochs = "n_critic_updates" if side.who in ("trpo", "contrib") else "n_epochs"
         arguments |= {"n_steps": workload.n_steps, "batch_size": workload.batch_size, epochs: workload.n_epochs}
+    if workload.vector == "torch":  # as rsl_rl has it
+        networks["activation_fn"] = importlib.import_module("torch.nn").ELU
+        arguments |= {"learning_rate": 1e-3, "vf_coef": 1.0, "max_grad_norm": 1.0}
     if side.torch_compile:
         arguments["torch_compile"] = True
     if side.sub_sampling_factor != 1:

@@ -27,12 +27,14 @@ from benchmarks.array_cases import arrays_suite
 from benchmarks.cases import IMAGES, OURS, PEERS_OF, SBX_PYTHON, Settings
 from benchmarks.measuring import measure
 from benchmarks.report import Report
+from benchmarks.tensor_cases import tensors_suite
 
 _SUITES = {
     "goals": cases.goals_suite,
     "masks-and-memory": cases.masks_and_memory_suite,
     "growth": cases.growth_suite,
     "arrays": arrays_suite,
+    "tensors": tensors_suite,
     "single": cases.single_suite,
 }
 

@@ -44,27 +44,34 @@ class NativeVector(VectorEnv[Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         self._ended = [False] * self.num_envs
         seeds = [None if seed is None else seed + i for i in range(self.num_envs)]
-        obs = [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds, strict=True)]
-        return self._batched(obs), {}
+        obs, infos = zip(*(env.reset(seed=s) for env, s in zip(self.envs, seeds, strict=True)), strict=True)
+        return self._batched(obs), self._masks(infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         is_next = self.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
         results: list[Any] = [
-            (env.reset()[0], 0.0, False, False, {}) if ended and is_next else env.step(action)
+            _as_step(*env.reset()) if ended and is_next else env.step(action)
             for env, ended, action in zip(self.envs, self._ended, actions, strict=True)
         ]
-        obs, rewards, terminated, truncated, _ = zip(*results, strict=True)
+        obs, rewards, terminated, truncated, of_envs = zip(*results, strict=True)
         self._ended = [t or u for t, u in zip(terminated, truncated, strict=True)]
-        infos = {}
+        infos = self._masks(of_envs)
         if not is_next and any(self._ended):
             infos["final_obs"] = self._batched(obs)
             obs = tuple(e.reset()[0] if ended else o for e, ended, o in zip(self.envs, self._ended, obs, strict=True))
         return self._batched(obs), np.array(rewards), np.array(terminated), np.array(truncated), infos
 
+    def _masks(self, infos: Any) -> dict[str, Any]:
+        return {"action_mask": np.stack([i["action_mask"] for i in infos])} if "action_mask" in infos[0] else {}
+
     def _batched(self, obs: Any) -> Any:
         if isinstance(obs[0], dict):
             return {key: np.stack([one[key] for one in obs]) for key in obs[0]}
         return np.stack(obs)
+
+
+def _as_step(obs: Any, info: dict[str, Any]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    return obs, 0.0, False, False, info
 
 
 class WithResetSteps(gym.Wrapper[Any, Any, Any, Any]):

@@ -87,6 +87,13 @@ def test_worker_processes(mode: AutoresetMode, workers: Any) -> None:
     assert_same_training(trained(DualClipPPO, dummy(scripted_env)), trained(DualClipPPO, async_env))
 
 
+def test_worker_processes_without_shared_memory(workers: Any) -> None:
+    """They reset at their next step what has been reset already, so it is left to them."""
+    async_env = workers([scripted_env] * N_ENVS, shared_memory=False)
+    native = NativeVector([scripted_env] * N_ENVS)
+    assert_same_training(trained(DualClipPPO, native), trained(DualClipPPO, async_env))
+
+
 @pytest.mark.parametrize(
     ("algorithm", "policy", "make"),
     [
@@ -120,7 +127,7 @@ def test_wrappers_of_sb3(wrap: Any, mode: AutoresetMode) -> None:
 
 
 class Masked(ScriptedEnv):
-    """Allows two of three actions, others after each step, and says so in one of three ways."""
+    """Allows two of three actions, others after each step, none after the last, and says so in one of three ways."""
 
     def __init__(self, convention: str) -> None:
         super().__init__(spaces.Box(-1.0, 1.0, (4,), np.float32), spaces.Discrete(3))
@@ -133,7 +140,8 @@ class Masked(ScriptedEnv):
             self.action_masks = self._mask
 
     def _mask(self) -> np.ndarray:
-        return np.arange(3) != (self._steps + self._episode) % 3
+        is_over = self._steps == self._script[self._episode % len(self._script)][0]
+        return (np.arange(3) != (self._steps + self._episode) % 3) & (not is_over)
 
     def _said(self, obs: Any) -> tuple[Any, dict[str, Any]]:
         if self._convention == "observation":
@@ -160,6 +168,14 @@ def test_masks(convention: str, mode: AutoresetMode) -> None:
     np.testing.assert_array_equal(one.rollout_buffer.action_masks, other.rollout_buffer.action_masks)
     assert not one.rollout_buffer.action_masks.all()
     assert_same_training(one, other)
+
+
+@pytest.mark.parametrize("convention", ["info", "observation"])
+def test_masks_do_not_matter_where_a_step_only_begins_an_episode(convention: str) -> None:
+    env = NativeVector([partial(Masked, convention)] * N_ENVS)
+    model = trained(DualClipPPO, env, "MultiInputPolicy" if convention == "observation" else "MlpPolicy")
+    n_allowed = model.rollout_buffer.action_masks.sum(axis=2)
+    np.testing.assert_array_equal(n_allowed, np.where(model.rollout_buffer.counts, 2, 3))
 
 
 class CountsByInfos(BaseCallback):

@@ -233,6 +233,7 @@ def test_one_compiled_step_for_rollouts_of_any_number_of_samples(programs: list[
     th.testing.assert_close(compiled.policy.state_dict(), eager.policy.state_dict(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*precision lowered by casting")  # of EnvPool's spaces
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "HalfCheetah-v5"])
 def test_envpool(env_id: str) -> None:
     """Beside pools of one environment each, with the same seeds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -18,9 +19,22 @@ MakeEnv = Callable[[], gym.Env[Any, Any]]
 CHOICE = gym.spaces.Discrete(3)
 
 
-def scripted_env(action_space: gym.Space[Any] = CHOICE, obs_space: gym.Space[Any] = BOX) -> ScriptedEnv:
-    """Its episodes are terminated, truncated, and both at once."""
-    return ScriptedEnv(obs_space, action_space)
+def scripted_envs(
+    n_envs: int, action_space: gym.Space[Any] = CHOICE, obs_space: gym.Space[Any] = BOX
+) -> list[Callable[[], ScriptedEnv]]:
+    """What makes some whose episodes are terminated, truncated, and both at once, each at other steps than the next."""
+    script = ((3, True, False), (2, False, True), (4, True, True))
+    scripts = [script[i % 3 :] + script[: i % 3] for i in range(n_envs)]
+    return [partial(ScriptedEnv, obs_space, action_space, script=of_one) for of_one in scripts]
+
+
+def wrapped(wrapper: Callable[..., gym.Env[Any, Any]], makers: Sequence[MakeEnv]) -> list[MakeEnv]:
+    """What makes each of the environments in a wrapper."""
+
+    def make_wrapped(make: MakeEnv) -> gym.Env[Any, Any]:
+        return wrapper(make())
+
+    return [partial(make_wrapped, make) for make in makers]
 
 
 class NativeVector(VectorEnv[Any, Any, Any]):

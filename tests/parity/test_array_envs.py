@@ -13,6 +13,7 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
@@ -174,6 +175,8 @@ def test_masks(convention: str, mode: AutoresetMode) -> None:
     np.testing.assert_array_equal(one.rollout_buffer.action_masks, other.rollout_buffer.action_masks)
     assert not one.rollout_buffer.action_masks.all()
     assert_same_training(one, other)
+    rewards = [evaluate_policy(other, ArrayVecEnv(SyncVectorEnv(makers, autoreset_mode=mode)), 6, deterministic=False)]
+    assert np.isfinite(rewards).all()  # and the environments have refused no action
 
 
 @pytest.mark.parametrize("convention", ["info", "observation"])

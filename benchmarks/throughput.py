@@ -46,7 +46,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--algo", choices=tuple(OURS), default="dual_clip_ppo", help="ours")
     peers = sorted({peer for peers in PEERS_OF.values() for peer in peers})
     add("--peer", choices=peers, help="the other; SB3 or sb3-contrib if it is not said")
-    add("--env", help=f"id of the environment, or {IMAGES}: 84x84x4 noise; HalfCheetah-v5 if it is not said")
+    add(
+        "--env",
+        help=f"id of the environment, or {IMAGES}: 84x84x4 noise; HalfCheetah-v5 if not said; for arrays a filter",
+    )
     add("--n-envs", type=_positive, default=1, help="environments side by side")
     add("--steps", type=_positive, help="steps of each environment in a rollout; 2048 in all if it is not said")
     add("--batch-size", type=_positive, help="samples in a minibatch; 64, and 128 for TRPO's critic")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -18,9 +19,22 @@ MakeEnv = Callable[[], gym.Env[Any, Any]]
 CHOICE = gym.spaces.Discrete(3)
 
 
-def scripted_env(action_space: gym.Space[Any] = CHOICE, obs_space: gym.Space[Any] = BOX) -> ScriptedEnv:
-    """Its episodes are terminated, truncated, and both at once."""
-    return ScriptedEnv(obs_space, action_space)
+def scripted_envs(
+    n_envs: int, action_space: gym.Space[Any] = CHOICE, obs_space: gym.Space[Any] = BOX
+) -> list[Callable[[], ScriptedEnv]]:
+    """What makes some whose episodes are terminated, truncated, and both at once, each at other steps than the next."""
+    script = ((3, True, False), (2, False, True), (4, True, True))
+    scripts = [script[i % 3 :] + script[: i % 3] for i in range(n_envs)]
+    return [partial(ScriptedEnv, obs_space, action_space, script=of_one) for of_one in scripts]
+
+
+def wrapped(wrapper: Callable[..., gym.Env[Any, Any]], makers: Sequence[MakeEnv]) -> list[MakeEnv]:
+    """What makes each of the environments in a wrapper."""
+
+    def make_wrapped(make: MakeEnv) -> gym.Env[Any, Any]:
+        return wrapper(make())
+
+    return [partial(make_wrapped, make) for make in makers]
 
 
 class NativeVector(VectorEnv[Any, Any, Any]):
@@ -44,27 +58,34 @@ class NativeVector(VectorEnv[Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         self._ended = [False] * self.num_envs
         seeds = [None if seed is None else seed + i for i in range(self.num_envs)]
-        obs = [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds, strict=True)]
-        return self._batched(obs), {}
+        obs, infos = zip(*(env.reset(seed=s) for env, s in zip(self.envs, seeds, strict=True)), strict=True)
+        return self._batched(obs), self._masks(infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         is_next = self.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
         results: list[Any] = [
-            (env.reset()[0], 0.0, False, False, {}) if ended and is_next else env.step(action)
+            _as_step(*env.reset()) if ended and is_next else env.step(action)
             for env, ended, action in zip(self.envs, self._ended, actions, strict=True)
         ]
-        obs, rewards, terminated, truncated, _ = zip(*results, strict=True)
+        obs, rewards, terminated, truncated, of_envs = zip(*results, strict=True)
         self._ended = [t or u for t, u in zip(terminated, truncated, strict=True)]
-        infos = {}
+        infos = self._masks(of_envs)
         if not is_next and any(self._ended):
             infos["final_obs"] = self._batched(obs)
             obs = tuple(e.reset()[0] if ended else o for e, ended, o in zip(self.envs, self._ended, obs, strict=True))
         return self._batched(obs), np.array(rewards), np.array(terminated), np.array(truncated), infos
 
+    def _masks(self, infos: Any) -> dict[str, Any]:
+        return {"action_mask": np.stack([i["action_mask"] for i in infos])} if "action_mask" in infos[0] else {}
+
     def _batched(self, obs: Any) -> Any:
         if isinstance(obs[0], dict):
             return {key: np.stack([one[key] for one in obs]) for key in obs[0]}
         return np.stack(obs)
+
+
+def _as_step(obs: Any, info: dict[str, Any]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    return obs, 0.0, False, False, info
 
 
 class WithResetSteps(gym.Wrapper[Any, Any, Any, Any]):

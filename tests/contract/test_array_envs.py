@@ -19,23 +19,29 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecVideoRecorder
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecVideoRecorder
 
 from sb3_ppo_ext import REINFORCE, TRPO, ArrayVecEnv, DualClipPPO, resume, save_checkpoint
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout import array_envs
 from sb3_ppo_ext.common.rollout.vec_envs import time_limit
 from tests.algorithms import ALGORITHMS, ROLLOUT, assert_same_policy, have_moved, parameters, small
-from tests.envs import SavedWalk, ScriptedEnv, limited_walk
-from tests.vectors import CHOICE, NativeVector, Pool, WithResetSteps, scripted_env
+from tests.envs import BOX, SavedWalk, ScriptedEnv, limited_walk
+from tests.vectors import CHOICE, NativeVector, Pool, WithResetSteps, scripted_envs, wrapped
 
 N_ENVS = 2
+ENVS = scripted_envs(N_ENVS)
 SAME, NEXT, DISABLED = AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED
-OF_EPISODES = [(3, 1), (2, 2), (4, 3)]  # how often each length occurs does not matter here
 
 
-def sync(make: Any = scripted_env, mode: AutoresetMode = NEXT, **kwargs: Any) -> SyncVectorEnv:
-    return SyncVectorEnv([make] * N_ENVS, autoreset_mode=mode, **kwargs)
+def sync(make: Any = None, mode: AutoresetMode = NEXT) -> SyncVectorEnv:
+    return SyncVectorEnv(ENVS if make is None else [make] * N_ENVS, autoreset_mode=mode)
+
+
+def dummy() -> DummyVecEnv:
+    env = DummyVecEnv(wrapped(Monitor, ENVS))
+    env.seed(1)
+    return env
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -59,7 +65,7 @@ def test_training_makes_no_infos(monkeypatch: pytest.MonkeyPatch) -> None:
         return {}
 
     monkeypatch.setattr(array_envs, "info_of", counting)
-    for env in (sync(), sync(mode=SAME), NativeVector([scripted_env] * N_ENVS), Pool([scripted_env] * N_ENVS)):
+    for env in (sync(), sync(mode=SAME), NativeVector(ENVS), Pool(ENVS)):
         made.clear()
         small(DualClipPPO, "MlpPolicy", env).learn(4 * ROLLOUT * N_ENVS)
         assert len(made) < 4 + 3 * N_ENVS
@@ -68,7 +74,7 @@ def test_training_makes_no_infos(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_infos_are_those_of_sb3(mode: AutoresetMode) -> None:
     """Also where they are cut out, counted from the end, or written into."""
-    theirs, ours = make_vec_env(scripted_env, N_ENVS, seed=1), ArrayVecEnv(sync(mode=mode))
+    theirs, ours = dummy(), ArrayVecEnv(sync(mode=mode))
     ours.seed(1)
     np.testing.assert_array_equal(ours.reset(), theirs.reset())
     for _ in range(20):
@@ -128,8 +134,8 @@ def test_evaluation_and_its_callback(tmp_path: Path) -> None:
     results = [
         evaluate_policy(model, env, n_eval_episodes=9, return_episode_rewards=True)
         for env in (
-            make_vec_env(scripted_env, N_ENVS, seed=1),
-            *(seeded(ArrayVecEnv(env)) for env in (sync(), NativeVector([scripted_env] * N_ENVS))),
+            dummy(),
+            *(seeded(ArrayVecEnv(env)) for env in (sync(), NativeVector(ENVS))),
         )
     ]
     for rewards, lengths in results[1:2]:
@@ -153,7 +159,11 @@ def test_episodes_that_are_recorded_already_are_counted_alike(
     """Also where gymnasium's wrapper loses count, as some environments are reset and others are not."""
     plain = small(DualClipPPO, "MlpPolicy", sync(mode=mode)).learn(2 * ROLLOUT * N_ENVS)
     recorded = small(DualClipPPO, "MlpPolicy", RecordEpisodeStatistics(sync(mode=mode))).learn(2 * ROLLOUT * N_ENVS)
-    monitored = small(DualClipPPO, "MlpPolicy", sync(lambda: Monitor(scripted_env()), mode)).learn(2 * ROLLOUT * N_ENVS)
+    monitored = small(
+        DualClipPPO,
+        "MlpPolicy",
+        SyncVectorEnv(wrapped(Monitor, ENVS), autoreset_mode=mode),
+    ).learn(2 * ROLLOUT * N_ENVS)
     if mode is not NEXT:  # in a wrapper it is not told when to begin an episode, and spends steps on it
         assert_same_policy(plain, recorded)
     assert_same_policy(plain, monitored)
@@ -167,6 +177,36 @@ def test_episodes_that_are_recorded_already_are_counted_alike(
     monkeypatch.setattr(env, "reset", env.env.reset)
     model.learn(ROLLOUT * N_ENVS)
     assert max(info["r"] for info in model.ep_info_buffer) > 50.0  # it is the wrapper that is believed
+
+
+class Lives(Pool):
+    """As in Atari: an episode is a life, a game has two, and a reward is a tenth of what it is in the game."""
+
+    def __init__(self) -> None:
+        super().__init__([partial(ScriptedEnv, BOX, CHOICE, script=((3, True, False), (2, True, False)))])
+        self._n_lives = 0
+
+    def step(self, actions: Any) -> Any:
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        self._n_lives += int(terminated[0])
+        is_over = terminated & (self._n_lives % 2 == 0)
+        return (
+            obs,
+            rewards,
+            terminated,
+            truncated,
+            {**infos, "reward": 10.0 * rewards, "terminated": is_over.astype(int)},
+        )
+
+
+def test_games_of_several_lives_are_counted_whole() -> None:
+    env = ArrayVecEnv(Lives())
+    env.reset()
+    steps = [env.step(np.zeros(1, dtype=np.int64)) for _ in range(10)]
+    assert [bool(dones[0]) for _, _, dones, _ in steps] == [False, False, True, False, True] * 2
+    episodes = [infos[0].get("episode", {}) for *_, infos in steps]
+    assert [episode.get("l") for episode in episodes] == [None, None, None, None, 5] * 2
+    assert episodes[9]["r"] == pytest.approx(10.0 * sum(rewards[0] for _, rewards, *_ in steps[5:]), rel=1e-5)
 
 
 def test_a_seed_gives_the_same_training_again() -> None:
@@ -203,7 +243,7 @@ def test_what_single_environments_can_be_asked() -> None:
 
 
 def test_worker_processes() -> None:
-    workers = AsyncVectorEnv([partial(WithResetSteps, scripted_env())] * N_ENVS)
+    workers = AsyncVectorEnv(wrapped(WithResetSteps, ENVS))
     env = ArrayVecEnv(workers)
     model = small(DualClipPPO, "MlpPolicy", env)
     assert env.has_attr("render_mode")
@@ -225,9 +265,9 @@ def test_worker_processes() -> None:
     [
         (lambda: closed(sync()), "has been closed"),
         (lambda: without_mode(sync()), r"metadata\['autoreset_mode'\] is None.*NEXT_STEP.*SAME_STEP"),
-        (lambda: Pool([scripted_env] * 4, batch_size=2), "batch_size=2 is not its num_envs=4"),
-        (lambda: Pool([scripted_env] * 4, max_num_players=2), "several players"),
-        (lambda: Pool([scripted_env] * 4, seed=7), r"seed=0 .*EnvPool are seeded .* 7: .*seed=0\)"),
+        (lambda: Pool(scripted_envs(4), batch_size=2), "batch_size=2 is not its num_envs=4"),
+        (lambda: Pool(scripted_envs(4), max_num_players=2), "several players"),
+        (lambda: Pool(scripted_envs(4), seed=7), r"seed=0 .*EnvPool are seeded .* 7: .*seed=0\)"),
         (lambda: sync(obs_of_tuples), "observation_space"),
     ],
     ids=["closed", "no mode", "asynchronous", "players", "seed", "space"],
@@ -248,7 +288,7 @@ def without_mode(env: Any) -> Any:
 
 
 def obs_of_tuples() -> ScriptedEnv:
-    return scripted_env(obs_space=spaces.Tuple([CHOICE, CHOICE]))
+    return ScriptedEnv(spaces.Tuple([CHOICE, CHOICE]), CHOICE)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +303,7 @@ def obs_of_tuples() -> ScriptedEnv:
 def test_what_does_not_go_with_steps_that_only_begin_an_episode(
     algorithm: Any, wrap: Any, kwargs: Any, match: str
 ) -> None:
-    env = wrap(ArrayVecEnv(NativeVector([scripted_env] * N_ENVS)))
+    env = wrap(ArrayVecEnv(NativeVector(ENVS)))
     with pytest.raises(ArgumentError, match=match):
         small(algorithm, **{"policy": "MlpPolicy", "env": env, **kwargs})
 
@@ -273,11 +313,11 @@ def test_a_buffer_of_ones_own_does_not_go_with_steps_that_only_begin_an_episode(
         pass
 
     with pytest.raises(ArgumentError, match="rollout_buffer_class=Own, which does not know"):
-        small(DualClipPPO, "MlpPolicy", NativeVector([scripted_env] * N_ENVS), rollout_buffer_class=Own)
+        small(DualClipPPO, "MlpPolicy", NativeVector(ENVS), rollout_buffer_class=Own)
 
 
 def test_rewards_of_another_shape_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = NativeVector([scripted_env] * N_ENVS)
+    env = NativeVector(ENVS)
     step = env.step
 
     def misshapen(actions: Any) -> Any:
@@ -290,11 +330,11 @@ def test_rewards_of_another_shape_are_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_end_without_what_it_ended_with_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = NativeVector([scripted_env] * N_ENVS, NEXT)
+    env = NativeVector(ENVS, NEXT)
     env.metadata["autoreset_mode"] = SAME
     step = env.step
     monkeypatch.setattr(env, "step", lambda actions: (*step(actions)[:4], {}))
-    with pytest.raises(ValueError, match="Environment 0 has ended an episode, and infos have no 'final_obs'"):
+    with pytest.raises(ValueError, match="Environment 1 has ended an episode, and infos have no 'final_obs'"):
         small(DualClipPPO, "MlpPolicy", env).learn(ROLLOUT)
 
 
@@ -328,12 +368,10 @@ def test_training_is_resumed_exactly_in_a_sync_vector_env(wrap: Any, tmp_path: P
 
 def test_episodes_of_reinforce_are_as_long_as_a_limit_allows() -> None:
     """A step that only begins an episode is none of its steps."""
-    model = small(
-        REINFORCE, "MlpPolicy", NativeVector([scripted_env] * N_ENVS), max_episode_steps=4, episodes_per_env=5
-    )
+    model = small(REINFORCE, "MlpPolicy", NativeVector(ENVS), max_episode_steps=4, episodes_per_env=5)
     model.learn(1)
     lengths = [int(n) for n in np.unique(model.rollout_buffer.episode_index().episode.numpy(), return_counts=True)[1]]
-    assert lengths == [3, 2, 4, 3, 2] * N_ENVS
+    assert lengths == [3, 2, 4, 3, 2, 2, 4, 3, 2, 4]
     assert {info["l"] for info in model.ep_info_buffer} == {2, 3, 4}
 
 

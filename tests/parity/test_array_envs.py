@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,22 +13,25 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
 from tests.algorithms import ROLLOUT, STEP_BASED, assert_same_policy, small
-from tests.envs import BOX_ACTIONS, DICT, ScriptedEnv
-from tests.vectors import MakeEnv, NativeVector, Pool, WithResetSteps, scripted_env
+from tests.envs import BOX, BOX_ACTIONS, DICT, ScriptedEnv
+from tests.vectors import MakeEnv, NativeVector, Pool, WithResetSteps, scripted_envs, wrapped
 
 N_ENVS = 3
 OF_BUFFER = ("actions", "rewards", "episode_starts", "truncated", "terminated", "final_values", "advantages", "returns")
 
 
-def dummy(make: MakeEnv) -> VecEnv:
-    return make_vec_env(make, N_ENVS)
+def dummy(makers: Sequence[MakeEnv]) -> VecEnv:
+    env = DummyVecEnv(wrapped(Monitor, makers))
+    env.seed(0)
+    return env
 
 
 def trained(algorithm: Any, env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
@@ -48,24 +51,22 @@ def assert_same_training(one: Any, other: Any) -> None:
     assert one.num_timesteps == other.num_timesteps
 
 
-VECTORS: dict[str, Callable[[MakeEnv], Any]] = {
-    **{
-        f"sync, {mode.value}": partial(lambda mode, make: SyncVectorEnv([make] * N_ENVS, autoreset_mode=mode), mode)
-        for mode in AutoresetMode
-    },
-    "sync, without copies": lambda make: SyncVectorEnv([make] * N_ENVS, copy=False),
-    "native, SameStep": lambda make: NativeVector([make] * N_ENVS, AutoresetMode.SAME_STEP),
-    "pool": lambda make: Pool([make] * N_ENVS),
+ENVS = scripted_envs(N_ENVS)
+VECTORS: dict[str, Callable[[], Any]] = {
+    **{f"sync, {mode.value}": partial(SyncVectorEnv, ENVS, autoreset_mode=mode) for mode in AutoresetMode},
+    "sync, without copies": lambda: SyncVectorEnv(ENVS, copy=False),
+    "native, SameStep": lambda: NativeVector(ENVS, AutoresetMode.SAME_STEP),
+    "pool": lambda: Pool(ENVS),
 }
 
 
 @pytest.mark.parametrize("vector", VECTORS)
 def test_every_way_to_begin_episodes(vector: str) -> None:
-    theirs = trained(DualClipPPO, dummy(scripted_env))
+    theirs = trained(DualClipPPO, dummy(ENVS))
     assert theirs.rollout_buffer.truncated.any()
     assert theirs.rollout_buffer.terminated.any()
     assert theirs.rollout_buffer.final_values.any()
-    assert_same_training(theirs, trained(DualClipPPO, VECTORS[vector](scripted_env)))
+    assert_same_training(theirs, trained(DualClipPPO, VECTORS[vector]()))
 
 
 @pytest.fixture
@@ -83,36 +84,43 @@ def workers() -> Iterator[Callable[..., AsyncVectorEnv]]:
 
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_worker_processes(mode: AutoresetMode, workers: Any) -> None:
-    async_env = workers([scripted_env] * N_ENVS, autoreset_mode=mode)
-    assert_same_training(trained(DualClipPPO, dummy(scripted_env)), trained(DualClipPPO, async_env))
+    async_env = workers(ENVS, autoreset_mode=mode)
+    assert_same_training(trained(DualClipPPO, dummy(ENVS)), trained(DualClipPPO, async_env))
+
+
+def test_worker_processes_without_shared_memory(workers: Any) -> None:
+    """They reset at their next step what has been reset already, so it is left to them."""
+    async_env = workers(ENVS, shared_memory=False)
+    native = NativeVector(ENVS)
+    assert_same_training(trained(DualClipPPO, native), trained(DualClipPPO, async_env))
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "policy", "make"),
+    ("algorithm", "policy", "makers"),
     [
-        (DualClipPPO, "MultiInputPolicy", partial(scripted_env, obs_space=DICT)),
-        (AdaptiveKLPPO, "MlpPolicy", partial(scripted_env, BOX_ACTIONS)),
-        (TRPO, "MlpPolicy", partial(scripted_env, BOX_ACTIONS)),
-        (REINFORCE, "MlpPolicy", partial(scripted_env, spaces.MultiBinary(2), spaces.Discrete(5))),
+        (DualClipPPO, "MultiInputPolicy", scripted_envs(N_ENVS, obs_space=DICT)),
+        (AdaptiveKLPPO, "MlpPolicy", scripted_envs(N_ENVS, BOX_ACTIONS)),
+        (TRPO, "MlpPolicy", scripted_envs(N_ENVS, BOX_ACTIONS)),
+        (REINFORCE, "MlpPolicy", scripted_envs(N_ENVS, spaces.MultiBinary(2), spaces.Discrete(5))),
     ],
 )
-def test_every_algorithm_and_space(algorithm: Any, policy: str, make: MakeEnv) -> None:
-    one, other = (trained(algorithm, env, policy) for env in (dummy(make), SyncVectorEnv([make] * N_ENVS)))
+def test_every_algorithm_and_space(algorithm: Any, policy: str, makers: list[MakeEnv]) -> None:
+    one, other = (trained(algorithm, env, policy) for env in (dummy(makers), SyncVectorEnv(makers)))
     assert_same_training(one, other)
 
 
 @pytest.mark.parametrize("algorithm", [DualClipPPO, REINFORCE])
 def test_memory(algorithm: Any) -> None:
     kwargs = {"policy": "MlpLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 4}}
-    one, other = (trained(algorithm, env, **kwargs) for env in (dummy(scripted_env), SyncVectorEnv([scripted_env] * 3)))
+    one, other = (trained(algorithm, env, **kwargs) for env in (dummy(ENVS), SyncVectorEnv(ENVS)))
     assert_same_training(one, other)
 
 
 @pytest.mark.parametrize("wrap", [VecNormalize, partial(VecFrameStack, n_stack=2)], ids=["normalised", "stacked"])
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 def test_wrappers_of_sb3(wrap: Any, mode: AutoresetMode) -> None:
-    arrays = ArrayVecEnv(SyncVectorEnv([scripted_env] * N_ENVS, autoreset_mode=mode))
-    envs = [wrap(env) for env in (dummy(scripted_env), arrays)]
+    arrays = ArrayVecEnv(SyncVectorEnv(ENVS, autoreset_mode=mode))
+    envs = [wrap(env) for env in (dummy(ENVS), arrays)]
     assert_same_training(*(trained(DualClipPPO, env) for env in envs))
     if wrap is VecNormalize:
         np.testing.assert_array_equal(envs[0].obs_rms.mean, envs[1].obs_rms.mean)
@@ -120,10 +128,12 @@ def test_wrappers_of_sb3(wrap: Any, mode: AutoresetMode) -> None:
 
 
 class Masked(ScriptedEnv):
-    """Allows two of three actions, others after each step, and says so in one of three ways."""
+    """Allows two of three actions, others after each step, none after the last, and says so in one of three ways."""
 
-    def __init__(self, convention: str) -> None:
-        super().__init__(spaces.Box(-1.0, 1.0, (4,), np.float32), spaces.Discrete(3))
+    def __init__(self, convention: str, first_length: int) -> None:
+        super().__init__(
+            BOX, spaces.Discrete(3), script=((first_length, True, False), (2, False, True), (4, True, True))
+        )
         self._convention = convention
         if convention == "observation":
             self.observation_space = spaces.Dict(
@@ -133,7 +143,8 @@ class Masked(ScriptedEnv):
             self.action_masks = self._mask
 
     def _mask(self) -> np.ndarray:
-        return np.arange(3) != (self._steps + self._episode) % 3
+        is_over = self._steps == self._script[self._episode % len(self._script)][0]
+        return (np.arange(3) != (self._steps + self._episode) % 3) & (not is_over)
 
     def _said(self, obs: Any) -> tuple[Any, dict[str, Any]]:
         if self._convention == "observation":
@@ -150,16 +161,30 @@ class Masked(ScriptedEnv):
         return obs, reward, terminated, truncated, info
 
 
+def masked(convention: str) -> list[Callable[[], Masked]]:
+    return [partial(Masked, convention, first_length) for first_length in (1, 2, 3)]
+
+
 @pytest.mark.parametrize("mode", AutoresetMode)
 @pytest.mark.parametrize("convention", ["method", "info", "observation"])
 def test_masks(convention: str, mode: AutoresetMode) -> None:
-    make = partial(Masked, convention)
+    makers = masked(convention)
     policy = "MultiInputPolicy" if convention == "observation" else "MlpPolicy"
-    arrays = SyncVectorEnv([make] * N_ENVS, autoreset_mode=mode)
-    one, other = (trained(DualClipPPO, env, policy) for env in (dummy(make), arrays))
+    arrays = SyncVectorEnv(makers, autoreset_mode=mode)
+    one, other = (trained(DualClipPPO, env, policy) for env in (dummy(makers), arrays))
     np.testing.assert_array_equal(one.rollout_buffer.action_masks, other.rollout_buffer.action_masks)
     assert not one.rollout_buffer.action_masks.all()
     assert_same_training(one, other)
+    rewards = [evaluate_policy(other, ArrayVecEnv(SyncVectorEnv(makers, autoreset_mode=mode)), 6, deterministic=False)]
+    assert np.isfinite(rewards).all()  # and the environments have refused no action
+
+
+@pytest.mark.parametrize("convention", ["info", "observation"])
+def test_masks_do_not_matter_where_a_step_only_begins_an_episode(convention: str) -> None:
+    env = NativeVector(masked(convention))
+    model = trained(DualClipPPO, env, "MultiInputPolicy" if convention == "observation" else "MlpPolicy")
+    n_allowed = model.rollout_buffer.action_masks.sum(axis=2)
+    np.testing.assert_array_equal(n_allowed, np.where(model.rollout_buffer.counts, 2, 3))
 
 
 class CountsByInfos(BaseCallback):
@@ -179,9 +204,9 @@ class CountsByInfos(BaseCallback):
 @pytest.mark.parametrize("algorithm", STEP_BASED)
 def test_steps_that_only_begin_an_episode(algorithm: Any) -> None:
     """They are episodes of one step, which are left out of what is learnt from."""
-    env = DummyVecEnv([lambda: WithResetSteps(scripted_env())] * N_ENVS)
+    env = DummyVecEnv(wrapped(WithResetSteps, ENVS))
     theirs = small(algorithm, "MlpPolicy", env).learn(2 * ROLLOUT * N_ENVS, callback=CountsByInfos())
-    ours = trained(algorithm, NativeVector([scripted_env] * N_ENVS))
+    ours = trained(algorithm, NativeVector(ENVS))
     np.testing.assert_array_equal(theirs.rollout_buffer.counts, ours.rollout_buffer.counts)
     counts = ours.rollout_buffer.counts
     assert not counts.all()
@@ -196,10 +221,7 @@ def test_steps_that_only_begin_an_episode(algorithm: Any) -> None:
 
 def test_reinforce_has_the_same_episodes_with_and_without_steps_that_only_begin_them() -> None:
     """Each environment has its own generators, so one that waits is not told apart from one that acts."""
-    models = [
-        small(REINFORCE, "MlpPolicy", env, baseline="none").learn(1)
-        for env in (dummy(scripted_env), NativeVector([scripted_env] * N_ENVS))
-    ]
+    models = [small(REINFORCE, "MlpPolicy", env, baseline="none").learn(1) for env in (dummy(ENVS), NativeVector(ENVS))]
     one, other = (model.rollout_buffer.flat() for model in models)
     th.testing.assert_close(other.observations, one.observations, atol=0.0, rtol=0.0)
     th.testing.assert_close(other.returns, one.returns)
@@ -210,13 +232,13 @@ def test_reinforce_has_the_same_episodes_with_and_without_steps_that_only_begin_
 @pytest.mark.usefixtures("without_compiler")
 def test_one_compiled_step_for_rollouts_of_any_number_of_samples(programs: list[str]) -> None:
     eager, compiled = (
-        trained(DualClipPPO, NativeVector([scripted_env] * N_ENVS), batch_size=16, torch_compile=on)
-        for on in (False, True)
+        trained(DualClipPPO, NativeVector(ENVS), batch_size=16, torch_compile=on) for on in (False, True)
     )
     assert programs.count("the gradient step") == 1
     th.testing.assert_close(compiled.policy.state_dict(), eager.policy.state_dict(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*precision lowered by casting")  # of EnvPool's spaces
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "HalfCheetah-v5"])
 def test_envpool(env_id: str) -> None:
     """Beside pools of one environment each, with the same seeds."""

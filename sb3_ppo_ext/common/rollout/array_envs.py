@@ -8,13 +8,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.autoreset import MASK, is_envpool, way_to_begin
+from sb3_ppo_ext.common.rollout.autoreset import MASK, is_envpool, way_to_begin, within_the_step
 from sb3_ppo_ext.common.rollout.episode_statistics import EpisodeStatistics
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Infos, Transition, info_of, row_of
 
@@ -43,7 +43,7 @@ class ArrayVecEnv(BatchedVecEnv):
         self._begin = way_to_begin(env)
         n_envs = len(env) if is_envpool(env) else env.num_envs
         # RecordEpisodeStatistics forgets all episodes where some begin by a mask, which the vector takes away from it.
-        begins_by_mask = self._begin is not None and env.metadata["autoreset_mode"] is not AutoresetMode.SAME_STEP
+        begins_by_mask = self._begin not in (None, within_the_step)
         self._statistics = EpisodeStatistics(n_envs, reads_theirs=not (begins_by_mask and _is_recorded(env)))
         self._begins = np.zeros(n_envs, dtype=bool)  # the environments that begin an episode with the next step
         self._masks: Any = None

@@ -59,7 +59,7 @@ def way_to_begin(env: Any) -> Begin | None:
             f"episodes: {', '.join(str(mode) for mode in AutoresetMode)}"
         ) from None
     if mode is AutoresetMode.SAME_STEP:
-        return _within_the_step
+        return within_the_step
     # These two can do it for some of the environments at any time.
     can_be_told = type(env) is SyncVectorEnv or (type(env) is AsyncVectorEnv and bool(env.shared_memory))
     if mode is AutoresetMode.DISABLED or can_be_told:
@@ -70,6 +70,7 @@ def way_to_begin(env: Any) -> Begin | None:
 def _by_number(env: Any, obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> Begun:
     rows = np.flatnonzero(dones)
     first_obs, first_infos = env.reset(rows)
+    rows = first_infos["env_id"]
     return Begun(_with_rows(obs, rows, first_obs), obs, infos, _with_masks(infos, rows, first_infos.get(MASK)))
 
 
@@ -82,7 +83,14 @@ def _by_mask(env: VectorEnv[Any, Any, Any], obs: Any, dones: np.ndarray, infos: 
     return Begun(_with_rows(final_obs, rows, _rows_of(first_obs, rows)), final_obs, infos, masks)
 
 
-def _within_the_step(obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> Begun:
+def within_the_step(obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> Begun:
+    """
+    For a vector that has begun the new episodes already.
+
+    :param obs: the observations
+    :param dones: the environments whose episodes the step has ended
+    :param infos: in which is said what these ended with
+    """
     rows = np.flatnonzero(dones)
     if "final_obs" not in infos:
         raise ValueError(

@@ -296,7 +296,7 @@ class REINFORCE(OnPolicyAlgorithm):
                 self._fit_critic(actor_critic, buffer)
                 for parameter, gradient in of_actor:
                     parameter.grad = gradient  # for whoever logs it; the next update does not read it
-            update_statistics(actor_critic, rollout.inputs, self.batch_size)
+            update_statistics(actor_critic, rollout.inputs, self.batch_size, self._reducer)
         else:
             warnings.warn("REINFORCE left the policy as it was in this update: not a finite gradient", stacklevel=2)
 

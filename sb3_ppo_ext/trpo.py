@@ -265,7 +265,7 @@ class TRPO(OnPolicyAlgorithm):
                 reducer=self._reducer,
             )
             self.logger.record("train/value_loss", value_loss)
-        update_statistics(actor_critic, rollout.inputs, self.batch_size)
+        update_statistics(actor_critic, rollout.inputs, self.batch_size, self._reducer)
         for parameter, gradient in zip(actor_parameters, step.gradients, strict=True):
             parameter.grad = gradient  # of the loss, for whoever logs it; the next update does not read it
         self._n_updates += 1

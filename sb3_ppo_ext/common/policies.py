@@ -23,15 +23,16 @@ from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCrit
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
+from sb3_ppo_ext.common.rollout.normalization import NormalizedObservations
 from sb3_ppo_ext.common.rollout.observation_groups import ObservationGroup, groups_of
 from sb3_ppo_ext.common.update.step import reached
-from sb3_ppo_ext.common.validation import as_schedule, check_real
+from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_real
 
 
 class ActorCriticPolicy(sb3.ActorCriticPolicy):
     """
-    SB3's actor and critic, with a learning rate of the critic's own, bounds on the standard deviation, and observations
-    for the critic alone. Without these three it is SB3's, and either loads what the other saved.
+    SB3's actor and critic, with a learning rate of the critic's own, bounds on the standard deviation, observations for
+    the critic alone, and normalised ones. Without these four it is SB3's, and either loads what the other saved.
 
     **The critic's learning rate** is for the parameters that the values depend on and the actions do not: they form a
     second group of the optimiser. What both depend on, such as a shared features extractor, follows the main rate;
@@ -45,6 +46,9 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     actor will: of Dict observations the critic sees one key, and the actor all others, each by an extractor of its own.
     After training, ``predict`` needs the actor's part only.
 
+    **Normalised observations** change with each rollout that the policy was updated from, are saved with it, and are
+    the same for whoever asks it: ``predict`` takes observations as the environment gives them.
+
     :param observation_space: of the environment
     :param action_space: of the environment
     :param lr_schedule: the main learning rate
@@ -53,6 +57,8 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: none
     :param critic_observation_key: key of Dict observations that the critic sees, and the actor does not; the critic
         sees no other. None: both see all observations
+    :param normalize_observations: whether the policy normalises observations by the mean and the variance of those that
+        it has been trained with, and clips them to +-10, as ``VecNormalize`` does
     :param kwargs: the further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
     :raises ArgumentError: for an argument that is out of range or contradicts another
     """
@@ -70,8 +76,11 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         critic_learning_rate: float | str | Schedule | None = None,
         log_std_bounds: tuple[float, float] | None = None,
         critic_observation_key: str | None = None,
+        normalize_observations: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_bool("normalize_observations", normalize_observations)
+        self.normalize_observations = normalize_observations
         self.critic_observation_key = critic_observation_key
         if critic_observation_key is not None:
             self._groups = groups_of(observation_space, critic_observation_key)
@@ -125,10 +134,13 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         if self.critic_observation_key is None:
-            return super().make_features_extractor()
+            extractor = super().make_features_extractor()
+            return NormalizedObservations(extractor) if self.normalize_observations else extractor
         of_actor, of_critic = self._groups
         group = of_actor if self.features_extractor is None else of_critic  # SB3 makes the actor's first
         extractor = self.features_extractor_class(group, **self.features_extractor_kwargs)
+        if self.normalize_observations:
+            extractor = NormalizedObservations(extractor)
         return ObservationGroup(extractor, list(group.spaces))
 
     def _build_mlp_extractor(self) -> None:
@@ -218,6 +230,8 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             parameters["critic_learning_rate"] = _picklable(self.critic_learning_rate)
         if self.log_std_bounds is not None:
             parameters["log_std_bounds"] = self.log_std_bounds
+        if self.normalize_observations:
+            parameters["normalize_observations"] = True
         if self.critic_observation_key is not None:
             parameters["critic_observation_key"] = self.critic_observation_key
         return parameters

@@ -19,6 +19,7 @@ from sb3_ppo_ext.common.rollout.buffers import size_to_pad_to, values_and_return
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
+from sb3_ppo_ext.common.update.normalization import observations_of, update_normalization
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
 from sb3_ppo_ext.common.update.samplers import Epochs
 from sb3_ppo_ext.common.update.step import raise_if_not_finite
@@ -203,6 +204,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 if stopped_at is not None:
                     break
         self._project()
+        if getattr(self.policy, "normalize_observations", False):
+            update_normalization(self.policy, observations_of(self.rollout_buffer), self._reducer)
 
         series = dict(zip(step.names, th.stack(history, dim=1).tolist(), strict=True))
         if stopped_at is not None:

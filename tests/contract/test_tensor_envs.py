@@ -29,7 +29,7 @@ from tests.algorithms import (
     parameters,
     small,
 )
-from tests.tensor_envs import Groups, ShortCartPole, ShortPendulum
+from tests.tensor_envs import AsSB3, Groups, ShortCartPole, ShortPendulum
 
 N_ENVS = 4
 
@@ -128,6 +128,23 @@ def test_a_checkpoint_goes_on_to_the_bit(tmp_path: Path) -> None:
     resumed.learn(ROLLOUT * N_ENVS, reset_num_timesteps=False)
     assert resumed.num_timesteps == whole.num_timesteps
     assert_same_policy(whole, resumed)
+
+
+def test_rewards_are_normalised_as_vec_normalize_does_it(tmp_path: Path) -> None:
+    theirs = VecNormalize(AsSB3(ShortPendulum(N_ENVS)), norm_obs=False, gamma=0.9)
+    ours = TensorVecEnv(ShortPendulum(N_ENVS), normalize_rewards=True, gamma=0.9)
+    models = [small(DualClipPPO, "MlpPolicy", env, gamma=0.9).learn(2 * ROLLOUT * N_ENVS) for env in (theirs, ours)]
+    of_theirs, of_ours = (model.rollout_buffer.rewards for model in models)
+    np.testing.assert_allclose(of_ours, of_theirs, rtol=1e-4, atol=1e-5)
+    assert_close_policies(*models, atol=1e-5)
+    assert models[1].ep_info_buffer[-1]["r"] == models[0].ep_info_buffer[-1]["r"]  # as they were
+    save_checkpoint(models[1], tmp_path / "checkpoint")
+    models[1].learn(ROLLOUT * N_ENVS, reset_num_timesteps=False)
+    env = TensorVecEnv(ShortPendulum(N_ENVS), normalize_rewards=True, gamma=0.9)
+    resumed = resume(DualClipPPO, tmp_path / "checkpoint", env).learn(ROLLOUT * N_ENVS, reset_num_timesteps=False)
+    assert_same_policy(models[1], resumed)
+    with pytest.raises(ValueError, match="gamma"):
+        TensorVecEnv(ShortPendulum(N_ENVS), gamma=1.5)
 
 
 def test_by_a_wrapper_or_another_buffer_it_goes_by_way_of_numpy() -> None:

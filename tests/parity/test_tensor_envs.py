@@ -15,6 +15,7 @@ from tests.tensor_envs import AsSB3, Groups, MaskedGroups, ShortCartPole, ShortP
 
 N_ENVS = 6
 CRITIC = {"critic_observation_key": "critic"}
+NORMALIZED = {"normalize_observations": True}
 
 CASES: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "discrete": (DualClipPPO, "MlpPolicy", ShortCartPole, {}),
@@ -28,6 +29,14 @@ CASES: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
         {"use_sde": True, "sde_sample_freq": 4, "policy_kwargs": {"squash_output": True}},
     ),
     "groups": (DualClipPPO, "MultiInputPolicy", Groups, {"policy_kwargs": CRITIC}),
+    "normalised": (DualClipPPO, "MlpPolicy", ShortPendulum, {"policy_kwargs": NORMALIZED}),
+    "normalised groups": (TRPO, "MultiInputPolicy", Groups, {"policy_kwargs": CRITIC | NORMALIZED}),
+    "normalised, compiled": (
+        AdaptiveKLPPO,
+        "MlpPolicy",
+        ShortPendulum,
+        {"policy_kwargs": NORMALIZED, "torch_compile": True},
+    ),
     "shared extractor": (TRPO, "MultiInputPolicy", Groups, {}),
     "masks": (AdaptiveKLPPO, "MultiInputPolicy", MaskedGroups, {"policy_kwargs": CRITIC}),
     "memory": (DualClipPPO, "MlpLstmPolicy", ShortCartPole, {"policy_kwargs": {"lstm_hidden_size": 4}}),

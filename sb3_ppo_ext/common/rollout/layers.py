@@ -14,6 +14,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
+from sb3_ppo_ext.common.rollout.normalization import NormalizedObservations
 from sb3_ppo_ext.common.rollout.purity import has_hooks
 
 Layer = Callable[[th.Tensor], th.Tensor]
@@ -73,6 +74,8 @@ def unrolled_extractor(policy: ActorCriticPolicy, extractor: nn.Module) -> list[
     """
     if has_hooks(extractor):
         return [extractor]
+    if type(extractor) is NormalizedObservations:
+        return [extractor.normalized, *unrolled_extractor(policy, extractor.extractor)]
     if type(extractor) is FlattenExtractor and len(policy.observation_space.shape or ()) == 1:
         return []
     if type(extractor) is NatureCNN:

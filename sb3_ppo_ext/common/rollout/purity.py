@@ -23,6 +23,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from sb3_ppo_ext.common.rollout.normalization import NormalizedObservations, RunningMoments
 from sb3_ppo_ext.common.rollout.observation_groups import ObservationGroup
 from sb3_ppo_ext.common.torch_internals import has_module_hooks
 
@@ -32,7 +33,9 @@ _PURE: frozenset[type[nn.Module]] = frozenset(
         sb3.FlattenExtractor,
         sb3.MlpExtractor,
         sb3.NatureCNN,
+        NormalizedObservations,
         ObservationGroup,
+        RunningMoments,
         nn.Sequential,
         nn.ModuleList,
         nn.ModuleDict,

@@ -27,6 +27,9 @@ are made when they are asked for; ``model.get_env().extras`` are those of the la
 an environment what ``evaluate_policy`` and ``EvalCallback`` take. Two more methods, ``state_dict() -> dict`` and
 ``load_state_dict(dict)``, let a checkpoint be resumed to the bit.
 
+``policy_kwargs={"normalize_observations": True}`` and ``TensorVecEnv(env, normalize_rewards=True)`` take the place of
+``VecNormalize``, on the device.
+
 REINFORCE, whose rollouts are complete episodes, and buffers of one's own are filled by way of numpy, and so is what a
 ``VecNormalize`` or another wrapper of SB3's around a :class:`TensorVecEnv` gives.
 """
@@ -45,7 +48,9 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.data import to_arrays
+from sb3_ppo_ext.common.rollout.normalization import RunningMoments
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, row_of
+from sb3_ppo_ext.common.validation import check_bool, check_real
 
 # What may be asked of the environments besides, as it is the same for all of them.
 _ASKED = ("render_mode", "spec", "state_dict", "load_state_dict")
@@ -68,7 +73,11 @@ class TensorVecEnv(BatchedVecEnv):
     in arrays, and who gives it tensors in tensors.
 
     :param env: as this module describes it
-    :raises ValueError: if it is not
+    :param normalize_rewards: whether rewards are divided by the standard deviation of the discounted returns so far and
+        clipped to +-10, as ``VecNormalize`` does; the returns of episodes in the logs are not. A checkpoint holds the
+        statistics
+    :param gamma: discount factor of those returns, as the algorithm has it
+    :raises ValueError: if the environment is another, or a number out of range
     """
 
     gives_tensors = True
@@ -76,7 +85,9 @@ class TensorVecEnv(BatchedVecEnv):
     extras: dict[str, Any]
     """What the environment said besides, at the last step or reset."""
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self, env: Any, *, normalize_rewards: bool = False, gamma: float = 0.99) -> None:
+        check_bool("normalize_rewards", normalize_rewards)
+        check_real("gamma", gamma, at_least=0.0, at_most=1.0)
         given = f"env={env!r:.100} is not allowed: "
         missing = [name for name in _PROTOCOL if not hasattr(env, name)]
         if missing:
@@ -99,6 +110,11 @@ class TensorVecEnv(BatchedVecEnv):
         self.can_be_restored = hasattr(env, "state_dict") and hasattr(env, "load_state_dict")
         self.max_episode_steps = getattr(env, "max_episode_steps", 0)
         self._start = time.time()
+        self._gamma = gamma
+        self._of_returns: RunningMoments | None = None
+        if normalize_rewards:
+            self._of_returns = RunningMoments(()).to(self.device)
+            self._of_returns.count.fill_(1e-4)  # as VecNormalize begins
         self.extras = {}
         self._forget_episodes(env.num_envs)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -108,6 +124,7 @@ class TensorVecEnv(BatchedVecEnv):
         wide = th.float32 if self.device.type == "mps" else th.float64
         self._returns = th.zeros(n_envs, dtype=wide, device=self.device)
         self._lengths = th.zeros(n_envs, dtype=th.int64, device=self.device)
+        self._discounted = th.zeros_like(self._returns)
 
     def reset(self) -> Any:
         if any(self._options):
@@ -130,6 +147,11 @@ class TensorVecEnv(BatchedVecEnv):
         truncated = truncated.bool() & ~terminated
         self._returns += rewards
         self._lengths += 1
+        if self._of_returns is not None:
+            self._discounted = self._gamma * self._discounted + rewards
+            n = self._discounted.new_tensor(float(self.num_envs))
+            self._of_returns.add(self._discounted.mean(), self._discounted.var(correction=0), n)
+            rewards = (rewards * (self._of_returns.var + 1e-8).rsqrt()).clamp(-10.0, 10.0)
         rows = (terminated | truncated).nonzero().flatten()
         final_obs = extras.get("final_obs") if len(rows) else None
         if len(rows) and final_obs is None and bool(truncated.any()):
@@ -190,6 +212,7 @@ class TensorVecEnv(BatchedVecEnv):
         returns, lengths = self._returns[rows], self._lengths[rows]
         self._returns[rows] = 0.0
         self._lengths[rows] = 0
+        self._discounted[rows] = 0.0
         now = th.full_like(returns, time.time() - self._start)
         return Episodes(rows, returns, lengths, now)
 

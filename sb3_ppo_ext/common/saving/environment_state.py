@@ -34,7 +34,7 @@ _VEC_MEMORY: dict[type[VecEnv], tuple[str, ...]] = {
     VecFrameStack: ("stacked_obs",),
     VecMonitor: ("episode_returns", "episode_lengths"),
     ArrayVecEnv: ("_statistics", "_masks"),
-    TensorVecEnv: ("_returns", "_lengths"),
+    TensorVecEnv: ("_returns", "_lengths", "_discounted", "_of_returns"),
 }
 _VEC_SETTINGS: dict[type[VecEnvWrapper], tuple[str, ...]] = {
     VecNormalize: (

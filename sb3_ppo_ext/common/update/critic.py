@@ -15,6 +15,7 @@ from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.purity import keeps_statistics
+from sb3_ppo_ext.common.update.normalization import update_normalization
 from sb3_ppo_ext.common.update.objective import Coefficients, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
 from sb3_ppo_ext.common.update.samplers import Epochs
@@ -49,15 +50,17 @@ def _modules_of(*networks: nn.Module | None) -> set[nn.Module]:
 
 
 @th.no_grad()
-def update_statistics(actor_critic: ActorCritic, inputs: PolicyInput, batch_size: int) -> None:
+def update_statistics(actor_critic: ActorCritic, inputs: PolicyInput, batch_size: int, reducer: Reducer) -> None:
     """
-    Let the layers of an actor that keep statistics in training mode see a rollout, once. For algorithms whose actor
-    makes its step in evaluation mode.
+    Let the layers of an actor that keep statistics in training mode see a rollout, once, and what normalises
+    observations. For algorithms whose actor makes its step in evaluation mode.
 
     :param actor_critic: the policy
     :param inputs: of the rollout
     :param batch_size: largest number of them in one pass
+    :param reducer: of the processes
     """
+    update_normalization(actor_critic.policy, inputs.obs, reducer)
     policy, n_rows = actor_critic.policy, inputs.n_rows // inputs.length
     if not keeps_statistics(policy):
         return

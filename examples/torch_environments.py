@@ -147,3 +147,16 @@ class TorchPendulum(TorchEnv):
         speed = speed.clamp(-8.0, 8.0)
         state = th.stack((angle + dt * speed, speed), dim=1)
         return state, rewards, th.zeros_like(angle, dtype=th.bool)
+
+
+def main() -> None:
+    """Train in 256 CartPoles."""
+    from sb3_ppo_ext import DualClipPPO
+
+    settings: dict[str, Any] = {"n_steps": 32, "batch_size": 1024, "learning_rate": 1e-3, "gamma": 0.98, "seed": 0}
+    model = DualClipPPO("MlpPolicy", TorchCartPole(256), verbose=1, **settings)
+    model.learn(300_000, log_interval=10)
+
+
+if __name__ == "__main__":
+    main()

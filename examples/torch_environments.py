@@ -154,7 +154,8 @@ def main() -> None:
     from sb3_ppo_ext import DualClipPPO
 
     settings: dict[str, Any] = {"n_steps": 32, "batch_size": 1024, "learning_rate": 1e-3, "gamma": 0.98, "seed": 0}
-    model = DualClipPPO("MlpPolicy", TorchCartPole(256), verbose=1, **settings)
+    env: Any = TorchCartPole(256)
+    model = DualClipPPO("MlpPolicy", env, verbose=1, **settings)
     model.learn(300_000, log_interval=10)
 
 

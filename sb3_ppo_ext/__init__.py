@@ -2,6 +2,7 @@
 
 from sb3_ppo_ext.adaptive_kl_ppo import AdaptiveKLPPO
 from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
+from sb3_ppo_ext.common.rollout.tensor_adapters import BraxEnv, RslRlEnv
 from sb3_ppo_ext.common.rollout.tensor_envs import TensorVecEnv
 from sb3_ppo_ext.common.saving.checkpoint import (
     SafeCheckpointCallback,
@@ -22,7 +23,9 @@ __all__ = [
     "TRPO",
     "AdaptiveKLPPO",
     "ArrayVecEnv",
+    "BraxEnv",
     "DualClipPPO",
+    "RslRlEnv",
     "SafeCheckpointCallback",
     "TensorVecEnv",
     "__version__",

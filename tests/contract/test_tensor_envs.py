@@ -270,6 +270,22 @@ def test_without_time_outs_all_episodes_end_by_themselves_and_one_group_is_the_o
     assert not model.rollout_buffer.truncated.any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("torch_compile", [False, True])
+def test_on_a_gpu_all_of_it_stays_there(torch_compile: bool) -> None:
+    env = ShortPendulum(N_ENVS, "cuda")
+    model = small(DualClipPPO, "MlpPolicy", env, device="cuda", torch_compile=torch_compile)
+    before = parameters(model)
+    model.learn(2 * ROLLOUT * N_ENVS)
+    assert have_moved(model, before)
+    tensors = model.rollout_buffer.tensors
+    assert {x.device.type for x in tensors.values() if x is not None} == {"cuda"}
+    rewards = model.rollout_buffer.rewards
+    assert isinstance(rewards, np.ndarray)
+    assert not rewards.flags.writeable
+    np.testing.assert_array_equal(rewards, tensors["rewards"].cpu())
+
+
 def test_brax_by_dlpack() -> None:
     """With an environment of Brax's shape; JAX is not among what the tests need."""
     jax = pytest.importorskip("jax")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch as th
 import torch.distributed as dist
@@ -15,6 +17,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from sb3_ppo_ext.common.errors import ProcessError
 from sb3_ppo_ext.common.torch_internals import default_store
+from sb3_ppo_ext.common.update.reduce import of_each_kind, write
+
+if TYPE_CHECKING:
+    from sb3_ppo_ext.common.update.shared_memory import SharedMemory
 
 T = TypeVar("T")
 
@@ -37,6 +43,9 @@ class ProcessGroup:
         self.rank: int = dist.get_rank()
         self.n_processes: int = dist.get_world_size()
         self._store = default_store()
+        self._shared: SharedMemory | None = None
+        # Processors of another kind do not promise that a process sees the writes of another in their order.
+        self._shares_memory = all(self.gathered(sys.platform == "linux" and platform.machine() == "x86_64"))
 
     @classmethod
     def joined(cls, device: th.device) -> ProcessGroup:
@@ -55,21 +64,31 @@ class ProcessGroup:
             dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=_PATIENCE)
         return cls()
 
-    @th.no_grad()
-    def average(self, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
+    def summed(self, message: th.Tensor) -> th.Tensor:
         """
-        As :meth:`Reducer.average`. All tensors of one kind go in one message.
+        As :meth:`Reducer.summed`. Processes of one machine sum what is on the CPU through memory that they share.
 
-        :param tensors: of the same shapes in each process; written into
-        :param weight: of this process
+        :param message: of this process; it may be written into
         """
-        for same in _kinds(tensors):
-            own_weight = th.as_tensor(weight, dtype=same[0].dtype, device=same[0].device).reshape(1)
-            message = th.cat([*(tensor.flatten() for tensor in same), own_weight])
-            message[:-1] *= own_weight
-            with self._explained():
-                dist.all_reduce(message)
-            _write(message[:-1] / message[-1], same)
+        shared = None
+        if message.device.type == "cpu":
+            shared = self._shared_memory(message.numel() * message.element_size())
+        with self._explained():
+            if shared is not None:
+                return shared.summed(message)
+            dist.all_reduce(message)
+        return message
+
+    def _shared_memory(self, n_bytes: int) -> SharedMemory | None:
+        """For messages of a length; None if the processes cannot share it. All of them ask for it at the same time."""
+        if self._shares_memory and (self._shared is None or self._shared.capacity < n_bytes):
+            from sb3_ppo_ext.common.update.shared_memory import shared_by
+
+            if self._shared is not None:
+                self._shared.close()
+            self._shared = shared_by(self, n_bytes)
+            self._shares_memory = self._shared is not None
+        return self._shared
 
     @th.no_grad()
     def take_from_first(self, tensors: Iterable[th.Tensor]) -> None:
@@ -78,12 +97,12 @@ class ProcessGroup:
 
         :param tensors: of the same shapes in each process; written into, except in the first one
         """
-        for same in _kinds(tensors):
+        for same in of_each_kind(tensors):
             message = th.cat([tensor.flatten() for tensor in same])
             with self._explained():
                 dist.broadcast(message, src=0)
             if self.rank > 0:
-                _write(message, same)
+                write(message, same)
 
     def gathered(self, value: T) -> list[T]:
         """
@@ -118,6 +137,8 @@ class ProcessGroup:
                 self._store.compare_set(
                     _FAILURE, "", f"process {self.rank} has failed: {type(error).__name__}: {error}"
                 )
+        if self._shared is not None:
+            self._shared.close()
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
 
@@ -139,17 +160,3 @@ class ProcessGroup:
 def _without_a_word(error: RuntimeError) -> str:
     reason = str(error).strip().partition("\n")[0]
     return f"another one has ended without a word: it was killed, or has lost its connection ({reason})"
-
-
-def _kinds(tensors: Iterable[th.Tensor]) -> Iterable[list[th.Tensor]]:
-    """The tensors of each dtype and device."""
-    kinds: dict[Any, list[th.Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return kinds.values()
-
-
-def _write(message: th.Tensor, tensors: list[th.Tensor]) -> None:
-    parts = th.split(message, [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))

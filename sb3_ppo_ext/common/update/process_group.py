@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch as th
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -45,7 +47,7 @@ class ProcessGroup:
         self._store = default_store()
         self._shared: SharedMemory | None = None
         # Processors of another kind do not promise that a process sees the writes of another in their order.
-        self._shares_memory = all(self.gathered(sys.platform == "linux" and platform.machine() == "x86_64"))
+        self._shares_memory = all(self._gathered(sys.platform == "linux" and platform.machine() == "x86_64"))
 
     @classmethod
     def joined(cls, device: th.device) -> ProcessGroup:
@@ -66,29 +68,16 @@ class ProcessGroup:
 
     def summed(self, message: th.Tensor) -> th.Tensor:
         """
-        As :meth:`Reducer.summed`. Processes of one machine sum what is on the CPU through memory that they share.
+        As :meth:`Reducer.summed`.
 
         :param message: of this process; it may be written into
         """
-        shared = None
-        if message.device.type == "cpu":
-            shared = self._shared_memory(message.numel() * message.element_size())
+        shared = self._shared_by_all(message)
         with self._explained():
             if shared is not None:
                 return shared.summed(message)
             dist.all_reduce(message)
         return message
-
-    def _shared_memory(self, n_bytes: int) -> SharedMemory | None:
-        """For messages of a length; None if the processes cannot share it. All of them ask for it at the same time."""
-        if self._shares_memory and (self._shared is None or self._shared.capacity < n_bytes):
-            from sb3_ppo_ext.common.update.shared_memory import shared_by
-
-            if self._shared is not None:
-                self._shared.close()
-            self._shared = shared_by(self, n_bytes)
-            self._shares_memory = self._shared is not None
-        return self._shared
 
     @th.no_grad()
     def take_from_first(self, tensors: Iterable[th.Tensor]) -> None:
@@ -99,8 +88,12 @@ class ProcessGroup:
         """
         for same in of_each_kind(tensors):
             message = th.cat([tensor.flatten() for tensor in same])
+            shared = self._shared_by_all(message)
             with self._explained():
-                dist.broadcast(message, src=0)
+                if shared is not None:
+                    message = shared.exchanged(message)[0]
+                else:
+                    dist.broadcast(message, src=0)
             if self.rank > 0:
                 write(message, same)
 
@@ -110,10 +103,45 @@ class ProcessGroup:
 
         :param value: of this process
         """
+        if not self._shares_memory:
+            return self._gathered(value)
+        pickled = th.frombuffer(bytearray(pickle.dumps(value)), dtype=th.uint8)
+        sizes = [int(size) for size in self._of_each(th.tensor([len(pickled)]))]
+        padded = nn.functional.pad(pickled, (0, max(sizes) - len(pickled)))
+        parts = zip(self._of_each(padded), sizes, strict=True)
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]
+
+    def _of_each(self, message: th.Tensor) -> Sequence[th.Tensor]:
+        shared = self._shared_by_all(message)
+        if shared is None:
+            return self._gathered(message)
+        with self._explained():
+            return shared.exchanged(message)
+
+    def _gathered(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.n_processes
         with self._explained():
             dist.all_gather_object(values, value)
         return values
+
+    def _shared_by_all(self, message: th.Tensor) -> SharedMemory | None:
+        """
+        The memory that processes of one machine exchange messages by.
+
+        :param message: of this process, as long as those of the others
+        :return: None if they have none
+        """
+        if message.device.type != "cpu" or not self._shares_memory:
+            return None
+        n_bytes = message.numel() * message.element_size()
+        if self._shared is None or self._shared.capacity < n_bytes:
+            from sb3_ppo_ext.common.update.shared_memory import shared_by
+
+            if self._shared is not None:
+                self._shared.close()
+            self._shared = shared_by(self.rank, self.n_processes, self._gathered, n_bytes)
+            self._shares_memory = self._shared is not None
+        return self._shared
 
     def of_first(self, value: T) -> T:
         """

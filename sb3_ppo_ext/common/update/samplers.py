@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -12,73 +12,98 @@ from sb3_ppo_ext.common.rollout.data import RolloutSamples, rows_of
 from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.update.reduce import Reducer, of_each
 
+_AT_ONCE = 2**20  # samples
+
 Minibatch = tuple[RolloutSamples, th.Tensor | None]
 """Samples, and which rows of them; None: all."""
 
 
 class Epochs:
     """
-    Epochs of minibatches over one rollout. Each process cuts its own samples; a step is made on what all of them have
-    in their minibatches together, so all cut as many as the one that has the most samples.
+    Epochs of minibatches over one rollout, each drawn anew. Each process cuts its own samples; a step is made on what
+    all of them have in their minibatches together, so all cut as many as the one that has the most samples, and some
+    may be empty.
 
     :param rollout_buffer: filled
     :param batch_size: samples in a minibatch of this process
+    :param n_epochs: how many there are to be
     :param reducer: of the processes
     :param normalize_advantage: whether to normalise the advantages here, over all processes; where there is one only,
         the loss does it
     """
 
     def __init__(
-        self, rollout_buffer: RolloutBuffer, batch_size: int, reducer: Reducer, *, normalize_advantage: bool = False
+        self,
+        rollout_buffer: RolloutBuffer,
+        batch_size: int,
+        n_epochs: int,
+        reducer: Reducer,
+        *,
+        normalize_advantage: bool = False,
     ) -> None:
         self._rollout_buffer = rollout_buffer
         self._batch_size = batch_size
+        self._n_epochs = n_epochs
         self._reducer = reducer
         self._normalize_advantage = normalize_advantage
-        self._n_minibatches: int | None = None
-        self._normalized: RolloutSamples | None = None
 
-    def minibatches(self) -> Iterable[Minibatch]:
-        """Those of one epoch, drawn anew. Where other processes have more samples, some may be empty."""
-        of_epoch = minibatches(self._rollout_buffer, self._batch_size)
+    def __iter__(self) -> Iterator[Iterable[Minibatch]]:
         if self._reducer.is_local:
-            return of_epoch
-        cut = list(of_epoch)
-        if self._n_minibatches is None:
-            self._n_minibatches = max(self._reducer.gathered(len(cut)))
-        cut = _in_as_many(cut, self._n_minibatches)
-        if not self._normalize_advantage:
-            return cut
-        if any(rows is None for _, rows in cut):  # of a buffer that has a get() of its own
-            return self._normalized_each(cut)
-        return self._normalized_rows(cut[0][0], [rows for _, rows in cut if rows is not None])
+            for _ in range(self._n_epochs):
+                yield minibatches(self._rollout_buffer, self._batch_size)
+            return
+        cut = self._cut()
+        n_minibatches = max(self._reducer.gathered(len(cut)))
+        cut = _in_as_many(cut, n_minibatches)
+        rollout, rows = cut[0]
+        if not self._normalize_advantage or rows is None:
+            for epoch in range(self._n_epochs):
+                cut = _in_as_many(self._cut(), n_minibatches) if epoch else cut
+                yield self._normalized(cut) if self._normalize_advantage else cut
+            return
+        # A message for each epoch would take a while: many have theirs in one.
+        at_once = max(1, _AT_ONCE // len(rollout.advantages))
+        together = rollout._replace(advantages=th.empty_like(rollout.advantages))  # the same in each epoch
+        for first in range(0, self._n_epochs, at_once):
+            rows_of_epochs = [
+                [rows for _, rows in (_in_as_many(self._cut(), n_minibatches) if epoch else cut) if rows is not None]
+                for epoch in range(first, min(first + at_once, self._n_epochs))
+            ]
+            for rows_of_epoch, advantages in self._normalized_epochs(rollout, rows_of_epochs):
+                together.advantages.copy_(advantages)
+                yield [(together, rows) for rows in rows_of_epoch]
 
-    def _normalized_rows(self, rollout: RolloutSamples, rows: list[th.Tensor]) -> list[Minibatch]:
-        """
-        Minibatches with advantages that are normalised over all processes, each minibatch by itself.
+    def _cut(self) -> list[Minibatch]:
+        return list(minibatches(self._rollout_buffer, self._batch_size))
 
-        :param rollout: that they are all cut out of
-        :param rows: of each
-        """
-        in_order = th.cat(rows)
-        values = normalized_over_processes(
-            rows_of(rollout.advantages, in_order, rollout.length),
-            [len(some) * rollout.length for some in rows],
-            self._reducer,
-        )
-        if self._normalized is None:  # the same in each epoch, as whoever computes with it prepares for it
-            self._normalized = rollout._replace(advantages=rollout.advantages.clone())
-        self._normalized.advantages.view(-1, rollout.length)[in_order] = values.view(-1, rollout.length)
-        return [(self._normalized, some) for some in rows]
-
-    def _normalized_each(self, cut: list[Minibatch]) -> list[Minibatch]:
+    def _normalized(self, cut: list[Minibatch]) -> list[Minibatch]:
+        """Minibatches of a buffer that has a ``get`` of its own, with normalised advantages."""
         parts = [r.advantages if rows is None else rows_of(r.advantages, rows, r.length) for r, rows in cut]
         sizes = [len(part) for part in parts]
-        values = th.split(normalized_over_processes(th.cat(parts), sizes, self._reducer), sizes)
+        parts = th.split(normalized_over_processes(th.cat(parts), sizes, self._reducer), sizes)
         return [
             (rollout if rows is not None else rollout._replace(advantages=part), rows)
-            for (rollout, rows), part in zip(cut, values, strict=True)
+            for (rollout, rows), part in zip(cut, parts, strict=True)
         ]
+
+    def _normalized_epochs(
+        self, rollout: RolloutSamples, epochs: list[list[th.Tensor]]
+    ) -> Iterator[tuple[list[th.Tensor], th.Tensor]]:
+        """
+        :param rollout: that all minibatches are cut out of
+        :param epochs: of each, the rows of its minibatches
+        :return: with the advantages of each, normalised over all processes, each minibatch by itself
+        """
+        rows = [th.cat(of_epoch) for of_epoch in epochs]
+        values = normalized_over_processes(
+            rows_of(rollout.advantages, th.cat(rows), rollout.length),
+            [len(some) * rollout.length for of_epoch in epochs for some in of_epoch],
+            self._reducer,
+        )
+        for of_epoch, in_order, part in zip(epochs, rows, values.chunk(len(epochs)), strict=True):
+            advantages = th.empty_like(rollout.advantages).view(-1, rollout.length)
+            advantages[in_order] = part.view(-1, rollout.length)
+            yield of_epoch, advantages.flatten()
 
 
 def _in_as_many(cut: list[Minibatch], n: int) -> list[Minibatch]:

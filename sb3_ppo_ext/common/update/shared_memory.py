@@ -1,4 +1,4 @@
-"""Sums over the processes of one machine, through memory that all of them see."""
+"""Messages between the processes of one machine, through memory that all of them see."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch as th
 
-from sb3_ppo_ext.common.update.reduce import Reducer
-
 _LINE = 64  # bytes of a cache line: what a process writes into is on one of its own
 _SPINS = 50  # looks, of some 50 ns each, before another process may have the core
-_YIELDING = 0.001  # seconds of that, before it sleeps in between
+_YIELDING = 0.005  # seconds of that, before it sleeps in between
 _LONGEST_SLEEP = 0.01
 _LOOK_AFTER = 1.0  # seconds, for a process that has ended
 
@@ -26,9 +25,9 @@ class SharedMemory:
     A file that is mapped into the memory of all processes: for each a counter, and two places for its message. A
     message between processes takes some microseconds so, where one over a network interface takes a hundred or more.
 
-    To sum, a process writes its message into its place, adds one to its counter, and waits until all counters are that
-    far; then it adds all messages, in the same order as the others do. The next message goes into the second place: the
-    first may still be read. It may be written over when the second has been summed, as then all have read it.
+    A process writes its message into its place, adds one to its counter, and waits until all counters are that far.
+    Then it reads all messages. The next one goes into the second place, as the first may still be read. When all have
+    written the second, they have read the first, which is then written over.
 
     A counter is one byte, and a processor of the x86 kind lets others see writes in the order they were made, so that a
     message is there when its counter says so. Whether a process lives is told by a lock on the file, which the system
@@ -50,7 +49,7 @@ class SharedMemory:
         places = th.frombuffer(self._memory, dtype=th.uint8, offset=_LINE * n_processes)
         self._places = places.view(2, n_processes, capacity)
         self._cut: dict[tuple[th.dtype, int], list[tuple[th.Tensor, ...]]] = {}
-        self._n_sums = 0
+        self._n_messages = 0
 
     @staticmethod
     def size_for(n_processes: int, capacity: int) -> int:
@@ -63,9 +62,9 @@ class SharedMemory:
             os.close(self._file)
             self._file = -1
 
-    def summed(self, message: th.Tensor) -> th.Tensor:
+    def exchanged(self, message: th.Tensor) -> tuple[th.Tensor, ...]:
         """
-        The sum of the messages of all processes, with the same bits in each.
+        The messages of all processes. They stay until the next but one.
 
         :param message: of this process, with as many numbers as those of the others
         :raises RuntimeError: if one of them has ended
@@ -74,26 +73,36 @@ class SharedMemory:
         if kind not in self._cut:
             n_bytes = message.numel() * message.element_size()
             self._cut[kind] = [place[:, :n_bytes].view(message.dtype).unbind() for place in self._places]
-        parts = self._cut[kind][self._n_sums % 2]
-        parts[self._rank].copy_(message.flatten())
-        self._n_sums += 1
-        self._memory[self._counters[self._rank]] = self._n_sums % 256
-        for rank in range(len(parts)):
+        messages = self._cut[kind][self._n_messages % 2]
+        messages[self._rank].copy_(message.flatten())
+        self._n_messages += 1
+        self._memory[self._counters[self._rank]] = self._n_messages % 256
+        for rank in range(len(messages)):
             self._wait_for(rank)
-        total = parts[0] + parts[1]
-        for part in parts[2:]:
-            total += part
+        return messages
+
+    def summed(self, message: th.Tensor) -> th.Tensor:
+        """
+        The sum of the messages of all processes, with the same bits in each.
+
+        :param message: of this process, of the same shape as those of the others
+        :raises RuntimeError: if one of them has ended
+        """
+        first, second, *others = self.exchanged(message)
+        total = first + second
+        for other in others:
+            total += other
         return total.view_as(message)
 
     def _wait_for(self, rank: int) -> None:
         """Until a process has written its message."""
-        memory, counter, n_sums = self._memory, self._counters[rank], self._n_sums
+        memory, counter, n_messages = self._memory, self._counters[rank], self._n_messages
 
         def is_there() -> bool:
-            return (memory[counter] - n_sums) % 256 <= 1  # it may have written its next one too
+            return (memory[counter] - n_messages) % 256 <= 1  # it may have written its next one too
 
         for _ in range(_SPINS):
-            if (memory[counter] - n_sums) % 256 <= 1:
+            if (memory[counter] - n_messages) % 256 <= 1:
                 return
         _wait_until(is_there, unless=lambda: self._has_ended(rank), what=f"process {rank} has left")
 
@@ -112,26 +121,28 @@ class SharedMemory:
             self.close()
 
 
-def shared_by(reducer: Reducer, n_bytes: int) -> SharedMemory | None:
+def shared_by(rank: int, n_processes: int, gathered: Callable[[Any], list[Any]], n_bytes: int) -> SharedMemory | None:
     """
     Memory that all processes share; each calls this at the same time.
 
-    :param reducer: of the processes, to tell each other by
+    :param rank: of this process
+    :param n_processes: how many there are
+    :param gathered: tells what each has
     :param n_bytes: of the longest message so far
     :return: None if they are not all on one machine, or it has not that much memory for it
     """
     capacity = -(-n_bytes // _LINE) * _LINE
     own_path = None
-    if reducer.rank == 0:
-        own_path = _new_file(SharedMemory.size_for(reducer.n_processes, capacity))
+    if rank == 0:
+        own_path = _new_file(SharedMemory.size_for(n_processes, capacity))
     try:
-        path, *_ = reducer.gathered(own_path)
+        path, *_ = gathered(own_path)
         if path is None:
             return None
         memory = None
         with contextlib.suppress(OSError):  # on another machine there is no such file
-            memory = SharedMemory(path, reducer.rank, reducer.n_processes, capacity)
-        if all(reducer.gathered(memory is not None)):
+            memory = SharedMemory(path, rank, n_processes, capacity)
+        if all(gathered(memory is not None)):
             return memory
         if memory is not None:
             memory.close()

@@ -68,6 +68,14 @@ def are_several() -> bool:
     return needed <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one of them that logs and saves; before a group is made, as torchrun says."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return bool(dist.get_rank() == 0)
+    return os.environ.get("RANK", "0") == "0"
+
+
 class _OfRollout(NamedTuple):
     """What a process tells the others at the end of a rollout."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import os
 import re
 import runpy
@@ -114,7 +115,7 @@ def _be_one_of_several(stack: contextlib.ExitStack) -> None:
     if th.cuda.is_available():
         th.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not is_first():
-        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(_replaced(sys, "argv", [word for word in sys.argv if word != "--track"]))
 
 

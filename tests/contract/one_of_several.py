@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_ext import REINFORCE, DualClipPPO
 from sb3_ppo_ext.common.checkpoint import SafeCheckpointCallback, latest_checkpoint, resume
+from sb3_ppo_ext.common.update import process_group
 from sb3_ppo_ext.zoo.cli import main as main_of_zoo
 from tests.algorithms import parameters, small
 from tests.contract.zoo import SCRIPT, SMALL, TRAIN
@@ -184,7 +186,8 @@ def usual(folder: Path) -> None:
 
 def zoo(folder: Path) -> None:
     """The command ``sb3-ppo-ext train``, with all that writes or shows something."""
-    os.chdir(folder)
+    (folder / "zoo").mkdir(exist_ok=True)
+    os.chdir(folder / "zoo")
     options = "-n 256 --save-freq 64 --eval-freq 128 --eval-episodes 1 --n-eval-envs 1 -tb tensorboard --progress"
     sys.argv = [SCRIPT, *TRAIN, *options.split(), *SMALL, "normalize:True"]
     assert main_of_zoo() == 0
@@ -219,6 +222,11 @@ def main(scenario: str, folder: Path) -> None:
     is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
     if scenario == "usual":
         usual(folder)
+    elif scenario == "absent":
+        if is_last:
+            killed()
+        process_group._MEETING = timedelta(seconds=1)
+        small(DualClipPPO, "MlpPolicy", scripted()).learn(100)
     elif scenario == "zoo":
         zoo_refused()
         zoo(folder)

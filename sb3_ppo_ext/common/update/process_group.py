@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sb3_ppo_ext.common.errors import ProcessError
-from sb3_ppo_ext.common.torch_internals import default_store
+from sb3_ppo_ext.common.torch_internals import default_store, set_patience
 from sb3_ppo_ext.common.update.reduce import of_each_kind, write
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A process that has ended is noticed by its connection; one that takes long, as it evaluates, is waited for.
+# One that has not come may have ended, which nobody knows but torchrun, or whatever has started it.
+_MEETING = timedelta(minutes=5)
+# Later, a process that has ended is noticed by its connection; one that takes long, as it evaluates, is waited for.
 _PATIENCE = timedelta(days=1)
 _FAILURE = "sb3_ppo_ext/failure"
 
@@ -58,12 +60,19 @@ class ProcessGroup:
         """
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            store, rank, n_processes = next(rendezvous("env://", timeout=_PATIENCE))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # On one machine, torchrun may keep the store from one attempt to the next, and in it addresses of dead
-                # processes. (For several machines, --rdzv-backend c10d makes a new one.)
-                store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=_PATIENCE)
+            try:
+                store, rank, n_processes = next(rendezvous("env://", timeout=_MEETING))
+                if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                    # On one machine, torchrun may keep the store from one attempt to the next, and in it addresses of
+                    # dead processes. (For several machines, --rdzv-backend c10d makes a new one.)
+                    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=_MEETING)
+            except RuntimeError as error:
+                raise ProcessError(
+                    f"The {os.environ['WORLD_SIZE']} processes have not met within {_MEETING.total_seconds():.0f} "
+                    f"seconds: one has not come, or has ended before ({_first_line(error)})"
+                ) from error
+            set_patience(_PATIENCE)
         return cls()
 
     def summed(self, message: th.Tensor) -> th.Tensor:
@@ -186,5 +195,8 @@ class ProcessGroup:
 
 
 def _without_a_word(error: RuntimeError) -> str:
-    reason = str(error).strip().partition("\n")[0]
-    return f"another one has ended without a word: it was killed, or has lost its connection ({reason})"
+    return f"another one has ended without a word: it was killed, or has lost its connection ({_first_line(error)})"
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -80,10 +80,10 @@ class Epochs:
         """Minibatches of a buffer that has a ``get`` of its own, with normalised advantages."""
         parts = [r.advantages if rows is None else rows_of(r.advantages, rows, r.length) for r, rows in cut]
         sizes = [len(part) for part in parts]
-        parts = th.split(normalized_over_processes(th.cat(parts), sizes, self._reducer), sizes)
+        normalized_parts = th.split(normalized_over_processes(th.cat(parts), sizes, self._reducer), sizes)
         return [
             (rollout if rows is not None else rollout._replace(advantages=part), rows)
-            for (rollout, rows), part in zip(cut, parts, strict=True)
+            for (rollout, rows), part in zip(cut, normalized_parts, strict=True)
         ]
 
     def _normalized_epochs(

@@ -116,10 +116,6 @@ class SharedMemory:
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
         return True
 
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            self.close()
-
 
 def shared_by(rank: int, n_processes: int, gathered: Callable[[Any], list[Any]], n_bytes: int) -> SharedMemory | None:
     """

@@ -88,7 +88,8 @@ def started(folder: Path, n_steps: int, times: int, *, by_torchrun: bool) -> Ite
         yield processes
     finally:
         for process in processes:
-            process.kill()
+            process.terminate()  # torchrun ends its processes then
+        for process in processes:
             process.wait()
 
 

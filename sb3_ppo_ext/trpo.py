@@ -244,7 +244,7 @@ class TRPO(OnPolicyAlgorithm):
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         rollout = buffer.flat()
         if self.normalize_advantage:
-            (advantages,) = normalized_over_processes([rollout.advantages], self._reducer)
+            advantages = normalized_over_processes(rollout.advantages, [len(rollout.advantages)], self._reducer)
             rollout = rollout._replace(advantages=advantages)
 
         step, actor_parameters = self._policy_step(actor_critic, rollout)

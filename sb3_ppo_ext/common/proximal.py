@@ -188,14 +188,18 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             pad_to=size_to_pad_to(self.rollout_buffer, self.batch_size),
         )
         epochs = Epochs(
-            self.rollout_buffer, self.batch_size, self._reducer, normalize_advantage=self.normalize_advantage
+            self.rollout_buffer,
+            self.batch_size,
+            self.n_epochs,
+            self._reducer,
+            normalize_advantage=self.normalize_advantage,
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None
 
         with step:
-            for epoch in range(self.n_epochs):
-                for rollout, rows in epochs.minibatches():
+            for epoch, minibatches in enumerate(epochs):
+                for rollout, rows in minibatches:
                     history.append(step(rollout, rows, coefficients))
                     if kl_limit is not None and history[-1][step.names.index("approx_kl")].item() > kl_limit:
                         stopped_at = epoch

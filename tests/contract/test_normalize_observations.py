@@ -110,11 +110,8 @@ class Two(OneProcess):
 
     n_processes = 2
 
-    def average(self, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
-        if len(tensors) == 1:  # how many
-            tensors[0].mul_(2.0)
-        else:
-            tensors[0].mul_(-0.5)
+    def summed(self, message: th.Tensor) -> th.Tensor:
+        return message * th.tensor([4.0, -2.0, -2.0, 4.0, 4.0])  # how many, sums and sums of squares of two numbers
 
 
 def test_several_processes_have_the_same() -> None:

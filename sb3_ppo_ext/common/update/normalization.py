@@ -39,8 +39,8 @@ def update_normalization(policy: nn.Module, observations: Any, reducer: Reducer)
             continue
         for moments, batch in module.parts(observations):
             wide = batch.float() if batch.device.type == "mps" else batch.double()
-            n = wide.new_tensor(float(len(wide)))
-            mean, mean_square = wide.mean(dim=0), wide.square().mean(dim=0)
-            reducer.average(mean, mean_square, weight=len(wide))
-            reducer.average(n)
-            moments.add(mean, (mean_square - mean.square()).clamp(min=0.0), n * reducer.n_processes)
+            # One message: how many, their sums, and the sums of their squares.
+            n = wide.new_tensor([float(len(wide))])
+            total = reducer.summed(th.cat((n, wide.sum(dim=0).flatten(), wide.square().sum(dim=0).flatten())))
+            mean, mean_square = (total[1:] / total[0]).view(2, *moments.mean.shape)
+            moments.add(mean, (mean_square - mean.square()).clamp(min=0.0), total[0])

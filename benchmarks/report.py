@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib
 import math
 import os
 import platform
-import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import ENVIRONMENT, LIMITS, PRODUCTS, ROOT, Settings, Side, Suite, Workload
+from benchmarks.machine import commit, processor
 from benchmarks.measuring import Measured, ratio, ratio_of_all
 from benchmarks.tasks import Turn
 
@@ -38,7 +36,7 @@ class Report:
         self._out = out
         self._about_run = [_command_line(), *_machine()]
         if settings.before:
-            self._about_run.append(f"the version before: commit {_commit(Path(settings.before))}")
+            self._about_run.append(f"the version before: commit {commit(Path(settings.before))}")
         self._results: dict[Workload, dict[Side, Measured]] = {}
 
     def file(self, suffix: str) -> Path:
@@ -268,19 +266,8 @@ def _command_line() -> str:
 
 def _machine() -> list[str]:
     """What the run is made on."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        name = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
     load = f"load average at the start {os.getloadavg()[0]:.1f}"
     return [
-        f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {load}",
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {_commit(ROOT)}",
+        f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {load}",
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit(ROOT)}",
     ]
-
-
-def _commit(folder: Path) -> str:
-    if (folder / ".git").exists():  # or it would be that of a repository around the folder
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            describe = ["git", "describe", "--always", "--dirty=, with changes"]
-            return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"

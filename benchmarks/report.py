@@ -116,7 +116,7 @@ class Report:
             )
         if rows:
             head = ["work", "on", "switch", "goal", "times faster", "all turns together", "held", "collect alone"]
-            yield _table([*head, "train alone"], rows)
+            yield table([*head, "train alone"], rows)
         for workload, sides in self._results.items():
             yield [f"## {workload}"]
             yield _side_table(sides)
@@ -135,7 +135,7 @@ class Report:
                 our_side, peer_side, compiled_side, _ = self._suite.cases[first]
                 head = [f"{side}, steps/s" for side in (peer_side, our_side, compiled_side, ENVIRONMENT)]
                 yield [f"## Growing: {name}\n\nThe first line: {first}."]
-                yield _table([name, *head, "times faster", "times faster, compiled"], rows)
+                yield table([name, *head, "times faster", "times faster, compiled"], rows)
 
     def _write_csv(self) -> None:
         with self.file("csv").open("w", newline="") as file:
@@ -237,10 +237,10 @@ def _side_table(results: dict[Side, Measured]) -> list[str]:
             rows[-1].append("" if side.who in LIMITS else str(ratio(results[PRODUCTS], m, "train")))
     head = ["side", "steps/s", "us a step", "collect", "train", "rest", "environment's share", "peak MiB"]
     head += ["compile s, first run", "next runs", "pays back after steps"]
-    return _table([*head, "train, times the products"] if PRODUCTS in results else head, rows)
+    return table([*head, "train, times the products"] if PRODUCTS in results else head, rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table, whose first column is text."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]

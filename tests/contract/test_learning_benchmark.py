@@ -31,6 +31,9 @@ def test_the_first_runs_are_five_seeds_of_ours_beside_the_peers() -> None:
     core = [run for run in runs if run.algo in ("dual_clip_ppo", "sb3_ppo", "trpo", "contrib_trpo")]
     # 11 environments, SB3's PPO on three of them, and five seeds; seed by seed.
     assert runs[: (3 * 11 + 3) * 5] == [run for run in core if run.seed < 5]
+    rest = [run for run in runs if run not in core]
+    n_core, n_rest = (3 * 11 + 3) * 5, sum(run.seed < 5 for run in rest)
+    assert runs[n_core : n_core + n_rest] == [run for run in rest if run.seed < 5]
     seeds = [run.seed for run in runs if run.algo == "trpo"]
     assert seeds == sorted(seeds)
     assert {run.seed for run in runs if run.env == "Humanoid-v5"} == {0, 1, 2}

@@ -131,10 +131,11 @@ def test_ppo_is_that_of_sb3_where_it_was_run() -> None:
 def test_scores_are_those_of_the_runs_that_all_environments_have() -> None:
     curves = of_algo(sample(), "trpo")
     curves["Hopper-v5"] = curves["Hopper-v5"]._replace(returns=np.full((2, 10), 3800.0))  # two runs
-    curves["CartPole-v1"] = curves["CartPole-v1"]._replace(returns=np.full((3, 10), 23.68))
+    # Score 0 is 23.68 and score 1 is 475.
+    curves["CartPole-v1"] = curves["CartPole-v1"]._replace(returns=np.repeat([[23.68], [475.0], [0.0]], 10, axis=1))
     scores = score_matrix(curves, ["CartPole-v1", "Hopper-v5"])
     assert scores is not None
-    np.testing.assert_allclose(scores, [[0.0, 1.0], [0.0, 1.0]], atol=1e-12)
+    np.testing.assert_allclose(scores, [[0.0, 1.0], [1.0, 1.0]], atol=1e-12)
     assert score_matrix(curves, ["CartPole-v1", "Ant-v5"]) is None
 
 
@@ -171,6 +172,8 @@ def test_an_interval_is_a_bootstrap_of_the_runs() -> None:
     assert found.point == pytest.approx(1 / 3)
     assert found.low == 0.0
     assert found.high in (pytest.approx(2 / 3), 1.0)
+    numbers = np.random.default_rng(0).normal(size=5)
+    assert statistics.mean(numbers, N_RESAMPLES) == statistics.mean(numbers, N_RESAMPLES)  # to the last bit
     with_two = statistics.mean(np.array([0.0, 1.0]), N_RESAMPLES)
     assert np.isnan(with_two.low)
     assert with_two.point == 0.5

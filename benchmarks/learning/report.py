@@ -88,6 +88,7 @@ def write_report(folder: Path, n_resamples: int = statistics.N_RESAMPLES) -> Non
     with mpl.rc_context(figures.SETTINGS):
         for name in sorted(records, key=lambda name: (*SUITE, name).index(name)):
             blocks += _section(name, results_of(records[name]), folder / "figures", n_resamples)
+    blocks += [[f"**Missing**: all {len(suite(name))} runs of `{name}`."] for name in SUITE if name not in records]
     (folder / "report.md").write_text("\n\n".join("\n".join(block) for block in blocks) + "\n")
 
 

@@ -76,6 +76,7 @@ def test_one_run_has_no_interval(page: str) -> None:
 def test_what_is_missing_is_said(page: str) -> None:
     # The sample has 25 runs, and the suite no SB3's PPO on CartPole-v1, of which three are.
     assert "**Missing**: 634 of the 656 runs of the suite" in page
+    assert "**Missing**: all 60 runs of `tuned`" in page
     # Ten seeds of eleven environments, of which three seeds of two are there.
     counts = re.search(r"^- sb3-contrib TRPO: (.*)$", page, re.MULTILINE)
     assert counts is not None

@@ -110,8 +110,8 @@ class Training(Task):
         env: Any = self.model.env
         step, actions = env.step, []
 
-        def recording_step(action: np.ndarray) -> Any:
-            actions.append(np.array(action))
+        def recording_step(action: Any) -> Any:
+            actions.append(np.array(action if isinstance(action, np.ndarray) else action.cpu().numpy()))
             return step(action)
 
         env.step = recording_step

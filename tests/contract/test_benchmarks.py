@@ -17,7 +17,7 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from torch.utils.flop_counter import FlopCounterMode
 
 import sb3_ppo_ext
-from benchmarks import measuring, throughput
+from benchmarks import measuring, tensor_cases, throughput
 from benchmarks.cases import ENVIRONMENT, PRODUCTS, Settings, Side, Suite, Workload, masks_and_memory_suite
 from benchmarks.limits import RecurrentProducts
 from benchmarks.measuring import Crew, Measured
@@ -211,3 +211,26 @@ def test_ratios_and_training_as_a_multiple_of_the_products(tmp_path: Path) -> No
     }
     assert ">= 6.0 | 8.00 (8.00 to 24.00) | 13.33 | yes" in page
     assert ">= 8.0 | 16.00 (16.00 to 48.00) | 26.67 | yes" in page
+
+
+def test_tensors_are_compared_with_rsl_rl_and_sb3_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = Namespace(steps=4, n_epochs=1, device="cpu")
+    monkeypatch.setattr(tensor_cases, "RSL_PYTHON", tmp_path)  # which exists
+    full = tensor_cases.tensors_suite(args)
+    assert [(g.ours.torch_compile, g.peer.who, g.least) for g in full.goals[:4]] == [
+        (False, "rsl", 1.0),
+        (True, "rsl", 1.3),
+        (False, "sb3", None),
+        (True, "sb3", 5.0),
+    ]
+    monkeypatch.setattr(tensor_cases, "RSL_PYTHON", tmp_path / "nothing")
+    without = tensor_cases.tensors_suite(args)
+    assert "rsl_rl was not measured" in without.notes[-1]
+    workload = replace(next(iter(without.cases)), n_envs=8, batch_size=8)
+    ours, theirs = (make_task(side, workload, SETTINGS, tmp_path / "actions.npy") for side in (OURS, Side("sb3")))
+    assert str(ours.model.policy) == str(theirs.model.policy)
+    assert "ELU" in str(ours.model.policy)
+    for name in ("n_steps", "batch_size", "n_epochs", "learning_rate", "vf_coef", "max_grad_norm", "gamma"):
+        assert getattr(ours.model, name) == getattr(theirs.model, name)
+    assert ours.turn().steps == theirs.turn().steps == 32
+    assert make_task(ENVIRONMENT, workload, SETTINGS, tmp_path / "actions.npy").turn().steps == 32

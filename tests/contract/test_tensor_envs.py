@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO, TensorVecEnv, resume, save_checkpoint
 from sb3_ppo_ext.common.buffers import RolloutBuffer
 from sb3_ppo_ext.common.errors import ArgumentError, NonFiniteError
+from sb3_ppo_ext.common.rollout import freed_memory
 from sb3_ppo_ext.common.rollout.tensor_adapters import BraxEnv, RslRlEnv
 from sb3_ppo_ext.common.rollout.tensor_buffer import TensorRolloutBuffer
 from tests.algorithms import (
@@ -268,6 +270,21 @@ def test_without_time_outs_all_episodes_end_by_themselves_and_one_group_is_the_o
     assert model.action_space == spaces.Box(-3.0, 3.0, (1,), np.float32)
     assert model.rollout_buffer.terminated.any()
     assert not model.rollout_buffer.truncated.any()
+
+
+def test_freed_memory_is_kept_unless_the_user_has_said_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    library = SimpleNamespace(mallopt=lambda *setting: asked.append(setting))
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(freed_memory.sys, "platform", "linux")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    freed_memory.keep_freed_memory()
+    assert not asked
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    freed_memory.keep_freed_memory()
+    assert asked == [(-3, 2**25), (-1, 2**30)]  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: SimpleNamespace())
+    freed_memory.keep_freed_memory()  # another C library
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from benchmarks.cases import IMAGES, INVALID_ACTIONS, MASKED_CART_POLE, SEED, Workload
 
@@ -53,6 +53,11 @@ def invalid_actions() -> gym.Env[Any, Any]:
 _NOT_REGISTERED = {IMAGES: SyntheticImages, MASKED_CART_POLE: masked_cart_pole, INVALID_ACTIONS: invalid_actions}
 
 
-def make_environments(workload: Workload) -> VecEnv:
-    """:param workload: whose environments are made, side by side in this process"""
-    return make_vec_env(_NOT_REGISTERED.get(workload.env, workload.env), workload.n_envs, seed=SEED)
+def make_environments(workload: Workload, n_times: int = 1) -> VecEnv:
+    """
+    :param workload: whose environments are made
+    :param n_times: 1: side by side in this process; else, so many times as many, each in a process of its own
+    """
+    env = _NOT_REGISTERED.get(workload.env, workload.env)
+    vec_env_cls = DummyVecEnv if n_times == 1 else SubprocVecEnv
+    return make_vec_env(env, workload.n_envs * n_times, seed=SEED, vec_env_cls=vec_env_cls)

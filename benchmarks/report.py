@@ -137,8 +137,8 @@ class Report:
         if rows:
             head = ["side", "on", "processes", "us a message, one machine", "times one process"]
             yield [
-                "## On paper: more processes\n\nFrom measured parts, as benchmarks/README.md says. Each has a core of its "
-                "own, and the work of one."
+                "## On paper: more processes\n\nFrom measured parts, as benchmarks/README.md says. Each process has a "
+                "core of its own, and the work of one."
             ]
             yield _table([*head, "us a message, many machines", "times one process"], rows)
 

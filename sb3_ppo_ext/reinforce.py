@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.construction import ACTION_SPACES
+from sb3_ppo_ext.common.processes import n_processes
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
@@ -206,7 +207,8 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _check_can_learn(self) -> None:
         super()._check_can_learn()
-        if self.baseline in ("mean", "optimal", "leave_one_out") and self.env is not None and self._n_episodes < 2:
+        from_others = self.baseline in ("mean", "optimal", "leave_one_out")
+        if from_others and self.env is not None and self._n_episodes * n_processes() < 2:
             raise ValueError(
                 f"episodes_per_env={self.episodes_per_env} with {self.n_envs} environment(s) is not allowed with "
                 f"baseline={self.baseline!r}: it is computed from the other episodes, so a batch needs at least two"

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         n_warm_up=1 if args.suite == "growth" else 2,
         cleanrl_script=str(Path(args.cleanrl_script).resolve()),
         cleanrl_python=os.path.abspath(shutil.which(args.cleanrl_python) or args.cleanrl_python),
-        n_iterations=4 if args.suite == "scale" else 1,  # as `learn` of several processes begins with some messages
+        n_iterations=8 if args.suite == "scale" else 1,  # as `learn` of several processes begins with some messages
         before="" if args.before is None else str(args.before.resolve()),
     )
     report = Report(suite, settings, args.out)

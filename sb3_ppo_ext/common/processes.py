@@ -266,14 +266,14 @@ def _surroundings(model: OnPolicyAlgorithm) -> dict[str, Any]:
     while isinstance(env, VecEnvWrapper):
         wrappers.append(type(env).__name__)
         env = env.venv
-    classes = {cls.__module__: cls for cls in (*type(model).__mro__, *type(model.policy).__mro__)}
+    modules = {cls.__module__ for cls in (*type(model).__mro__, *type(model.policy).__mro__)}
     return {
         "num_timesteps": model.num_timesteps,
         "the environments": f"{model.n_envs} in {[*wrappers, *_ids(env)]}",
         "the parameters": str({name: tuple(p.shape) for name, p in model.policy.named_parameters()}),
         "the versions": f"torch {th.__version__}, stable_baselines3 {stable_baselines3.__version__}",
         "the code of sb3_ppo_ext": _digest_of_package(),
-        **{f"the code of {module}": _digest(_source(cls)) for module, cls in classes.items()},
+        **{f"the code of {module}": _digest_of_module(module) for module in sorted(modules)},
     }
 
 
@@ -302,9 +302,10 @@ def _ids(env: Any) -> list[str]:
         return []
 
 
-def _source(cls: type) -> str:
+@functools.cache
+def _digest_of_module(name: str) -> str:
     try:
-        return inspect.getsource(sys.modules[cls.__module__])
+        return _digest(inspect.getsource(sys.modules[name]))
     except (KeyError, OSError, TypeError):  # built in, or typed into an interpreter
         return ""
 

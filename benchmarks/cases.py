@@ -14,6 +14,7 @@ IMAGES, MASKED_CART_POLE, INVALID_ACTIONS = "synthetic-images", "masked-CartPole
 SEED = 0
 
 OURS = {"dual_clip_ppo": "DualClipPPO", "adaptive_kl_ppo": "AdaptiveKLPPO", "trpo": "TRPO", "reinforce": "REINFORCE"}
+PARTS = {"collecting": "DualClipPPO, the steps of a rollout alone"}
 PEERS = {
     "sb3": "SB3 PPO",
     "sbx": "SBX PPO",
@@ -23,7 +24,11 @@ PEERS = {
     "recurrent": "sb3-contrib RecurrentPPO",
     "before": "the version before",
 }
-LIMITS = {"environment": "environment alone", "products": "products of the LSTMs alone"}
+LIMITS = {
+    "environment": "environment alone",
+    "products": "products of the LSTMs alone",
+    "acting": "environment and actor alone",
+}
 PEERS_OF: dict[str, tuple[str, ...]] = {
     "dual_clip_ppo": ("sb3", "sbx", "cleanrl"),
     "adaptive_kl_ppo": ("sb3", "sbx", "cleanrl"),
@@ -36,7 +41,8 @@ PEERS_OF: dict[str, tuple[str, ...]] = {
 class Settings:
     """
     :param device: "cpu" or "cuda"
-    :param threads: of each side; on the CPU each is also held to as many cores
+    :param threads: of each side
+    :param cores: that each is held to on the CPU
     :param repeats: turns of each side
     :param n_warm_up: iterations of each before them
     :param cleanrl_script: path of CleanRL's script, if that is a peer
@@ -47,6 +53,7 @@ class Settings:
 
     device: str
     threads: int
+    cores: int
     repeats: int
     n_warm_up: int
     cleanrl_script: str
@@ -65,6 +72,7 @@ class Workload:
     :param n_epochs: passes over a rollout; of TRPO's critic
     :param width: units in each of the two hidden layers; None: the policy's own architecture
     :param lstm: units of the LSTM before the actor's layers, and of another before the critic's; None: no memory
+    :param vector: "gymnasium" or "envpool": whose vector of environments steps them all at once; "": each by itself
     """
 
     env: str
@@ -74,12 +82,15 @@ class Workload:
     n_epochs: int
     width: int | None = 64
     lstm: int | None = None
+    vector: str = ""
 
     def __str__(self) -> str:
         networks = "NatureCNN" if self.width is None else f"width {self.width}"
         if self.lstm is not None:
             networks += f", LSTM {self.lstm}"
-        envs = f"{self.env}, {self.n_envs} env{'s' if self.n_envs > 1 else ''}"
+        envs = (
+            f"{f'{self.vector}: ' if self.vector else ''}{self.env}, {self.n_envs} env{'s' if self.n_envs > 1 else ''}"
+        )
         if not self.n_steps:
             return f"{envs} x 8 episodes, {networks}"
         return f"{envs} x {self.n_steps} steps, batch {self.batch_size}, {self.n_epochs} epochs, {networks}"
@@ -88,7 +99,7 @@ class Workload:
 @dataclass(frozen=True)
 class Side:
     """
-    :param who: a key of :data:`OURS`, :data:`PEERS` or :data:`LIMITS`
+    :param who: a key of :data:`OURS`, :data:`PARTS`, :data:`PEERS` or :data:`LIMITS`
     :param torch_compile: the switch of ours
     :param sub_sampling_factor: of our TRPO
     :param n_processes: that train together, each on the workload for itself; SB3 has as many times the environments, in
@@ -101,7 +112,7 @@ class Side:
     n_processes: int = 1
 
     def __str__(self) -> str:
-        name = {**OURS, **PEERS, **LIMITS}[self.who]
+        name = {**OURS, **PARTS, **PEERS, **LIMITS}[self.who]
         if self.sub_sampling_factor != 1:
             name += f", sub_sampling_factor={self.sub_sampling_factor}"
         if self.n_processes > 1:
@@ -109,7 +120,7 @@ class Side:
         return f"{name}, compiled" if self.torch_compile else name
 
 
-ENVIRONMENT, PRODUCTS = Side("environment"), Side("products")
+ENVIRONMENT, PRODUCTS, ACTING, COLLECTING = map(Side, ("environment", "products", "acting", "collecting"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,7 @@ class Goal:
         with_what = "" if part == 1 else f" with sub_sampling_factor={part}"
         on_images = ", images" if self.workload.env == IMAGES else ""
         several = "" if self.ours.n_processes == 1 else f", {self.ours.n_processes} processes,"
-        return f"{OURS[self.ours.who]}{with_what}{several} against {self.peer}{on_images}"
+        return f"{({**OURS, **PARTS})[self.ours.who]}{with_what}{several} against {self.peer}{on_images}"
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,7 @@ class Suite:
         and what torch has compiled, from one workload to the next
     :param notes: to be printed under the tables
     :param repeats: turns of each side, if nothing is said about them
+    :param cores: that the environments have threads for
     """
 
     title: str
@@ -156,6 +168,7 @@ class Suite:
     axes: dict[str, dict[int, Workload]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     repeats: int = 9
+    cores: int = 1
 
 
 _PPO_WORKLOADS = (
@@ -223,7 +236,9 @@ def masks_and_memory_suite(args: argparse.Namespace) -> Suite:
         aims = tuple(aim for aim in aims if aim.peer.who != "before")
         notes.append("The version before was not measured: `--before` says in which folder it is")
     suite = _suite_of(aims, args, "Masks and memory: steps per second", f"masks-and-memory-{args.device}", notes)
-    return replace(suite, repeats=15)  # the ratio to the version before is near 1, and most turns are short
+    # The ratio to the version before is near 1, and most turns are short. 16 rollouts of 128 steps are two whole
+    # episodes of HalfCheetah: RecurrentPPO takes eight times as long where one begins.
+    return replace(suite, repeats=16)
 
 
 def scale_suite(args: argparse.Namespace) -> Suite:
@@ -233,7 +248,7 @@ def scale_suite(args: argparse.Namespace) -> Suite:
     """
     cases: dict[Workload, list[Side]] = {}
     goals = []
-    for workload in (_resized(_PPO_WORKLOADS[i], args) for i in (0, 2)):
+    for workload in (resized(_PPO_WORKLOADS[i], args) for i in (0, 2)):
         subprocesses = Side("sb3", n_processes=2)
         cases[workload] = []
         for torch_compile in (False, True):
@@ -243,7 +258,7 @@ def scale_suite(args: argparse.Namespace) -> Suite:
             goals.append(Goal(workload, two, one, 1.8))
             goals.append(Goal(workload, two, subprocesses, 6.0 if torch_compile else None))
         cases[workload] += [subprocesses, ENVIRONMENT]
-    return Suite("Scale: two processes on two cores", f"scale-{args.device}", cases, goals)
+    return Suite("Scale: two processes on two cores", f"scale-{args.device}", cases, goals, cores=2)
 
 
 def _suite_of(aims: Sequence[_Aim], args: argparse.Namespace, title: str, stem: str, notes: list[str]) -> Suite:
@@ -251,7 +266,7 @@ def _suite_of(aims: Sequence[_Aim], args: argparse.Namespace, title: str, stem: 
     goals = []
     for ours, peer, workloads, eager, compiled in aims:
         compiled_peer = replace(peer, torch_compile=peer.who == "before")  # no other has the switch
-        for workload in (_resized(workload, args) for workload in workloads):
+        for workload in (resized(workload, args) for workload in workloads):
             if eager is not None:
                 goals.append(Goal(workload, ours, peer, eager))
             goals.append(Goal(workload, replace(ours, torch_compile=True), compiled_peer, compiled))
@@ -266,8 +281,13 @@ def _suite_of(aims: Sequence[_Aim], args: argparse.Namespace, title: str, stem: 
     return Suite(title, stem, cases, goals, notes=notes)
 
 
-def _resized(workload: Workload, args: argparse.Namespace) -> Workload:
-    """The workload, shorter: for a trial of the benchmark itself."""
+def resized(workload: Workload, args: argparse.Namespace) -> Workload:
+    """
+    The workload, shorter: for a trial of the benchmark itself.
+
+    :param workload: as it is meant
+    :param args: of the command line
+    """
     n_steps = args.steps or workload.n_steps
     batch_size = min(workload.batch_size, n_steps * workload.n_envs)
     return replace(workload, n_steps=n_steps, batch_size=batch_size, n_epochs=args.n_epochs or workload.n_epochs)

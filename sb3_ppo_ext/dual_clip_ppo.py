@@ -35,7 +35,8 @@ class DualClipPPO(ProximalAlgorithm):
         "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
     :param learning_rate: a number or a schedule. A schedule is a function of the remaining progress (from 1 to 0), or
-        the RL Zoo's string for a linear decrease to zero, such as "lin_3e-4"
+        in words: "lin_3e-4", linearly to 0; "cos_3e-4_1e-5", by a cosine to 1e-5; "exp_3e-4_1e-5", by equal factors;
+        "const_3e-4". Each may begin with a warm-up, "cos_3e-4_warmup_0.1": a linear rise from 0 in the first tenth
     :param n_steps: steps of each environment in a rollout
     :param batch_size: samples in a minibatch
     :param n_epochs: passes over a rollout

@@ -73,7 +73,7 @@ class REINFORCE(OnPolicyAlgorithm):
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
         "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
-    :param learning_rate: a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
+    :param learning_rate: a number or a schedule, such as "lin_1e-3"; see :class:`DualClipPPO`
     :param episodes_per_env: episodes of each environment in a batch
     :param gamma: discount factor
     :param ent_coef: weight of the entropy of the policy, summed over the states of an episode; a number or a schedule

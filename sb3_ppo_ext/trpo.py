@@ -66,7 +66,7 @@ class TRPO(OnPolicyAlgorithm):
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
         "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
-    :param learning_rate: of the critic; a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
+    :param learning_rate: of the critic; a number or a schedule, such as "lin_1e-3"; see :class:`DualClipPPO`
     :param n_steps: steps of each environment in a rollout
     :param batch_size: samples in a minibatch of the critic
     :param gamma: discount factor

@@ -112,7 +112,7 @@ class Model(SB3OnPolicyAlgorithm):
         """
         Check the hyper-parameters. Called before anything is built, for a new model and for one that is loaded.
 
-        An attribute keeps what the user gave, be it a number, a function or the RL Zoo's string;
+        An attribute keeps what the user gave, be it a number, a function or a schedule in words;
         :meth:`_current_value` reads it. Only the learning rate has a schedule beside it, ``lr_schedule``, and only the
         clip ranges become schedules themselves, because SB3 has it so.
 

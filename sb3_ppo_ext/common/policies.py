@@ -43,8 +43,8 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     :param observation_space: of the environment
     :param action_space: of the environment
     :param lr_schedule: the main learning rate
-    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or the RL Zoo's string such
-        as "lin_1e-3"), or None for the main one
+    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or words such as
+        "lin_1e-3"), or None for the main one
     :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: none
     :param kwargs: the further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
     :raises ArgumentError: for an argument that is out of range or contradicts another

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from pprint import pprint
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, cast
 
 import optuna
@@ -167,6 +167,12 @@ class ZooExperimentManager(ExperimentManager):
         hyperparams.update(read)
         saved_hyperparams.update(read)
         return hyperparams, saved_hyperparams
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        """As rl_zoo3; but of a schedule that is a function its name: `enjoy` reads the file, and finds no function."""
+        functions = {name: value for name, value in saved_hyperparams.items() if isinstance(value, FunctionType)}
+        names = {name: f"the function {function.__qualname__}" for name, function in functions.items()}
+        super()._save_config(type(saved_hyperparams)(saved_hyperparams, **names))
 
     def load_trial(
         self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True

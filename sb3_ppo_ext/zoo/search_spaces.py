@@ -10,7 +10,7 @@ entry has it, inside of ``policy_kwargs`` too: the activation function, the feat
 
 Each number is drawn from a range of its own, which no other number changes: Optuna's samplers learn best from those.
 Numbers that depend on each other are drawn as a factor (minibatches of a rollout, high over low clip range), so that no
-combination is a contradiction. A learning rate is constant, also where the entry has a schedule.
+combination is a contradiction. What the learning rate begins with is drawn, and its schedule.
 
 Where the entry's policy is a recurrent one, its memory is searched, too. rl_zoo3 does not tell a sampler of the policy,
 so the trial has it as an attribute, :data:`POLICY`.
@@ -79,6 +79,13 @@ def _sample_memory(trial: optuna.Trial) -> Params:
     }
 
 
+def _sample_learning_rate(trial: optuna.Trial, low: float, high: float) -> Params:
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", low, high, log=True),
+        "learning_rate_schedule": trial.suggest_categorical("learning_rate_schedule", ["const", "lin", "cos"]),
+    }
+
+
 def _sample_rollout(
     trial: optuna.Trial, n_envs: int, batch_size_pow: tuple[int, int], n_minibatches_pow: tuple[int, int]
 ) -> Params:
@@ -109,10 +116,11 @@ def _sample_proximal(trial: optuna.Trial, n_envs: int) -> Params:
     What the spaces of both proximal policy optimisations have: rollout, minibatches, gamma, lambda and network; and
 
     - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
+    - ``learning_rate_schedule``: whether updates are as large at the end of the training as at its beginning
     """
     return {
         **_sample_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+        **_sample_learning_rate(trial, 1e-5, 2e-3),
         "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
     }
 
@@ -121,6 +129,9 @@ def _convert_common_params(sampled_params: Params) -> Params:
     """rl_zoo3's conversion, without an activation function, which none of our spaces has."""
     hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
     del hyperparams["policy_kwargs"]["activation_fn"]
+    schedule = hyperparams.pop("learning_rate_schedule", "const")
+    if schedule != "const":
+        hyperparams["learning_rate"] = f"{schedule}_{hyperparams['learning_rate']}"
     if "sequence_length_pow" in hyperparams:
         hyperparams["sequence_length"] = 2 ** hyperparams.pop("sequence_length_pow")
         hyperparams["policy_kwargs"] |= {
@@ -248,6 +259,7 @@ def sample_reinforce_params(
     - ``n_episodes_pow``: episodes of a batch, over all environments: variance against number of updates. At least four,
       so that a baseline has other episodes to be computed from
     - ``learning_rate``: of the one step a batch makes, hence higher than PPO's
+    - ``learning_rate_schedule``: whether steps are as large at the end of the training as at its beginning
     - ``ent_coef``: against a policy that stops exploring, which nothing else here bounds
     - ``baseline``: "optimal" costs two more gradients an episode and "none" is never better, so the other three
     - ``normalize_advantage``: one size of step for all scales of reward, or an unbiased gradient
@@ -260,7 +272,7 @@ def sample_reinforce_params(
         {
             **_sample_common(trial, n_envs),
             "n_episodes_pow": trial.suggest_int("n_episodes_pow", 2, 6),
-            "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True),
+            **_sample_learning_rate(trial, 1e-4, 2e-2),
             "ent_coef": trial.suggest_float("ent_coef", 1e-5, 0.1, log=True),
             "baseline": trial.suggest_categorical("baseline", ["mean", "leave_one_out", "value"]),
             "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),

@@ -50,6 +50,7 @@ def schedule(low: float, high: float) -> st.SearchStrategy[Any]:
         numbers.map(ConstantSchedule),
         numbers.map(lambda start: LinearSchedule(start, low, 1.0)),
         numbers.map(lambda start: f"lin_{start}"),
+        numbers.map(lambda start: f"cos_{start}_{high}_warmup_0.25"),
         st.just(lambda progress: low + (high - low) * progress),
     )
 

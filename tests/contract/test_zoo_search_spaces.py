@@ -78,8 +78,23 @@ def test_a_space_is_small_and_the_same_in_every_trial(algo: str) -> None:
     spaces = [trial.distributions for n_envs in (1, 8) for trial, _ in drawn(algo, 20, n_envs)]
     for space in spaces:
         assert space.pop("n_envs").single()  # given, not searched
-    assert 6 <= len(spaces[0]) <= 10
+    assert 7 <= len(spaces[0]) <= 11
     assert all(space == spaces[0] for space in spaces)
+
+
+@pytest.mark.parametrize("algo", ["dual_clip_ppo", "adaptive_kl_ppo", "reinforce"])
+def test_the_schedule_of_the_learning_rate_is_searched(algo: str) -> None:
+    shapes = {"const": (1.0, 1.0, 1.0), "lin": (1.0, 0.5, 0.0), "cos": (1.0, 0.5, 0.0)}
+    drawn_kinds = set()
+    for trial, sampled in drawn(algo, 20, 1):
+        kind, start = trial.params["learning_rate_schedule"], trial.params["learning_rate"]
+        drawn_kinds.add(kind)
+        values = [value_at(sampled["learning_rate"], progress) for progress in (1.0, 0.5, 0.0)]
+        assert values == pytest.approx([start * share for share in shapes[kind]])
+        assert value_at(sampled["learning_rate"], 0.75) / start == pytest.approx(
+            {"const": 1.0, "lin": 0.75, "cos": 0.8535534}[kind]
+        )
+    assert drawn_kinds == set(shapes)
 
 
 @pytest.mark.parametrize("n_envs", [1, 6, 8, 1000])
@@ -236,6 +251,12 @@ def test_a_schedule_from_yaml(algo: str, name: str, may_be_none: bool, tmp_path:
     else:
         with from_yaml(algo, tmp_path, f"{name}: lin_0.5") as model:
             assert [value_at(getattr(model, name), progress) for progress in (1.0, 0.5, 0.0)] == [0.5, 0.25, 0.0]
+    words = "cos_4_2_warmup_0.5" if name == "dual_clip" else "cos_0.5_0.25_warmup_0.5"
+    with contextlib.ExitStack() as stack:
+        if name == "dual_clip":
+            stack.enter_context(pytest.raises(ValueError, match=r"dual_clip=0 .*progress 1"))
+        model = stack.enter_context(from_yaml(algo, tmp_path, f"{name}: {words}"))
+        assert [value_at(getattr(model, name), p) for p in (1.0, 0.75, 0.5, 0.0)] == [0.0, 0.25, 0.5, 0.25]
     number = 4.0 if name == "dual_clip" else 0.75
     with from_yaml(algo, tmp_path, f"{name}: {number}") as model:
         assert value_at(getattr(model, name), 0.5) == number

@@ -14,6 +14,7 @@ from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.proximal import ProximalAlgorithm
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
+from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
 from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
@@ -72,6 +73,12 @@ class DualClipPPO(ProximalAlgorithm):
         overrides none of SB3's methods
     :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
         ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
+    :param kl_adaptive_lr: lets the learning rate follow the exact KL(old || present) of the minibatches: below
+        ``target_kl / tolerance`` it is multiplied by ``factor``, above ``target_kl * tolerance`` divided by it. A dict
+        of what is to be otherwise than ``{"target_kl": None, "tolerance": 2.0, "factor": 1.5, "minimum": 1e-6,
+        "maximum": 1e-2, "every": "minibatch"}``; a target of None is 0.01 for each action dimension, ``every`` may be
+        ``"epoch"``, for the mean over one. ``learning_rate`` is then the number that it begins with, and the attribute
+        the present one. None: the learning rate follows no KL
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -108,6 +115,7 @@ class DualClipPPO(ProximalAlgorithm):
         clip_range_high: float | str | Schedule | None = None,
         torch_compile: bool = False,
         sequence_length: int | None = None,
+        kl_adaptive_lr: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -135,6 +143,7 @@ class DualClipPPO(ProximalAlgorithm):
             device=device,
             torch_compile=torch_compile,
             sequence_length=sequence_length,
+            kl_adaptive_lr=kl_adaptive_lr,
         )
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high
@@ -159,6 +168,15 @@ class DualClipPPO(ProximalAlgorithm):
                     )
         if self.target_kl is not None:
             check_real("target_kl", self.target_kl, above=0.0)
+            if self.kl_adaptive_lr is not None:
+                rate = KLAdaptiveRate.checked("kl_adaptive_lr", self.kl_adaptive_lr)
+                low = self._learning_rate_target_kl(rate) / rate.tolerance
+                if 1.5 * self.target_kl <= low:
+                    raise ArgumentError(
+                        f"target_kl={self.target_kl:g} is not allowed with kl_adaptive_lr={self.kl_adaptive_lr!r}: an "
+                        f"update ends at a KL of {1.5 * self.target_kl:g}, and the learning rate rises as long as it "
+                        f"is below {low:g}, so it would rise for ever; target_kl must be above {low / 1.5:g}"
+                    )
 
     @staticmethod
     def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:

@@ -105,7 +105,7 @@ class TRPO(OnPolicyAlgorithm):
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
-    _needs_old_params: ClassVar[bool] = True
+    _needs_old_params = True
     _loads_files_of: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
     _none_is_default: ClassVar[tuple[str, ...]] = ("target_kl", "cg_damping")
 

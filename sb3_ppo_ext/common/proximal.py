@@ -15,10 +15,13 @@ from stable_baselines3.common.utils import explained_variance
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES
+from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.buffers import sequences_to_pad_to
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
+from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
+from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
 from sb3_ppo_ext.common.update.samplers import Epochs
 from sb3_ppo_ext.common.update.step import raise_if_not_finite
@@ -71,6 +74,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         torch_compile: bool = False,
         sequence_length: int | None = None,
+        kl_adaptive_lr: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -101,10 +105,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.torch_compile = torch_compile
         self.sequence_length = sequence_length
+        self.kl_adaptive_lr = kl_adaptive_lr
 
     def _setup_new_model(self) -> None:
         super()._setup_new_model()
         self._check_rollout_size(self.batch_size, self.normalize_advantage)
+        if self.kl_adaptive_lr is not None and self.n_epochs == 1 and self.batch_size >= self.n_steps * self.n_envs:
+            raise ArgumentError(
+                f"kl_adaptive_lr={self.kl_adaptive_lr!r} is not allowed with n_epochs=1 and "
+                f"batch_size={self.batch_size}, which is a whole rollout: an update is one step then, and the KL is "
+                "measured before a step, where it is 0. It must be None, or an update have several steps"
+            )
 
     def _check_can_learn(self) -> None:
         super()._check_can_learn()
@@ -112,7 +123,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             constants_of(self.policy_loss)
 
     def _validate(self) -> None:
+        self._needs_old_params = type(self)._needs_old_params or self.kl_adaptive_lr is not None
         super()._validate()
+        if self.kl_adaptive_lr is not None:
+            rate = KLAdaptiveRate.checked("kl_adaptive_lr", self.kl_adaptive_lr)
+            if callable(self.learning_rate) or isinstance(self.learning_rate, str):
+                raise ArgumentError(
+                    f"learning_rate={self.learning_rate!r} is not allowed with kl_adaptive_lr: it must be a number, "
+                    "which the learning rate begins with, as it follows the KL and no schedule"
+                )
+            if self.learning_rate != 0.0:  # as it is where a model is loaded to be watched
+                check_real("learning_rate", self.learning_rate, at_least=rate.minimum, at_most=rate.maximum)
         check_real("vf_coef", self.vf_coef, at_least=0.0)
         check_real("max_grad_norm", self.max_grad_norm, above=0.0, finite=False)
         check_bool("normalize_advantage", self.normalize_advantage)
@@ -167,6 +188,26 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """An update ends before the step of a minibatch whose ``approx_kl`` is above this; None: never."""
         return None
 
+    def _learning_rate_target_kl(self, rate: KLAdaptiveRate) -> float:
+        """
+        The KL that a learning rate aims at which follows it.
+
+        :param rate: what the user wants
+        """
+        return self._whole_action_value(rate.target_kl, TARGET_KL_PER_DIMENSION)
+
+    def _adapt_learning_rate(self, rate: KLAdaptiveRate, kl: float) -> None:
+        """
+        Change the learning rate by the KL that it has led to, from the next gradient step on.
+
+        :param rate: what the user wants
+        :param kl: KL(old || present), the same in all processes
+        """
+        present = self.lr_schedule(self._current_progress_remaining)
+        self.learning_rate = rate.after(kl, present, self._learning_rate_target_kl(rate))
+        self._setup_lr_schedule()
+        self._update_learning_rate(self.policy.optimizer)
+
     def _after_update(self) -> None:
         """What follows an update."""
 
@@ -177,11 +218,16 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         numbers = {name: self._as_number(name, value) for name, value in self.coefficients().items()}
         coefficients = {"vf_coef": float(self.vf_coef), "max_grad_norm": float(self.max_grad_norm), **numbers}
+        rate = None if self.kl_adaptive_lr is None else KLAdaptiveRate.checked("kl_adaptive_lr", self.kl_adaptive_lr)
         kl_limit = self._kl_limit()
         if kl_limit is not None:
             coefficients["kl_limit"] = kl_limit = float(np.float32(kl_limit))  # as what it is compared with
         step = self._minibatch_step(
-            ActorCriticLoss(self.policy_loss, self.normalize_advantage and self._reducer.is_local),
+            ActorCriticLoss(
+                self.policy_loss,
+                self.normalize_advantage and self._reducer.is_local,
+                measures_kl=rate is not None,
+            ),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
             pad_to=sequences_to_pad_to(self.rollout_buffer, self.batch_size),
@@ -194,12 +240,19 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
         with step:
             for epoch in range(self.n_epochs):
+                n_before = len(history)
                 for rollout, rows in epochs.minibatches():
                     history.append(step(rollout, rows, coefficients))
+                    if rate is not None and rate.every == "minibatch" and len(history) > 1:
+                        self._adapt_learning_rate(rate, history[-1][step.names.index("minibatch_kl")].item())
                     if kl_limit is not None and history[-1][step.names.index("approx_kl")].item() > kl_limit:
                         stopped_at = epoch
                         break
                 self._n_updates += 1
+                of_epoch = history[max(n_before, 1) :]  # before the first step the KL is 0, whatever the learning rate
+                if rate is not None and rate.every == "epoch" and of_epoch:
+                    mean = th.stack(of_epoch).mean(dim=0)
+                    self._adapt_learning_rate(rate, mean[step.names.index("minibatch_kl")].item())
                 if stopped_at is not None:
                     break
         self._project()

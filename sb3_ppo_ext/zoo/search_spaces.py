@@ -79,10 +79,11 @@ def _sample_memory(trial: optuna.Trial) -> Params:
     }
 
 
-def _sample_learning_rate(trial: optuna.Trial, low: float, high: float) -> Params:
+def _sample_learning_rate(trial: optuna.Trial, low: float, high: float, *more_schedules: str) -> Params:
+    schedules = ["const", "lin", "cos", *more_schedules]
     return {
         "learning_rate": trial.suggest_float("learning_rate", low, high, log=True),
-        "learning_rate_schedule": trial.suggest_categorical("learning_rate_schedule", ["const", "lin", "cos"]),
+        "learning_rate_schedule": trial.suggest_categorical("learning_rate_schedule", schedules),
     }
 
 
@@ -116,11 +117,12 @@ def _sample_proximal(trial: optuna.Trial, n_envs: int) -> Params:
     What the spaces of both proximal policy optimisations have: rollout, minibatches, gamma, lambda and network; and
 
     - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
-    - ``learning_rate_schedule``: whether updates are as large at the end of the training as at its beginning
+    - ``learning_rate_schedule``: whether updates are as large at the end of the training as at its beginning; or, as
+      "kl", whether the learning rate follows the KL, with the constructor's target
     """
     return {
         **_sample_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
-        **_sample_learning_rate(trial, 1e-5, 2e-3),
+        **_sample_learning_rate(trial, 1e-5, 2e-3, "kl"),
         "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
     }
 
@@ -130,7 +132,7 @@ def _convert_common_params(sampled_params: Params) -> Params:
     hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
     del hyperparams["policy_kwargs"]["activation_fn"]
     schedule = hyperparams.pop("learning_rate_schedule", "const")
-    if schedule != "const":
+    if schedule in ("lin", "cos"):
         hyperparams["learning_rate"] = f"{schedule}_{hyperparams['learning_rate']}"
     if "sequence_length_pow" in hyperparams:
         hyperparams["sequence_length"] = 2 ** hyperparams.pop("sequence_length_pow")
@@ -145,6 +147,8 @@ def _convert_common_params(sampled_params: Params) -> Params:
 def convert_rollout_params(sampled_params: Params) -> Params:
     """The converter of AdaptiveKLPPO."""
     hyperparams = _convert_common_params(sampled_params)
+    if "learning_rate_schedule" in sampled_params:
+        hyperparams["kl_adaptive_lr"] = {} if sampled_params["learning_rate_schedule"] == "kl" else None
     n_envs, n_minibatches = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_minibatches_pow")
     batch_size = hyperparams["batch_size"]
     # The fewest steps of all environments that are whole minibatches and whole sequences.

@@ -119,6 +119,18 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "verbose": st.sampled_from([0, 1, 2, False]),
     "device": st.sampled_from(["cpu", "auto", "cuda", "meta", th.device("cpu")]),
     "torch_compile": st.just(False),
+    "kl_adaptive_lr": st.one_of(
+        st.none(),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "target_kl": mostly(number(0.001, 0.5)),
+                "factor": mostly(number(1.1, 3)),
+                "maximum": mostly(number(1e-2, 1)),
+                "every": mostly(st.sampled_from(["minibatch", "epoch"])),
+            },
+        ),
+    ),
     "sequence_length": st.sampled_from([None, 1, 2, 4]),
 }
 LEFT = {"self", "env", "_init_setup_model", "fvp_subsampling"}  # the last is an old name of another

@@ -85,14 +85,18 @@ def test_a_space_is_small_and_the_same_in_every_trial(algo: str) -> None:
 @pytest.mark.parametrize("algo", ["dual_clip_ppo", "adaptive_kl_ppo", "reinforce"])
 def test_the_schedule_of_the_learning_rate_is_searched(algo: str) -> None:
     shapes = {"const": (1.0, 1.0, 1.0), "lin": (1.0, 0.5, 0.0), "cos": (1.0, 0.5, 0.0)}
+    if algo != "reinforce":
+        shapes["kl"] = (1.0, 1.0, 1.0)
     drawn_kinds = set()
     for trial, sampled in drawn(algo, 20, 1):
         kind, start = trial.params["learning_rate_schedule"], trial.params["learning_rate"]
         drawn_kinds.add(kind)
+        if algo != "reinforce":
+            assert sampled["kl_adaptive_lr"] == ({} if kind == "kl" else None)
         values = [value_at(sampled["learning_rate"], progress) for progress in (1.0, 0.5, 0.0)]
         assert values == pytest.approx([start * share for share in shapes[kind]])
         assert value_at(sampled["learning_rate"], 0.75) / start == pytest.approx(
-            {"const": 1.0, "lin": 0.75, "cos": 0.8535534}[kind]
+            {"const": 1.0, "kl": 1.0, "lin": 0.75, "cos": 0.8535534}[kind]
         )
     assert drawn_kinds == set(shapes)
 
@@ -152,7 +156,9 @@ def test_recurrent_samples_are_accepted_by_the_constructor(algo: str) -> None:
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_sample_is_accepted_by_the_constructor(algo: str, env_id: str, n_envs: int) -> None:
     # Arguments of an entry that a sample might contradict; one that is there takes its place.
-    entry = {"bootstrap_timeouts": True} if algo == "reinforce" else {}
+    entry: dict[str, Any] = {"bootstrap_timeouts": True} if algo == "reinforce" else {}
+    if algo.endswith("_ppo"):
+        entry = {"kl_adaptive_lr": {"maximum": 0.5}}
     env = make_vec_env(env_id, n_envs)
     for _, sampled in drawn(algo, 50, n_envs):
         model = ALGORITHMS[algo]("MlpPolicy", env, device="cpu", **{**entry, **sampled})

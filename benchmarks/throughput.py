@@ -51,7 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sub-sampling-factor", type=_positive, default=1, help="measure TRPO with this too")
     add("--threads", type=_positive, default=1, help="of each side, on as many cores")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--repeats", type=_positive, help="turns of each side; 9, for masks-and-memory 15, for growth 3")
+    add("--repeats", type=_positive, help="turns of each side; 9, for masks-and-memory 16, for growth 3")
     add("--cleanrl-script", default="", help="path of CleanRL's ppo.py or ppo_continuous_action.py")
     add("--cleanrl-python", default=sys.executable, help="interpreter with what that imports; this one")
     add("--before", type=Path, help="masks-and-memory: folder with the package sb3_ppo_ext of the version before")

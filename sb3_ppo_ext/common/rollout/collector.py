@@ -20,6 +20,7 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
 from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
 from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
 from sb3_ppo_ext.common.rollout.final_values import FinalValues
+from sb3_ppo_ext.common.rollout.info_copies import copy_infos_quickly
 from sb3_ppo_ext.common.rollout.masks import ActionMasks, check_no_masks
 from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.rollout.stop_rules import StopRule
@@ -98,6 +99,7 @@ class Collector:
         action_space = algorithm.action_space
         is_as_made = type(env) is DummyVecEnv  # a wrapper may change an observation and not the final one
         all_count = self._stop.counted is None
+        copy_infos_quickly(env)
         # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self.actor_critic.act

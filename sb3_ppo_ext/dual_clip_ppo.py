@@ -16,7 +16,7 @@ from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
 from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
-from sb3_ppo_ext.common.validation import as_schedule, check_real
+from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_real
 
 
 class DualClipPPO(ProximalAlgorithm):
@@ -79,6 +79,8 @@ class DualClipPPO(ProximalAlgorithm):
         "maximum": 1e-2, "every": "minibatch"}``; a target of None is 0.01 for each action dimension, ``every`` may be
         ``"epoch"``, for the mean over one. ``learning_rate`` is then the number that it begins with, and the attribute
         the present one. None: the learning rate follows no KL
+    :param rollback: whether an update that ``target_kl`` ends also undoes the steps of the epoch in which it ends:
+        parameters, buffers and the optimiser's moments are what they were before that epoch
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -116,6 +118,7 @@ class DualClipPPO(ProximalAlgorithm):
         torch_compile: bool = False,
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
+        rollback: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -149,6 +152,7 @@ class DualClipPPO(ProximalAlgorithm):
         self.clip_range_high = clip_range_high
         self.dual_clip = dual_clip
         self.target_kl = target_kl
+        self.rollback = rollback
         if _init_setup_model:
             self._setup_new_model()
 
@@ -166,6 +170,12 @@ class DualClipPPO(ProximalAlgorithm):
                         f"{progress:g}) is not allowed: it must be above 1 + {name}, or the lower bound would "
                         "take the gradient of samples that the first clip still lets through; None turns it off"
                     )
+        check_bool("rollback", self.rollback)
+        if self.rollback and self.target_kl is None:
+            raise ArgumentError(
+                "rollback=True is not allowed with target_kl=None, by which no update ends early: target_kl must be a "
+                "number, or rollback False"
+            )
         if self.target_kl is not None:
             check_real("target_kl", self.target_kl, above=0.0)
             if self.kl_adaptive_lr is not None:

@@ -24,7 +24,8 @@ from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
 from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
 from sb3_ppo_ext.common.update.samplers import Epochs
-from sb3_ppo_ext.common.update.step import raise_if_not_finite
+from sb3_ppo_ext.common.update.snapshot import Snapshot
+from sb3_ppo_ext.common.update.step import MinibatchStep, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
 
@@ -45,6 +46,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         MASKABLE_PPO,
         RECURRENT_PPO,
     )
+
+    # Whether an update that ends at the limit of the KL also undoes the steps of the epoch in which it ends.
+    rollback: bool = False
 
     def __init__(
         self,
@@ -221,7 +225,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         rate = None if self.kl_adaptive_lr is None else KLAdaptiveRate.checked("kl_adaptive_lr", self.kl_adaptive_lr)
         kl_limit = self._kl_limit()
         if kl_limit is not None:
-            coefficients["kl_limit"] = kl_limit = float(np.float32(kl_limit))  # as what it is compared with
+            coefficients["kl_limit"] = float(np.float32(kl_limit))  # as what it is compared with
         step = self._minibatch_step(
             ActorCriticLoss(
                 self.policy_loss,
@@ -238,23 +242,22 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         history: list[th.Tensor] = []
         stopped_at: int | None = None
 
-        with step:
-            for epoch in range(self.n_epochs):
-                n_before = len(history)
-                for rollout, rows in epochs.minibatches():
-                    history.append(step(rollout, rows, coefficients))
-                    if rate is not None and rate.every == "minibatch" and len(history) > 1:
-                        self._adapt_learning_rate(rate, history[-1][step.names.index("minibatch_kl")].item())
-                    if kl_limit is not None and history[-1][step.names.index("approx_kl")].item() > kl_limit:
+        # The step owns the parameters for all epochs, unless somebody else wants to have them in between.
+        at_once = 1 if self.rollback else self.n_epochs
+        for first in range(0, self.n_epochs, at_once):
+            before = Snapshot(self.policy, self.policy.optimizer) if self.rollback else None
+            with step:
+                for epoch in range(first, first + at_once):
+                    if not self._make_epoch(step, epochs, coefficients, history, rate):
                         stopped_at = epoch
                         break
-                self._n_updates += 1
-                of_epoch = history[max(n_before, 1) :]  # before the first step the KL is 0, whatever the learning rate
-                if rate is not None and rate.every == "epoch" and of_epoch:
-                    mean = th.stack(of_epoch).mean(dim=0)
-                    self._adapt_learning_rate(rate, mean[step.names.index("minibatch_kl")].item())
-                if stopped_at is not None:
-                    break
+                    self._n_updates += 1
+            if stopped_at is not None:
+                if before is None:
+                    self._n_updates += 1
+                else:
+                    before.restore()
+                break
         self._project()
 
         series = dict(zip(step.names, th.stack(history, dim=1).tolist(), strict=True))
@@ -262,6 +265,40 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             series["grad_norm"].pop()  # of a step that was not made
         self._log_update(series, numbers, stopped_at)
         self._after_update()
+
+    def _make_epoch(
+        self,
+        step: MinibatchStep,
+        epochs: Epochs,
+        coefficients: dict[str, float],
+        history: list[th.Tensor],
+        rate: KLAdaptiveRate | None,
+    ) -> bool:
+        """
+        Make the steps of one epoch.
+
+        :param step: that is made on a minibatch, inside of its ``with``
+        :param epochs: to draw the minibatches from
+        :param coefficients: of the loss
+        :param history: the statistics of each step of the update; those of the epoch are added
+        :param rate: by which the learning rate follows the KL; None: it does not
+        :return: False if a minibatch was beyond the limit of the KL, so that its step and all others were not made
+        """
+        n_before = len(history)
+        is_within = True
+        for rollout, rows in epochs.minibatches():
+            history.append(step(rollout, rows, coefficients))
+            if rate is not None and rate.every == "minibatch" and len(history) > 1:
+                self._adapt_learning_rate(rate, history[-1][step.names.index("minibatch_kl")].item())
+            if "kl_limit" in coefficients:
+                is_within = not history[-1][step.names.index("approx_kl")].item() > coefficients["kl_limit"]
+                if not is_within:
+                    break
+        of_epoch = history[max(n_before, 1) :]  # before the first step the KL is 0, whatever the learning rate
+        if rate is not None and rate.every == "epoch" and of_epoch:
+            mean = th.stack(of_epoch).mean(dim=0)
+            self._adapt_learning_rate(rate, mean[step.names.index("minibatch_kl")].item())
+        return is_within
 
     def _log_update(self, series: dict[str, list[float]], numbers: dict[str, float], stopped_at: int | None) -> None:
         """Log the mean of each statistic over all minibatches (of one that is called a maximum, the maximum)."""
@@ -280,5 +317,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if stopped_at is not None:
             self.logger.record("train/early_stop_epoch", stopped_at)
             if self.verbose >= 1:
-                print(f"Update stopped early, at epoch {stopped_at} of {self.n_epochs}: the policy has moved too far")
+                undone = ", and the steps of that epoch are undone" if self.rollback else ""
+                print(
+                    f"Update stopped early, at epoch {stopped_at} of {self.n_epochs}: the policy has moved too far"
+                    f"{undone}"
+                )
         raise_if_not_finite(series)

@@ -51,6 +51,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
     :param kl_adaptive_lr: lets the learning rate follow the KL, too, as in :class:`DualClipPPO`; its target is
         ``target_kl``
+    :param recompute_advantages: whether each epoch but the first learns from advantages and returns that are computed
+        anew, by the critic as it is then, see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -94,6 +96,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         torch_compile: bool = False,
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
+        recompute_advantages: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -122,6 +125,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             torch_compile=torch_compile,
             sequence_length=sequence_length,
             kl_adaptive_lr=kl_adaptive_lr,
+            recompute_advantages=recompute_advantages,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl

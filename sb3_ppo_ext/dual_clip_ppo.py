@@ -79,6 +79,8 @@ class DualClipPPO(ProximalAlgorithm):
         "maximum": 1e-2, "every": "minibatch"}``; a target of None is 0.01 for each action dimension, ``every`` may be
         ``"epoch"``, for the mean over one. ``learning_rate`` is then the number that it begins with, and the attribute
         the present one. None: the learning rate follows no KL
+    :param recompute_advantages: whether each epoch but the first learns from advantages and returns that are computed
+        anew, by the critic as it is then (Andrychowicz et al. 2021, arXiv 2006.05990)
     :param rollback: whether an update that ``target_kl`` ends also undoes the steps of the epoch in which it ends:
         parameters, buffers and the optimiser's moments are what they were before that epoch
     :raises ValueError: for an argument that is out of range or contradicts another
@@ -118,6 +120,7 @@ class DualClipPPO(ProximalAlgorithm):
         torch_compile: bool = False,
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
+        recompute_advantages: bool = False,
         rollback: bool = False,
     ) -> None:
         super().__init__(
@@ -147,6 +150,7 @@ class DualClipPPO(ProximalAlgorithm):
             torch_compile=torch_compile,
             sequence_length=sequence_length,
             kl_adaptive_lr=kl_adaptive_lr,
+            recompute_advantages=recompute_advantages,
         )
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.constants import constants_of
-from sb3_ppo_ext.common.construction import ACTION_SPACES
+from sb3_ppo_ext.common.construction import ACTION_SPACES, policy_name
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.buffers import sequences_to_pad_to
-from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.adapters import has_memory
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, sequences_to_pad_to
+from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
 from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
+from sb3_ppo_ext.common.update.fresh_targets import compute_targets_anew
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
 from sb3_ppo_ext.common.update.samplers import Epochs
 from sb3_ppo_ext.common.update.snapshot import Snapshot
@@ -68,7 +70,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
-        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_class: type[SB3RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -79,6 +81,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         torch_compile: bool = False,
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
+        recompute_advantages: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -110,6 +113,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self.torch_compile = torch_compile
         self.sequence_length = sequence_length
         self.kl_adaptive_lr = kl_adaptive_lr
+        self.recompute_advantages = recompute_advantages
 
     def _setup_new_model(self) -> None:
         super()._setup_new_model()
@@ -125,6 +129,24 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         super()._check_can_learn()
         if self.torch_compile:
             constants_of(self.policy_loss)
+        if self.recompute_advantages:
+            self._check_can_recompute()
+
+    def _check_can_recompute(self) -> None:
+        given = "recompute_advantages=True is not allowed with"
+        buffer: Any = self.rollout_buffer
+        is_ours = isinstance(buffer, RolloutBuffer) and type(buffer).get is RolloutBuffer.get
+        if not is_ours or buffer.wants_every_step:
+            raise ArgumentError(
+                f"{given} rollout_buffer_class={type(buffer).__name__}: it must be a subclass of "
+                "sb3_ppo_ext.common.buffers.RolloutBuffer without an add(), a get() or a "
+                "compute_returns_and_advantage() of its own"
+            )
+        if has_memory(self.policy):
+            raise ArgumentError(
+                f"{given} policy={policy_name(self)}: what it remembers in the midst of a rollout is known of the "
+                "parameters alone that it was collected with, so that there are no values of others"
+            )
 
     def _validate(self) -> None:
         self._needs_old_params = type(self)._needs_old_params or self.kl_adaptive_lr is not None
@@ -142,6 +164,12 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         check_real("max_grad_norm", self.max_grad_norm, above=0.0, finite=False)
         check_bool("normalize_advantage", self.normalize_advantage)
         check_int("n_epochs", self.n_epochs, minimum=1)
+        check_bool("recompute_advantages", self.recompute_advantages)
+        if self.recompute_advantages and self.n_epochs == 1:
+            raise ArgumentError(
+                "recompute_advantages=True is not allowed with n_epochs=1: the first epoch has the advantages of the "
+                "rollout, and there is no other; n_epochs must be at least 2"
+            )
         check_int("batch_size", self.batch_size, minimum=2 if self.normalize_advantage else 1)
         if self.clip_range_vf is not None:
             self.clip_range_vf = as_schedule("clip_range_vf", self.clip_range_vf)
@@ -236,15 +264,18 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             coefficients=tuple(coefficients),
             pad_to=sequences_to_pad_to(self.rollout_buffer, self.batch_size),
         )
-        epochs = Epochs(
-            self.rollout_buffer, self.batch_size, self._reducer, normalize_advantage=self.normalize_advantage
-        )
         history: list[th.Tensor] = []
         stopped_at: int | None = None
 
         # The step owns the parameters for all epochs, unless somebody else wants to have them in between.
-        at_once = 1 if self.rollback else self.n_epochs
+        at_once = 1 if self.rollback or self.recompute_advantages else self.n_epochs
+        targets = self.rollout_buffer.advantages, self.rollout_buffer.returns
         for first in range(0, self.n_epochs, at_once):
+            if first > 0 and self.recompute_advantages:
+                self._compute_targets_anew()
+            epochs = Epochs(
+                self.rollout_buffer, self.batch_size, self._reducer, normalize_advantage=self.normalize_advantage
+            )
             before = Snapshot(self.policy, self.policy.optimizer) if self.rollback else None
             with step:
                 for epoch in range(first, first + at_once):
@@ -259,12 +290,23 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                     before.restore()
                 break
         self._project()
+        if self.recompute_advantages:  # the rollout stays what it was
+            self.rollout_buffer.advantages, self.rollout_buffer.returns = targets
+            cast(RolloutBuffer, self.rollout_buffer).forget_flat()
 
         series = dict(zip(step.names, th.stack(history, dim=1).tolist(), strict=True))
         if stopped_at is not None:
             series["grad_norm"].pop()  # of a step that was not made
         self._log_update(series, numbers, stopped_at)
         self._after_update()
+
+    def _compute_targets_anew(self) -> None:
+        """Let the rollout have the advantages and returns by the present critic."""
+        buffer = cast(RolloutBuffer, self.rollout_buffer)
+        self.policy.set_training_mode(False)  # as it was when the rollout was evaluated
+        last_inputs = PolicyInput(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+        compute_targets_anew(buffer, self._actor_critic(), last_inputs)
+        self.policy.set_training_mode(True)
 
     def _make_epoch(
         self,

@@ -69,8 +69,12 @@ def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
     }
 
 
+def _has_memory(trial: optuna.Trial) -> bool:
+    return "Lstm" in trial.user_attrs.get(POLICY, "")
+
+
 def _sample_memory(trial: optuna.Trial) -> Params:
-    if "Lstm" not in trial.user_attrs.get(POLICY, ""):
+    if not _has_memory(trial):
         return {}
     return {
         "lstm_hidden_size_pow": trial.suggest_int("lstm_hidden_size_pow", 4, 8),
@@ -119,11 +123,14 @@ def _sample_proximal(trial: optuna.Trial, n_envs: int) -> Params:
     - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
     - ``learning_rate_schedule``: whether updates are as large at the end of the training as at its beginning; or, as
       "kl", whether the learning rate follows the KL, with the constructor's target
+    - ``recompute_advantages``: whether each epoch has advantages of its own; not of a recurrent policy
     """
+    without_memory = [] if _has_memory(trial) else ["recompute_advantages"]
     return {
         **_sample_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
         **_sample_learning_rate(trial, 1e-5, 2e-3, "kl"),
         "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
+        **{name: trial.suggest_categorical(name, [False, True]) for name in without_memory},
     }
 
 

@@ -132,6 +132,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
         ),
     ),
     "rollback": BOOL,
+    "recompute_advantages": BOOL,
     "sequence_length": st.sampled_from([None, 1, 2, 4]),
 }
 LEFT = {"self", "env", "_init_setup_model", "fvp_subsampling"}  # the last is an old name of another

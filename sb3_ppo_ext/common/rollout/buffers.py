@@ -44,6 +44,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
     last_values: np.ndarray
     action_masks: np.ndarray | None
     states: np.ndarray | None
+    final_observations: Any  # those that the final values are of, as FinalValues; None in a rollout of other origin
     sequence_length: int = 1
 
     def reset(self) -> None:
@@ -58,6 +59,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self._last_dones = np.zeros(self.n_envs, dtype=bool)
         self.action_masks = None
         self.states = None
+        self.final_observations = None
         self.forget_flat()
 
     @property

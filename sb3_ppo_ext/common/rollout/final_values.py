@@ -41,18 +41,27 @@ class FinalValues:
         self._steps.append(step)
         self._env_indices.append(env_index)
         self._states.append(state)
-        if self.actor_critic.is_pure:
-            is_dict = isinstance(final_obs, dict)
-            self._final_obs.append({k: np.array(x) for k, x in final_obs.items()} if is_dict else np.array(final_obs))
-        else:
-            self._values.append(self._evaluated([final_obs], len(self) - 1))
+        is_dict = isinstance(final_obs, dict)
+        self._final_obs.append({k: np.array(x) for k, x in final_obs.items()} if is_dict else np.array(final_obs))
+        if not self.actor_critic.is_pure:
+            self.evaluate()
 
     def evaluate(self) -> None:
         """Evaluate the final observations that have not been evaluated yet."""
-        first = len(self) - len(self._final_obs)
-        for rows in chunks(len(self._final_obs), self.actor_critic.policy.observation_space):
-            self._values.append(self._evaluated(self._final_obs[rows], first + rows.start))
-        self._final_obs = []
+        first = sum(map(len, self._values))
+        for rows in chunks(len(self) - first, self.actor_critic.policy.observation_space):
+            some = slice(first + rows.start, first + rows.stop)
+            self._values.append(self._evaluated(self._final_obs[some], some.start))
+
+    def evaluate_again(self, actor_critic: ActorCritic) -> None:
+        """
+        Evaluate all of them by another policy, or by other parameters.
+
+        :param actor_critic: the policy
+        """
+        self.actor_critic = actor_critic
+        self._values = []
+        self.evaluate()
 
     def write_into(self, final_values: np.ndarray) -> None:
         """

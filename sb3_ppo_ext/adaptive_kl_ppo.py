@@ -39,8 +39,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param target_kl: the KL(old || new) of the whole action that an update aims at, a number or a schedule; None:
         0.01 for each action dimension
     :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
-        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds``, the lowest and the
+        highest logarithm of the standard deviation, and ``layer_norm=True``, normalisation of the layers of
+        ``net_arch``; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param kl_coef: beta at the beginning; the attribute of this name is the present one, it is saved with the model
     :param kl_tolerance: how far d may be from the target, as a factor, before beta changes
     :param kl_coef_factor: by which beta changes; 1 holds it fixed

@@ -85,8 +85,8 @@ class REINFORCE(OnPolicyAlgorithm):
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
     :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
-        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds`` and ``layer_norm``;
+        see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param verbose: 0 silent, 1 information, 2 details
     :param seed: of all random generators
     :param device: "cpu", "cuda" or "auto"

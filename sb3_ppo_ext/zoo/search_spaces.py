@@ -49,6 +49,7 @@ def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
 
     - ``one_minus_gamma``: the horizon is the task's, and what gamma is best for it nobody knows beforehand
     - ``net_arch``: rl_zoo3's sizes, as far as [256, 256]; of a recurrent policy, after its memory
+    - ``layer_norm``: whether these layers are normalised
 
     A recurrent policy's space has also
 
@@ -65,6 +66,7 @@ def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
         "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.1, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["tiny", "small", "medium"]),
+        "layer_norm": trial.suggest_categorical("layer_norm", [False, True]),
         **_sample_memory(trial),
     }
 
@@ -138,6 +140,8 @@ def _convert_common_params(sampled_params: Params) -> Params:
     """rl_zoo3's conversion, without an activation function, which none of our spaces has."""
     hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
     del hyperparams["policy_kwargs"]["activation_fn"]
+    if "layer_norm" in hyperparams:
+        hyperparams["policy_kwargs"]["layer_norm"] = hyperparams.pop("layer_norm")
     schedule = hyperparams.pop("learning_rate_schedule", "const")
     if schedule in ("lin", "cos"):
         hyperparams["learning_rate"] = f"{schedule}_{hyperparams['learning_rate']}"

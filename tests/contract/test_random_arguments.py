@@ -64,6 +64,7 @@ POLICY_KWARGS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "ortho_init": BOOL,
         "share_features_extractor": BOOL,
         "use_expln": BOOL,
+        "layer_norm": BOOL,
         "squash_output": BOOL,
         "critic_learning_rate": mostly(RATE),
         "log_std_bounds": mostly(st.sampled_from([(-3, 2), (-3.0, 2.0), [-math.inf, 2], (0.5, 0.5), (2, -2)])),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import resource
+import math
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -14,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.machine import peak_mib
+
 if TYPE_CHECKING:
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-
-MAXRSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
 
 
 class Turn(NamedTuple):
@@ -52,11 +50,7 @@ class Task(ABC):
 
     def peak_memory(self) -> dict[str, float]:
         """The most that the process has had so far, in MiB; and on the CUDA device, what torch had."""
-        peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MIB}
-        with contextlib.suppress(OSError, IndexError):
-            # getrusage's maximum begins, on Linux, with the memory that the parent had.
-            status = Path("/proc/self/status").read_text()
-            peaks["host"] = int(re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[0]) / 2**10
+        peaks = {"host": peak_mib()}
         th = sys.modules.get("torch")
         if th is not None and th.cuda.is_initialized():
             peaks["device"] = th.cuda.max_memory_allocated() / 2**20
@@ -125,3 +119,38 @@ class Training(Task):
         del env.step
         np.save(self._actions, np.stack(actions))
         return turn
+
+
+class Collecting(Task):
+    """
+    The rollouts of a training without its updates. The time is that of the steps alone; ``collect`` is of all of a
+    rollout: steps, their evaluation and the advantages.
+
+    :param model: whose rollouts they are
+    :param n_steps: in one
+    """
+
+    def __init__(self, model: Any, n_steps: int) -> None:
+        from sb3_ppo_ext.common.rollout.collector import Collector
+
+        self._model = model
+        self._n_steps = n_steps
+        self._seconds = self._cpu = 0.0
+        _, self._callback = model._setup_learn(total_timesteps=1)
+        collect = Collector.collect
+
+        def timed(*args: Any) -> bool:
+            start, cpu = time.perf_counter(), time.process_time()
+            is_complete = collect(*args)
+            self._seconds, self._cpu = time.perf_counter() - start, time.process_time() - cpu
+            return is_complete
+
+        Collector.collect = timed  # type: ignore[method-assign,assignment]
+
+    def turn(self) -> Turn:
+        """One rollout."""
+        model = self._model
+        start = time.perf_counter()
+        model.collect_rollouts(model.env, self._callback, model.rollout_buffer, self._n_steps)
+        whole = time.perf_counter() - start
+        return Turn(self._n_steps * model.n_envs, self._seconds, whole, math.nan, self._cpu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES, policy_name
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.adapters import has_memory
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, sequences_to_pad_to
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, size_to_pad_to, values_and_returns
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
@@ -25,7 +26,7 @@ from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
 from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
 from sb3_ppo_ext.common.update.fresh_targets import compute_targets_anew
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
-from sb3_ppo_ext.common.update.samplers import Epochs
+from sb3_ppo_ext.common.update.samplers import Epochs, Minibatch
 from sb3_ppo_ext.common.update.snapshot import Snapshot
 from sb3_ppo_ext.common.update.step import MinibatchStep, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
@@ -262,7 +263,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             ),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
-            pad_to=sequences_to_pad_to(self.rollout_buffer, self.batch_size),
+            pad_to=size_to_pad_to(self.rollout_buffer, self.batch_size),
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None
@@ -274,12 +275,16 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             if first > 0 and self.recompute_advantages:
                 self._compute_targets_anew()
             epochs = Epochs(
-                self.rollout_buffer, self.batch_size, self._reducer, normalize_advantage=self.normalize_advantage
+                self.rollout_buffer,
+                self.batch_size,
+                at_once,
+                self._reducer,
+                normalize_advantage=self.normalize_advantage,
             )
             before = Snapshot(self.policy, self.policy.optimizer) if self.rollback else None
             with step:
-                for epoch in range(first, first + at_once):
-                    if not self._make_epoch(step, epochs, coefficients, history, rate):
+                for epoch, minibatches in enumerate(epochs, start=first):
+                    if not self._make_epoch(step, minibatches, coefficients, history, rate):
                         stopped_at = epoch
                         break
                     self._n_updates += 1
@@ -311,7 +316,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     def _make_epoch(
         self,
         step: MinibatchStep,
-        epochs: Epochs,
+        minibatches: Iterable[Minibatch],
         coefficients: dict[str, float],
         history: list[th.Tensor],
         rate: KLAdaptiveRate | None,
@@ -320,7 +325,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         Make the steps of one epoch.
 
         :param step: that is made on a minibatch, inside of its ``with``
-        :param epochs: to draw the minibatches from
+        :param minibatches: of the epoch
         :param coefficients: of the loss
         :param history: the statistics of each step of the update; those of the epoch are added
         :param rate: by which the learning rate follows the KL; None: it does not
@@ -328,7 +333,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         n_before = len(history)
         is_within = True
-        for rollout, rows in epochs.minibatches():
+        for rollout, rows in minibatches:
             history.append(step(rollout, rows, coefficients))
             if rate is not None and rate.every == "minibatch" and len(history) > 1:
                 self._adapt_learning_rate(rate, history[-1][step.names.index("minibatch_kl")].item())
@@ -349,7 +354,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 continue
             self.logger.record(f"train/{name}", max(values) if name.endswith("_max") else sum(values) / len(values))
         buffer = self.rollout_buffer
-        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        explained = explained_variance(*values_and_returns(buffer))
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.detach().exp().mean().item())

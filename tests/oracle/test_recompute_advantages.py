@@ -79,24 +79,20 @@ def watch(model: Any, callback: Keeps) -> list[np.ndarray]:
     seen: list[np.ndarray] = []
     make_epoch = model._make_epoch
 
-    def make_watched(step: Any, epochs: Any, *args: Any) -> bool:
+    def make_watched(step: Any, minibatches: Any, *args: Any) -> bool:
         expected = by_sb3(model, callback.final)
-        minibatches, first = epochs.minibatches, True
 
         def watched() -> Any:
-            nonlocal first
-            for rollout, rows in minibatches():
-                if first:
+            for i, (rollout, rows) in enumerate(minibatches):
+                if i == 0:
                     np.testing.assert_allclose(rollout.advantages.numpy(), expected[0], atol=1e-5)
                     np.testing.assert_allclose(rollout.returns.numpy(), expected[1], atol=1e-5)
                     of_acting_policy = callback.values["values"].swapaxes(0, 1).flatten()
                     np.testing.assert_array_equal(rollout.old_values, of_acting_policy)
                     seen.append(rollout.advantages.numpy().copy())
-                    first = False
                 yield rollout, rows
 
-        epochs.minibatches = watched
-        goes_on: bool = make_epoch(step, epochs, *args)
+        goes_on: bool = make_epoch(step, watched(), *args)
         return goes_on
 
     model._make_epoch = make_watched

@@ -6,18 +6,20 @@ import itertools
 import re
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext import TRPO, AdaptiveKLPPO, ArrayVecEnv, DualClipPPO
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from tests.algorithms import PROXIMAL, ROLLOUT, assert_close_policies, assert_same_policy, have_moved, parameters, small
 from tests.custom import EveryStepBuffer
-from tests.envs import BOX, BOX_ACTIONS, IMAGE, scripted
+from tests.envs import BOX, BOX_ACTIONS, DICT, IMAGE, scripted
 
 
 class Keeps(BaseCallback):
@@ -36,7 +38,7 @@ class Keeps(BaseCallback):
 
     def _on_step(self) -> bool:
         for i, info in enumerate(self.locals["infos"]):
-            if info["TimeLimit.truncated"]:
+            if info.get("TimeLimit.truncated"):
                 self.final[self.locals["n_steps"], i] = info["terminal_observation"].copy()
         return True
 
@@ -143,6 +145,24 @@ def test_the_first_epoch_is_as_ever() -> None:
     )
     assert without.logger.name_to_value["train/early_stop_epoch"] == 0
     assert_same_policy(with_it, without)
+
+
+def limited_cart_poles() -> VecEnv:
+    return ArrayVecEnv(gym.make_vec("CartPole-v1", num_envs=2, max_episode_steps=7))
+
+
+@pytest.mark.parametrize(
+    ("policy", "make_env"), [("MultiInputPolicy", lambda: scripted(DICT)), ("MlpPolicy", limited_cart_poles)]
+)
+def test_by_the_same_parameters_they_are_those_of_the_rollout(policy: str, make_env: Any) -> None:
+    model, callback = small(DualClipPPO, policy, make_env(), recompute_advantages=True), Keeps()
+    model.train = lambda: None
+    buffer = model.learn(ROLLOUT, callback=callback).rollout_buffer
+    assert buffer.truncated.any()
+    buffer.advantages, buffer.returns = np.zeros_like(buffer.advantages), np.zeros_like(buffer.returns)
+    model._compute_targets_anew()
+    for name, array in callback.values.items():
+        np.testing.assert_allclose(getattr(buffer, name), array, atol=1e-6)
 
 
 class OwnGet(RolloutBuffer):

@@ -25,10 +25,9 @@ from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import POLICY_ALIASES, ActorCriticPolicy
 from sb3_ppo_ext.common.policy_distributions import family_of_policy
 from sb3_ppo_ext.common.recurrent_policies import RECURRENT_POLICY_ALIASES
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
-from sb3_ppo_ext.common.rollout.tensor_buffer import TensorRolloutBuffer
-from sb3_ppo_ext.common.rollout.transitions import gives_tensors
+from sb3_ppo_ext.common.rollout.tensor_buffer import own_buffer_class
 from sb3_ppo_ext.common.rollout.vec_envs import as_learnable
 from sb3_ppo_ext.common.saving.files import opened
 from sb3_ppo_ext.common.saving.model_file import replacements, write_model
@@ -64,6 +63,7 @@ class Model(SB3OnPolicyAlgorithm):
     ent_coef: float | str | Schedule  # type: ignore[assignment]
     torch_compile: bool = False
     sequence_length: int | None = None
+    kl_adaptive_lr: dict[str, Any] | None = None
 
     # Whether the policy was last trained with masks, and is to be asked with them.
     _is_masked: bool = False
@@ -75,7 +75,7 @@ class Model(SB3OnPolicyAlgorithm):
     _none_is_default: ClassVar[tuple[str, ...]] = ()
 
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
-    _needs_old_params: ClassVar[bool] = False
+    _needs_old_params: bool = False
 
     # Whether one rollout has more samples than another.
     _rollouts_vary: ClassVar[bool] = False
@@ -113,7 +113,7 @@ class Model(SB3OnPolicyAlgorithm):
         """
         Check the hyper-parameters. Called before anything is built, for a new model and for one that is loaded.
 
-        An attribute keeps what the user gave, be it a number, a function or the RL Zoo's string;
+        An attribute keeps what the user gave, be it a number, a function or a schedule in words;
         :meth:`_current_value` reads it. Only the learning rate has a schedule beside it, ``lr_schedule``, and only the
         clip ranges become schedules themselves, because SB3 has it so.
 
@@ -137,7 +137,7 @@ class Model(SB3OnPolicyAlgorithm):
         holds_params = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
         if self._needs_old_params and not holds_params:
             raise ArgumentError(
-                f"rollout_buffer_class={construction.name_of(buffer_class)} is not allowed: {type(self).__name__} "
+                f"rollout_buffer_class={construction.name_of(buffer_class)} is not allowed: {self._who_needs_kl} "
                 "keeps the parameters of the action distributions in the buffer, which must be a subclass of "
                 "sb3_ppo_ext.common.buffers.RolloutBuffer"
             )
@@ -206,7 +206,7 @@ class Model(SB3OnPolicyAlgorithm):
                 "env=None is not allowed: it must be an environment, a vector of them, or the id of one"
             )
         if self.rollout_buffer_class in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
-            self.rollout_buffer_class = self._own_buffer_class()  # which derives from SB3's
+            self.rollout_buffer_class = own_buffer_class(self.env, self.observation_space)  # which derives from SB3's
         self._validate()
         self._setup_lr_schedule()
         construction.set_seed(self)
@@ -221,9 +221,6 @@ class Model(SB3OnPolicyAlgorithm):
         buffer = self.rollout_buffer
         if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
             print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
-
-    def _own_buffer_class(self) -> type[RolloutBuffer]:
-        return TensorRolloutBuffer if gives_tensors(self.env) else buffer_class_for(self.observation_space)
 
     def _set_masked(self, is_masked: bool) -> None:
         """Note whether the policy is to be asked with masks: here for the file, and where it is asked itself."""
@@ -250,10 +247,11 @@ class Model(SB3OnPolicyAlgorithm):
         :param force_reset: whether ``learn`` resets it first
         :raises ValueError: for what is neither
         """
-        is_own = self.rollout_buffer_class is self._own_buffer_class()
+        is_own = self.rollout_buffer_class is own_buffer_class(self.env, self.observation_space)
         super().set_env(env, force_reset)
-        if is_own and self.rollout_buffer_class is not self._own_buffer_class():
-            self.rollout_buffer_class = self._own_buffer_class()
+        own = own_buffer_class(self.env, self.observation_space)
+        if is_own and self.rollout_buffer_class is not own:
+            self.rollout_buffer_class = own
             self.rollout_buffer = construction.make_rollout_buffer(self)
 
     def save(
@@ -335,10 +333,10 @@ class Model(SB3OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         excluded = [*super()._excluded_save_params(), "_compiled", "_masks", "_use_masking"]
-        excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts", "_reducer", "_together"]
+        excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts", "_reducer", "_together", "_needs_old_params"]
         # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
         excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
-        if self.rollout_buffer_class is self._own_buffer_class() or self._rollouts_vary:
+        if self.rollout_buffer_class is own_buffer_class(self.env, self.observation_space) or self._rollouts_vary:
             excluded.append("rollout_buffer_class")
         return excluded
 
@@ -351,13 +349,18 @@ class Model(SB3OnPolicyAlgorithm):
         """The formulas of the policy's distributions; None for a distribution of the user's own."""
         return family_of_policy(self.policy)
 
+    @property
+    def _who_needs_kl(self) -> str:
+        """What needs the parameters of the distributions that acted, for a message."""
+        return type(self).__name__ if type(self)._needs_old_params else f"{type(self).__name__} with kl_adaptive_lr"
+
     def _check_family(self) -> None:
         """
         :raises ValueError: if the updates need the KL divergence of a distribution that has no formula for it
         """
         if self._needs_old_params and self._family is None:
             raise ValueError(
-                f"policy={construction.policy_name(self)} is not allowed: {type(self).__name__} needs the exact KL "
+                f"policy={construction.policy_name(self)} is not allowed: {self._who_needs_kl} needs the exact KL "
                 f"divergence of its distributions, and {type(self.policy.action_dist).__name__} has formulas of its "
                 "own; it must be one of stable_baselines3.common.distributions, or derive from one without overriding "
                 "its formulas. DualClipPPO and REINFORCE learn with any distribution"
@@ -370,7 +373,7 @@ class Model(SB3OnPolicyAlgorithm):
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         if self._needs_old_params and buffer.flat().old_params.shape[1] == 0:
             raise ValueError(
-                f"A callback adds samples without distribution_params to the rollout buffer, and {type(self).__name__} "
+                f"A callback adds samples without distribution_params to the rollout buffer, and {self._who_needs_kl} "
                 "needs the distributions that acted: extend that array too, as it does observations and actions"
             )
 

@@ -32,7 +32,8 @@ from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_real
 class ActorCriticPolicy(sb3.ActorCriticPolicy):
     """
     SB3's actor and critic, with a learning rate of the critic's own, bounds on the standard deviation, observations for
-    the critic alone, and normalised ones. Without these four it is SB3's, and either loads what the other saved.
+    the critic alone, normalised observations and layer normalisation. Without these five it is SB3's, and either loads
+    what the other saved.
 
     **The critic's learning rate** is for the parameters that the values depend on and the actions do not: they form a
     second group of the optimiser. What both depend on, such as a shared features extractor, follows the main rate;
@@ -49,16 +50,20 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     **Normalised observations** change with each rollout that the policy was updated from, are saved with it, and are
     the same for whoever asks it: ``predict`` takes observations as the environment gives them.
 
+    **Layer normalisation** (Ba et al. 2016, arXiv 1607.06450) stands in ``net_arch`` between each linear layer and its
+    activation, in the actor and in the critic.
+
     :param observation_space: of the environment
     :param action_space: of the environment
     :param lr_schedule: the main learning rate
-    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or the RL Zoo's string such
-        as "lin_1e-3"), or None for the main one
+    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or words such as
+        "lin_1e-3"), or None for the main one
     :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: none
     :param critic_observation_key: key of Dict observations that the critic sees, and the actor does not; the critic
         sees no other. None: both see all observations
     :param normalize_observations: whether the policy normalises observations by the mean and the variance of those that
         it has been trained with, and clips them to +-10, as ``VecNormalize`` does
+    :param layer_norm: whether the layers of ``net_arch`` are normalised
     :param kwargs: the further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
     :raises ArgumentError: for an argument that is out of range or contradicts another
     """
@@ -77,8 +82,11 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         log_std_bounds: tuple[float, float] | None = None,
         critic_observation_key: str | None = None,
         normalize_observations: bool = False,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_bool("layer_norm", layer_norm)
+        self.layer_norm = layer_norm  # the networks are built by SB3's constructor
         check_bool("normalize_observations", normalize_observations)
         self.normalize_observations = normalize_observations
         self.critic_observation_key = critic_observation_key
@@ -99,6 +107,11 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         if isinstance(arch, dict) and type(self.mlp_extractor) is MlpExtractor and not arch.keys() <= {"pi", "vf"}:
             raise ArgumentError(
                 f"net_arch={arch!r} is not allowed: its keys must be 'pi' (the actor) and 'vf' (the critic)"
+            )
+        if layer_norm and not any(isinstance(module, nn.LayerNorm) for module in self.mlp_extractor.modules()):
+            raise ArgumentError(
+                f"layer_norm=True is not allowed with net_arch={arch!r} of {type(self).__name__}, which has no layer "
+                "to normalise: net_arch must have one (for images it has none by default), or layer_norm be False"
             )
         self.critic_learning_rate = critic_learning_rate
         if critic_learning_rate is not None:
@@ -151,6 +164,9 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             )
             self.mlp_extractor.value_net = of_critic.value_net
             self.mlp_extractor.latent_dim_vf = of_critic.latent_dim_vf
+        if self.layer_norm:
+            extractor = self.mlp_extractor
+            extractor.policy_net, extractor.value_net = map(_normalized, (extractor.policy_net, extractor.value_net))
 
     def _split_optimizer(self, learning_rate: float) -> None:
         """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
@@ -234,6 +250,8 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             parameters["normalize_observations"] = True
         if self.critic_observation_key is not None:
             parameters["critic_observation_key"] = self.critic_observation_key
+        if self.layer_norm:
+            parameters["layer_norm"] = True
         return parameters
 
 
@@ -250,6 +268,16 @@ POLICY_ALIASES: dict[str, type[sb3.BasePolicy]] = {
     "CnnPolicy": ActorCriticCnnPolicy,
     "MultiInputPolicy": MultiInputActorCriticPolicy,
 }
+
+
+def _normalized(layers: nn.Sequential) -> nn.Sequential:
+    """The layers, with a normalisation behind each that is linear."""
+    with_norms: list[nn.Module] = []
+    for layer in layers:
+        with_norms.append(layer)
+        if isinstance(layer, nn.Linear):
+            with_norms.append(nn.LayerNorm(layer.out_features, device=layer.weight.device))
+    return nn.Sequential(*with_norms)
 
 
 def _zeros(space: spaces.Space[Any]) -> Any:

@@ -10,7 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_ppo_ext import DualClipPPO
+from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.normalization import RunningMoments
 from sb3_ppo_ext.common.update.normalization import update_normalization
@@ -69,6 +69,12 @@ def test_an_update_compares_probabilities_that_were_normalised_alike() -> None:
     model.learn(96)
     assert abs(model.logger.name_to_value["train/approx_kl"]) < 1e-6
     assert abs(model.logger.name_to_value["train/ratio_max"] - 1.0) < 1e-4
+
+
+def test_the_coefficient_follows_the_divergence_that_the_update_has_made() -> None:
+    """And not the one that the new statistics make."""
+    model = normalizing(AdaptiveKLPPO, scripted(SHIFTED), learning_rate=0.0).learn(64)
+    assert abs(model.logger.name_to_value["train/kl"]) < 1e-6
 
 
 def test_they_are_saved_with_the_model(tmp_path: Any) -> None:

@@ -47,6 +47,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
     action_masks: np.ndarray | None
     states: np.ndarray | None
     counts: np.ndarray | None
+    final_observations: Any  # those that the final values are of, as FinalValues; None in a rollout of other origin
     sequence_length: int = 1
 
     def reset(self) -> None:
@@ -62,6 +63,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self.action_masks = None
         self.states = None
         self.counts = None
+        self.final_observations = None
         self.forget_flat()
 
     @property
@@ -263,8 +265,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
             self._flat_of("log_probs").flatten(),
             self._flat_of("advantages").flatten(),
             returns,
-            # None if a callback has added samples without theirs.
-            params if len(params) == len(returns) else returns.new_zeros(len(returns), 0),
+            params if len(params) == len(returns) else returns.new_zeros(len(returns), 0),  # a callback's have none
             inputs.mask,
             inputs.state,
             inputs.starts,

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.common.distributions import family_of_space
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
 from sb3_ppo_ext.common.rollout.data import to_arrays, to_tensors
+from sb3_ppo_ext.common.rollout.transitions import gives_tensors
 from sb3_ppo_ext.losses.targets import generalized_advantages
 
 
@@ -72,8 +74,9 @@ class TensorRolloutBuffer(RolloutBuffer):
             "last_values": th.zeros(self.n_envs, device=self.device),
             **dict.fromkeys(("action_masks", "states", "counts")),
         }
-        self._ends = th.zeros(self.n_envs, dtype=th.bool, device=self.device)
+        self._last_dones = th.zeros(self.n_envs, dtype=th.bool, device=self.device)
         self.pos, self.full, self.generator_ready = 0, False, False
+        self.final_observations = None
         self.forget_flat()
 
     def _zeros(self, *shape: int, dtype: th.dtype = th.float32) -> th.Tensor:
@@ -94,7 +97,7 @@ class TensorRolloutBuffer(RolloutBuffer):
         return _readable(self._terminated())
 
     def _terminated(self) -> th.Tensor:
-        ends = th.cat((self.tensors["episode_starts"][1:] != 0.0, self._ends[None]))
+        ends = th.cat((self.tensors["episode_starts"][1:] != 0.0, self._last_dones[None]))
         terminated: th.Tensor = ends & ~self.tensors["truncated"]
         return terminated
 
@@ -136,7 +139,7 @@ class TensorRolloutBuffer(RolloutBuffer):
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: Any) -> None:
         tensors = self.tensors
         tensors["last_values"] = last_values.flatten()
-        self._ends = th.as_tensor(dones, dtype=th.bool, device=self.device)
+        self._last_dones = th.as_tensor(dones, dtype=th.bool, device=self.device)
         advantages = generalized_advantages(
             tensors["rewards"],
             tensors["values"],
@@ -165,6 +168,16 @@ class TensorRolloutBuffer(RolloutBuffer):
         flat = self.flat()
         rows = th.randperm(len(flat.returns) // flat.length, device=self.device)  # for which no copy is waited for
         return th.split(rows, max(1, batch_size // flat.length))
+
+
+def own_buffer_class(env: VecEnv | None, observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:
+    """
+    The buffer for what environments give.
+
+    :param env: the training environment
+    :param observation_space: of it
+    """
+    return TensorRolloutBuffer if gives_tensors(env) else buffer_class_for(observation_space)
 
 
 def _dtype_of(space: spaces.Space[Any]) -> th.dtype:

@@ -249,8 +249,7 @@ class Model(SB3OnPolicyAlgorithm):
         """
         is_own = self.rollout_buffer_class is own_buffer_class(self.env, self.observation_space)
         super().set_env(env, force_reset)
-        own = own_buffer_class(self.env, self.observation_space)
-        if is_own and self.rollout_buffer_class is not own:
+        if is_own and self.rollout_buffer_class is not (own := own_buffer_class(self.env, self.observation_space)):
             self.rollout_buffer_class = own
             self.rollout_buffer = construction.make_rollout_buffer(self)
 

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
         ShortPendulum,
         {"policy_kwargs": NORMALIZED, "torch_compile": True},
     ),
+    "advantages anew": (DualClipPPO, "MlpPolicy", ShortPendulum, {"recompute_advantages": True}),
     "shared extractor": (TRPO, "MultiInputPolicy", Groups, {}),
     "masks": (AdaptiveKLPPO, "MultiInputPolicy", MaskedGroups, {"policy_kwargs": CRITIC}),
     "memory": (DualClipPPO, "MlpLstmPolicy", ShortCartPole, {"policy_kwargs": {"lstm_hidden_size": 4}}),

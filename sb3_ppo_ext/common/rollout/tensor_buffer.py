@@ -57,6 +57,7 @@ class TensorRolloutBuffer(RolloutBuffer):
     action_masks: Any = _AsArray()
     states: Any = _AsArray()
     counts: Any = _AsArray()
+    _last_dones: Any
 
     def reset(self) -> None:
         space, action_space = self.observation_space, self.action_space

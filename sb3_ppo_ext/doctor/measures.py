@@ -1,0 +1,220 @@
+"""What rules compare with their limits: series that follow from those that were logged. None: the log lacks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sb3_ppo_ext.doctor.run import Run, Series
+
+Measure = Callable[[Run], Series | None]
+
+_WINDOW = 10  # updates over which failures are counted
+_FIRST = 5  # rows that say what was usual at the beginning
+# Bounds of AdaptiveKLPPO's coefficient where nothing has logged them: its defaults.
+KL_COEF_MIN, KL_COEF_MAX = 1e-4, 1e4
+
+
+def logged(*keys: str) -> Measure:
+    """The first of these keys that was logged, as it is."""
+    return lambda run: next((run.series[key] for key in keys if key in run.series), None)
+
+
+def _aligned(run: Run, *keys: str) -> tuple[np.ndarray, ...] | None:
+    """Steps at which all of these keys were logged, and their values there; None, if there are none."""
+    if any(key not in run.series for key in keys):
+        return None
+    columns = [dict(zip(*run.series[key], strict=True)) for key in keys]
+    steps = [step for step in columns[0] if all(step in column for column in columns)]
+    if not steps:
+        return None
+    return np.array(steps), *(np.array([column[step] for step in steps]) for column in columns)
+
+
+def until_learnt(measure: Measure) -> Measure:
+    """
+    A measure that is NaN where the mean return is well above its beginning and near its best. Returns then hardly vary
+    any more, and what is divided by their spread says nothing.
+    """
+
+    def until(run: Run) -> Series | None:
+        found, returns = measure(run), logged("rollout/ep_rew_mean")(run)
+        if found is None or returns is None:
+            return found
+        gain, first = returns.values - returns.values[0], abs(returns.values[0])
+        best = np.fmax.accumulate(gain)
+        is_learnt = (best > 0.0) & (best >= 0.5 * first) & (gain >= 0.8 * best)
+        row = np.searchsorted(returns.steps, found.steps, side="right") - 1
+        return Series(found.steps, np.where((row >= 0) & is_learnt[row], np.nan, found.values))
+
+    return until
+
+
+def not_finite(run: Run) -> Series | None:
+    """1 where a loss, a statistic or a return is no finite number, else 0."""
+    bad: dict[int, float] = {}
+    for key, (steps, values) in run.series.items():
+        # Where nothing varies, the explained variance is no number; and no episode may have ended yet.
+        if key.startswith(("train/", "rollout/")) and key not in ("train/explained_variance", "rollout/success_rate"):
+            for step, value in zip(steps, values, strict=True):
+                bad[int(step)] = max(bad.get(int(step), 0.0), float(not np.isfinite(value)))
+    steps_in_order = sorted(bad)
+    return Series(np.array(steps_in_order), np.array([bad[step] for step in steps_in_order])) if bad else None
+
+
+def kl(run: Run) -> Series | None:
+    """The KL divergence of an update, where it has no target of its own that it is to be compared with."""
+    if "train/target_kl" in run.series:
+        return None
+    return logged("train/approx_kl", "train/kl", "train/kl_divergence_loss")(run)
+
+
+def kl_over_target(run: Run) -> Series | None:
+    """The exact KL divergence of an update as a multiple of its target."""
+    found = _aligned(run, "train/kl", "train/target_kl")
+    return None if found is None else Series(found[0], found[1] / found[2])
+
+
+def _entropy(run: Run) -> Series | None:
+    """Of policies with discrete actions: that of others may be below 0, and they have a standard deviation."""
+    if "train/entropy_loss" not in run.series or "train/std" in run.series:
+        return None
+    steps, values = run.series["train/entropy_loss"]
+    return Series(steps, -values)
+
+
+def entropy_left(run: Run) -> Series | None:
+    """The entropy as a share of the largest so far."""
+    entropy = _entropy(run)
+    if entropy is None:
+        return None
+    largest = np.maximum.accumulate(entropy.values)
+    return Series(entropy.steps, np.divide(entropy.values, largest, out=np.ones_like(largest), where=largest > 0.0))
+
+
+def entropy_slope(run: Run) -> Series | None:
+    """
+    The slope of a straight line through the entropy from the first row on, as the share of the first entropy that the
+    whole line falls; not before a fair number of rows is there.
+    """
+    entropy = _entropy(run)
+    if entropy is None or entropy.values[0] <= 0.0:
+        return None
+    row, y = np.arange(1, len(entropy.values) + 1), entropy.values
+    mean_x, mean_y = (row + 1) / 2, np.cumsum(y) / row
+    covariance = np.cumsum(row * y) / row - mean_x * mean_y
+    variance = (row * row - 1) / 12
+    slope = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0.0)
+    return Series(entropy.steps, -slope * (row - 1) / y[0])
+
+
+def std_growth(run: Run) -> Series | None:
+    """The standard deviation of Box actions as a multiple of the first."""
+    found = logged("train/std")(run)
+    return None if found is None or found.values[0] <= 0.0 else Series(found.steps, found.values / found.values[0])
+
+
+def best_explained_variance(run: Run) -> Series | None:
+    """The largest explained variance so far."""
+    found = logged("train/explained_variance")(run)
+    return None if found is None else Series(found.steps, np.fmax.accumulate(found.values))
+
+
+def no_explained_variance(run: Run) -> Series | None:
+    """1 where the returns of a rollout do not vary, so that there is nothing to explain, else 0."""
+    found = logged("train/explained_variance")(run)
+    return None if found is None else Series(found.steps, np.isnan(found.values).astype(float))
+
+
+def critic_error(run: Run) -> Series | None:
+    """By how much the critic is off: the root of its mean squared error."""
+    found = logged("train/value_loss")(run)
+    return None if found is None else Series(found.steps, np.sqrt(np.abs(found.values)))
+
+
+def advantage_bias(run: Run) -> Series | None:
+    """The distance of the advantages' mean from 0, in their standard deviations."""
+    found = _aligned(run, "doctor/advantage_mean", "doctor/advantage_std")
+    if found is None:
+        return None
+    steps, mean, std = found
+    return Series(steps, np.abs(mean) / np.maximum(std, 1e-12))
+
+
+def advantage_skew(run: Run) -> Series | None:
+    """How far the advantages are from symmetric, whichever side is longer."""
+    found = logged("doctor/advantage_skew")(run)
+    return None if found is None else Series(found.steps, np.abs(found.values))
+
+
+def gradient_over_limit(run: Run) -> Series | None:
+    """The mean norm of the gradients before they are clipped, as a multiple of what they are clipped to."""
+    limit = run.last("doctor/max_grad_norm")
+    found = logged("train/grad_norm")(run)
+    return None if found is None or not limit else Series(found.steps, found.values / limit)
+
+
+def line_search_failures(run: Run) -> Series | None:
+    """The share of failed line searches among the last ten."""
+    found = logged("train/is_line_search_success")(run)
+    if found is None or len(found.values) < _WINDOW:
+        return None
+    failures = np.convolve(1.0 - found.values, np.ones(_WINDOW) / _WINDOW, mode="valid")
+    return Series(found.steps[_WINDOW - 1 :], failures)
+
+
+def at_bound(run: Run) -> Series | None:
+    """1 where the coefficient of the KL penalty is at one of its bounds, else 0."""
+    found = logged("train/kl_coef")(run)
+    if found is None:
+        return None
+    low = run.last("doctor/kl_coef_min") or KL_COEF_MIN
+    high = run.last("doctor/kl_coef_max") or KL_COEF_MAX
+    return Series(found.steps, ((found.values <= low) | (found.values >= high)).astype(float))
+
+
+def _horizon(run: Run) -> tuple[float, Series] | None:
+    """The steps that gamma looks ahead, 1 / (1 - gamma), and the mean lengths of episodes."""
+    gamma = run.last("doctor/gamma")
+    lengths = logged("rollout/ep_len_mean")(run)
+    if gamma is None or lengths is None:
+        return None
+    return (np.inf if gamma >= 1.0 else 1.0 / (1.0 - gamma)), lengths
+
+
+def horizon_steps(run: Run) -> Series | None:
+    """The steps that gamma looks ahead; infinite where that is at least half an episode."""
+    found = _horizon(run)
+    if found is None:
+        return None
+    horizon, (steps, lengths) = found
+    return Series(steps, np.where(lengths > 2.0 * horizon, horizon, np.inf))
+
+
+def horizon_share(run: Run) -> Series | None:
+    """The steps that gamma looks ahead as a share of an episode's length."""
+    found = _horizon(run)
+    if found is None:
+        return None
+    horizon, (steps, lengths) = found
+    return Series(steps, horizon / np.maximum(lengths, 1.0))
+
+
+def unchanged_returns(run: Run) -> Series | None:
+    """1 as long as all episodes since the beginning have had one and the same return, else 0."""
+    found = logged("rollout/ep_rew_mean")(run)
+    if found is None:
+        return None
+    first = found.values[0]
+    same = np.abs(found.values - first) <= 1e-6 * max(1.0, abs(first))
+    return Series(found.steps, np.minimum.accumulate(same.astype(float)))
+
+
+def speed(run: Run) -> Series | None:
+    """Steps a second since the beginning, as a share of the fastest row after the first few."""
+    found = logged("time/fps")(run)
+    if found is None or len(found.values) <= _FIRST:
+        return None
+    values = found.values[_FIRST:]
+    return Series(found.steps[_FIRST:], values / np.maximum(np.maximum.accumulate(values), 1e-12))

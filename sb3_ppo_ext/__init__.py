@@ -9,6 +9,7 @@ from sb3_ppo_ext.common.saving.checkpoint import (
     resume,
     save_checkpoint,
 )
+from sb3_ppo_ext.doctor import DoctorCallback
 from sb3_ppo_ext.dual_clip_ppo import DualClipPPO
 from sb3_ppo_ext.reinforce import REINFORCE
 from sb3_ppo_ext.trpo import TRPO
@@ -19,6 +20,7 @@ __all__ = [
     "REINFORCE",
     "TRPO",
     "AdaptiveKLPPO",
+    "DoctorCallback",
     "DualClipPPO",
     "SafeCheckpointCallback",
     "__version__",

@@ -92,7 +92,7 @@ def _range(shown: np.ndarray) -> tuple[float, float]:
 def _ticks(low: float, high: float, is_log: bool) -> list[float]:
     """Round values between these. Of a logarithmic axis, these are exponents, and the values powers of 10."""
     if is_log:
-        every = max(1, math.ceil((high - low) / 4))
+        every = max(1, round((high - low) / 4))
         return [10.0**exponent for exponent in range(math.ceil(low), math.floor(high) + 1, every)]
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))

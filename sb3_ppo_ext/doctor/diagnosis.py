@@ -195,7 +195,7 @@ def in_words(diagnosis: Diagnosis) -> Sequence[str]:
         lines += ["", *finding_in_words(finding)]
     if diagnosis.blind:
         lacking = dict.fromkeys(key.partition("/")[2] for rule in diagnosis.blind for key in rule.needs)
-        lines += ["", f"The log lacks {', '.join(lacking)}, which some rules need: DoctorCallback adds them to a log."]
+        lines += ["", f"Some rules need what the log lacks: {', '.join(lacking)}. DoctorCallback adds it to a log."]
     return lines
 
 

@@ -11,6 +11,8 @@ from sb3_ppo_ext.doctor.run import Run, Series
 Measure = Callable[[Run], Series | None]
 
 _WINDOW = 10  # updates over which failures are counted
+_FOR_SLOPE = 20  # rows that a slope takes at least
+_EPISODES = 10  # that have to be alike before that means something
 _FIRST = 5  # rows that say what was usual at the beginning
 # Bounds of AdaptiveKLPPO's coefficient where nothing has logged them: its defaults.
 KL_COEF_MIN, KL_COEF_MAX = 1e-4, 1e4
@@ -95,8 +97,8 @@ def entropy_left(run: Run) -> Series | None:
 
 def entropy_slope(run: Run) -> Series | None:
     """
-    The slope of a straight line through the entropy from the first row on, as the share of the first entropy that the
-    whole line falls; not before a fair number of rows is there.
+    The slope of a straight line through the entropy from the first row to each: what the line falls, as a share of the
+    first entropy. NaN for the first rows, which are too few for a slope.
     """
     entropy = _entropy(run)
     if entropy is None or entropy.values[0] <= 0.0:
@@ -106,7 +108,7 @@ def entropy_slope(run: Run) -> Series | None:
     covariance = np.cumsum(row * y) / row - mean_x * mean_y
     variance = (row * row - 1) / 12
     slope = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0.0)
-    return Series(entropy.steps, -slope * (row - 1) / y[0])
+    return Series(entropy.steps, np.where(row < _FOR_SLOPE, np.nan, -slope * (row - 1) / y[0]))
 
 
 def std_growth(run: Run) -> Series | None:
@@ -160,7 +162,7 @@ def line_search_failures(run: Run) -> Series | None:
     found = logged("train/is_line_search_success")(run)
     if found is None or len(found.values) < _WINDOW:
         return None
-    failures = np.convolve(1.0 - found.values, np.ones(_WINDOW) / _WINDOW, mode="valid")
+    failures = np.convolve(1.0 - found.values, np.ones(_WINDOW), mode="valid") / _WINDOW
     return Series(found.steps[_WINDOW - 1 :], failures)
 
 
@@ -169,8 +171,8 @@ def at_bound(run: Run) -> Series | None:
     found = logged("train/kl_coef")(run)
     if found is None:
         return None
-    low = run.last("doctor/kl_coef_min") or KL_COEF_MIN
-    high = run.last("doctor/kl_coef_max") or KL_COEF_MAX
+    low, high = run.last("doctor/kl_coef_min"), run.last("doctor/kl_coef_max")
+    low, high = KL_COEF_MIN if low is None else low, KL_COEF_MAX if high is None else high
     return Series(found.steps, ((found.values <= low) | (found.values >= high)).astype(float))
 
 
@@ -202,13 +204,14 @@ def horizon_share(run: Run) -> Series | None:
 
 
 def unchanged_returns(run: Run) -> Series | None:
-    """1 as long as all episodes since the beginning have had one and the same return, else 0."""
-    found = logged("rollout/ep_rew_mean")(run)
+    """1 as long as all episodes since the beginning have had one return, and there were several; else 0."""
+    found = _aligned(run, "rollout/ep_rew_mean", "rollout/ep_len_mean")
     if found is None:
         return None
-    first = found.values[0]
-    same = np.abs(found.values - first) <= 1e-6 * max(1.0, abs(first))
-    return Series(found.steps, np.minimum.accumulate(same.astype(float)))
+    steps, returns, lengths = found
+    same = np.abs(returns - returns[0]) <= 1e-6 * max(1.0, abs(returns[0]))
+    n_episodes = (steps - steps[0]) / np.maximum(lengths, 1.0)
+    return Series(steps, (np.logical_and.accumulate(same) & (n_episodes >= _EPISODES)).astype(float))
 
 
 def speed(run: Run) -> Series | None:

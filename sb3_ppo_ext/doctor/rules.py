@@ -112,7 +112,7 @@ RULES = (
     Rule(
         "unchanged_returns", "Every episode has had the same return", measures.unchanged_returns,
         "The mean return of the episodes, `rollout/ep_rew_mean`, has not changed once",
-        watch=0.5, alarm=0.5, streak=8, is_flag=True,
+        watch=0.5, alarm=0.5, is_flag=True,
         meaning="There is nothing to learn from: the reward is constant, or the agent has never done what is rewarded.",
         first="Look at the rewards of some episodes of random actions. If they are all alike, mend the environment. If "
         "the goal is never reached, reward steps towards it, or explore more: {entropy_up}, or `use_sde=True` for Box "
@@ -232,17 +232,17 @@ RULES = (
     Rule(
         "explained_variance", "The critic is worse than none", until_learnt(logged("train/explained_variance")),
         "`train/explained_variance`",
-        watch=0.0, alarm=-1.0, below=True, after_start=True,
+        watch=0.0, alarm=None, below=True, after_start=True,
         meaning="Its values add noise to the advantages: always saying the mean return would be better. It lags behind "
         "a policy that changes fast, or has fitted earlier rollouts too closely.",
         first="{critic}. {samples}.",
-        source=f"{_NUTS}: below 0 it is worse than predicting nothing; the alarm: {_LIMITS}",
+        source=f"{_NUTS}: below 0 it is worse than predicting nothing",
         keys=("train/explained_variance", "train/value_loss"),
     ),
     Rule(
         "advantage_bias", "The critic is wrong in one direction", until_learnt(measures.advantage_bias),
         "The distance of the mean advantage from 0, in standard deviations,",
-        watch=1.0, alarm=3.0, after_start=True, needs=("doctor/advantage_mean",),
+        watch=1.0, alarm=None, after_start=True, needs=("doctor/advantage_mean",),
         meaning="Nearly all actions look better than expected, or nearly all worse: the critic has not caught up with "
         "the returns. Where advantages are normalised, the actor does not see it.",
         first="{critic}. If `train/value_loss` is in the thousands, wrap the environments in `VecNormalize`.",

@@ -88,7 +88,9 @@ def _explanation(key: str) -> list[str]:
         lines += ["", f"Looked for: {rule.title[0].lower()}{rule.title[1:]}"]
         if not rule.is_flag:
             side = "below" if rule.below else "above"
-            alarm = "" if rule.alarm is None or rule.alarm == rule.watch else f", {number(rule.alarm)} an alarm"
+            alarm = (
+                "" if rule.alarm is None or rule.alarm == rule.watch else f", {side} {number(rule.alarm)} is an alarm"
+            )
             lines += [f"  {rule.quantity.rstrip(',')}: {side} {number(rule.watch)} is worth a look{alarm}."]
         lines += [f"  {rule.meaning}"]
     return lines

@@ -62,8 +62,8 @@ class DoctorCallback(BaseCallback):
     def _on_training_start(self) -> None:
         if self.model.num_timesteps == 0:  # else it goes on
             self._log, self._told, self._next_check = _Rows(), {}, 1
-        formats = self.logger.output_formats
-        formats[:] = [writer for writer in formats if not isinstance(writer, _Rows)] + [self._log]
+        self._stop_reading()  # as when an earlier training was interrupted
+        self.logger.output_formats.append(self._log)
 
     def _on_step(self) -> bool:
         return True
@@ -81,10 +81,14 @@ class DoctorCallback(BaseCallback):
     def _on_training_end(self) -> None:
         if self.logger.name_to_value:  # of the last update, which nothing has dumped
             self._log.write(self.logger.name_to_value, {}, self.model.num_timesteps)
-        self.logger.output_formats.remove(self._log)
+        self._stop_reading()
         diagnosis = self._say_what_is_new()
         if self.verbose >= 1:
             print(f"Doctor: {diagnosis.verdict()}")
+
+    def _stop_reading(self) -> None:
+        formats = self.logger.output_formats
+        formats[:] = [writer for writer in formats if not isinstance(writer, _Rows)]
 
     def _say_what_is_new(self) -> Diagnosis:
         diagnosis = self.diagnosis

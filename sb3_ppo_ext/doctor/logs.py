@@ -26,7 +26,7 @@ def read_runs(path: Path) -> list[Run]:
     if not path.exists():
         raise LogError(f"{path} does not exist")
     if path.is_file():
-        return [_read(path, path.name)]
+        return [_read(path, f"{path.resolve().parent.name}/{path.name}")]
     folders = sorted(
         {file.parent for pattern in ("progress*.csv", "progress*.json", f"{_EVENTS}*") for file in path.rglob(pattern)}
     )

@@ -55,14 +55,15 @@ def until_learnt(measure: Measure) -> Measure:
 
 def not_finite(run: Run) -> Series | None:
     """1 where a loss, a statistic or a return is no finite number, else 0."""
-    bad: dict[int, float] = {}
-    for key, (steps, values) in run.series.items():
-        # Where nothing varies, the explained variance is no number; and no episode may have ended yet.
-        if key.startswith(("train/", "rollout/")) and key not in ("train/explained_variance", "rollout/success_rate"):
-            for step, value in zip(steps, values, strict=True):
-                bad[int(step)] = max(bad.get(int(step), 0.0), float(not np.isfinite(value)))
-    steps_in_order = sorted(bad)
-    return Series(np.array(steps_in_order), np.array([bad[step] for step in steps_in_order])) if bad else None
+    # Where nothing varies, the explained variance is no number; and no episode may have ended yet.
+    exempt = ("train/explained_variance", "rollout/success_rate")
+    checked = [run.series[key] for key in run.series if key.startswith(("train/", "rollout/")) and key not in exempt]
+    if not checked:
+        return None
+    steps, row = np.unique(np.concatenate([series.steps for series in checked]), return_inverse=True)
+    flags = np.zeros(len(steps))
+    np.maximum.at(flags, row, ~np.isfinite(np.concatenate([series.values for series in checked])))
+    return Series(steps, flags)
 
 
 def kl(run: Run) -> Series | None:
@@ -98,7 +99,7 @@ def entropy_left(run: Run) -> Series | None:
 def entropy_slope(run: Run) -> Series | None:
     """
     The slope of a straight line through the entropy from the first row to each: what the line falls, as a share of the
-    first entropy. NaN for the first rows, which are too few for a slope.
+    first entropy, and the most so far. NaN for the first rows, which are too few for a slope.
     """
     entropy = _entropy(run)
     if entropy is None or entropy.values[0] <= 0.0:
@@ -108,7 +109,8 @@ def entropy_slope(run: Run) -> Series | None:
     covariance = np.cumsum(row * y) / row - mean_x * mean_y
     variance = (row * row - 1) / 12
     slope = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0.0)
-    return Series(entropy.steps, np.where(row < _FOR_SLOPE, np.nan, -slope * (row - 1) / y[0]))
+    lost = np.where(row < _FOR_SLOPE, np.nan, -slope * (row - 1) / y[0])
+    return Series(entropy.steps, np.fmax.accumulate(lost))
 
 
 def std_growth(run: Run) -> Series | None:
@@ -118,9 +120,21 @@ def std_growth(run: Run) -> Series | None:
 
 
 def best_explained_variance(run: Run) -> Series | None:
-    """The largest explained variance so far."""
+    """
+    The largest explained variance so far. NaN where the error of the critic has halved since the beginning, by medians
+    of five rows: such a critic is learning how large the returns are, which comes before how they vary.
+    """
     found = logged("train/explained_variance")(run)
-    return None if found is None else Series(found.steps, np.fmax.accumulate(found.values))
+    if found is None:
+        return None
+    best = Series(found.steps, np.fmax.accumulate(found.values))
+    aligned = _aligned(run, "train/explained_variance", "train/value_loss")
+    if aligned is None or len(aligned[0]) != len(found.steps):
+        return best
+    losses = aligned[2]
+    padded = np.pad(losses, (_FIRST - 1, 0), mode="edge")
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, _FIRST), axis=1)
+    return Series(best.steps, np.where(medians < 0.5 * np.median(losses[:_FIRST]), np.nan, best.values))
 
 
 def no_explained_variance(run: Run) -> Series | None:
@@ -167,13 +181,13 @@ def line_search_failures(run: Run) -> Series | None:
 
 
 def at_bound(run: Run) -> Series | None:
-    """1 where the coefficient of the KL penalty is at one of its bounds, else 0."""
+    """2 where the coefficient of the KL penalty is at its upper bound, 1 at its lower one, else 0."""
     found = logged("train/kl_coef")(run)
     if found is None:
         return None
     low, high = run.last("doctor/kl_coef_min"), run.last("doctor/kl_coef_max")
     low, high = KL_COEF_MIN if low is None else low, KL_COEF_MAX if high is None else high
-    return Series(found.steps, ((found.values <= low) | (found.values >= high)).astype(float))
+    return Series(found.steps, np.select([found.values >= high, found.values <= low], [2.0, 1.0], 0.0))
 
 
 def _horizon(run: Run) -> tuple[float, Series] | None:

@@ -28,7 +28,7 @@ code { font: .88em ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
 .verdict { font-size: 1.1rem; font-weight: 600; }
 .finding { border: 1px solid var(--rule); border-left: .4rem solid var(--colour); border-radius: .4rem;
   padding: .8rem 1rem; margin: 1rem 0; display: grid; grid-template-columns: minmax(0, 1fr); gap: .2rem 1.2rem; }
-.alarm { --colour: var(--alarm); } .watch { --colour: var(--watch); } .fine { color: var(--fine); }
+.alarm { --colour: var(--alarm); } .watch { --colour: var(--watch); --ill: #a864001f; } .fine { color: var(--fine); }
 .badge { color: var(--colour); font-size: .78rem; font-weight: 700; letter-spacing: .06em; text-transform: uppercase; }
 dl { margin: .5rem 0 0; } dt { color: var(--soft); font-size: .85rem; } dd { margin: 0 0 .5rem; }
 .change { font-weight: 600; } .source { font-size: .8rem; color: var(--soft); }
@@ -132,10 +132,13 @@ def _charts(diagnosis: Diagnosis) -> list[str]:
             continue
         finding = next((finding for finding in diagnosis.findings if key == finding.rule.keys[0]), None)
         marks = (None, None) if finding is None else (finding.since, finding.until)
+        colour = "" if finding is None else f' class="{finding.level}"'
         drawing = chart(series, key, (), *marks)
         if drawing:
             meaning = f'<br><span class="soft">{_marked(MEANINGS[key])}</span>' if key in MEANINGS else ""
-            figures.append(f"<figure>{drawing}<figcaption><code>{escape(key)}</code>{meaning}</figcaption></figure>")
+            figures.append(
+                f"<figure{colour}>{drawing}<figcaption><code>{escape(key)}</code>{meaning}</figcaption></figure>"
+            )
     return figures
 
 

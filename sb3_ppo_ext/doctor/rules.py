@@ -37,7 +37,7 @@ class Rule:
     :param streak: so many values in a row must be beyond a limit
     :param after_start: whether the first rows do not count: a tenth of all, and five at least
     :param is_percentage: whether the series is a share, to be written as a percentage
-    :param is_flag: whether the series is 0 or 1
+    :param is_flag: whether the series is 0 or not
     :param needs: keys that :class:`DoctorCallback` adds to a log, without which there is nothing to compare
     """
 
@@ -191,7 +191,7 @@ RULES = (
     ),
     Rule(
         "entropy_slope", "The policy stays as random as it began", measures.entropy_slope,
-        "The share of its entropy that the policy has lost so far, by a straight line through the rows,",
+        "The largest share of its entropy that the policy has lost so far, by a straight line through the rows,",
         watch=0.01, alarm=0.001, below=True, streak=10, after_start=True, is_percentage=True,
         meaning="After this many updates the policy prefers no action: the weight of the entropy holds it back, the "
         "advantages are noise, or its steps are far too short.",
@@ -232,11 +232,11 @@ RULES = (
     Rule(
         "explained_variance", "The critic is worse than none", until_learnt(logged("train/explained_variance")),
         "`train/explained_variance`",
-        watch=0.0, alarm=None, below=True, after_start=True,
+        watch=-0.05, alarm=None, below=True, after_start=True,
         meaning="Its values add noise to the advantages: always saying the mean return would be better. It lags behind "
         "a policy that changes fast, or has fitted earlier rollouts too closely.",
         first="{critic}. {samples}.",
-        source=f"{_NUTS}: below 0 it is worse than predicting nothing",
+        source=f"{_NUTS}: below 0 it is worse than predicting nothing; to -0.05 it may be chance",
         keys=("train/explained_variance", "train/value_loss"),
     ),
     Rule(
@@ -282,7 +282,7 @@ RULES = (
     Rule(
         "kl_coef_bound", "The KL coefficient is at its bound", measures.at_bound,
         "`train/kl_coef` is at `kl_coef_min` or `kl_coef_max`, and can go no further",
-        watch=0.5, alarm=0.5, is_flag=True,
+        watch=0.5, alarm=1.5, is_flag=True,
         meaning="At the upper bound, updates are too long for any penalty; at the lower one they stay below "
         "`target_kl` without one.",
         first="At the upper bound: {smaller}. At the lower one: raise `learning_rate` or `n_epochs`, or lower "

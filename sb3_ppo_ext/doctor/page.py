@@ -11,7 +11,7 @@ from sb3_ppo_ext.doctor.diagnosis import Diagnosis, Finding, number, percentage
 from sb3_ppo_ext.doctor.keys import MEANINGS
 from sb3_ppo_ext.doctor.run import Run
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --paper: #fff; --card: #f6f7f9; --rule: #dde1e7;
   --line: #2563b8; --alarm: #c62f2f; --watch: #a86400; --fine: #1f7a46; --ill: #c62f2f1f; }
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181e;
@@ -41,12 +41,17 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
   stroke-linejoin: round; } .dot { fill: var(--line); } .ill { fill: var(--ill); }
 line.alarm { stroke: var(--alarm); } line.watch { stroke: var(--watch); }
 line.alarm, line.watch { stroke-dasharray: 5 4; stroke-width: 1.4; }
-ul { padding-left: 1.2rem; margin: .4rem 0; }
+ul { padding-left: 1.2rem; margin: .4rem 0; } .wide { overflow-x: auto; } pre { overflow-x: auto; font-size: .85rem; }
+table { border-collapse: collapse; font-size: .88rem; } th { color: var(--soft); font-weight: 600; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 @media (min-width: 46rem) { .finding { grid-template-columns: minmax(0, 1fr) 21rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } figure, .finding { break-inside: avoid; }
+  .wide { overflow: visible; }
   h2 { break-after: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .charts { grid-template-columns: 1fr 1fr 1fr; } .finding { grid-template-columns: minmax(0, 1fr) 7cm; } }
 """
+
+"""Of the pages that this package writes: classes of the parts of a page."""
 
 # Drawn first, in this order; what else was logged follows. Settings that never change are left out.
 _FIRST_KEYS = (
@@ -68,7 +73,7 @@ def page(diagnoses: Sequence[Diagnosis]) -> str:
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
     ]
     if not one:
         links = (

@@ -76,7 +76,8 @@ class DoctorCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         for name, value in measurements(self.model).items():
-            self.logger.record(f"doctor/{name}", value)
+            if f"train/{name}" not in self.logger.name_to_value:
+                self.logger.record(f"doctor/{name}", value)
 
     def _on_training_end(self) -> None:
         if self.logger.name_to_value:  # of the last update, which nothing has dumped

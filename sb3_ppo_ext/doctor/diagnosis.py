@@ -89,10 +89,8 @@ def diagnose(run: Run) -> Diagnosis:
     for rule in RULES:
         series = rule.measure(run)
         if series is None:
-            others = set(rule.keys) - set(rule.needs)
-            if any(key not in run.series for key in rule.needs) and all(
-                key in run.series or key.startswith("doctor/") for key in others
-            ):
+            others = [key for key in rule.keys if not key.startswith("doctor/")]
+            if rule.needs and (not others or any(key in run.series for key in others)):
                 blind.append(rule)
             continue
         finding = _finding(rule, series, run, algorithm)

@@ -66,6 +66,7 @@ MEANINGS = {
     "direction is rough, and more `cg_max_steps` or more `cg_damping` help.",
     "train/cg_damping": "What is added to the diagonal of TRPO's Fisher matrix.",
     "doctor/gamma": "The discount factor. The agent looks about 1 / (1 - gamma) steps ahead.",
+    "doctor/ent_coef": "The weight of the entropy in the loss, where the algorithm does not log it.",
     "doctor/max_grad_norm": "What the norm of gradients is clipped to.",
     "doctor/kl_coef_min": "The lower bound of AdaptiveKLPPO's `kl_coef`.",
     "doctor/kl_coef_max": "The upper bound of AdaptiveKLPPO's `kl_coef`.",
@@ -79,11 +80,15 @@ MEANINGS = {
 """By key, each in plain English."""
 
 
+class UnknownKeyError(ValueError):
+    """A key that nothing logs, with the nearest that there is."""
+
+
 def full_key(name: str) -> str:
     """
     :param name: a key, or what it has after the slash
     :return: the key
-    :raises KeyError: with a message that names the nearest, if it is none of :data:`MEANINGS`
+    :raises UnknownKeyError: if it is none of :data:`MEANINGS`
     """
     if name in MEANINGS:
         return name
@@ -91,4 +96,4 @@ def full_key(name: str) -> str:
     if name in short:
         return short[name]
     nearest = difflib.get_close_matches(name, [*MEANINGS, *short], n=1, cutoff=0.0)[0]
-    raise KeyError(f"there is no key '{name}'; the nearest is '{nearest}'")
+    raise UnknownKeyError(f"there is no key '{name}'; the nearest is '{nearest}'")

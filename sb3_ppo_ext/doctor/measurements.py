@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
+import torch as th
 
-SETTINGS = ("gamma", "max_grad_norm", "kl_coef_min", "kl_coef_max")
-"""Hyper-parameters that rules compare with, and that no algorithm logs."""
+SETTINGS = ("gamma", "ent_coef", "max_grad_norm", "kl_coef_min", "kl_coef_max")
+"""Hyper-parameters that rules compare with, and that algorithms do not log, or not all of them."""
 
 
 def measurements(model: Any) -> dict[str, float]:
@@ -21,12 +21,17 @@ def measurements(model: Any) -> dict[str, float]:
         value = getattr(model, name, None)
         if isinstance(value, (int, float)) and math.isfinite(value):
             found[name] = float(value)
-    returns = np.asarray(model.rollout_buffer.returns, dtype=np.float64)
-    found["return_mean"], found["return_std"] = float(returns.mean()), float(returns.std())
+    returns = _numbers(model.rollout_buffer.returns)
+    found["return_mean"], found["return_std"] = returns.mean().item(), returns.std(correction=0).item()
     if getattr(model, "baseline", "value") == "value":  # REINFORCE's other baselines do not go into the buffer
-        advantages = np.asarray(model.rollout_buffer.advantages, dtype=np.float64)
-        mean, std = float(advantages.mean()), float(advantages.std())
+        advantages = _numbers(model.rollout_buffer.advantages)
+        mean, std = advantages.mean().item(), advantages.std(correction=0).item()
         found["advantage_mean"], found["advantage_std"] = mean, std
         if std > 0.0:
-            found["advantage_skew"] = float((((advantages - mean) / std) ** 3).mean())
+            found["advantage_skew"] = ((advantages - mean) / std).pow(3).mean().item()
     return found
+
+
+def _numbers(array: Any) -> th.Tensor:
+    """An array of a rollout buffer, which may be a tensor on a device."""
+    return th.as_tensor(array).to("cpu", th.float64)

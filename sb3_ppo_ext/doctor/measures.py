@@ -11,7 +11,7 @@ from sb3_ppo_ext.doctor.run import Run, Series
 Measure = Callable[[Run], Series | None]
 
 _WINDOW = 10  # updates over which failures are counted
-_FOR_SLOPE = 20  # rows that a slope takes at least
+_FOR_SLOPE = 10  # rows that a slope takes at least
 _EPISODES = 10  # that have to be alike before that means something
 _FIRST = 5  # rows that say what was usual at the beginning
 # Bounds of AdaptiveKLPPO's coefficient where nothing has logged them: its defaults.
@@ -34,10 +34,14 @@ def _aligned(run: Run, *keys: str) -> tuple[np.ndarray, ...] | None:
     return np.array(steps), *(np.array([column[step] for step in steps]) for column in columns)
 
 
-def until_learnt(measure: Measure) -> Measure:
+def until_learnt(measure: Measure, at_least: float = np.nan) -> Measure:
     """
-    A measure that is NaN where the mean return is well above its beginning and near its best. Returns then hardly vary
-    any more, and what is divided by their spread says nothing.
+    A measure that is judged otherwise where the mean return is well above its beginning and near its best. Returns then
+    hardly vary any more, and what is divided by their spread says nothing; and a policy may be sure of what it does.
+
+    :param measure: the measure
+    :param at_least: what it is there at least; by default it is NaN there, which is beyond no limit
+    :return: another
     """
 
     def until(run: Run) -> Series | None:
@@ -48,7 +52,8 @@ def until_learnt(measure: Measure) -> Measure:
         best = np.fmax.accumulate(gain)
         is_learnt = (best > 0.0) & (best >= 0.5 * first) & (gain >= 0.8 * best)
         row = np.searchsorted(returns.steps, found.steps, side="right") - 1
-        return Series(found.steps, np.where((row >= 0) & is_learnt[row], np.nan, found.values))
+        is_learnt = (row >= 0) & is_learnt[row]
+        return Series(found.steps, np.where(is_learnt, np.maximum(found.values, at_least), found.values))
 
     return until
 

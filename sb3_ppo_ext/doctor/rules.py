@@ -74,21 +74,21 @@ RULES = (
         "learning_rate", "The learning rate is unusually large", logged("train/learning_rate"),
         "`learning_rate`",
         watch=0.01, alarm=0.03,
-        meaning="A step of the optimiser is so long that it overshoots. A policy then collapses onto one action within "
-        "a few updates, and often never recovers.",
+        meaning="The steps of the optimiser are so long that they overshoot: values swing, and a policy collapses onto "
+        "one action within a few updates, often for good.",
         first="Lower `learning_rate`, the rate of {rate}; 1e-5 to 2e-3 is usual.",
         source=f"{_ZOO}: 1e-5 to 2e-3; above that, {_LIMITS}",
         keys=("train/learning_rate",),
     ),
     Rule(
-        "ent_coef", "The entropy weighs more than the task", logged("train/ent_coef"),
+        "ent_coef", "The entropy weighs more than the task", logged("train/ent_coef", "doctor/ent_coef"),
         "`ent_coef`",
-        watch=0.1, alarm=1.0,
+        watch=0.1, alarm=1.0, needs=("doctor/ent_coef",),
         meaning="The bonus for acting at random outweighs what can be gained by acting well, so the policy stays "
         "random, or becomes more so.",
         first="Lower `ent_coef`; 0 to 0.01 is usual.",
         source=f"{_ZOO}: up to 0.1; above that, {_LIMITS}",
-        keys=("train/ent_coef", "train/entropy_loss"),
+        keys=("train/ent_coef", "doctor/ent_coef", "train/entropy_loss"),
     ),
     Rule(
         "clip_range", "The clip range is too wide to hold an update back", logged("train/clip_range"),
@@ -180,7 +180,7 @@ RULES = (
         keys=("train/ratio_max",),
     ),
     Rule(
-        "entropy_left", "The policy has stopped to explore", measures.entropy_left,
+        "entropy_left", "The policy has stopped to explore", until_learnt(measures.entropy_left, at_least=0.003),
         "The entropy of the policy, as a share of what it was at most,",
         watch=0.03, alarm=0.003, below=True, is_percentage=True,
         meaning="In each place it nearly always takes the same action, so it finds nothing better. That is as it "
@@ -192,7 +192,7 @@ RULES = (
     Rule(
         "entropy_slope", "The policy stays as random as it began", measures.entropy_slope,
         "The largest share of its entropy that the policy has lost so far, by a straight line through the rows,",
-        watch=0.01, alarm=0.001, below=True, streak=10, after_start=True, is_percentage=True,
+        watch=0.01, alarm=0.002, below=True, streak=10, after_start=True, is_percentage=True,
         meaning="After this many updates the policy prefers no action: the weight of the entropy holds it back, the "
         "advantages are noise, or its steps are far too short.",
         first="{entropy_down}. Then look at `train/explained_variance`, and raise {rate_or_target} if the KL "
@@ -211,7 +211,7 @@ RULES = (
         keys=("train/std", "train/entropy_loss"),
     ),
     Rule(
-        "std_collapse", "The actions have lost their spread", measures.std_growth,
+        "std_collapse", "The actions have lost their spread", until_learnt(measures.std_growth, at_least=0.01),
         "The standard deviation of the actions, as a multiple of the first,",
         watch=0.05, alarm=0.01, below=True,
         meaning="`log_std` runs off downwards: nothing new is tried, and ratios of probabilities become extreme.",

@@ -11,7 +11,7 @@ import numpy as np
 
 from sb3_ppo_ext.common.saving.files import write_whole
 from sb3_ppo_ext.doctor.diagnosis import diagnose, in_words, number
-from sb3_ppo_ext.doctor.keys import MEANINGS, full_key
+from sb3_ppo_ext.doctor.keys import MEANINGS, UnknownKeyError, full_key
 from sb3_ppo_ext.doctor.logs import LogError, read_runs
 from sb3_ppo_ext.doctor.measurements import SETTINGS
 from sb3_ppo_ext.doctor.page import page
@@ -46,7 +46,7 @@ def run_doctor_command(arguments: Sequence[str]) -> int:
         nargs="+",
         action=StoreDict,
         default={},
-        help=f"what no algorithm logs, and some rules need, such as gamma:0.99; of {', '.join(SETTINGS)}",
+        help=f"what the log lacks, and some rules need, such as gamma:0.99; of {', '.join(SETTINGS)}",
     )
     options = parser.parse_args(arguments)
     if (options.log is None) == (options.explain is None):
@@ -59,18 +59,21 @@ def run_doctor_command(arguments: Sequence[str]) -> int:
     try:
         if options.explain is not None:
             print(*_explanation(full_key(options.explain)), sep="\n")
-            return 0
-        runs = [_with_settings(run, options.hyperparams) for run in read_runs(options.log)]
-    except (LogError, KeyError, OSError) as error:
-        print(f"sb3-ppo-ext doctor: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        else:
+            _diagnose(options.log, options.hyperparams, with_page=options.html)
+    except (LogError, UnknownKeyError, OSError) as error:
+        print(f"sb3-ppo-ext doctor: {error}", file=sys.stderr)
         return 2
-    diagnoses = [diagnose(run) for run in runs]
+    return 0
+
+
+def _diagnose(log: Path, settings: dict[str, float], *, with_page: bool) -> None:
+    diagnoses = [diagnose(_with_settings(run, settings)) for run in read_runs(log)]
     print("\n\n".join("\n".join(in_words(diagnosis)) for diagnosis in diagnoses))
-    if options.html:
-        path = (options.log if options.log.is_dir() else options.log.parent) / "doctor.html"
+    if with_page:
+        path = (log if log.is_dir() else log.parent) / "doctor.html"
         write_whole(path, memoryview(page(diagnoses).encode()))
         print(f"\nWith plots:\n  {path}")
-    return 0
 
 
 def _with_settings(run: Run, settings: dict[str, float]) -> Run:

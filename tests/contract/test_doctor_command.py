@@ -84,7 +84,7 @@ def test_what_the_log_lacks_may_be_given(command: Command, tmp_path: Path) -> No
         (["run", "--explain", "approx_kl"], "a log is wanted"),
         (["nowhere"], "nowhere does not exist"),
         (["--explain", "aprox_kl"], "there is no key 'aprox_kl'; the nearest is 'approx_kl'"),
-        (["run", "-params", "gama:0.9"], "no rule needs 'gama'; it must be one of gamma, max_grad_norm"),
+        (["run", "-params", "gama:0.9"], "no rule needs 'gama'; it must be one of gamma, ent_coef"),
         (["run", "-params", "gamma:high"], "gamma='high' is not allowed: it must be a number"),
     ],
 )

@@ -22,61 +22,56 @@ class Algorithm(NamedTuple):
     words: Mapping[str, str]
 
 
-_EPOCHS = "`learning_rate` by a factor of 3, or `n_epochs`"
-_STEPS = "`n_steps` or the number of environments"
-_NET = "the critic's network (`policy_kwargs={'net_arch': {'pi': [64, 64], 'vf': [256, 256]}}`)"
-_OWN_RATE = "`critic_learning_rate` in `policy_kwargs`"
+_NETWORK = "give the critic a larger network (`policy_kwargs={'net_arch': {'pi': [64, 64], 'vf': [256, 256]}}`)"
+_OWN_RATE = f"{_NETWORK} or a rate of its own (`critic_learning_rate` in `policy_kwargs`)"
+_NO_ENTROPY = "this TRPO has no weight for the entropy"
 
 _PPO = {
-    "smaller": f"Lower {_EPOCHS}; `target_kl=0.03` ends an update that goes too far",
-    "samples": f"Raise {_STEPS}",
-    "critic": f"Raise `vf_coef` or {_NET}, and lower `gae_lambda` last",
-    "critic_is_trained": "`vf_coef` is above 0, that `learning_rate` is not 0, and that nothing has frozen the critic",
-    "entropy_up": "Raise `ent_coef` (0.001 to 0.01 is usual)",
-    "entropy_down": "Lower `ent_coef`; 0 is the default",
+    "smaller": "divide `learning_rate` by 3, or lower `n_epochs`",
+    "brake": "`target_kl=0.03` also ends an update that goes too far.",
+    "samples": "raise `n_steps` or the number of environments",
+    "critic": f"raise `vf_coef`, or {_NETWORK}",
+    "critic_is_trained": "`vf_coef` and `learning_rate` are not 0, and that nothing has frozen the critic",
+    "entropy_up": "raise `ent_coef` (0.001 to 0.01 is usual)",
+    "entropy_down": "lower `ent_coef`; 0 is the default",
     "rate": "the actor and the critic",
-    "rate_or_target": "`learning_rate`",
+    "step": "`learning_rate`",
 }
-_OURS = {"critic": f"Raise `vf_coef`, {_NET} or {_OWN_RATE}"}
+_OURS = {**_PPO, "critic": f"raise `vf_coef`, or {_OWN_RATE}"}
+_A2C = {**_PPO, "smaller": "divide `learning_rate` by 3", "brake": ""}
 _TRPO = {
-    "smaller": "Lower `target_kl`",
-    "samples": f"Raise {_STEPS}",
-    "critic": f"Raise `n_critic_updates`, `learning_rate` (in TRPO it is the critic's alone) or {_NET}",
-    "critic_is_trained": "`learning_rate` (in TRPO the critic's) is not 0, and that nothing has frozen the critic",
-    "rate": "the critic; the step of the actor follows from `target_kl`",
-    "rate_or_target": "`target_kl`",
+    **_PPO,
+    "smaller": "lower `target_kl`",
+    "brake": "",
+    "critic": f"raise `n_critic_updates` or `learning_rate`, which is the critic's alone, or {_NETWORK}",
+    "critic_is_trained": "`learning_rate` is not 0, and that nothing has frozen the critic",
+    "rate": "the critic alone",
+    "step": "`target_kl`",
+}
+_REINFORCE = {
+    **_A2C,
+    "samples": "raise `episodes_per_env` or the number of environments",
+    "critic": f"raise `n_critic_updates`, or {_OWN_RATE}. `baseline='leave_one_out'` needs no critic",
+    "critic_is_trained": "`learning_rate` is not 0, and that nothing has frozen the critic",
 }
 
 ALGORITHMS = (
-    Algorithm("AdaptiveKLPPO", frozenset({"train/kl_coef"}), {
-        **_PPO, **_OURS, "smaller": f"Lower {_EPOCHS}; a larger `kl_coef` holds the first updates back",
-    }),
-    Algorithm("DualClipPPO", frozenset({"train/dual_clip_fraction"}), {**_PPO, **_OURS}),
-    Algorithm("TRPO", frozenset({"train/is_line_search_success", "train/cg_damping"}), {
-        **_TRPO,
-        "entropy_up": "Raise `ent_coef` (0.001 to 0.01 is usual)",
-        "entropy_down": "Lower `ent_coef`; 0 is the default",
-    }),
-    Algorithm("TRPO of sb3-contrib", frozenset({"train/is_line_search_success"}), {
-        **_TRPO,
-        "entropy_up": "Lower `target_kl`: this TRPO has no weight for the entropy",
-        "entropy_down": "Look at the rewards: this TRPO has no weight for the entropy that could be lowered",
-    }),
-    Algorithm("A2C", frozenset({"train/policy_loss"}), {**_PPO, "smaller": "Lower `learning_rate` by a factor of 3"}),
+    Algorithm(
+        "AdaptiveKLPPO",
+        frozenset({"train/kl_coef"}),
+        {**_OURS, "brake": "A larger `kl_coef` holds the first updates back."},
+    ),
+    Algorithm("DualClipPPO", frozenset({"train/dual_clip_fraction"}), _OURS),
+    Algorithm("TRPO", frozenset({"train/is_line_search_success", "train/cg_damping"}), _TRPO),
+    Algorithm(
+        "TRPO of sb3-contrib",
+        frozenset({"train/is_line_search_success"}),
+        {**_TRPO, "entropy_up": _NO_ENTROPY, "entropy_down": _NO_ENTROPY},
+    ),
+    Algorithm("A2C", frozenset({"train/policy_loss"}), _A2C),
     Algorithm("PPO", frozenset({"train/approx_kl"}), _PPO),
-    Algorithm("REINFORCE", frozenset({"train/policy_gradient_loss"}), {
-        **_OURS,
-        "smaller": "Lower `learning_rate` by a factor of 3",
-        "samples": "Raise `episodes_per_env` or the number of environments",
-        "critic": f"Raise `n_critic_updates`, {_OWN_RATE} or {_NET}; or take `baseline='leave_one_out'`, which needs "
-        "no critic",
-        "critic_is_trained": "`learning_rate` is not 0, and that nothing has frozen the critic",
-        "entropy_up": _PPO["entropy_up"],
-        "entropy_down": _PPO["entropy_down"],
-        "rate": "the actor and the critic",
-        "rate_or_target": "`learning_rate`",
-    }),
-)  # fmt: skip
+    Algorithm("REINFORCE", frozenset({"train/policy_gradient_loss"}), _REINFORCE),
+)
 """From the one with the most particular keys on."""
 
 

@@ -148,7 +148,8 @@ def _seen(rule: Rule, limit: float, since: int, until: int | None, worst: float,
 
 def _first(rule: Rule, run: Run, algorithm: Algorithm) -> str:
     """What to change first, with the present values of arguments whose values were logged."""
-    text = _capitalised(rule.first.format_map(algorithm.words))
+    text = rule.first.format_map(algorithm.words).strip()
+    text = re.sub(r"(^|[.] )([a-z])", lambda match: match[1] + match[2].upper(), text)
     named: set[str] = set()
 
     def with_value(match: re.Match[str]) -> str:
@@ -159,12 +160,6 @@ def _first(rule: Rule, run: Run, algorithm: Algorithm) -> str:
         return f"{match[0]} (now {number(value)})"
 
     return re.sub(r"`(\w+)`", with_value, text)
-
-
-def _capitalised(text: str) -> str:
-    """With a capital at the beginning of each sentence, and none after a colon or a comma."""
-    text = re.sub(r"([:,] )([A-Z])(?=[a-z])", lambda match: match[1] + match[2].lower(), text)
-    return re.sub(r"(^|[.?!] )([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 
 def number(value: float) -> str:

@@ -76,7 +76,7 @@ RULES = (
         watch=0.01, alarm=0.03,
         meaning="The steps of the optimiser are so long that they overshoot: values swing, and a policy collapses onto "
         "one action within a few updates, often for good.",
-        first="Lower `learning_rate`, the rate of {rate}; 1e-5 to 2e-3 is usual.",
+        first="Lower `learning_rate`, which is for {rate}; 1e-5 to 2e-3 is usual.",
         source=f"{_ZOO}: 1e-5 to 2e-3; above that, {_LIMITS}",
         keys=("train/learning_rate",),
     ),
@@ -115,8 +115,8 @@ RULES = (
         watch=0.5, alarm=0.5, is_flag=True,
         meaning="There is nothing to learn from: the reward is constant, or the agent has never done what is rewarded.",
         first="Look at the rewards of some episodes of random actions. If they are all alike, mend the environment. If "
-        "the goal is never reached, reward steps towards it, or explore more: {entropy_up}, or `use_sde=True` for Box "
-        "actions.",
+        "the goal is never reached, reward steps towards it. To explore more: {entropy_up}; for Box actions there is "
+        "`use_sde=True`, too.",
         source=f"{_NUTS}: look at random actions first; {_LIMITS}",
         keys=("rollout/ep_rew_mean",),
     ),
@@ -148,7 +148,7 @@ RULES = (
         watch=0.02, alarm=0.1,
         meaning="The samples of a rollout say little about a policy this far from the one that has drawn them. The "
         "returns often drop after such an update.",
-        first="{smaller}.",
+        first="{smaller}. {brake}",
         source=f"{_37}: usually below 0.02; {_PPO}, table 1: targets of 0.003 to 0.03; the alarm: {_LIMITS}",
         keys=("train/approx_kl", "train/kl", "train/kl_divergence_loss"),
     ),
@@ -157,7 +157,7 @@ RULES = (
         "The exact KL divergence of an update, as a multiple of `target_kl`,",
         watch=2.0, alarm=10.0,
         meaning="The penalty is too weak for steps of this length, and its coefficient cannot follow fast enough.",
-        first="{smaller}.",
+        first="{smaller}. {brake}",
         source=f"{_PPO}, section 4: the coefficient is doubled above 1.5 times the target; {_LIMITS}",
         keys=("train/kl", "train/target_kl", "train/kl_coef"),
     ),
@@ -166,7 +166,7 @@ RULES = (
         "`train/clip_fraction`, the share of samples whose ratio has left the clip range,",
         watch=0.2, alarm=0.5, is_percentage=True,
         meaning="Many samples no longer contribute when the update is over: its steps are too long, or too many.",
-        first="{smaller}.",
+        first="{smaller}. {brake}",
         source=f"{_37}: a quantity to watch; {_LIMITS}",
         keys=("train/clip_fraction", "train/clip_range"),
     ),
@@ -175,7 +175,7 @@ RULES = (
         "`train/ratio_max`, the largest ratio of a new to an old probability,",
         watch=30.0, alarm=1000.0,
         meaning="Single samples rule the update: the policy has gone where its old samples hardly ever were.",
-        first="{smaller}.",
+        first="{smaller}. {brake}",
         source=f"Ye et al. 2020, arXiv 1912.09729: large ratios are what the second clip is for; {_LIMITS}",
         keys=("train/ratio_max",),
     ),
@@ -195,8 +195,8 @@ RULES = (
         watch=0.01, alarm=0.002, below=True, streak=10, after_start=True, is_percentage=True,
         meaning="After this many updates the policy prefers no action: the weight of the entropy holds it back, the "
         "advantages are noise, or its steps are far too short.",
-        first="{entropy_down}. Then look at `train/explained_variance`, and raise {rate_or_target} if the KL "
-        "divergence is below 0.001.",
+        first="{entropy_down}. Look at `train/explained_variance`, too, and raise {step} if the KL divergence is below "
+        "0.001.",
         source=f"{_NUTS}: watch the entropy; {_LIMITS}",
         keys=("train/entropy_loss", "train/ent_coef"),
     ),
@@ -206,7 +206,7 @@ RULES = (
         watch=2.0, alarm=5.0,
         meaning="`log_std` runs off upwards. Actions beyond the bounds of the space are cut off and have the same "
         "effect, so nothing pulls it back.",
-        first="{entropy_down}. If it is 0 already, look at the advantages: where nothing is learnt, `log_std` wanders.",
+        first="{entropy_down}. Without such a weight, look at the rewards: where nothing is learnt, `log_std` wanders.",
         source=f"{_NUTS}: watch the entropy; {_LIMITS}",
         keys=("train/std", "train/entropy_loss"),
     ),

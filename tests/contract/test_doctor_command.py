@@ -54,7 +54,7 @@ def test_a_log_is_diagnosed(command: Command, tmp_path: Path) -> None:
     assert "ALARM  The policy moves too far in one update\n" in output
     assert "  seen    The KL divergence of an update has been above 0.1 since step 21,000. It is 0.5 now.\n" in output
     assert "  means   The samples of a rollout say little" in output
-    assert "  change  Lower `learning_rate` (now 0.005) by a factor of 3, or `n_epochs`;" in output
+    assert "  change  Divide `learning_rate` (now 0.005) by 3, or lower `n_epochs`. `target_kl=0.03` also" in output
     assert output.index("ALARM") < output.index("WATCH  Much of the gradient is clipped away")
     assert "need what the log lacks: gamma, advantage_mean, advantage_skew. DoctorCallback adds it" in output
 

@@ -19,7 +19,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test test-lowest test-newest lint format sbx-env clean
+.PHONY: help train test test-lowest test-newest lint format report sbx-env clean
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
@@ -31,6 +31,7 @@ help:
 	@echo "              are; PYTHON= names an interpreter, TORCH=torch==... the newest torch that is wanted"
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
+	@echo "make report   make the page and the figures of benchmarks/results/learning from the runs that are there"
 	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
 	@echo "make clean    remove .venv, .venv-* and what the tools have left; logs/ stays"
 
@@ -59,6 +60,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.learning.report
 
 clean:
 	rm -rf .venv $(SBX) $(LOWEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib
 import math
 import os
 import platform
-import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -18,7 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import ENVIRONMENT, LIMITS, PRODUCTS, ROOT, Settings, Side, Suite, Workload
+from benchmarks.cases import ENVIRONMENT, LIMITS, OURS, PRODUCTS, ROOT, Settings, Side, Suite, Workload
+from benchmarks.machine import commit, processor
 from benchmarks.measuring import Measured, ratio, ratio_of_all
 from benchmarks.tasks import Turn
 
@@ -38,7 +36,7 @@ class Report:
         self._out = out
         self._about_run = [_command_line(), *_machine()]
         if settings.before:
-            self._about_run.append(f"the version before: commit {_commit(Path(settings.before))}")
+            self._about_run.append(f"the version before: commit {commit(Path(settings.before))}")
         self._results: dict[Workload, dict[Side, Measured]] = {}
 
     def file(self, suffix: str) -> Path:
@@ -72,6 +70,7 @@ class Report:
             (m.processor_share(), f"{side} on {workload}")
             for workload, sides in self._results.items()
             for side, m in sides.items()
+            if side.n_processes == 1 or side.who in OURS  # SB3 waits for its environments' processes
         ]
         share, worst = min(shares)
         if self._settings.device != "cpu" or share >= 0.97:
@@ -122,10 +121,28 @@ class Report:
             )
         if rows:
             head = ["work", "on", "switch", "goal", "times faster", "all turns together", "held", "collect alone"]
-            yield _table([*head, "train alone"], rows)
+            yield table([*head, "train alone"], rows)
+        yield from self._model_on_paper()
         for workload, sides in self._results.items():
             yield [f"## {workload}"]
             yield _side_table(sides)
+
+    def _model_on_paper(self) -> Iterable[list[str]]:
+        """For more processes than were measured."""
+        from benchmarks.several import model_on_paper
+
+        rows: list[list[str]] = []
+        for workload, sides in self._results.items():
+            for side, several in sides.items():
+                if side.n_processes > 1 and side.who in OURS:
+                    rows += model_on_paper(side, workload, sides[replace(side, n_processes=1)], several)
+        if rows:
+            head = ["side", "on", "processes", "us a message, one machine", "times one process"]
+            yield [
+                "## On paper: more processes\n\nFrom measured parts, as benchmarks/README.md says. Each process has a "
+                "core of its own, and the work of one."
+            ]
+            yield table([*head, "us a message, many machines", "times one process"], rows)
 
     def _growth_tables(self) -> Iterable[list[str]]:
         """For each of what grows, the steps a second."""
@@ -141,7 +158,7 @@ class Report:
                 our_side, peer_side, compiled_side, _ = self._suite.cases[first]
                 head = [f"{side}, steps/s" for side in (peer_side, our_side, compiled_side, ENVIRONMENT)]
                 yield [f"## Growing: {name}\n\nThe first line: {first}."]
-                yield _table([name, *head, "times faster", "times faster, compiled"], rows)
+                yield table([name, *head, "times faster", "times faster, compiled"], rows)
 
     def _write_csv(self) -> None:
         with self.file("csv").open("w", newline="") as file:
@@ -243,10 +260,10 @@ def _side_table(results: dict[Side, Measured]) -> list[str]:
             rows[-1].append("" if side.who in LIMITS else str(ratio(results[PRODUCTS], m, "train")))
     head = ["side", "steps/s", "us a step", "collect", "train", "rest", "environment's share", "peak MiB"]
     head += ["compile s, first run", "next runs", "pays back after steps"]
-    return _table([*head, "train, times the products"] if PRODUCTS in results else head, rows)
+    return table([*head, "train, times the products"] if PRODUCTS in results else head, rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table, whose first column is text."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
@@ -272,19 +289,8 @@ def _command_line() -> str:
 
 def _machine() -> list[str]:
     """What the run is made on."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        name = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
     load = f"load average at the start {os.getloadavg()[0]:.1f}"
     return [
-        f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {load}",
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {_commit(ROOT)}",
+        f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {load}",
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit(ROOT)}",
     ]
-
-
-def _commit(folder: Path) -> str:
-    if (folder / ".git").exists():  # or it would be that of a repository around the folder
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            describe = ["git", "describe", "--always", "--dirty=, with changes"]
-            return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"

@@ -6,11 +6,8 @@ What a side does not need is imported where it is used: it would count as its me
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.metadata
 import math
-import platform
 import re
 import resource
 import subprocess
@@ -25,7 +22,8 @@ import numpy as np
 
 from benchmarks.cases import ENVIRONMENT, OURS, PRODUCTS, SEED, Settings, Side, Workload
 from benchmarks.limits import ActingAlone, EnvironmentAlone, RecurrentProducts
-from benchmarks.tasks import MAXRSS_PER_MIB, Collecting, Task, Training, Turn
+from benchmarks.machine import MAXRSS_PER_MIB, versions
+from benchmarks.tasks import Collecting, Task, Training, Turn
 
 _PACKAGES = [
     "torch",
@@ -114,7 +112,8 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
 
     if th.get_num_threads() != settings.threads:
         raise RuntimeError(f"torch has {th.get_num_threads()} threads and was to have {settings.threads}")
-    env = make_environments(workload, side.who)
+    is_sb3 = side.who in _PEERS
+    env = make_environments(workload, side.who, side.n_processes if is_sb3 else 1)
     if side == ENVIRONMENT:
         if not actions.exists():
             raise RuntimeError("no side has trained, so there are no actions to take")
@@ -139,7 +138,12 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
     if side.who == "sbx":
         wait = lambda: jax.block_until_ready((model.policy.actor_state, model.policy.vf_state))  # noqa: E731
     # REINFORCE ends after one iteration, whatever number of steps is asked for.
-    return Training(model, max(workload.n_steps * workload.n_envs, 1), actions, device, wait)
+    n_samples = max(workload.n_steps * workload.n_envs * side.n_processes * settings.n_iterations, 1)
+    if side.n_processes > 1 and not is_sb3:
+        from benchmarks.several import OneOfSeveral, followers
+
+        return OneOfSeveral(model, n_samples, actions, followers(side, workload, settings, actions))
+    return Training(model, n_samples, actions, device, wait)
 
 
 def _algorithm(side: Side, settings: Settings) -> Any:
@@ -161,20 +165,13 @@ def _arguments(side: Side, workload: Workload, settings: Settings) -> dict[str, 
     arguments = {"policy": policy, "policy_kwargs": networks, "seed": SEED, "device": settings.device}
     if side.who != "reinforce":
         epochs = "n_critic_updates" if side.who in ("trpo", "contrib") else "n_epochs"
-        arguments |= {"n_steps": workload.n_steps, "batch_size": workload.batch_size, epochs: workload.n_epochs}
+        batch_size = workload.batch_size * (side.n_processes if side.who in _PEERS else 1)
+        arguments |= {"n_steps": workload.n_steps, "batch_size": batch_size, epochs: workload.n_epochs}
     if side.torch_compile:
         arguments["torch_compile"] = True
     if side.sub_sampling_factor != 1:
         arguments["sub_sampling_factor"] = side.sub_sampling_factor
     return arguments
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def serve(file_descriptor: int) -> None:
@@ -194,7 +191,7 @@ def serve(file_descriptor: int) -> None:
             if name == "make":
                 task = None  # and its memory is free before the next is made
                 task = make_task(*arguments)
-                value = _versions(), task.device
+                value = versions(_PACKAGES), task.device
             else:
                 value = getattr(task, name)()
             connection.send((value, None))

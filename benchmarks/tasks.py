@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-import resource
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -15,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.machine import peak_mib
+
 if TYPE_CHECKING:
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-
-MAXRSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
 
 
 class Turn(NamedTuple):
@@ -53,11 +50,7 @@ class Task(ABC):
 
     def peak_memory(self) -> dict[str, float]:
         """The most that the process has had so far, in MiB; and on the CUDA device, what torch had."""
-        peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MIB}
-        with contextlib.suppress(OSError, IndexError):
-            # getrusage's maximum begins, on Linux, with the memory that the parent had.
-            status = Path("/proc/self/status").read_text()
-            peaks["host"] = int(re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[0]) / 2**10
+        peaks = {"host": peak_mib()}
         th = sys.modules.get("torch")
         if th is not None and th.cuda.is_initialized():
             peaks["device"] = th.cuda.max_memory_allocated() / 2**20
@@ -69,7 +62,7 @@ class Training(Task):
     Iterations of ``learn()``, ``collect_rollouts`` and ``train`` timed apart.
 
     :param model: to be trained
-    :param n_samples: in a rollout; at least 1
+    :param n_samples: in the rollouts of a turn; at least 1
     :param actions: file that the actions of the first iteration are written to, if it does not exist yet
     :param device: name of what the networks are on
     :param wait: until the device has done what it was told
@@ -83,8 +76,8 @@ class Training(Task):
         self._n_samples = n_samples
         self._wait = wait
         self._actions = actions
-        self._seconds: dict[str, float] = {}
-        for name in ("collect_rollouts", "train"):
+        self._seconds = {"collect_rollouts": 0.0, "train": 0.0}
+        for name in self._seconds:
             setattr(model, name, self._timed(name, getattr(model, name)))
 
     def _clock(self) -> float:
@@ -95,7 +88,7 @@ class Training(Task):
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = self._clock()
             result = method(*args, **kwargs)
-            self._seconds[name] = self._clock() - start
+            self._seconds[name] += self._clock() - start
             return result
 
         return timed
@@ -106,6 +99,7 @@ class Training(Task):
 
     def _iteration(self) -> Turn:
         steps = self.model.num_timesteps
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
         start, cpu = self._clock(), time.process_time()
         self.model.learn(self._n_samples, reset_num_timesteps=False)
         seconds, cpu = self._clock() - start, time.process_time() - cpu

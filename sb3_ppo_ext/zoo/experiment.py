@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from pprint import pprint
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, cast
 
 import optuna
@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.utils import get_latest_run_id as get_latest_log_id
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ppo_ext.common.processes import are_several, is_first
+from sb3_ppo_ext.common.processes import is_first, n_processes
 from sb3_ppo_ext.zoo.entry import check_config, check_keys, check_normalize, read_numbers
 from sb3_ppo_ext.zoo.errors import EntryError, StudyError
 from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, sigint_blocked
@@ -50,9 +50,9 @@ class ZooExperimentManager(ExperimentManager):
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
-        self.n_processes, self.is_first = 1, True
-        if are_several():
-            self.n_processes, self.is_first = int(os.environ["WORLD_SIZE"]), is_first()
+        self.n_processes, self.is_first = n_processes(), True
+        if self.n_processes > 1:
+            self.is_first = is_first()
             self._check_can_be_several()
         if not self.is_first:
             self.tensorboard_log = None
@@ -199,6 +199,14 @@ class ZooExperimentManager(ExperimentManager):
         saved_hyperparams.update(read)
         return hyperparams, saved_hyperparams
 
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        """As rl_zoo3; but of a schedule that is a function its name: `enjoy` reads the file, and finds no function."""
+        if not self.is_first:
+            return
+        functions = {name: value for name, value in saved_hyperparams.items() if isinstance(value, FunctionType)}
+        names = {name: f"the function {function.__qualname__}" for name, function in functions.items()}
+        super()._save_config(type(saved_hyperparams)(saved_hyperparams, **names))
+
     def load_trial(
         self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
     ) -> dict[str, Any]:
@@ -308,10 +316,6 @@ class ZooExperimentManager(ExperimentManager):
         trial.set_user_attr(BUDGET, [self.n_timesteps, self.n_evaluations])
         trial.set_user_attr(WORKER, process_name(os.getpid()))
         return run_trial(self, trial)
-
-    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-        if self.is_first:
-            super()._save_config(saved_hyperparams)
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """

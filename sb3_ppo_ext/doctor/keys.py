@@ -22,6 +22,8 @@ MEANINGS = {
     "update: how far the policy has moved. Below 0.02 is usual.",
     "train/kl": "The exact KL divergence of the policy before an update from the policy after it, of the whole "
     "action, averaged over the rollout.",
+    "train/minibatch_kl": "The exact KL divergence of the policy before an update from the present one, averaged over "
+    "the minibatches of the update. `kl_adaptive_lr` lets the learning rate follow it.",
     "train/target_kl": "The KL divergence that an update aims at (AdaptiveKLPPO), or at most has (TRPO), of the whole "
     "action.",
     "train/kl_coef": "The weight of the KL penalty. It is doubled after an update that went too far, and halved "

@@ -88,6 +88,16 @@ def test_it_watches_every_on_policy_algorithm(algorithm: Any, tmp_path: Path) ->
     assert not [writer for writer in model.logger.output_formats if type(writer).__name__ == "_Rows"]
 
 
+def test_the_keys_that_arguments_add_have_a_meaning(tmp_path: Path) -> None:
+    arguments = {"clip_range_high": 0.3, "clip_range_vf": 0.2, "policy_kwargs": {"critic_learning_rate": 1e-3}}
+    model = small(DualClipPPO, "MlpPolicy", "Pendulum-v1", kl_adaptive_lr={}, **arguments)
+    doctor = DoctorCallback(verbose=0)
+    model.learn(32, callback=doctor)
+    keys = doctor.diagnosis.run.series.keys()
+    assert keys >= {"train/clip_range_high", "train/clip_range_vf", "train/critic_learning_rate", "train/minibatch_kl"}
+    assert keys <= MEANINGS.keys()
+
+
 def test_what_it_adds_to_the_log() -> None:
     doctor = DoctorCallback(verbose=0)
     model = small(AdaptiveKLPPO, "MlpPolicy", "Pendulum-v1", gamma=0.9, kl_coef_min=0.5, kl_coef_max=2.0)

@@ -17,7 +17,7 @@ STYLE = """
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181e;
   --card: #1d232b; --rule: #333c48; --line: #79aef2; --alarm: #ff7b72; --watch: #e3a33e; --fine: #5fc98b;
   --ill: #ff7b7226; } }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } a { color: var(--line); }
 body { margin: 0 auto; max-width: 64rem; padding: 1.2rem 1rem 3rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif;
   overflow-wrap: anywhere; }
@@ -122,7 +122,7 @@ def _card(finding: Finding, run: Run) -> str:
         f"<h3>{escape(rule.title)}</h3><dl><dt>Seen</dt><dd>{_marked(finding.seen)}</dd>"
         f"<dt>What it usually means</dt><dd>{_marked(rule.meaning)}</dd>"
         f'<dt>Change first</dt><dd class="change">{_marked(finding.first)}</dd></dl>'
-        f'<p class="source">The limits: {escape(rule.source)}.</p></div>{figure}</section>'
+        f'<p class="source">Where the limits come from: {escape(rule.source)}.</p></div>{figure}</section>'
     )
 
 

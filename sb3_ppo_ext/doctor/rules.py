@@ -17,7 +17,8 @@ _NUTS = 'J. Schulman, "The Nuts and Bolts of Deep RL Research", 2016'
 _37 = 'Huang et al., "The 37 Implementation Details of Proximal Policy Optimization", 2022'
 _PPO = "Schulman et al. 2017, arXiv 1707.06347"
 _TRPO = "Schulman et al. 2015, arXiv 1502.05477"
-_LIMITS = "the limits are this package's, tried on the recorded runs of its tests"
+_ENTRIES = "the entries of rl_zoo3 2.9 for PPO, A2C and TRPO"
+_LIMITS = "the numbers are this package's own, tried on the recorded runs of its tests"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ RULES = (
         watch=5.0, alarm=2.0, below=True, needs=("doctor/gamma",),
         meaning="Rewards that come later than that hardly count, so nothing is done for their sake.",
         first="Raise `gamma`; 0.9 to 0.9999 is usual, and 0.99 the default.",
-        source=f"{_ZOO}: 0.9 to 0.9999; below that, {_LIMITS}",
+        source=f"{_ENTRIES}: 0.9 to 0.9999; below that, {_LIMITS}",
         keys=("doctor/gamma", "rollout/ep_len_mean"),
     ),
     Rule(
@@ -149,7 +150,7 @@ RULES = (
         meaning="The samples of a rollout say little about a policy this far from the one that has drawn them. The "
         "returns often drop after such an update.",
         first="{smaller}. {brake}",
-        source=f"{_37}: usually below 0.02; {_PPO}, table 1: targets of 0.003 to 0.03; the alarm: {_LIMITS}",
+        source=f"{_37}: usually below 0.02; {_PPO}, table 1: targets of 0.003 to 0.03; of the alarm, {_LIMITS}",
         keys=("train/approx_kl", "train/kl", "train/kl_divergence_loss"),
     ),
     Rule(
@@ -297,7 +298,7 @@ RULES = (
         meaning="What happens at the end of an episode does not count at its beginning. That does no harm where good "
         "steps are rewarded at once, and much where a goal is rewarded late.",
         first="Raise `gamma` if rewards come late.",
-        source=f"{_ZOO}: gamma from 0.9 to 0.9999; {_LIMITS}",
+        source=f"{_ENTRIES}: gamma from 0.9 to 0.9999; {_LIMITS}",
         keys=("doctor/gamma", "rollout/ep_len_mean"),
     ),
     Rule(

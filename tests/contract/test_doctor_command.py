@@ -142,6 +142,11 @@ def test_the_page_needs_nothing_else(command: Command, tmp_path: Path) -> None:
         assert part in text
     assert 'content="width=device-width, initial-scale=1"' in text
 
+    command("doctor", "logs/a <run> & more", "--html")
+    text = (tmp_path / "logs" / "a <run> & more" / "doctor.html").read_text()
+    assert Reader(text).links == []
+    assert text.count("a &lt;run&gt; &amp; more: diagnosis") == 2  # the title, and the heading
+
 
 def test_a_chart_draws_each_value_where_it_belongs() -> None:
     """A line from the lower left to the upper right, with a gap, a limit, and a part that is marked."""
@@ -157,6 +162,7 @@ def test_a_chart_draws_each_value_where_it_belongs() -> None:
     shown = np.delete(np.arange(30), 10)
     np.testing.assert_allclose(x, 50 + 300 * shown / 29, atol=0.06)
     np.testing.assert_allclose(np.diff(y[:10]), (y[-1] - y[0]) / 29, atol=0.11)
+    assert 10 <= y[-1] < 30 < 130 < y[0] <= 146  # upwards, which in SVG is towards 0
     ((limit,),) = (re.findall(r'<line class="alarm" x1="50" x2="350" y1="([\d.]+)"', svg),)
     assert float(limit) == pytest.approx((y[0] + y[-1]) / 2, abs=0.06)
     ((left, width),) = re.findall(r'<rect class="ill" x="([\d.]+)" y="10" width="([\d.]+)"', svg)

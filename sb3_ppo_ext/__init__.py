@@ -12,6 +12,7 @@ from sb3_ppo_ext.common.saving.checkpoint import (
     resume,
     save_checkpoint,
 )
+from sb3_ppo_ext.doctor import DoctorCallback
 from sb3_ppo_ext.dual_clip_ppo import DualClipPPO
 from sb3_ppo_ext.reinforce import REINFORCE
 from sb3_ppo_ext.trpo import TRPO
@@ -24,6 +25,7 @@ __all__ = [
     "AdaptiveKLPPO",
     "ArrayVecEnv",
     "BraxEnv",
+    "DoctorCallback",
     "DualClipPPO",
     "RslRlEnv",
     "SafeCheckpointCallback",

@@ -1,4 +1,4 @@
-"""The command ``sb3-ppo-ext``: rl_zoo3's commands, with our algorithms among those they know, and ``study``."""
+"""The command ``sb3-ppo-ext``: rl_zoo3's commands, which also know our algorithms, and ``study`` and ``doctor``."""
 
 import difflib
 import os
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import sb3_ppo_ext
 from sb3_ppo_ext.zoo.commands import COMMANDS, run_command
+from sb3_ppo_ext.zoo.doctor import run_doctor_command
 from sb3_ppo_ext.zoo.interrupts import INTERRUPTED, Interrupts
 from sb3_ppo_ext.zoo.registration import ALGORITHMS, register
 
-_STUDY = "study"  # our own command
+# Our own commands.
+_STUDY = "study"
+_DOCTOR = "doctor"
 
 _HELP = f"""usage: sb3-ppo-ext [-h] [--version] <command> ...
 
@@ -18,9 +21,10 @@ rl_zoo3's commands, which also know {", ".join(ALGORITHMS)}.
 
 {chr(10).join(f"  {command:<16} {what}" for command, what in COMMANDS.items())}
 
-and, for a search with several processes:
+and our own:
 
-  {_STUDY:<16} search, look at what was found, train the best again, write it as YAML
+  {_STUDY:<16} search with several processes, look at what was found, train the best again, write it as YAML
+  {_DOCTOR:<16} read the log of a training, and say what looks ill and what to change first
 
 `sb3-ppo-ext <command> --help` lists a command's flags."""
 
@@ -39,9 +43,9 @@ def main() -> int:
     if command == "--version":
         print(f"sb3-ppo-ext {sb3_ppo_ext.__version__}")
         return 0
-    if command not in (*COMMANDS, _STUDY):
+    if command not in (*COMMANDS, _STUDY, _DOCTOR):
         if command:
-            nearest = difflib.get_close_matches(command, (*COMMANDS, _STUDY), n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(command, (*COMMANDS, _STUDY, _DOCTOR), n=1, cutoff=0.0)[0]
             print(f"sb3-ppo-ext: there is no command '{command}'; the nearest is '{nearest}'\n", file=sys.stderr)
         print(_HELP, file=sys.stderr)
         return 2
@@ -57,6 +61,8 @@ def main() -> int:
                 from sb3_ppo_ext.zoo.study.commands import run_study_command  # its imports take a while
 
                 return run_study_command(arguments, program, main)
+            if command == _DOCTOR:
+                return run_doctor_command(arguments)
             return run_command(command, arguments, program, interrupts)
         except KeyboardInterrupt:
             print(f"sb3-ppo-ext {command}: ended by Ctrl-C", file=sys.stderr)

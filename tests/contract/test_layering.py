@@ -1,4 +1,7 @@
-"""Doors open downward only: zoo -> algorithms -> common -> losses, numerics; an algorithm imports no other."""
+"""
+Doors open downward only: zoo -> algorithms -> common -> losses, numerics, and zoo -> doctor -> common; an algorithm
+imports no other.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ ALLOWED = {
     "numerics": {"numerics"},
     "common": {"common", "losses", "numerics"},
     "algorithms": {"common", "losses", "numerics"},
-    "package": {"algorithms", "common"},
-    "zoo": {"zoo", "package", "algorithms", "common"},
+    "doctor": {"doctor", "common"},
+    "package": {"algorithms", "common", "doctor"},
+    "zoo": {"zoo", "package", "algorithms", "common", "doctor"},
 }
 
 
@@ -115,7 +119,7 @@ def test_no_file_is_long() -> None:
 # From the lowest to the highest; a file imports none that stands beside or above it.
 ZOO_LEVELS = """
 arguments errors interrupts search_spaces study.processes
-entry pretrained registration summary study.storage study.trials study.workers study.parser study.train_arguments
+doctor entry pretrained registration summary study.storage study.trials study.workers study.parser study.train_arguments
 experiment
 commands study.task
 study.study
@@ -135,6 +139,18 @@ def test_the_doors_of_the_zoo_open_downward() -> None:
     for name in level:
         higher = {there for there in imports(inside[name]) if level.get(there, -1) >= level[name]}
         assert not higher, f"{name} must not import {higher}"
+
+
+def test_the_doctor_needs_no_more_than_sb3_does() -> None:
+    """And TensorBoard, to read its logs, where it is asked to."""
+    allowed = {"numpy", "torch", "stable_baselines3", "sb3_ppo_ext", *sys.stdlib_module_names}
+    for path in (PACKAGE / "doctor").rglob("*.py"):
+        others = {name.split(".")[0] for name in imports(path)} - allowed
+        assert others == ({"tensorboard"} if path.name == "logs.py" else set()), path.name
+        at_import = [
+            node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        assert "tensorboard" not in ast.unparse(ast.Module(at_import, []))
 
 
 @pytest.mark.parametrize("folder", ["losses", "numerics"])

@@ -43,6 +43,8 @@ def test_the_best_trials_are_shown_as_text_page_and_picture(command: Command, tm
     page = (STUDY_FOLDER / "report.html").read_text()
     for heading in ("History", "Importances", "Value by hyper-parameter", "Evaluations of each trial", "All trials"):
         assert f"<h2>{heading}</h2>" in page
+    assert "<h2>Go on</h2>" in page
+    assert "study evaluate --study-name dual_clip_ppo_Held-v0" in page
     assert page.count("<tr>") == 13
     assert "<td>failed</td>" in page
     assert "It was &lt;tired&gt;" in page

@@ -6,7 +6,7 @@ import copy
 import html
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState
 
 from sb3_ppo_ext.common.saving.files import write_whole
+from sb3_ppo_ext.doctor.page import STYLE
 from sb3_ppo_ext.zoo.errors import StudyError
 from sb3_ppo_ext.zoo.study.storage import state_name
 from sb3_ppo_ext.zoo.study.study import ZooStudy
@@ -31,9 +32,13 @@ _PLOTS = {
     "timeline": "When each trial ran",
 }
 _WIDTH = 1600  # of the picture, in pixels
-_STYLE = (
-    "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right}"
-)
+# Of the plots in the page, as of the text around them.
+_LAYOUT = {
+    "title": None,  # stands above
+    "showlegend": True,
+    "template": "plotly_white",
+    "font": {"family": "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"},
+}
 
 
 def why_no_importances(study: ZooStudy) -> str:
@@ -99,10 +104,11 @@ def decoded_study(study: ZooStudy) -> optuna.Study:
     return decoded
 
 
-def write_plots(study: ZooStudy, evaluation: Sequence[str]) -> tuple[Path, Path]:
+def write_plots(study: ZooStudy, evaluation: Sequence[str], commands: Mapping[str, str]) -> tuple[Path, Path]:
     """
     :param study: the study
     :param evaluation: the lines of a table of what was trained again
+    :param commands: to go on with, each by what it does
     :return: the page and the picture with all plots
     """
     try:
@@ -113,7 +119,7 @@ def write_plots(study: ZooStudy, evaluation: Sequence[str]) -> tuple[Path, Path]
     except ImportError as error:
         raise StudyError(f"the plots need {error.name}: pip install 'sb3-ppo-ext[zoo]'") from error
 
-    parts = _page_head(study, evaluation)
+    parts = _page_head(study, evaluation, commands)
     images: list[Image.Image] = []
     decoded = decoded_study(study)
     plt.switch_backend("agg")
@@ -129,7 +135,7 @@ def write_plots(study: ZooStudy, evaluation: Sequence[str]) -> tuple[Path, Path]
             except (ValueError, RuntimeError) as error:
                 parts.append(f"<h2>{heading}</h2><p>{html.escape(str(error))}</p>")
                 continue
-            figure.update_layout(title=None, showlegend=True)
+            figure.update_layout(**_LAYOUT)
             if name == "intermediate_values":
                 figure.update_xaxes(title="Steps")
                 plt.gca().set_xlabel("Steps")
@@ -137,7 +143,7 @@ def write_plots(study: ZooStudy, evaluation: Sequence[str]) -> tuple[Path, Path]
                     plt.gca().legend().remove()  # names every trial
             # The library goes into the page, once, so that it needs no network.
             content = figure.to_html(full_html=False, include_plotlyjs=not images)
-            parts.append(f"<h2>{heading}</h2>{content}")
+            parts.append(f'<h2>{heading}</h2><div class="wide">{content}</div>')
             buffer = io.BytesIO()
             if name != "slice":  # which is as wide as it has hyper-parameters
                 plt.gcf().set_size_inches(14, 5)
@@ -154,34 +160,44 @@ def write_plots(study: ZooStudy, evaluation: Sequence[str]) -> tuple[Path, Path]
     joined.save(png, "png")
 
     page, picture = study.folder / "report.html", study.folder / "report.png"
-    write_whole(page, memoryview("\n".join(parts).encode()))
+    write_whole(page, memoryview("\n".join([*parts, "</body></html>\n"]).encode()))
     write_whole(picture, png.getbuffer())
     return page, picture
 
 
-def _page_head(study: ZooStudy, evaluation: Sequence[str]) -> list[str]:
+def _page_head(study: ZooStudy, evaluation: Sequence[str], commands: Mapping[str, str]) -> list[str]:
     """
     :param study: the study
     :param evaluation: the lines of a table of what was trained again
+    :param commands: to go on with, each by what it does
     :return: what the page has above the plots
     """
     title = html.escape(f"Study {study.name}")
-    parts = [f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"]
-    parts += [f"<p>{html.escape(study.counts())}</p>"]
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
+    ]
+    parts += [f'<p class="verdict">{html.escape(study.counts())}</p>', "<h2>Go on</h2>"]
+    for what, command in commands.items():
+        parts += [f"<p>{html.escape(what)}:</p><pre>{html.escape(command)}</pre>"]
     if evaluation:
         lines = html.escape("\n".join(evaluation))
         parts += [f"<h2>Trained again, on fresh seeds</h2><pre>{lines}</pre>"]
     trials = study.trials()
     hyperparams = [study.hyperparams(trial) for trial in trials]
     names = {name: label for values in hyperparams for name, (label, _) in values.items()}
-    parts += ["<h2>All trials</h2><table>", _row("th", ["trial", "state", "value", *names.values(), "reason"])]
+    parts += [
+        '<h2>All trials</h2><div class="wide"><table>',
+        _row("th", ["trial", "state", "value", *names.values(), "reason"]),
+    ]
     for trial, values in zip(trials, hyperparams, strict=True):
         last = list(trial.intermediate_values.values())[-1:]
         value = [f"{value:.2f}" for value in ([trial.value] if trial.value is not None else last)] or [""]
         cells = [format_value(values[name][1]) if name in values else "" for name in names]
         reason = trial.user_attrs.get(REASON, "")
         parts += [_row("td", [str(trial.number), state_name(trial.state), *value, *cells, reason])]
-    return [*parts, "</table>"]
+    return [*parts, "</table></div>"]
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:

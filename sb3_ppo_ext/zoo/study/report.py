@@ -37,14 +37,17 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
     errors = _errors(study)
     if errors:
         print("\nEnded early, for a reason that is known:", *(f"  {line}" for line in errors), sep="\n")
-    page, picture = write_plots(study, evaluation)
-    print(f"\nPlots:\n  {page}\n  {picture}")
     if evaluation:
-        print(f"\nWrite the best as YAML:\n  {shlex.join([*program, 'study', 'export', *study.arguments])}")
+        commands = {"Write the best as YAML": shlex.join([*program, "study", "export", *study.arguments])}
     else:
         evaluate = [*program, "study", "evaluate", *study.arguments]
-        print(f"\nTrain the best again, on fresh seeds:\n  {shlex.join(evaluate)}")
-    print(f"\nLive, in a browser (pip install optuna-dashboard):\n  optuna-dashboard {shlex.quote(study.storage)}")
+        commands = {"Train the best again, on fresh seeds": shlex.join(evaluate)}
+    live = f"optuna-dashboard {shlex.quote(study.storage)}"
+    commands["Live, in a browser (pip install optuna-dashboard)"] = live
+    page, picture = write_plots(study, evaluation, commands)
+    print(f"\nPlots:\n  {page}\n  {picture}")
+    for what, command in commands.items():
+        print(f"\n{what}:\n  {command}")
 
 
 def _trial_table(study: ZooStudy, trials: Sequence[FrozenTrial], explained: dict[str, float]) -> list[str]:

@@ -1,0 +1,81 @@
+"""Which algorithm has written a log, and what its arguments are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from sb3_ppo_ext.doctor.run import Run
+
+
+class Algorithm(NamedTuple):
+    """
+    An algorithm as its log shows it.
+
+    :param name: as its users know it
+    :param keys: log keys that it has and those after it in :data:`ALGORITHMS` lack
+    :param words: what rules say of it: by a name in braces in their texts, a part of a sentence
+    """
+
+    name: str
+    keys: frozenset[str]
+    words: Mapping[str, str]
+
+
+_NETWORK = "give the critic a larger network (`policy_kwargs={'net_arch': {'pi': [64, 64], 'vf': [256, 256]}}`)"
+_OWN_RATE = f"{_NETWORK} or a rate of its own (`critic_learning_rate` in `policy_kwargs`)"
+_NO_ENTROPY = "this TRPO has no weight for the entropy"
+
+_PPO = {
+    "smaller": "divide `learning_rate` by 3, or lower `n_epochs`",
+    "brake": "`target_kl=0.03` also ends an update that goes too far.",
+    "samples": "raise `n_steps` or the number of environments",
+    "critic": f"raise `vf_coef`, or {_NETWORK}",
+    "critic_is_trained": "`vf_coef` and `learning_rate` are not 0, and that nothing has frozen the critic",
+    "entropy_up": "raise `ent_coef` (0.001 to 0.01 is usual)",
+    "entropy_down": "lower `ent_coef`; 0 is the default",
+    "rate": "the actor and the critic",
+    "step": "`learning_rate`",
+}
+_OURS = {**_PPO, "critic": f"raise `vf_coef`, or {_OWN_RATE}"}
+_A2C = {**_PPO, "smaller": "divide `learning_rate` by 3", "brake": ""}
+_TRPO = {
+    **_PPO,
+    "smaller": "lower `target_kl`",
+    "brake": "",
+    "critic": f"raise `n_critic_updates` or `learning_rate`, which is the critic's alone, or {_NETWORK}",
+    "critic_is_trained": "`learning_rate` is not 0, and that nothing has frozen the critic",
+    "rate": "the critic alone",
+    "step": "`target_kl`",
+}
+_REINFORCE = {
+    **_A2C,
+    "samples": "raise `episodes_per_env` or the number of environments",
+    "critic": f"raise `n_critic_updates`, or {_OWN_RATE}. `baseline='leave_one_out'` needs no critic",
+    "critic_is_trained": "`learning_rate` is not 0, and that nothing has frozen the critic",
+}
+
+ALGORITHMS = (
+    Algorithm(
+        "AdaptiveKLPPO",
+        frozenset({"train/kl_coef"}),
+        {**_OURS, "brake": "A larger `kl_coef` holds the first updates back."},
+    ),
+    Algorithm("DualClipPPO", frozenset({"train/dual_clip_fraction"}), _OURS),
+    Algorithm("TRPO", frozenset({"train/is_line_search_success", "train/cg_damping"}), _TRPO),
+    Algorithm(
+        "TRPO of sb3-contrib",
+        frozenset({"train/is_line_search_success"}),
+        {**_TRPO, "entropy_up": _NO_ENTROPY, "entropy_down": _NO_ENTROPY},
+    ),
+    Algorithm("A2C", frozenset({"train/policy_loss"}), _A2C),
+    Algorithm("PPO", frozenset({"train/approx_kl"}), _PPO),
+    Algorithm("REINFORCE", frozenset({"train/policy_gradient_loss"}), _REINFORCE),
+)
+"""From the one with the most particular keys on."""
+
+
+def algorithm_of(run: Run) -> Algorithm:
+    """The first of :data:`ALGORITHMS` whose keys the log has; of a log without any, one that is called "unknown"."""
+    known = (algorithm for algorithm in ALGORITHMS if algorithm.keys <= run.series.keys())
+    return next(known, Algorithm("an unknown algorithm", frozenset(), _PPO))

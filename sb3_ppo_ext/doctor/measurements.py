@@ -1,0 +1,37 @@
+"""What logs lack and a callback can see: the spread of advantages and returns, and limits that a rule compares with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch as th
+
+SETTINGS = ("gamma", "ent_coef", "max_grad_norm", "kl_coef_min", "kl_coef_max")
+"""Hyper-parameters that rules compare with, and that algorithms do not log, or not all of them."""
+
+
+def measurements(model: Any) -> dict[str, float]:
+    """
+    :param model: an on-policy algorithm at the end of a rollout
+    :return: by the name that they are logged under, after ``doctor/``
+    """
+    found: dict[str, float] = {}
+    for name in SETTINGS:
+        value = getattr(model, name, None)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found[name] = float(value)
+    returns = _numbers(model.rollout_buffer.returns)
+    found["return_mean"], found["return_std"] = returns.mean().item(), returns.std(correction=0).item()
+    if getattr(model, "baseline", "value") == "value":  # REINFORCE's other baselines do not go into the buffer
+        advantages = _numbers(model.rollout_buffer.advantages)
+        mean, std = advantages.mean().item(), advantages.std(correction=0).item()
+        found["advantage_mean"], found["advantage_std"] = mean, std
+        if std > 0.0:
+            found["advantage_skew"] = ((advantages - mean) / std).pow(3).mean().item()
+    return found
+
+
+def _numbers(array: Any) -> th.Tensor:
+    """An array of a rollout buffer, which may be a tensor on a device."""
+    return th.as_tensor(array).to("cpu", th.float64)

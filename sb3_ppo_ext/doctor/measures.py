@@ -1,0 +1,242 @@
+"""What rules compare with their limits: series that follow from those that were logged. None: the log lacks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sb3_ppo_ext.doctor.run import Run, Series
+
+Measure = Callable[[Run], Series | None]
+
+_WINDOW = 10  # updates over which failures are counted
+_FOR_SLOPE = 10  # rows that a slope takes at least
+_EPISODES = 10  # that have to be alike before that means something
+_FIRST = 5  # rows that say what was usual at the beginning
+# Bounds of AdaptiveKLPPO's coefficient where nothing has logged them: its defaults.
+KL_COEF_MIN, KL_COEF_MAX = 1e-4, 1e4
+
+
+def logged(*keys: str) -> Measure:
+    """The first of these keys that was logged, as it is."""
+    return lambda run: next((run.series[key] for key in keys if key in run.series), None)
+
+
+def _aligned(run: Run, *keys: str) -> tuple[np.ndarray, ...] | None:
+    """Steps at which all of these keys were logged, and their values there; None, if there are none."""
+    if any(key not in run.series for key in keys):
+        return None
+    columns = [dict(zip(*run.series[key], strict=True)) for key in keys]
+    steps = [step for step in columns[0] if all(step in column for column in columns)]
+    if not steps:
+        return None
+    return np.array(steps), *(np.array([column[step] for step in steps]) for column in columns)
+
+
+def until_learnt(measure: Measure, at_least: float = np.nan) -> Measure:
+    """
+    A measure that is judged otherwise where the mean return is well above its beginning and near its best. Returns then
+    hardly vary any more, and what is divided by their spread says nothing; and a policy may be sure of what it does.
+
+    :param measure: the measure
+    :param at_least: what it is there at least; by default it is NaN there, which is beyond no limit
+    :return: another
+    """
+
+    def until(run: Run) -> Series | None:
+        found, returns = measure(run), logged("rollout/ep_rew_mean")(run)
+        if found is None or returns is None:
+            return found
+        gain, first = returns.values - returns.values[0], abs(returns.values[0])
+        best = np.fmax.accumulate(gain)
+        is_learnt = (best > 0.0) & (best >= 0.5 * first) & (gain >= 0.8 * best)
+        row = np.searchsorted(returns.steps, found.steps, side="right") - 1
+        is_learnt = (row >= 0) & is_learnt[row]
+        return Series(found.steps, np.where(is_learnt, np.maximum(found.values, at_least), found.values))
+
+    return until
+
+
+def not_finite(run: Run) -> Series | None:
+    """1 where a loss, a statistic or a return is no finite number, else 0."""
+    # Where nothing varies, the explained variance is no number; and no episode may have ended yet.
+    exempt = ("train/explained_variance", "rollout/success_rate")
+    checked = [run.series[key] for key in run.series if key.startswith(("train/", "rollout/")) and key not in exempt]
+    if not checked:
+        return None
+    steps, row = np.unique(np.concatenate([series.steps for series in checked]), return_inverse=True)
+    flags = np.zeros(len(steps))
+    np.maximum.at(flags, row, ~np.isfinite(np.concatenate([series.values for series in checked])))
+    return Series(steps, flags)
+
+
+def kl(run: Run) -> Series | None:
+    """The KL divergence of an update, where it has no target of its own that it is to be compared with."""
+    if "train/target_kl" in run.series:
+        return None
+    return logged("train/approx_kl", "train/kl", "train/kl_divergence_loss")(run)
+
+
+def kl_over_target(run: Run) -> Series | None:
+    """The exact KL divergence of an update as a multiple of its target."""
+    found = _aligned(run, "train/kl", "train/target_kl")
+    return None if found is None else Series(found[0], found[1] / found[2])
+
+
+def _entropy(run: Run) -> Series | None:
+    """Of policies with discrete actions: that of others may be below 0, and they have a standard deviation."""
+    if "train/entropy_loss" not in run.series or "train/std" in run.series:
+        return None
+    steps, values = run.series["train/entropy_loss"]
+    return Series(steps, -values)
+
+
+def entropy_left(run: Run) -> Series | None:
+    """The entropy as a share of the largest so far."""
+    entropy = _entropy(run)
+    if entropy is None:
+        return None
+    largest = np.maximum.accumulate(entropy.values)
+    return Series(entropy.steps, np.divide(entropy.values, largest, out=np.ones_like(largest), where=largest > 0.0))
+
+
+def entropy_slope(run: Run) -> Series | None:
+    """
+    The slope of a straight line through the entropy from the first row to each: what the line falls, as a share of the
+    first entropy, and the most so far. NaN for the first rows, which are too few for a slope.
+    """
+    entropy = _entropy(run)
+    if entropy is None or entropy.values[0] <= 0.0:
+        return None
+    row, y = np.arange(1, len(entropy.values) + 1), entropy.values
+    mean_x, mean_y = (row + 1) / 2, np.cumsum(y) / row
+    covariance = np.cumsum(row * y) / row - mean_x * mean_y
+    variance = (row * row - 1) / 12
+    slope = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0.0)
+    lost = np.where(row < _FOR_SLOPE, np.nan, -slope * (row - 1) / y[0])
+    return Series(entropy.steps, np.fmax.accumulate(lost))
+
+
+def std_growth(run: Run) -> Series | None:
+    """The standard deviation of Box actions as a multiple of the first."""
+    found = logged("train/std")(run)
+    return None if found is None or found.values[0] <= 0.0 else Series(found.steps, found.values / found.values[0])
+
+
+def best_explained_variance(run: Run) -> Series | None:
+    """
+    The largest explained variance so far. NaN where the error of the critic has halved since the beginning, by medians
+    of five rows: such a critic is learning how large the returns are, which comes before how they vary.
+    """
+    found = logged("train/explained_variance")(run)
+    if found is None:
+        return None
+    best = Series(found.steps, np.fmax.accumulate(found.values))
+    aligned = _aligned(run, "train/explained_variance", "train/value_loss")
+    if aligned is None or len(aligned[0]) != len(found.steps):
+        return best
+    losses = aligned[2]
+    padded = np.pad(losses, (_FIRST - 1, 0), mode="edge")
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, _FIRST), axis=1)
+    return Series(best.steps, np.where(medians < 0.5 * np.median(losses[:_FIRST]), np.nan, best.values))
+
+
+def no_explained_variance(run: Run) -> Series | None:
+    """1 where the returns of a rollout do not vary, so that there is nothing to explain, else 0."""
+    found = logged("train/explained_variance")(run)
+    return None if found is None else Series(found.steps, np.isnan(found.values).astype(float))
+
+
+def critic_error(run: Run) -> Series | None:
+    """By how much the critic is off: the root of its mean squared error."""
+    found = logged("train/value_loss")(run)
+    return None if found is None else Series(found.steps, np.sqrt(np.abs(found.values)))
+
+
+def advantage_bias(run: Run) -> Series | None:
+    """The distance of the advantages' mean from 0, in their standard deviations."""
+    found = _aligned(run, "doctor/advantage_mean", "doctor/advantage_std")
+    if found is None:
+        return None
+    steps, mean, std = found
+    return Series(steps, np.abs(mean) / np.maximum(std, 1e-12))
+
+
+def advantage_skew(run: Run) -> Series | None:
+    """How far the advantages are from symmetric, whichever side is longer."""
+    found = logged("doctor/advantage_skew")(run)
+    return None if found is None else Series(found.steps, np.abs(found.values))
+
+
+def gradient_over_limit(run: Run) -> Series | None:
+    """The mean norm of the gradients before they are clipped, as a multiple of what they are clipped to."""
+    limit = run.last("doctor/max_grad_norm")
+    found = logged("train/grad_norm")(run)
+    return None if found is None or not limit else Series(found.steps, found.values / limit)
+
+
+def line_search_failures(run: Run) -> Series | None:
+    """The share of failed line searches among the last ten."""
+    found = logged("train/is_line_search_success")(run)
+    if found is None or len(found.values) < _WINDOW:
+        return None
+    failures = np.convolve(1.0 - found.values, np.ones(_WINDOW), mode="valid") / _WINDOW
+    return Series(found.steps[_WINDOW - 1 :], failures)
+
+
+def at_bound(run: Run) -> Series | None:
+    """2 where the coefficient of the KL penalty is at its upper bound, 1 at its lower one, else 0."""
+    found = logged("train/kl_coef")(run)
+    if found is None:
+        return None
+    low, high = run.last("doctor/kl_coef_min"), run.last("doctor/kl_coef_max")
+    low, high = KL_COEF_MIN if low is None else low, KL_COEF_MAX if high is None else high
+    return Series(found.steps, np.select([found.values >= high, found.values <= low], [2.0, 1.0], 0.0))
+
+
+def _horizon(run: Run) -> tuple[float, Series] | None:
+    """The steps that gamma looks ahead, 1 / (1 - gamma), and the mean lengths of episodes."""
+    gamma = run.last("doctor/gamma")
+    lengths = logged("rollout/ep_len_mean")(run)
+    if gamma is None or lengths is None:
+        return None
+    return (np.inf if gamma >= 1.0 else 1.0 / (1.0 - gamma)), lengths
+
+
+def horizon_steps(run: Run) -> Series | None:
+    """The steps that gamma looks ahead; infinite where that is at least half an episode."""
+    found = _horizon(run)
+    if found is None:
+        return None
+    horizon, (steps, lengths) = found
+    return Series(steps, np.where(lengths > 2.0 * horizon, horizon, np.inf))
+
+
+def horizon_share(run: Run) -> Series | None:
+    """The steps that gamma looks ahead as a share of an episode's length."""
+    found = _horizon(run)
+    if found is None:
+        return None
+    horizon, (steps, lengths) = found
+    return Series(steps, horizon / np.maximum(lengths, 1.0))
+
+
+def unchanged_returns(run: Run) -> Series | None:
+    """1 as long as all episodes since the beginning have had one return, and there were several; else 0."""
+    found = _aligned(run, "rollout/ep_rew_mean", "rollout/ep_len_mean")
+    if found is None:
+        return None
+    steps, returns, lengths = found
+    same = np.abs(returns - returns[0]) <= 1e-6 * max(1.0, abs(returns[0]))
+    n_episodes = (steps - steps[0]) / np.maximum(lengths, 1.0)
+    return Series(steps, (np.logical_and.accumulate(same) & (n_episodes >= _EPISODES)).astype(float))
+
+
+def speed(run: Run) -> Series | None:
+    """Steps a second since the beginning, as a share of the fastest row after the first few."""
+    found = logged("time/fps")(run)
+    if found is None or len(found.values) <= _FIRST:
+        return None
+    values = found.values[_FIRST:]
+    return Series(found.steps[_FIRST:], values / np.maximum(np.maximum.accumulate(values), 1e-12))

@@ -1,0 +1,83 @@
+"""What a training has logged."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+N_PARTS = 50
+"""A longer series is judged and drawn in so many parts, each by its median."""
+
+STEP = "time/total_timesteps"
+
+
+class Series(NamedTuple):
+    """
+    What was logged under one key.
+
+    :param steps: of the environments, at each row
+    :param values: the value there, as many
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def in_parts(self) -> Series:
+        """At most :data:`N_PARTS` medians of rows that follow each other, each with the first of its steps."""
+        if len(self.values) <= N_PARTS:
+            return self
+        steps, values = (np.array_split(array, N_PARTS) for array in self)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a part in which nothing is a number
+            medians = [np.nanmedian(part) for part in values]
+        return Series(np.array([part[0] for part in steps]), np.array(medians))
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A training, as far as it was logged.
+
+    :param name: of the run, for whoever reads about it
+    :param series: by their keys
+    """
+
+    name: str
+    series: Mapping[str, Series]
+
+    @property
+    def n_rows(self) -> int:
+        """How many times the longest series was logged."""
+        return max((len(series.steps) for series in self.series.values()), default=0)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the environments until the last row."""
+        return max((int(series.steps[-1]) for series in self.series.values()), default=0)
+
+    def last(self, *keys: str) -> float | None:
+        """The last value of the first of these keys that was logged; None, if none was."""
+        return next((float(self.series[key].values[-1]) for key in keys if key in self.series), None)
+
+
+def run_of_rows(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Run:
+    """
+    :param name: of the run
+    :param rows: each with its step, and numbers by their keys; all else is left out
+    :return: the run, with its rows in the order of their steps
+    """
+    columns: dict[str, list[tuple[int, float]]] = {}
+    for step, row in rows:
+        for key, value in row.items():
+            if isinstance(value, (int, float, np.number)):
+                columns.setdefault(key, []).append((step, float(value)))
+    series = {}
+    for key, column in columns.items():
+        column.sort(key=lambda pair: pair[0])
+        steps, values = zip(*column, strict=True)
+        series[key] = Series(np.array(steps), np.array(values))
+    return Run(name, series)

@@ -1,0 +1,211 @@
+"""``sb3-ppo-ext doctor``: what it prints, the page that it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sb3_ppo_ext.doctor.charts import Limit, chart
+from sb3_ppo_ext.doctor.keys import MEANINGS
+from sb3_ppo_ext.doctor.run import Series
+from tests.contract.zoo import Command, error_line
+
+STEPS = 1000 * np.arange(1, 31)
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+VOID = {"meta", "br"}
+
+
+def log(folder: Path, **columns: float | np.ndarray) -> Path:
+    """A progress.csv of 30 rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["time/total_timesteps", *(name.replace("__", "/") for name in columns)]
+    table = np.column_stack([STEPS, *(np.broadcast_to(column, 30) for column in columns.values())])
+    lines = [",".join(names), *(",".join(map(str, row)) for row in table)]
+    path = folder / "progress.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def ill(folder: Path) -> Path:
+    return log(
+        folder,
+        rollout__ep_rew_mean=np.linspace(20.0, 40.0, 30),
+        rollout__ep_len_mean=np.linspace(20.0, 40.0, 30),
+        train__approx_kl=np.where(np.arange(30) < 20, 0.01, 0.5),
+        train__clip_fraction=0.25,
+        train__dual_clip_fraction=0.0,
+        train__learning_rate=0.005,
+    )
+
+
+def test_a_log_is_diagnosed(command: Command, tmp_path: Path) -> None:
+    output = command("doctor", str(ill(tmp_path / "run")))
+    assert output.splitlines()[0] == (
+        "run/progress.csv: DualClipPPO, 30,000 steps. 1 alarm, and 1 thing to watch. Begin with the first."
+    )
+    assert "ALARM  The policy moves too far in one update\n" in output
+    assert "  seen    The KL divergence of an update has been above 0.1 since step 21,000. It is 0.5 now.\n" in output
+    assert "  means   The samples of a rollout say little" in output
+    assert "  change  Divide `learning_rate` (now 0.005) by 3, or lower `n_epochs`. `target_kl=0.03` also" in output
+    assert output.index("ALARM") < output.index("WATCH  Much of the gradient is clipped away")
+    assert "need what the log lacks: gamma, advantage_mean, advantage_skew. DoctorCallback adds it" in output
+
+
+def test_a_folder_of_runs_is_diagnosed_one_after_the_other(command: Command, tmp_path: Path) -> None:
+    ill(tmp_path / "logs" / "PPO_1")
+    log(tmp_path / "logs" / "PPO_2", train__approx_kl=0.001)
+    output = command("doctor", "logs")
+    assert re.findall(r"^\S+: .*$", output, re.MULTILINE) == [
+        "PPO_1: DualClipPPO, 30,000 steps. 1 alarm, and 1 thing to watch. Begin with the first.",
+        "PPO_2: PPO, 30,000 steps. Nothing unusual.",
+    ]
+
+
+def test_what_the_log_lacks_may_be_given(command: Command, tmp_path: Path) -> None:
+    path = ill(tmp_path)
+    assert "ALARM  The agent looks only a few steps ahead" in command("doctor", str(path), "-params", "gamma:0.0")
+    output = command("doctor", str(path), "-params", "gamma:0.99")
+    assert "a few steps ahead" not in output
+    assert "need what the log lacks: advantage_mean" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a log is wanted, or a folder with logs; or --explain KEY"),
+        (["run", "--explain", "approx_kl"], "a log is wanted"),
+        (["nowhere"], "nowhere does not exist"),
+        (["--explain", "aprox_kl"], "there is no key 'aprox_kl'; the nearest is 'approx_kl'"),
+        (["run", "-params", "gama:0.9"], "no rule needs 'gama'; it must be one of gamma, ent_coef"),
+        (["run", "-params", "gamma:high"], "gamma='high' is not allowed: it must be a number"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments: list[str], message: str, command: Command) -> None:
+    ill(Path("run"))
+    assert message in error_line(command("doctor", *arguments, code=2))
+
+
+@pytest.mark.parametrize("key", ["train/approx_kl", "approx_kl"])
+def test_a_key_is_explained_with_the_limits_of_its_rules(key: str, command: Command) -> None:
+    output = command("doctor", "--explain", key)
+    assert output.startswith(f"train/approx_kl: {MEANINGS['train/approx_kl']}\n")
+    assert "The KL divergence of an update: above 0.02 is worth a look, above 0.1 is an alarm." in output
+
+
+def test_help_names_the_command(command: Command) -> None:
+    assert re.search(r"^  doctor +read the log of a training", command("--help"), re.MULTILINE)
+    assert "LOG_OR_FOLDER" in command("doctor", "--help")
+
+
+class Reader(HTMLParser):
+    """Checks that every element is closed, and keeps what could load something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        assert tag not in ("script", "link", "img", "iframe")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else(command: Command, tmp_path: Path) -> None:
+    ill(tmp_path / "logs" / "a <run> & more")
+    log(tmp_path / "logs" / "b", train__approx_kl=0.001)
+    output = command("doctor", "logs", "--html")
+    assert output.endswith("With plots:\n  logs/doctor.html\n")
+    text = (tmp_path / "logs" / "doctor.html").read_text()
+    assert Reader(text).links == ["#run0", "#run1"]
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "a &lt;run&gt; &amp; more" in text
+    for part in ("The policy moves too far in one update", "Looked for, and not found", "Not looked for", "<svg"):
+        assert part in text
+    assert 'content="width=device-width, initial-scale=1"' in text
+
+    command("doctor", "logs/a <run> & more", "--html")
+    text = (tmp_path / "logs" / "a <run> & more" / "doctor.html").read_text()
+    assert Reader(text).links == []
+    assert text.count("a &lt;run&gt; &amp; more: diagnosis") == 2  # the title, and the heading
+
+
+def test_a_chart_draws_each_value_where_it_belongs() -> None:
+    """A line from the lower left to the upper right, with a gap, a limit, and a part that is marked."""
+    values = np.linspace(0.0, 1.0, 30)
+    values[10] = np.nan
+    svg = chart(Series(STEPS, values), "a label & more", [Limit(0.5, "alarm")], 16_000, None)
+    pieces = [
+        np.array([point.split(",") for point in points.split()], dtype=float)
+        for points in re.findall(r'<polyline class="line" points="([^"]+)"', svg)
+    ]
+    assert [len(piece) for piece in pieces] == [10, 19]
+    x, y = np.concatenate(pieces).T
+    shown = np.delete(np.arange(30), 10)
+    np.testing.assert_allclose(x, 50 + 300 * shown / 29, atol=0.06)
+    np.testing.assert_allclose(np.diff(y[:10]), (y[-1] - y[0]) / 29, atol=0.11)
+    assert 10 <= y[-1] < 30 < 130 < y[0] <= 146  # upwards, which in SVG is towards 0
+    ((limit,),) = (re.findall(r'<line class="alarm" x1="50" x2="350" y1="([\d.]+)"', svg),)
+    assert float(limit) == pytest.approx((y[0] + y[-1]) / 2, abs=0.06)
+    ((left, width),) = re.findall(r'<rect class="ill" x="([\d.]+)" y="10" width="([\d.]+)"', svg)
+    assert float(left) == pytest.approx(50 + 300 * 15 / 29, abs=0.06)
+    assert float(left) + float(width) == pytest.approx(350, abs=0.11)
+    assert 'aria-label="a label &amp; more"' in svg
+    assert re.findall(r">([^<]+)</text>", svg) == ["0", "0.5", "1", "1k", "15.5k", "30k"]
+
+
+def test_a_chart_of_many_magnitudes_is_logarithmic() -> None:
+    svg = chart(Series(STEPS, np.logspace(-2, 6, 30)), "any")
+    (points,) = re.findall(r'<polyline class="line" points="([^"]+)"', svg)
+    heights = np.array([float(point.split(",")[1]) for point in points.split()])
+    np.testing.assert_allclose(np.diff(heights), (heights[-1] - heights[0]) / 29, atol=0.11)
+    assert re.findall(r">([^<]+)</text>", svg)[:-3] == ["0.01", "1", "100", "10k", "1M"]
+
+
+@pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [np.nan, 2.0, np.inf], [0.0, 1e-300], [-1e300, 1e300]])
+def test_any_series_can_be_drawn(values: list[float]) -> None:
+    svg = chart(Series(np.arange(len(values)), np.array(values)), "any")
+    assert svg.startswith("<svg")
+    assert "nan" not in svg
+    assert "inf" not in svg
+    assert chart(Series(np.arange(2), np.full(2, np.nan)), "any") == ""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_the_page_fits_a_phone_and_a_screen(command: Command, tmp_path: Path) -> None:
+    """In a real browser: nothing is wider than its window, and something is drawn."""
+    command("doctor", str(ill(tmp_path / "run")), "--html")
+    page = escape((tmp_path / "run" / "doctor.html").read_text())
+    frames = "".join(f'<iframe srcdoc="{page}" width="{width}" height="3000"></iframe>' for width in (390, 1100))
+    measure = "document.title = Array.from(window, frame => frame.document.documentElement.scrollWidth)"
+    (tmp_path / "both.html").write_text(f"<title></title>{frames}<script>onload = () => {{ {measure} }}</script>")
+    picture = tmp_path / "picture.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1600,3000"]
+    options += [f"--user-data-dir={tmp_path / 'browser'}", f"--screenshot={picture}", "--dump-dom"]
+    arguments = [str(BROWSER), *options, (tmp_path / "both.html").as_uri()]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
+    widths = re.search(r"<title>(\d+),(\d+)</title>", done.stdout)
+    assert widths is not None
+    assert (int(widths[1]), int(widths[2])) == (390, 1100)
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    for half in (pixels[:, 20:380], pixels[:, 420:1500]):
+        assert len(np.unique(half.reshape(-1, 3), axis=0)) > 50

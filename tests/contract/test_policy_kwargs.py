@@ -222,6 +222,20 @@ def test_frozen_parameters_stay(algorithm: Any) -> None:
     assert have_moved(model, all_before)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_frozen_critic_stays_and_the_actor_learns(algorithm: Any) -> None:
+    model = small(algorithm, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS))
+    critic = [p for name, p in model.policy.named_parameters() if "value" in name]
+    for p in critic:
+        p.requires_grad_(False)
+    before, all_before = [p.clone() for p in critic], parameters(model)
+    model.learn(2 * ROLLOUT)
+    assert all(map(th.equal, critic, before))
+    assert have_moved(model, all_before)
+    values, returns = model.rollout_buffer.values, model.rollout_buffer.returns
+    assert model.logger.name_to_value["train/value_loss"] == pytest.approx(np.square(values - returns).mean(), rel=1e-5)
+
+
 def test_a_shared_extractor_is_trained_by_the_actor_alone_where_the_critic_must_not_touch_it() -> None:
     """TRPO's critic steps leave what the actor depends on where the trust region put it."""
     model = small(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -13,6 +14,7 @@ from torch import nn
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.buffers import values_and_returns
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.purity import keeps_statistics
 from sb3_ppo_ext.common.update.normalization import update_normalization
@@ -119,6 +121,9 @@ def fit_critic(
     :param reducer: of the processes that make the steps
     :return: mean loss
     """
+    if not critic_parameters(policy, actor_parameters):  # all frozen: the values are those of the rollout
+        values, returns = values_and_returns(rollout_buffer)
+        return float(np.square(values - returns).mean())
     set_critic_training_mode(policy, actor_parameters)
     coefficients = {"max_grad_norm": math.inf}
     history: list[th.Tensor] = []

@@ -10,6 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 SBX := .venv-sbx
+DOCS := .venv-docs
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 TORCH ?= torch
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test test-lowest test-newest lint format sbx-env clean
+.PHONY: help train test test-lowest test-newest lint format docs sbx-env clean
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
@@ -31,6 +32,7 @@ help:
 	@echo "              are; PYTHON= names an interpreter, TORCH=torch==... the newest torch that is wanted"
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
+	@echo "make docs     build the documentation in docs/_build/html, with warnings as errors"
 	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
 	@echo "make clean    remove .venv, .venv-* and what the tools have left; logs/ stays"
 
@@ -60,8 +62,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS)/installed
+	$(DOCS)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 clean:
-	rm -rf .venv $(SBX) $(LOWEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SBX) $(LOWEST) $(NEWEST) $(DOCS) docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find sb3_ppo_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Where Python comes without ensurepip (Debian's python3 without python3-venv), its own pip fills the environment.
@@ -78,6 +84,11 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	$(call venv,$(LOWEST))
 	$(LOWEST)/bin/python -m pip install --upgrade pip
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt -e '.[dev]'
+	@touch $@
+
+$(DOCS)/installed: pyproject.toml constraints.txt
+	$(call venv,$(DOCS))
+	$(DOCS)/bin/python -m pip install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # SBX and JAX, for benchmarks/throughput.py; the environments and SB3 as in .venv, or the comparison would be of those.

@@ -1,0 +1,31 @@
+"""How Sphinx builds the documentation; `make docs` calls it."""
+
+from sb3_ppo_ext import __version__
+
+project = "sb3_ppo_ext"
+author = "The sb3_ppo_ext maintainers"
+project_copyright = f"2026, {author}"
+release = version = __version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+
+html_theme = "furo"
+html_title = f"sb3_ppo_ext {version}"
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +10,20 @@ import pytest
 from markdown_it import MarkdownIt
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from sb3_ppo_ext.common.model import Model
+
 ROOT = Path(__file__).parents[1]
 
-# No training in an example is longer than this; a rollout or an update is no larger.
+# No training in an example is longer than this, and no rollout or update larger. Nothing is compiled.
 MAX_STEPS = 256
-AT_MOST = {"n_steps": 64, "batch_size": 64, "n_epochs": 2, "n_critic_updates": 2, "episodes_per_env": 1}
+AT_MOST = {
+    "n_steps": 64,
+    "batch_size": 64,
+    "n_epochs": 2,
+    "n_critic_updates": 2,
+    "episodes_per_env": 1,
+    "torch_compile": False,
+}
 
 
 class Block(NamedTuple):
@@ -63,17 +73,20 @@ def run(page: Path) -> dict[str, Any]:
 @pytest.fixture
 def short_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainings of examples are short and not compiled, those of SB3's and sb3-contrib's algorithms too."""
-    learn, set_up = OnPolicyAlgorithm.learn, OnPolicyAlgorithm._setup_model
+    learn = OnPolicyAlgorithm.learn
 
     def learn_little(self: Any, total_timesteps: int, *args: Any, **kwargs: Any) -> Any:
         return learn(self, min(total_timesteps, MAX_STEPS), *args, **kwargs)
 
-    def set_up_small(self: Any) -> None:
-        for name, most in AT_MOST.items():
-            if hasattr(self, name):
-                setattr(self, name, min(getattr(self, name), most))
-        self.torch_compile = False
-        set_up(self)
+    def small(set_up: Callable[[Any], None]) -> Callable[[Any], None]:
+        def set_up_small(self: Any) -> None:
+            for name, most in AT_MOST.items():
+                if hasattr(self, name):
+                    setattr(self, name, min(getattr(self, name), most))
+            set_up(self)
+
+        return set_up_small
 
     monkeypatch.setattr(OnPolicyAlgorithm, "learn", learn_little)
-    monkeypatch.setattr(OnPolicyAlgorithm, "_setup_model", set_up_small)
+    for algorithm in (OnPolicyAlgorithm, Model):  # SB3's and sb3-contrib's, and ours
+        monkeypatch.setattr(algorithm, "_setup_model", small(algorithm._setup_model))

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import pytest
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import KVWriter, Logger
 
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from tests.algorithms import small
 from tests.code_blocks import ROOT, blocks, run, short_trainings
 
 __all__ = ["short_trainings"]  # a fixture
@@ -37,3 +44,46 @@ def test_code_is_left_out_only_where_it_needs_a_gpu_or_several_processes(page: P
 def test_the_files_that_a_page_names_exist(page: Path) -> None:
     for path in re.findall(FILE, page.read_text()):
         assert (ROOT / path).is_file(), path
+
+
+class Succeeds(gym.Wrapper):
+    """Episodes of 20 steps that say that they have succeeded."""
+
+    def __init__(self, env: gym.Env | None = None) -> None:
+        super().__init__(env or gym.make("Pendulum-v1", max_episode_steps=20))
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, {**info, "is_success": True}
+
+
+class Keys(KVWriter):
+    """Collects the keys that are logged."""
+
+    def __init__(self) -> None:
+        self.logged: set[str] = set()
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.logged |= key_values.keys()
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_page_about_logs_explains_every_key() -> None:
+    """And no key that nobody logs: the trainings are such that all are logged."""
+    keys = Keys()
+    both: dict[str, Any] = {"policy_kwargs": {"critic_learning_rate": 1e-3}, "clip_range": 0.1, "clip_range_vf": 0.1}
+    trainings: list[tuple[Any, dict[str, Any]]] = [
+        (DualClipPPO, {**both, "clip_range_high": 0.2, "target_kl": 1e-9}),
+        (AdaptiveKLPPO, both),
+        (TRPO, {}),
+        (REINFORCE, {}),
+    ]
+    evaluation = EvalCallback(make_vec_env(Succeeds), n_eval_episodes=1, eval_freq=40, verbose=0)
+    for algorithm, arguments in trainings:
+        model = small(algorithm, "MlpPolicy", make_vec_env(Succeeds), **arguments)
+        model.set_logger(Logger(None, [keys]))
+        model.learn(100, callback=evaluation if algorithm is DualClipPPO else None)
+    page = (ROOT / "docs/guide/logs.md").read_text()
+    assert set(re.findall(r"^\| `(\w+/\w+)` \| \S.*\. \|$", page, flags=re.MULTILINE)) == keys.logged

@@ -1,5 +1,11 @@
 """How Sphinx builds the documentation; `make docs` calls it."""
 
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+
 from sb3_ppo_ext import __version__
 
 project = "sb3_ppo_ext"
@@ -10,7 +16,6 @@ release = version = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
@@ -25,7 +30,22 @@ autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"sb3_ppo_ext {version}"
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
+
+
+def setup(app: Sphinx) -> None:
+    """Formulas as MathML, which browsers show by themselves: Sphinx's own renderers need a server or LaTeX."""
+
+    def inline(writer: Any, node: nodes.math) -> None:
+        writer.body.append(tex2mathml(node.astext()))
+        raise nodes.SkipNode
+
+    def display(writer: Any, node: nodes.math_block) -> None:
+        writer.body.append(tex2mathml(node.astext(), as_block=True))
+        raise nodes.SkipNode
+
+    app.add_html_math_renderer("mathml", inline_renderers=(inline, None), block_renderers=(display, None))

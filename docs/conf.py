@@ -48,4 +48,6 @@ def setup(app: Sphinx) -> None:
         writer.body.append(tex2mathml(node.astext(), as_block=True))
         raise nodes.SkipNode
 
-    app.add_html_math_renderer("mathml", inline_renderers=(inline, None), block_renderers=(display, None))
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(inline, None), block_renderers=(display, None)
+    )

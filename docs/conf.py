@@ -29,6 +29,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 200  # a longer one has a line for each argument
 
 html_math_renderer = "mathml"
 html_theme = "furo"

@@ -29,7 +29,9 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 200  # a longer one has a line for each argument
+python_maximum_signature_line_length = (
+    200  # a longer one has a line for each argument
+)
 
 html_math_renderer = "mathml"
 html_theme = "furo"
@@ -39,7 +41,10 @@ copybutton_only_copy_prompt_lines = True
 
 
 def setup(app: Sphinx) -> None:
-    """Formulas as MathML, which browsers show by themselves: Sphinx's own renderers need a server or LaTeX."""
+    """
+    Formulas become MathML, which browsers show by themselves. Sphinx's own ways need a
+    script from another server, or LaTeX.
+    """
 
     def inline(writer: Any, node: nodes.math) -> None:
         writer.body.append(tex2mathml(node.astext()))

@@ -29,21 +29,21 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = (
-    200  # a longer one has a line for each argument
-)
+# A longer signature has a line for each argument.
+python_maximum_signature_line_length = 200
 
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"sb3_ppo_ext {version}"
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
+copybutton_line_continuation_character = "\\"
 
 
 def setup(app: Sphinx) -> None:
     """
-    Formulas become MathML, which browsers show by themselves. Sphinx's own ways need a
-    script from another server, or LaTeX.
+    Formulas become MathML, which browsers show by themselves. Sphinx's own ways need
+    a script from another server, or LaTeX.
     """
 
     def inline(writer: Any, node: nodes.math) -> None:

@@ -14,6 +14,7 @@ IMAGES, MASKED_CART_POLE, INVALID_ACTIONS = "synthetic-images", "masked-CartPole
 SEED = 0
 
 OURS = {"dual_clip_ppo": "DualClipPPO", "adaptive_kl_ppo": "AdaptiveKLPPO", "trpo": "TRPO", "reinforce": "REINFORCE"}
+PARTS = {"collecting": "DualClipPPO, the steps of a rollout alone"}
 PEERS = {
     "sb3": "SB3 PPO",
     "sbx": "SBX PPO",
@@ -23,7 +24,11 @@ PEERS = {
     "recurrent": "sb3-contrib RecurrentPPO",
     "before": "the version before",
 }
-LIMITS = {"environment": "environment alone", "products": "products of the LSTMs alone"}
+LIMITS = {
+    "environment": "environment alone",
+    "products": "products of the LSTMs alone",
+    "acting": "environment and actor alone",
+}
 PEERS_OF: dict[str, tuple[str, ...]] = {
     "dual_clip_ppo": ("sb3", "sbx", "cleanrl"),
     "adaptive_kl_ppo": ("sb3", "sbx", "cleanrl"),
@@ -36,7 +41,8 @@ PEERS_OF: dict[str, tuple[str, ...]] = {
 class Settings:
     """
     :param device: "cpu" or "cuda"
-    :param threads: of each side; on the CPU each is also held to as many cores
+    :param threads: of each side
+    :param cores: that each is held to on the CPU
     :param repeats: turns of each side
     :param n_warm_up: iterations of each before them
     :param cleanrl_script: path of CleanRL's script, if that is a peer
@@ -46,6 +52,7 @@ class Settings:
 
     device: str
     threads: int
+    cores: int
     repeats: int
     n_warm_up: int
     cleanrl_script: str
@@ -63,6 +70,7 @@ class Workload:
     :param n_epochs: passes over a rollout; of TRPO's critic
     :param width: units in each of the two hidden layers; None: the policy's own architecture
     :param lstm: units of the LSTM before the actor's layers, and of another before the critic's; None: no memory
+    :param vector: "gymnasium" or "envpool": whose vector of environments steps them all at once; "": each by itself
     """
 
     env: str
@@ -72,12 +80,15 @@ class Workload:
     n_epochs: int
     width: int | None = 64
     lstm: int | None = None
+    vector: str = ""
 
     def __str__(self) -> str:
         networks = "NatureCNN" if self.width is None else f"width {self.width}"
         if self.lstm is not None:
             networks += f", LSTM {self.lstm}"
-        envs = f"{self.env}, {self.n_envs} env{'s' if self.n_envs > 1 else ''}"
+        envs = (
+            f"{f'{self.vector}: ' if self.vector else ''}{self.env}, {self.n_envs} env{'s' if self.n_envs > 1 else ''}"
+        )
         if not self.n_steps:
             return f"{envs} x 8 episodes, {networks}"
         return f"{envs} x {self.n_steps} steps, batch {self.batch_size}, {self.n_epochs} epochs, {networks}"
@@ -86,7 +97,7 @@ class Workload:
 @dataclass(frozen=True)
 class Side:
     """
-    :param who: a key of :data:`OURS`, :data:`PEERS` or :data:`LIMITS`
+    :param who: a key of :data:`OURS`, :data:`PARTS`, :data:`PEERS` or :data:`LIMITS`
     :param torch_compile: the switch of ours
     :param sub_sampling_factor: of our TRPO
     """
@@ -96,13 +107,13 @@ class Side:
     sub_sampling_factor: int = 1
 
     def __str__(self) -> str:
-        name = {**OURS, **PEERS, **LIMITS}[self.who]
+        name = {**OURS, **PARTS, **PEERS, **LIMITS}[self.who]
         if self.sub_sampling_factor != 1:
             name += f", sub_sampling_factor={self.sub_sampling_factor}"
         return f"{name}, compiled" if self.torch_compile else name
 
 
-ENVIRONMENT, PRODUCTS = Side("environment"), Side("products")
+ENVIRONMENT, PRODUCTS, ACTING, COLLECTING = map(Side, ("environment", "products", "acting", "collecting"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class Goal:
         part = self.ours.sub_sampling_factor
         with_what = "" if part == 1 else f" with sub_sampling_factor={part}"
         on_images = ", images" if self.workload.env == IMAGES else ""
-        return f"{OURS[self.ours.who]}{with_what} against {self.peer}{on_images}"
+        return f"{({**OURS, **PARTS})[self.ours.who]}{with_what} against {self.peer}{on_images}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,7 @@ class Suite:
         and what torch has compiled, from one workload to the next
     :param notes: to be printed under the tables
     :param repeats: turns of each side, if nothing is said about them
+    :param cores: that the environments have threads for
     """
 
     title: str
@@ -148,6 +160,7 @@ class Suite:
     axes: dict[str, dict[int, Workload]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     repeats: int = 9
+    cores: int = 1
 
 
 _PPO_WORKLOADS = (
@@ -225,7 +238,7 @@ def _suite_of(aims: Sequence[_Aim], args: argparse.Namespace, title: str, stem: 
     goals = []
     for ours, peer, workloads, eager, compiled in aims:
         compiled_peer = replace(peer, torch_compile=peer.who == "before")  # no other has the switch
-        for workload in (_resized(workload, args) for workload in workloads):
+        for workload in (resized(workload, args) for workload in workloads):
             if eager is not None:
                 goals.append(Goal(workload, ours, peer, eager))
             goals.append(Goal(workload, replace(ours, torch_compile=True), compiled_peer, compiled))
@@ -240,8 +253,13 @@ def _suite_of(aims: Sequence[_Aim], args: argparse.Namespace, title: str, stem: 
     return Suite(title, stem, cases, goals, notes=notes)
 
 
-def _resized(workload: Workload, args: argparse.Namespace) -> Workload:
-    """The workload, shorter: for a trial of the benchmark itself."""
+def resized(workload: Workload, args: argparse.Namespace) -> Workload:
+    """
+    The workload, shorter: for a trial of the benchmark itself.
+
+    :param workload: as it is meant
+    :param args: of the command line
+    """
     n_steps = args.steps or workload.n_steps
     batch_size = min(workload.batch_size, n_steps * workload.n_envs)
     return replace(workload, n_steps=n_steps, batch_size=batch_size, n_epochs=args.n_epochs or workload.n_epochs)

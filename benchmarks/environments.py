@@ -1,13 +1,14 @@
-"""The environments of a side: those that are registered, and three that are not."""
+"""The environments of a side: those that are registered, three that are not, and vectors of gymnasium and EnvPool."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from benchmarks.cases import IMAGES, INVALID_ACTIONS, MASKED_CART_POLE, SEED, Workload
 
@@ -53,6 +54,73 @@ def invalid_actions() -> gym.Env[Any, Any]:
 _NOT_REGISTERED = {IMAGES: SyntheticImages, MASKED_CART_POLE: masked_cart_pole, INVALID_ACTIONS: invalid_actions}
 
 
-def make_environments(workload: Workload) -> VecEnv:
-    """:param workload: whose environments are made, side by side in this process"""
-    return make_vec_env(_NOT_REGISTERED.get(workload.env, workload.env), workload.n_envs, seed=SEED)
+class PoolForSB3(VecEnv):
+    """
+    EnvPool's environments as SB3's users adapt them: an info for each environment and step, the rest as EnvPool gives
+    it.
+
+    :param pool: of ``envpool.make_gymnasium``
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        super().__init__(len(pool), pool.observation_space, pool.action_space)
+
+    def reset(self) -> Any:
+        return self._pool.reset()[0]
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> Any:
+        obs, rewards, terminated, truncated, arrays = self._pool.step(self._actions)
+        dones = terminated | truncated
+        infos: list[dict[str, Any]] = [
+            {name: array[i] for name, array in arrays.items() if isinstance(array, np.ndarray)}
+            for i in range(self.num_envs)
+        ]
+        ended = np.flatnonzero(dones)
+        for i in ended:
+            infos[i]["terminal_observation"] = obs[i].copy()
+            infos[i]["TimeLimit.truncated"] = bool(truncated[i])
+        if len(ended):
+            obs[ended] = self._pool.reset(ended)[0]
+        return obs, rewards, dones, infos
+
+    def seed(self, seed: int | None = None) -> Any:
+        return [seed]  # it is seeded where it is made
+
+    def close(self) -> None: ...
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self._pool, attr_name)] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
+        return [False] * self.num_envs
+
+
+def make_environments(workload: Workload, who: str = "") -> VecEnv:
+    """
+    :param workload: whose environments are made, side by side in this process
+    :param who: whose they are; SB3 has its own ways to have environments in a vector
+    """
+    if not workload.vector:
+        return make_vec_env(_NOT_REGISTERED.get(workload.env, workload.env), workload.n_envs, seed=SEED)
+    if workload.vector == "envpool":
+        envpool: Any = importlib.import_module("envpool")
+        vector = envpool.make_gymnasium(workload.env, num_envs=workload.n_envs, seed=SEED, num_threads=2)
+        if who == "sb3":
+            return VecMonitor(PoolForSB3(vector))
+    elif who == "sb3":
+        return make_vec_env(workload.env, workload.n_envs, seed=SEED)
+    else:
+        vector = gym.make_vec(workload.env, workload.n_envs)
+    from sb3_ppo_ext import ArrayVecEnv
+
+    return ArrayVecEnv(vector)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +41,38 @@ class EnvironmentAlone(Task):
             self._env.step(action)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         return Turn(len(self._actions) * self._env.num_envs, seconds, seconds, 0.0, cpu)
+
+
+class ActingAlone(Task):
+    """
+    The limit of collecting: the environments as they come, and the actor by whose actions they are stepped.
+
+    :param model: that has the policy and the environments
+    :param n_steps: in a rollout
+    """
+
+    def __init__(self, model: Any, n_steps: int) -> None:
+        self._model = model
+        self._vector = model.env.vector_env
+        self._n_steps = n_steps
+        self._obs = self._vector.reset()[0]
+
+    def turn(self) -> Turn:
+        """The steps of one rollout."""
+        import torch as th
+
+        from sb3_ppo_ext.common.rollout.data import PolicyInput
+
+        act, step, obs = self._model._acting_policy().act, self._vector.step, self._obs
+        shape = (self._model.n_envs, *self._model.action_space.shape)
+        start, cpu = time.perf_counter(), time.process_time()
+        with th.no_grad():
+            for _ in range(self._n_steps):
+                actions, _ = act(PolicyInput(th.as_tensor(obs)))
+                obs, *_ = step(actions.numpy().reshape(shape))
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        self._obs = obs
+        return Turn(self._n_steps * self._model.n_envs, seconds, seconds, math.nan, cpu)
 
 
 class RecurrentProducts(Task):

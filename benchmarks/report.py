@@ -84,7 +84,11 @@ class Report:
         versions = {name: version for m in measured for name, version in m.versions.items()}
         devices = sorted({m.device for m in measured} - {"", "cpu"})
         settings = self._settings
-        held = ", held to as many cores" if settings.device == "cpu" and hasattr(os, "sched_setaffinity") else ""
+        held = (
+            f", held to {settings.cores} core(s)"
+            if settings.device == "cpu" and hasattr(os, "sched_setaffinity")
+            else ""
+        )
         command, *machine = self._about_run
         return [
             f"# {self._suite.title}\n\n```\n{command}\n```\n",

@@ -23,9 +23,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from benchmarks.cases import ENVIRONMENT, IMAGES, OURS, PRODUCTS, SEED, Settings, Side, Workload
-from benchmarks.limits import EnvironmentAlone, RecurrentProducts
-from benchmarks.tasks import MAXRSS_PER_MIB, Task, Training, Turn
+from benchmarks.cases import ENVIRONMENT, OURS, PRODUCTS, SEED, Settings, Side, Workload
+from benchmarks.limits import ActingAlone, EnvironmentAlone, RecurrentProducts
+from benchmarks.tasks import MAXRSS_PER_MIB, Collecting, Task, Training, Turn
 
 _PACKAGES = [
     "torch",
@@ -38,6 +38,7 @@ _PACKAGES = [
     "jax",
     "jaxlib",
     "flax",
+    "envpool",
 ]
 _PEERS = {
     "sb3": ("stable_baselines3", "PPO"),
@@ -113,7 +114,7 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
 
     if th.get_num_threads() != settings.threads:
         raise RuntimeError(f"torch has {th.get_num_threads()} threads and was to have {settings.threads}")
-    env = make_environments(workload)
+    env = make_environments(workload, side.who)
     if side == ENVIRONMENT:
         if not actions.exists():
             raise RuntimeError("no side has trained, so there are no actions to take")
@@ -133,6 +134,8 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
         return RecurrentProducts(gym.spaces.flatdim(env.observation_space), workload, settings.device, device, wait)
 
     model = _algorithm(side, settings)(env=env, **_arguments(side, workload, settings))
+    if side.who in ("acting", "collecting"):
+        return (ActingAlone if side.who == "acting" else Collecting)(model, workload.n_steps)
     if side.who == "sbx":
         wait = lambda: jax.block_until_ready((model.policy.actor_state, model.policy.vf_state))  # noqa: E731
     # REINFORCE ends after one iteration, whatever number of steps is asked for.
@@ -140,7 +143,7 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
 
 
 def _algorithm(side: Side, settings: Settings) -> Any:
-    module, name = _PEERS.get(side.who) or ("sb3_ppo_ext", OURS[side.who])
+    module, name = _PEERS.get(side.who) or ("sb3_ppo_ext", OURS.get(side.who, "DualClipPPO"))
     if side.who == "before":
         sys.path.insert(0, settings.before)
     package = importlib.import_module(module)
@@ -151,7 +154,7 @@ def _algorithm(side: Side, settings: Settings) -> Any:
 
 def _arguments(side: Side, workload: Workload, settings: Settings) -> dict[str, Any]:
     """What the algorithm of a side is given; its other arguments stay at their defaults."""
-    policy = "CnnPolicy" if workload.env == IMAGES else "MlpPolicy" if workload.lstm is None else "MlpLstmPolicy"
+    policy = "CnnPolicy" if workload.width is None else "MlpPolicy" if workload.lstm is None else "MlpLstmPolicy"
     networks: dict[str, Any] = {} if workload.width is None else {"net_arch": [workload.width] * 2}
     if workload.lstm is not None:
         networks["lstm_hidden_size"] = workload.lstm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import resource
 import sys
@@ -125,3 +126,38 @@ class Training(Task):
         del env.step
         np.save(self._actions, np.stack(actions))
         return turn
+
+
+class Collecting(Task):
+    """
+    The rollouts of a training without its updates. The time is that of the steps alone; ``collect`` is of all of a
+    rollout: steps, their evaluation and the advantages.
+
+    :param model: whose rollouts they are
+    :param n_steps: in one
+    """
+
+    def __init__(self, model: Any, n_steps: int) -> None:
+        from sb3_ppo_ext.common.rollout.collector import Collector
+
+        self._model = model
+        self._n_steps = n_steps
+        self._seconds = self._cpu = 0.0
+        _, self._callback = model._setup_learn(total_timesteps=1)
+        collect = Collector.collect
+
+        def timed(*args: Any) -> bool:
+            start, cpu = time.perf_counter(), time.process_time()
+            is_complete = collect(*args)
+            self._seconds, self._cpu = time.perf_counter() - start, time.process_time() - cpu
+            return is_complete
+
+        Collector.collect = timed  # type: ignore[method-assign,assignment]
+
+    def turn(self) -> Turn:
+        """One rollout."""
+        model = self._model
+        start = time.perf_counter()
+        model.collect_rollouts(model.env, self._callback, model.rollout_buffer, self._n_steps)
+        whole = time.perf_counter() - start
+        return Turn(self._n_steps * model.n_envs, self._seconds, whole, math.nan, self._cpu)

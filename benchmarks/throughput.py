@@ -3,6 +3,7 @@ Environment steps per second of ``learn()``: ours against a peer, side by side i
 
     python -m benchmarks.throughput --suite goals
     python -m benchmarks.throughput --suite growth
+    python -m benchmarks.throughput --suite arrays
     python -m benchmarks.throughput --suite masks-and-memory --before ../the-version-before
     python -m benchmarks.throughput --algo dual_clip_ppo --env HalfCheetah-v5 --n-envs 8 --steps 256 --torch-compile
 
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import cases
+from benchmarks.array_cases import arrays_suite
 from benchmarks.cases import IMAGES, OURS, PEERS_OF, SBX_PYTHON, Settings
 from benchmarks.measuring import measure
 from benchmarks.report import Report
@@ -30,6 +32,7 @@ _SUITES = {
     "goals": cases.goals_suite,
     "masks-and-memory": cases.masks_and_memory_suite,
     "growth": cases.growth_suite,
+    "arrays": arrays_suite,
     "single": cases.single_suite,
 }
 
@@ -41,7 +44,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--algo", choices=tuple(OURS), default="dual_clip_ppo", help="ours")
     peers = sorted({peer for peers in PEERS_OF.values() for peer in peers})
     add("--peer", choices=peers, help="the other; SB3 or sb3-contrib if it is not said")
-    add("--env", help=f"id of the environment, or {IMAGES}: 84x84x4 noise; HalfCheetah-v5 if it is not said")
+    add(
+        "--env",
+        help=f"id of the environment, or {IMAGES}: 84x84x4 noise; HalfCheetah-v5 if not said; for arrays a filter",
+    )
     add("--n-envs", type=_positive, default=1, help="environments side by side")
     add("--steps", type=_positive, help="steps of each environment in a rollout; 2048 in all if it is not said")
     add("--batch-size", type=_positive, help="samples in a minibatch; 64, and 128 for TRPO's critic")
@@ -98,15 +104,17 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
+    suite = _SUITES[args.suite](args)
+    n_cores = max(args.threads, suite.cores)
     if args.device == "cpu" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        if args.threads > len(cores):
-            sys.exit(f"--threads {args.threads} is not allowed: this process may use {len(cores)} core(s)")
-        os.sched_setaffinity(0, cores[-args.threads :])  # all sides inherit it
-    suite = _SUITES[args.suite](args)
+        if n_cores > len(cores):
+            sys.exit(f"{n_cores} cores are needed (--threads {args.threads}): this process may use {len(cores)}")
+        os.sched_setaffinity(0, cores[-n_cores:])  # all sides inherit it
     settings = Settings(
         device=args.device,
         threads=args.threads,
+        cores=n_cores,
         repeats=args.repeats or suite.repeats,
         n_warm_up=1 if args.suite == "growth" else 2,
         cleanrl_script=str(Path(args.cleanrl_script).resolve()),

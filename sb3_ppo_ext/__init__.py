@@ -1,6 +1,7 @@
 """On-policy algorithms and losses for Stable-Baselines3."""
 
 from sb3_ppo_ext.adaptive_kl_ppo import AdaptiveKLPPO
+from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
 from sb3_ppo_ext.common.saving.checkpoint import (
     SafeCheckpointCallback,
     latest_checkpoint,
@@ -19,6 +20,7 @@ __all__ = [
     "REINFORCE",
     "TRPO",
     "AdaptiveKLPPO",
+    "ArrayVecEnv",
     "DualClipPPO",
     "SafeCheckpointCallback",
     "__version__",

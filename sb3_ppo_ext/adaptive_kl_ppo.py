@@ -18,6 +18,7 @@ from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
 from sb3_ppo_ext.common.update.controllers import adapted_by_kl
 from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
+from sb3_ppo_ext.common.update.reduce import average
 from sb3_ppo_ext.common.validation import as_schedule, check_real
 
 
@@ -207,5 +208,5 @@ class AdaptiveKLPPO(ProximalAlgorithm):
                 samples = rollout.rows(rows)
                 total += family.kl(samples.old_params, actor_critic.params(samples.inputs)).sum().item()
         mean = th.tensor(total / len(rollout.old_params), dtype=th.float64)
-        self._reducer.average(mean, weight=len(rollout.old_params))
+        average(self._reducer, mean, weight=len(rollout.old_params))
         return mean.item()

@@ -27,7 +27,7 @@ from sb3_ppo_ext.common.rollout.vec_envs import time_limit
 from sb3_ppo_ext.common.update.all_episodes import AllEpisodes
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.update.objective import normalized
-from sb3_ppo_ext.common.update.reduce import concatenated
+from sb3_ppo_ext.common.update.reduce import average, concatenated
 from sb3_ppo_ext.common.update.scores import score_statistics
 from sb3_ppo_ext.common.update.step import clip_and_step, gradients_of, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
@@ -372,7 +372,7 @@ class REINFORCE(OnPolicyAlgorithm):
             n_samples += len(entropies)
         parameters = list(self.policy.parameters())
         totals = th.stack((policy_loss, entropy_sum, entropy_sum.new_tensor(n_samples)))
-        self._reducer.average(*gradients_of(parameters), totals)
+        average(self._reducer, *gradients_of(parameters), totals)
         grad_norm = clip_and_step(self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm).item()
         self.logger.record("train/policy_gradient_loss", totals[0].item() / self._n_episodes)
         self.logger.record("train/entropy_loss", -(totals[1] / totals[2]).item())

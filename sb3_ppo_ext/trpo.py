@@ -22,8 +22,9 @@ from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
-from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, sequences_to_pad_to
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, size_to_pad_to, values_and_returns
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.rollout.transitions import resets_take_steps
 from sb3_ppo_ext.common.saving.interchange import whole_action_values
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
@@ -226,6 +227,14 @@ class TRPO(OnPolicyAlgorithm):
         adapted = super()._adapted(origin, attributes)
         return adapted | whole_action_values(attributes) if origin == _OF_CONTRIB else adapted
 
+    def _check_can_learn(self) -> None:
+        super()._check_can_learn()
+        if self.torch_compile and self.env is not None and resets_take_steps(self.env):
+            raise ArgumentError(
+                f"torch_compile=True is not allowed with env={self.env.unwrapped!r:.100}, of whose steps some do not "
+                "count (autoreset_mode NEXT_STEP): the Fisher product would be compiled anew for each rollout"
+            )
+
     def train(self) -> None:
         """Update the policy from the rollout in the buffer: one step of the actor, then epochs of the critic."""
         self._check_old_params()
@@ -235,7 +244,7 @@ class TRPO(OnPolicyAlgorithm):
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         rollout = buffer.flat()
         if self.normalize_advantage:
-            (advantages,) = normalized_over_processes([rollout.advantages], self._reducer)
+            advantages = normalized_over_processes(rollout.advantages, [len(rollout.advantages)], self._reducer)
             rollout = rollout._replace(advantages=advantages)
 
         step, actor_parameters = self._policy_step(actor_critic, rollout)
@@ -246,7 +255,7 @@ class TRPO(OnPolicyAlgorithm):
                 self._minibatch_step(
                     critic_loss,
                     critic_parameters(self.policy, actor_parameters),
-                    pad_to=sequences_to_pad_to(buffer, self.batch_size),
+                    pad_to=size_to_pad_to(buffer, self.batch_size),
                 ),
                 self.policy,
                 actor_parameters,
@@ -374,7 +383,7 @@ class TRPO(OnPolicyAlgorithm):
         entropy = cast(Family, self._family).entropy(buffer.flat().old_params)
         entropy_loss = buffer.flat().old_log_prob if entropy is None else -entropy
         record("train/entropy_loss", entropy_loss.mean().item())
-        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        record("train/explained_variance", explained_variance(*values_and_returns(buffer)))
         if hasattr(self.policy, "log_std"):
             record("train/std", self.policy.log_std.detach().exp().mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -76,7 +76,8 @@ def _main(module: str, folder: Path, scenarios: dict[str, int]) -> None:
     import torch as th
 
     th.set_num_threads(1)
-    importlib.import_module(module)
+    for name in (module, "sb3_ppo_ext.common.update.process_group", "torch._dynamo"):  # what each would import
+        importlib.import_module(name)
     for scenario, n in scenarios.items():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -14,11 +14,11 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_ppo_ext.common import construction
 from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.compile.policy_programs import CompiledActorCritic
 from sb3_ppo_ext.common.compile.step import CompiledStep
 from sb3_ppo_ext.common.compile.support import cache_key, check_can_compile, check_compiler
-from sb3_ppo_ext.common.construction import cannot_remember, say_sequence_length, set_sequence_length
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.model import Model
 from sb3_ppo_ext.common.policies import ActorCriticPolicy
@@ -120,16 +120,18 @@ class OnPolicyAlgorithm(Model):
         self._setup_model()
         self._check_can_learn()
         if self.sequence_length is None and has_memory(self.policy):
-            say_sequence_length(self)
+            construction.say_sequence_length(self)
 
     def _check_can_learn(self) -> None:
         """
         For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled, and
         with environments that it could not learn.
 
-        :raises ValueError: if ``torch_compile=True`` or sequences of such a length cannot be had, saying what to change
+        :raises ValueError: if ``torch_compile=True``, sequences of such a length or an environment's way to begin
+            episodes cannot be had, saying what to change
         """
-        set_sequence_length(self)
+        construction.check_steps_that_do_not_count(self)
+        construction.set_sequence_length(self)
         if self.torch_compile:
             check_can_compile(self._actor_critic(), self.policy.optimizer)
             check_compiler(self.device)
@@ -328,7 +330,7 @@ class OnPolicyAlgorithm(Model):
         if self._masks is not None:  # a callback has changed the policy, which could heed them before
             raise self._cannot_mask(reason)
         if has_memory(self.policy):
-            raise cannot_remember(self, reason)
+            raise construction.cannot_remember(self, reason)
         self._say_why_slow(f"{type(self.policy).__name__} {reason}: it acts and is trained through its own methods")
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
 

@@ -20,6 +20,7 @@ from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policies import check_policy_class, keywords_of
 from sb3_ppo_ext.common.rollout.adapters import has_memory, refusal
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.transitions import resets_take_steps, whole_steps
 from sb3_ppo_ext.common.spaces import fitting_policies
 from sb3_ppo_ext.common.validation import did_you_mean
 
@@ -102,6 +103,35 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
     return policy
 
 
+def check_steps_that_do_not_count(algorithm: OnPolicyAlgorithm) -> None:
+    """
+    :param algorithm: with its environments, if it has some
+    :raises ArgumentError: if these spend steps of their own on beginning episodes, and the algorithm or a wrapper
+        cannot tell these from others
+    """
+    if algorithm.env is None or not resets_take_steps(algorithm.env):
+        return
+    buffer = algorithm.rollout_buffer
+    if whole_steps(algorithm.env) is None:
+        reason = f"in a {type(algorithm.env).__name__}, which does not pass on which steps these are"
+    elif has_memory(algorithm.policy):
+        reason = f"with policy={policy_name(algorithm)}, which has a memory"
+    elif not _is_read_as_made(buffer):
+        reason = f"with rollout_buffer_class={type(buffer).__name__}, which does not know which steps these are"
+    else:
+        return
+    raise ArgumentError(
+        f"env={algorithm.env.unwrapped!r:.100} is not allowed {reason}: each environment spends a step of its own on "
+        "beginning an episode, from which nothing can be learnt (autoreset_mode NEXT_STEP). Take one with SAME_STEP or "
+        "DISABLED, or gymnasium's SyncVectorEnv or AsyncVectorEnv without a vector wrapper"
+    )
+
+
+def _is_read_as_made(buffer: SB3RolloutBuffer) -> bool:
+    """Whether samples are taken from a rollout buffer in this package's way."""
+    return isinstance(buffer, RolloutBuffer) and not buffer.wants_every_step and type(buffer).get is RolloutBuffer.get
+
+
 # A sequence that is not chosen by the user is at most as long.
 _LONGEST_SEQUENCE = 16
 _SHORT_SEQUENCE = 8
@@ -127,7 +157,7 @@ def set_sequence_length(algorithm: Any) -> None:
     if reason is not None:
         raise cannot_remember(algorithm, reason)
     buffer = algorithm.rollout_buffer
-    if not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step or type(buffer).get is not RolloutBuffer.get:
+    if not _is_read_as_made(buffer):
         raise ArgumentError(
             f"rollout_buffer_class={type(buffer).__name__} is not allowed with policy={policy_name(algorithm)}, which "
             "has a memory: it must be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer without an add(), a get() "

@@ -27,7 +27,7 @@ from sb3_ppo_ext.common.policy_distributions import family_of_policy
 from sb3_ppo_ext.common.recurrent_policies import RECURRENT_POLICY_ALIASES
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
-from sb3_ppo_ext.common.rollout.vec_envs import check_env
+from sb3_ppo_ext.common.rollout.vec_envs import as_learnable
 from sb3_ppo_ext.common.saving.files import opened
 from sb3_ppo_ext.common.saving.model_file import replacements, write_model
 from sb3_ppo_ext.common.spaces import check_spaces, n_action_dims
@@ -92,8 +92,7 @@ class Model(SB3OnPolicyAlgorithm):
         check_output(verbose, tensorboard_log)
         check_device(device)
         if env is not None:
-            env = maybe_make_env(env, verbose)
-            check_env(env)
+            env = as_learnable(maybe_make_env(env, verbose))
             if isinstance(env, (gym.Env, VecEnv)):  # SB3 adapts an environment of OpenAI Gym
                 check_spaces(env, use_sde=use_sde)
         super().__init__(
@@ -234,6 +233,10 @@ class Model(SB3OnPolicyAlgorithm):
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = as_schedule("learning_rate", self.learning_rate, may_be_zero=True)
 
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        return SB3OnPolicyAlgorithm._wrap_env(as_learnable(env), verbose, monitor_wrapper)
+
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
         As SB3: put another training environment in place of the present one.
@@ -242,7 +245,6 @@ class Model(SB3OnPolicyAlgorithm):
         :param force_reset: whether ``learn`` resets it first
         :raises ValueError: for what is neither
         """
-        check_env(env)
         super().set_env(env, force_reset)
 
     def save(

@@ -27,6 +27,7 @@ many environments. On GPUs, the script says ``torch.cuda.set_device(int(os.envir
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import io
@@ -65,6 +66,14 @@ def are_several() -> bool:
         return bool(dist.get_world_size() > 1)
     needed = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return needed <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one of them that logs and saves; before a group is made, as torchrun says."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return bool(dist.get_rank() == 0)
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _OfRollout(NamedTuple):
@@ -245,14 +254,13 @@ def _surroundings(model: OnPolicyAlgorithm) -> dict[str, Any]:
     while isinstance(env, VecEnvWrapper):
         wrappers.append(type(env).__name__)
         env = env.venv
-    package = Path(__file__).parents[1]
     classes = {cls.__module__: cls for cls in (*type(model).__mro__, *type(model.policy).__mro__)}
     return {
         "num_timesteps": model.num_timesteps,
         "the environments": f"{model.n_envs} in {[*wrappers, *_ids(env)]}",
         "the parameters": str({name: tuple(p.shape) for name, p in model.policy.named_parameters()}),
         "the versions": f"torch {th.__version__}, stable_baselines3 {stable_baselines3.__version__}",
-        "the code of sb3_ppo_ext": _digest("".join(path.read_text() for path in sorted(package.rglob("*.py")))),
+        "the code of sb3_ppo_ext": _digest_of_package(),
         **{f"the code of {module}": _digest(_source(cls)) for module, cls in classes.items()},
     }
 
@@ -287,6 +295,12 @@ def _source(cls: type) -> str:
         return inspect.getsource(sys.modules[cls.__module__])
     except (KeyError, OSError, TypeError):  # built in, or typed into an interpreter
         return ""
+
+
+@functools.cache
+def _digest_of_package() -> str:
+    paths = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return _digest("".join(path.read_text() for path in paths))
 
 
 def _digest(code: str) -> str:

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import explained_variance
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES
-from sb3_ppo_ext.common.rollout.buffers import sequences_to_pad_to
+from sb3_ppo_ext.common.rollout.buffers import size_to_pad_to, values_and_returns
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
@@ -184,17 +184,21 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             ActorCriticLoss(self.policy_loss, self.normalize_advantage and self._reducer.is_local),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
-            pad_to=sequences_to_pad_to(self.rollout_buffer, self.batch_size),
+            pad_to=size_to_pad_to(self.rollout_buffer, self.batch_size),
         )
         epochs = Epochs(
-            self.rollout_buffer, self.batch_size, self._reducer, normalize_advantage=self.normalize_advantage
+            self.rollout_buffer,
+            self.batch_size,
+            self.n_epochs,
+            self._reducer,
+            normalize_advantage=self.normalize_advantage,
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None
 
         with step:
-            for epoch in range(self.n_epochs):
-                for rollout, rows in epochs.minibatches():
+            for epoch, minibatches in enumerate(epochs):
+                for rollout, rows in minibatches:
                     history.append(step(rollout, rows, coefficients))
                     if kl_limit is not None and history[-1][step.names.index("approx_kl")].item() > kl_limit:
                         stopped_at = epoch
@@ -217,7 +221,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 continue
             self.logger.record(f"train/{name}", max(values) if name.endswith("_max") else sum(values) / len(values))
         buffer = self.rollout_buffer
-        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        explained = explained_variance(*values_and_returns(buffer))
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.detach().exp().mean().item())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,16 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def set_patience(patience: timedelta) -> None:
+    """
+    How long the processes of the default group of ``torch.distributed`` wait for each other from now on. What the group
+    is made with says it for that too, and there it must not be long. A second group (``new_group``) would take the
+    place of this, with connections of its own.
+
+    :param patience: in place of what the group was made with
+    """
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(patience)

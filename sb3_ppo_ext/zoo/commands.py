@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib
+import io
+import os
 import re
 import runpy
 import subprocess
@@ -14,8 +16,10 @@ from typing import Any
 
 import gymnasium as gym
 import huggingface_hub.repocard
+import torch as th
 from huggingface_hub.repocard import metadata_save
 
+from sb3_ppo_ext.common.processes import are_several, is_first
 from sb3_ppo_ext.zoo.arguments import own_parsers
 from sb3_ppo_ext.zoo.errors import MESSAGE_TYPES, needs_no_traceback, unknown_environment
 from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
@@ -93,7 +97,10 @@ def _train(program: Sequence[str], interrupts: Interrupts) -> None:
     interrupts.patience = 1  # from here on the manager checks whether Ctrl-C was pressed
     train = importlib.import_module("rl_zoo3.train")
     manager = partial(ZooExperimentManager, program=program, interrupts=interrupts)
-    with _replaced(train, "ExperimentManager", manager):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(train, "ExperimentManager", manager))
+        if are_several():
+            _be_one_of_several(stack)
         try:
             train.train()
         except ValueError as error:
@@ -101,6 +108,15 @@ def _train(program: Sequence[str], interrupts: Interrupts) -> None:
             if unknown is None:
                 raise
             raise ValueError(unknown_environment(unknown[1])) from None
+
+
+def _be_one_of_several(stack: contextlib.ExitStack) -> None:
+    """As torchrun starts them. What the first one says and tracks is enough; each has a GPU, if there are any."""
+    if th.cuda.is_available():
+        th.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not is_first():
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(_replaced(sys, "argv", [word for word in sys.argv if word != "--track"]))
 
 
 def _plots() -> ModuleType:

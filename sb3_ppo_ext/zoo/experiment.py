@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.utils import get_latest_run_id as get_latest_log_id
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from sb3_ppo_ext.common.processes import are_several, is_first
 from sb3_ppo_ext.zoo.entry import check_config, check_keys, check_normalize, read_numbers
 from sb3_ppo_ext.zoo.errors import EntryError, StudyError
 from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, sigint_blocked
@@ -32,7 +33,8 @@ from sb3_ppo_ext.zoo.summary import summary
 class ZooExperimentManager(ExperimentManager):
     """
     Checks hyper-parameters before anything is built from them; goes on with a trained agent where it stopped; ends in
-    order if it is interrupted; evaluates and sums up after a training.
+    order if it is interrupted; evaluates and sums up after a training. Of several processes that train one model, as
+    torchrun starts them, the first alone has a folder, logs, callbacks and what is saved.
 
     :param arguments: those of :class:`rl_zoo3.exp_manager.ExperimentManager`
     :param program: how to start ``sb3-ppo-ext``, for the commands in the summary
@@ -48,11 +50,29 @@ class ZooExperimentManager(ExperimentManager):
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
+        self.n_processes, self.is_first = 1, True
+        if are_several():
+            self.n_processes, self.is_first = int(os.environ["WORLD_SIZE"]), is_first()
+            self._check_can_be_several()
+        if not self.is_first:
+            self.tensorboard_log = None
         self.program = program
         self.interrupts = interrupts or Interrupts()
         self.requested_timesteps: int | None = None  # if the training does not end there
         self._has_folder = False
         self._envs: list[VecEnv] = []
+
+    def _check_can_be_several(self) -> None:
+        if self.algo not in ALGORITHMS:
+            raise EntryError(
+                f"--algo {self.algo} is not allowed under torchrun: several processes can train one model with "
+                f"{', '.join(ALGORITHMS)}"
+            )
+        if self.optimize_hyperparameters:
+            raise EntryError(
+                "-optimize is not allowed under torchrun, whose processes train one model: start the command several "
+                "times with the same --storage and --study-name, or `sb3-ppo-ext study`"
+            )
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """
@@ -79,6 +99,8 @@ class ZooExperimentManager(ExperimentManager):
 
     def create_log_folder(self) -> None:
         """Take a folder that no other training has, not even one that began at the same time."""
+        if not self.is_first:
+            return
         with self.interrupts.uninterrupted():
             while not self._has_folder:
                 try:
@@ -108,11 +130,20 @@ class ZooExperimentManager(ExperimentManager):
         self.interrupts.check()
         in_processes = self.vec_env_class is not DummyVecEnv
         with sigint_blocked() if in_processes else contextlib.nullcontext():
-            self._envs.append(super().create_envs(n_envs, eval_env, no_log))
+            self._envs.append(super().create_envs(n_envs, eval_env, no_log or not self.is_first))
         return self._envs[-1]
 
     def create_callbacks(self) -> None:
-        """As rl_zoo3; but a checkpoint of an agent that sees normalised observations comes with their statistics."""
+        """
+        As rl_zoo3; but a checkpoint of an agent that sees normalised observations comes with their statistics, and the
+        steps between two are those of all processes.
+        """
+        if not self.is_first:
+            self.callbacks = []
+            return
+        for name in ("save_freq", "eval_freq"):
+            freq = getattr(self, name)
+            setattr(self, name, max(freq // self.n_processes, 1) if freq > 0 else freq)
         super().create_callbacks()  # type: ignore[no-untyped-call]
         for callback in self.callbacks:
             if isinstance(callback, CheckpointCallback):
@@ -278,11 +309,17 @@ class ZooExperimentManager(ExperimentManager):
         trial.set_user_attr(WORKER, process_name(os.getpid()))
         return run_trial(self, trial)
 
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if self.is_first:
+            super()._save_config(saved_hyperparams)
+
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """
         Save the model, then print how good it is, where everything lies and how to go on.
 
         :param model: the trained model; the training may have been interrupted
         """
+        if not self.is_first:
+            return
         super().save_trained_model(model)
         print(summary(self, model, self.program, self.interrupts, self.requested_timesteps))

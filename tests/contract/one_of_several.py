@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_ext import REINFORCE, DualClipPPO
 from sb3_ppo_ext.common.checkpoint import SafeCheckpointCallback, latest_checkpoint, resume
+from sb3_ppo_ext.common.update import process_group
+from sb3_ppo_ext.zoo.cli import main as main_of_zoo
 from tests.algorithms import parameters, small
+from tests.contract.zoo import SCRIPT, SMALL, TRAIN
 from tests.envs import scripted
 
 
@@ -179,6 +184,23 @@ def usual(folder: Path) -> None:
     th.save(result, folder / f"{os.environ['RANK']}.pt")
 
 
+def zoo(folder: Path) -> None:
+    """The command ``sb3-ppo-ext train``, with all that writes or shows something."""
+    (folder / "zoo").mkdir(exist_ok=True)
+    os.chdir(folder / "zoo")
+    options = "-n 256 --save-freq 64 --eval-freq 128 --eval-episodes 1 --n-eval-envs 1 -tb tensorboard --progress"
+    sys.argv = [SCRIPT, *TRAIN, *options.split(), *SMALL, "normalize:True"]
+    assert main_of_zoo() == 0
+
+
+def zoo_refused() -> None:
+    """Another algorithm than ours, and a search."""
+    sys.argv = [SCRIPT, "train", "--algo", "ppo", "--env", "CartPole-v1"]
+    assert main_of_zoo() == 1
+    sys.argv = [SCRIPT, *TRAIN, "-optimize"]
+    assert main_of_zoo() == 1
+
+
 def broken() -> None:
     raise OverflowError("the pole has left the cart")
 
@@ -200,6 +222,14 @@ def main(scenario: str, folder: Path) -> None:
     is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
     if scenario == "usual":
         usual(folder)
+    elif scenario == "absent":
+        if is_last:
+            killed()
+        process_group._MEETING = timedelta(seconds=1)
+        small(DualClipPPO, "MlpPolicy", scripted()).learn(100)
+    elif scenario == "zoo":
+        zoo_refused()
+        zoo(folder)
     elif scenario == "differing":
         small(DualClipPPO, "MlpPolicy", scripted(), gamma=0.9 + 0.01 * rank).learn(100)
     elif scenario == "gamma changed":

@@ -26,7 +26,7 @@ from benchmarks.sides import make_task
 from benchmarks.tasks import Task, Turn
 
 ROOT = Path(sb3_ppo_ext.__file__).resolve().parents[1]
-SETTINGS = Settings(device="cpu", threads=1, repeats=1, n_warm_up=0, cleanrl_script="", cleanrl_python="")
+SETTINGS = Settings(device="cpu", threads=1, cores=1, repeats=1, n_warm_up=0, cleanrl_script="", cleanrl_python="")
 OURS = Side("dual_clip_ppo")
 
 
@@ -115,7 +115,7 @@ def test_the_version_before_is_that_of_its_folder(tmp_path: Path) -> None:
     package = tmp_path / "before" / "sb3_ppo_ext"
     package.mkdir(parents=True)
     package.joinpath("__init__.py").write_text("def DualClipPPO(**_): raise ValueError('I am the version before')")
-    settings = Settings("cpu", 1, 1, 0, "", "", before=str(package.parent))
+    settings = Settings("cpu", 1, 1, 1, 0, "", "", before=str(package.parent))
     sides = [Side("before"), OURS]
     with Crew(settings, first_runs=False) as crew:
         before, ours = crew.measure(Workload("CartPole-v1", 1, 8, 8, 1), sides).values()

@@ -297,7 +297,7 @@ def test_a_vector_that_cannot_tell_has_no_masks(vector_class: Any) -> None:
 
 
 class Simulator(gym.Env[Any, Any]):
-    """Many environments in one object that says it is a single one, as EnvPool's and Isaac Lab's do."""
+    """Many environments in one object that says it is a single one, as Isaac Lab's do."""
 
     num_envs = 2
     observation_space = spaces.Box(-1.0, 1.0, (2, 4), np.float32)
@@ -305,24 +305,13 @@ class Simulator(gym.Env[Any, Any]):
     action_space = CHOICE
 
 
-class Pool(gym.Env[Any, Any]):
-    observation_space, action_space = BOX, CHOICE
-    config = {"num_envs": 2}  # noqa: RUF012
-
-
 @pytest.mark.parametrize(
     "vector",
-    [
-        lambda: gym.make_vec("CartPole-v1", 2),
-        lambda: gym.make_vec("CartPole-v1", 2, vectorization_mode="sync"),
-        Simulator,
-        Pool,
-        lambda: gym.wrappers.OrderEnforcing(Simulator()),
-    ],
-    ids=["gymnasium's own", "gymnasium's of single ones", "simulator", "pool", "wrapped"],
+    [Simulator, lambda: gym.wrappers.OrderEnforcing(Simulator())],
+    ids=["simulator", "wrapped"],
 )
-def test_vectors_of_environments_that_are_not_sb3s(vector: Any) -> None:
-    with pytest.raises(ValueError, match=r"env=.* it is a vector of environments.*make_vec_env") as error:
+def test_vectors_of_environments_that_are_neither_sb3s_nor_gymnasiums(vector: Any) -> None:
+    with pytest.raises(ValueError, match=r"env=.* it is a vector of environments.*VecEnv wrapper") as error:
         DualClipPPO("MlpPolicy", vector(), device="cpu")
     assert "OpenAI" not in str(error.value)
 
@@ -419,7 +408,7 @@ def test_an_error_inside_the_seeding_of_an_environment_is_its_own() -> None:
 def test_another_kind_of_environment_is_refused_by_set_env_and_none_by_the_constructor(algorithm: Any) -> None:
     model = small(algorithm, "MlpPolicy", "CartPole-v1")
     with pytest.raises(ValueError, match="is not allowed"):
-        model.set_env(gym.make_vec("CartPole-v1", num_envs=1))
+        model.set_env(Simulator())
     with pytest.raises(ValueError, match="env=None is not allowed"):
         algorithm("MlpPolicy", None)
 

@@ -19,7 +19,7 @@ from sb3_ppo_ext import REINFORCE, DualClipPPO
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.recurrent_policies import RecurrentActorCriticPolicy
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic
-from sb3_ppo_ext.common.rollout.buffers import sequences_to_pad_to
+from sb3_ppo_ext.common.rollout.buffers import size_to_pad_to
 from tests.algorithms import ALGORITHMS, small
 from tests.envs import BOX, BOX_ACTIONS, DICT, ScriptedEnv, scripted
 
@@ -190,7 +190,7 @@ def test_the_length_of_sequences_follows_what_is_changed_between_two_trainings(a
 def test_minibatches_are_padded_to_the_largest_that_there_is() -> None:
     """In a compiled step, and where the last one is smaller than the others."""
     buffer = remembering(DualClipPPO).learn(32).rollout_buffer  # of 4 sequences of 8 steps
-    padded_to = {batch_size: sequences_to_pad_to(buffer, batch_size) for batch_size in (8, 16, 24, 32, 64)}
+    padded_to = {batch_size: size_to_pad_to(buffer, batch_size) for batch_size in (8, 16, 24, 32, 64)}
     assert padded_to == {8: None, 16: None, 24: 3, 32: None, 64: None}
 
 

@@ -16,11 +16,12 @@ from sb3_ppo_ext import DualClipPPO
 from sb3_ppo_ext.common.checkpoint import latest_checkpoint, resume
 from tests.algorithms import ROLLOUT, parameters
 from tests.contract.one_of_several import Watched
+from tests.contract.zoo import MODEL, RUN, load
 from tests.envs import scripted
 from tests.processes import in_new_process
 from tests.several import Ended, run
 
-MOMENTS = [0.1, 0.17, 0.24, 0.31, 0.38, 0.45]  # seconds; where that is in the training depends on the machine
+MOMENTS = [0.1, 0.27]  # seconds; where that is in the training depends on the machine. benchmarks/kills.py has more
 SCENARIOS = {
     "usual": 2,
     "broken": 3,
@@ -29,6 +30,8 @@ SCENARIOS = {
     "killed": 2,
     "differing": 2,
     "gamma changed": 2,
+    "absent": 2,
+    "zoo": 2,
     **{f"killed at {moment}": 2 for moment in MOMENTS},
 }
 PER_ROLLOUT = 2 * 2 * ROLLOUT  # two processes with two environments
@@ -127,6 +130,12 @@ def test_a_process_that_fails_ends_all(scenario: str, words: str, ended: Any) ->
         assert f"ProcessError: This process ends, as {words}" in other.said
 
 
+def test_a_process_that_never_comes_is_not_waited_for_forever(ended: Any) -> None:
+    first, _ = ended[1]["absent"]
+    assert first.status != 0
+    assert "ProcessError: The 2 processes have not met within 1 seconds: one has not come" in first.said
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_process_may_be_killed_at_any_moment(moment: float, ended: Any) -> None:
     folder, of_scenarios = ended
@@ -160,6 +169,30 @@ def test_all_act_by_the_same_statistics_of_batch_normalization(usual: Any) -> No
     assert len(first["running_means"]) == len(second["running_means"]) == 2
     assert all(map(th.equal, first["running_means"], second["running_means"]))
     assert first["running_means"][1].any()
+
+
+def test_the_zoo_makes_one_training_of_several_processes(ended: Any) -> None:
+    folder, of_scenarios = ended
+    (status, first), (status_of_other, other) = of_scenarios["zoo"]
+    assert (status, status_of_other) == (0, 0), first + other
+    folder = folder / "zoo"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    runs = {name.split("/")[2] for name in files if name.startswith("logs/")}
+    assert runs == {RUN.name}
+    assert {f"{RUN}/{name}" for name in ("0.monitor.csv", "best_model.zip", "CartPole-v1/config.yml")} <= files
+    assert not any("1.monitor.csv" in name for name in files)
+    assert len({name for name in files if "tfevents" in name}) == 1
+    # Steps are counted over both: 256 in all, a checkpoint each 64, an evaluation each 128.
+    assert load(folder / MODEL).num_timesteps == 256
+    saved = {name for name in files if "rl_model_" in name and name.endswith("steps.zip")}
+    assert len(saved) == 4
+    assert list(np.load(folder / RUN / "evaluations.npz")["timesteps"].shape) == [2]
+    for said in (first, other):
+        assert "--algo ppo is not allowed under torchrun" in said
+        assert "-optimize is not allowed under torchrun" in said
+    assert "Saving to" in first
+    assert "Saving to" not in other
+    assert "====" not in other
 
 
 def test_nothing_of_it_is_imported_by_one_process() -> None:

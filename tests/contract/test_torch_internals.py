@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sb3_ppo_ext.common.torch_internals import (
     has_module_hooks,
     has_step_hooks,
     load_compiled,
+    set_patience,
     traced,
     version_of,
 )
@@ -229,7 +231,7 @@ def test_parametrizations_are_found() -> None:
     assert impurity(policy) == "policy has parametrizations of its own parameters"
 
 
-def test_default_store() -> None:
+def test_default_group() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         store = default_store()
@@ -237,5 +239,10 @@ def test_default_store() -> None:
         store.compare_set("key", "", "first")
         store.compare_set("key", "", "second")
         assert store.get("key") == b"first", "The error that is told would not be the first one"
+
+        set_patience(timedelta(hours=3))
+        group = dist.distributed_c10d._get_default_group()
+        patience = group._get_backend(th.device("cpu")).options._timeout
+        assert patience == timedelta(hours=3), "A long evaluation by one of the processes would end the training"
     finally:
         dist.destroy_process_group()

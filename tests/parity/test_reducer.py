@@ -40,12 +40,11 @@ class Exchange:
         self._barrier.wait()
         return [self._given[rank] for rank in range(self.n_processes)]
 
-    def average(self, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
-        gathered = self.gathered(([tensor.detach().clone() for tensor in tensors], float(weight)))
-        total = sum(weight for _, weight in gathered)
-        with th.no_grad():
-            for i, tensor in enumerate(tensors):
-                tensor.copy_(sum(weight / total * theirs[i] for theirs, weight in gathered))
+    def summed(self, message: th.Tensor) -> th.Tensor:
+        total = th.zeros_like(message)
+        for part in self.gathered(message.detach().clone()):
+            total += part
+        return total
 
 
 def workers_of(algorithm: Any, lengths: list[int], **kwargs: Any) -> tuple[Any, list[Any]]:
@@ -157,7 +156,8 @@ def test_advantages_are_normalized_over_all(sizes: list[list[int]]) -> None:
     results: list[Any] = [None, None]
 
     def normalize(i: int) -> None:
-        results[i] = normalized_over_processes(parts[i], exchanges[i])
+        values = normalized_over_processes(th.cat(parts[i]), sizes[i], exchanges[i])
+        results[i] = values.split(sizes[i])
 
     threads = [threading.Thread(target=normalize, args=(i,)) for i in range(2)]
     for thread in threads:

@@ -17,6 +17,7 @@ from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
 from sb3_ppo_ext.common.update.objective import Coefficients, Loss, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
 from sb3_ppo_ext.common.update.step import n_counted, reached, without_nothing
+from sb3_ppo_ext.common.update.step_message import StepMessage
 
 
 class Owned(NamedTuple):
@@ -42,8 +43,8 @@ class Owned(NamedTuple):
 
 class CompiledStep:
     """
-    A gradient step of Adam on a minibatch loss, as one program; as two, with the reduction of the gradients between
-    them, where several processes train one model.
+    A gradient step of Adam on a minibatch loss, as one program; as two, with a message to the others between them,
+    where several processes train one model.
 
     Inside of ``with``, parameters and moments are those of a :class:`FlatAdam`; what may change meanwhile
     (coefficients, learning rates) enters as tensors, so that no new value is a new program.
@@ -97,8 +98,9 @@ class CompiledStep:
         if reducer.is_local:
             self._program = program(self._step, "the gradient step")
         else:
-            self._program = program(self._gradient_step, "the gradients")
-            self._adam_program = program(self._adam_step, "the step of Adam")
+            self._message = StepMessage(reducer, self._device)
+            self._program = program(self._written_message, "the gradients")
+            self._adam_program = program(self._step_of_all, "the step of Adam")
 
     def _compute_loss(self, rollout_data: RolloutSamples, coefficients: Coefficients) -> tuple[th.Tensor, Statistics]:
         return self._loss(self._actor_critic, rollout_data, coefficients)
@@ -120,7 +122,6 @@ class CompiledStep:
         del self._taken, self._fixed, self._bound_to
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        weight = 0 if self._reducer.is_local else n_counted(rollout, rows)
         if self._pad_to is not None:
             rollout, rows = rollout.padded(rows, self._pad_to), None
         if not self._reducer.is_local:
@@ -133,11 +134,10 @@ class CompiledStep:
         if self._bound_to[0] is not shared or self._bound_to[1] is not coefficients:
             self._bind(shared, coefficients)
         self._take_learning_rates()
-        (statistics,) = self._program(rollout if rows is None else rows)
+        (result,) = self._program(rollout if rows is None else rows)
         if not self._reducer.is_local:
-            self._reducer.average(*self._fixed[0].gradients, statistics, weight=weight)
-            (statistics,) = self._adam_program(statistics)
-        return statistics
+            (result,) = self._adam_program(self._reducer.summed(result))
+        return result
 
     def _parameters_of_loss(
         self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]
@@ -202,16 +202,14 @@ class CompiledStep:
         gradients, statistics = self._gradients(fixed, rollout, minibatch)
         return self._adam(fixed, gradients, statistics)
 
-    def _gradient_step(self, fixed: Any, rollout: RolloutSamples | None, minibatch: Any) -> list[th.Tensor]:
+    def _written_message(self, fixed: Any, rollout: RolloutSamples | None, minibatch: Any) -> list[th.Tensor]:
         gradients, statistics = self._gradients(fixed, rollout, minibatch)
-        for place, gradient in zip(fixed[0].gradients, gradients, strict=True):
-            place.copy_(gradient)
         self._names_of_loss = tuple(statistics)
-        return [th.stack(list(statistics.values()))]
+        weight = n_counted(minibatch, None) if rollout is None else n_counted(rollout, minibatch)
+        return [self._message.written(gradients, statistics, weight)]
 
-    def _adam_step(self, fixed: Any, batch: Any, statistics: th.Tensor) -> list[th.Tensor]:
-        gradients = [gradient.clone() for gradient in fixed[0].gradients]
-        return self._adam(fixed, gradients, dict(zip(self._names_of_loss, statistics.unbind(), strict=True)))
+    def _step_of_all(self, fixed: Any, batch: Any, total: th.Tensor) -> list[th.Tensor]:
+        return self._adam(fixed, *self._message.read(total, fixed[0].gradients, self._names_of_loss))
 
     def _named(self, numbers: th.Tensor) -> Coefficients:
         return dict(zip(self._coefficients, numbers.unbind(), strict=True))

@@ -26,7 +26,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step;
     - ``action_masks``: which actions were allowed, shape ``(n_steps, n_envs, n_choices)``; None where all are;
     - ``states``: of a policy with a memory, before each sequence of ``sequence_length`` steps, shape
-      ``(n_sequences, n_envs, n_state)``; None where there is no memory.
+      ``(n_sequences, n_envs, n_state)``; None where there is no memory;
+    - ``counts``: False where an environment did nothing but begin a new episode, a step from which nothing is learnt;
+      None where all count.
 
     ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them. So it is
     here too where a derived buffer has an ``add`` or a ``compute_returns_and_advantage`` of its own and is therefore
@@ -44,6 +46,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
     last_values: np.ndarray
     action_masks: np.ndarray | None
     states: np.ndarray | None
+    counts: np.ndarray | None
     sequence_length: int = 1
 
     def reset(self) -> None:
@@ -58,6 +61,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self._last_dones = np.zeros(self.n_envs, dtype=bool)
         self.action_masks = None
         self.states = None
+        self.counts = None
         self.forget_flat()
 
     @property
@@ -115,6 +119,16 @@ class RolloutBuffer(sb3.RolloutBuffer):
             n_sequences = -(-self.buffer_size // self.sequence_length)
             self.states = np.zeros((n_sequences, *state.shape), dtype=np.float32)
         self.states[self.pos // self.sequence_length] = state.cpu().numpy()
+
+    def add_counts(self, counts: np.ndarray) -> None:
+        """
+        Add in which environments the step counts that :meth:`add_transition` completes.
+
+        :param counts: bool, shape ``(n_envs,)``
+        """
+        if self.counts is None:
+            self.counts = np.ones((self.buffer_size, self.n_envs), dtype=bool)
+        self.counts[self.pos] = counts
 
     def add_transition(self, action: np.ndarray, reward: np.ndarray) -> None:
         """
@@ -224,26 +238,32 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def flat(self) -> RolloutSamples:
         """
-        The whole rollout on the device, in the order of :meth:`flat_inputs`.
+        The rollout on the device, in the order of :meth:`flat_inputs`, without the steps that do not count.
 
         :return: the samples; made at the first call after a rollout, the same tensors afterwards
         """
         assert self.full, "the rollout buffer is not full"
         if self._flat is None:
-            inputs, actions = self.flat_inputs()
-            self._flat = RolloutSamples(
-                inputs.obs,
-                actions,
-                self._to_flat(self.values).flatten(),
-                self._to_flat(self.log_probs).flatten(),
-                self._to_flat(self.advantages).flatten(),
-                self._to_flat(self.returns).flatten(),
-                self._to_flat(self._params_of_samples()),
-                inputs.mask,
-                inputs.state,
-                inputs.starts,
-            )
+            self._flat = self._whole()
+            if self.counts is not None:
+                self._flat = self._flat.rows(self._to_flat(self.counts).flatten())
         return self._flat
+
+    def _whole(self) -> RolloutSamples:
+        """All steps on the device."""
+        inputs, actions = self.flat_inputs()
+        return RolloutSamples(
+            inputs.obs,
+            actions,
+            self._to_flat(self.values).flatten(),
+            self._to_flat(self.log_probs).flatten(),
+            self._to_flat(self.advantages).flatten(),
+            self._to_flat(self.returns).flatten(),
+            self._to_flat(self._params_of_samples()),
+            inputs.mask,
+            inputs.state,
+            inputs.starts,
+        )
 
     def _params_of_samples(self) -> np.ndarray:
         """The distribution parameters; none if a callback has added samples without theirs."""
@@ -318,20 +338,35 @@ def minibatches(
             yield samples if isinstance(samples, RolloutSamples) else _of_sb3(samples), None
 
 
-def sequences_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> int | None:
+def size_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> int | None:
     """
-    What a compiled step pads minibatches of sequences to, where the last one of an epoch is smaller: unrolled, a second
-    program for it would take long to make.
+    What a compiled step pads minibatches to where the last one of an epoch is smaller. There is a program for each size
+    else, which would be one in each rollout if steps of it do not count; and of sequences, which are unrolled, a second
+    program takes long to make.
 
     :param rollout_buffer: filled
     :param batch_size: samples in a minibatch
-    :return: the number of sequences; None where all minibatches have it, or there is no memory
+    :return: the number of rows, of sequences where there is a memory; None where all minibatches have it, or one second
+        program will do
     """
-    if not isinstance(rollout_buffer, RolloutBuffer) or rollout_buffer.states is None:
+    if not isinstance(rollout_buffer, RolloutBuffer):
         return None
-    n_sequences = rollout_buffer.states.shape[0] * rollout_buffer.n_envs
-    n_of_minibatch = min(n_sequences, max(1, batch_size // rollout_buffer.sequence_length))
-    return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
+    if rollout_buffer.states is not None:
+        n_sequences = rollout_buffer.states.shape[0] * rollout_buffer.n_envs
+        n_of_minibatch = min(n_sequences, max(1, batch_size // rollout_buffer.sequence_length))
+        return None if n_sequences % n_of_minibatch == 0 else n_of_minibatch
+    return None if rollout_buffer.counts is None else min(rollout_buffer.counts.size, batch_size)
+
+
+def values_and_returns(rollout_buffer: sb3.RolloutBuffer) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Those of the steps that count.
+
+    :param rollout_buffer: filled, any of SB3's
+    """
+    counts = getattr(rollout_buffer, "counts", None)
+    values, returns = rollout_buffer.values, rollout_buffer.returns
+    return (values.flatten(), returns.flatten()) if counts is None else (values[counts], returns[counts])
 
 
 def _of_sb3(samples: RolloutBufferSamples | DictRolloutBufferSamples) -> RolloutSamples:

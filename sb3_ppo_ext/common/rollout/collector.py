@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
-from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
+from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, rows_of
 from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
 from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
 from sb3_ppo_ext.common.rollout.final_values import FinalValues
@@ -24,6 +24,7 @@ from sb3_ppo_ext.common.rollout.info_copies import copy_infos_quickly
 from sb3_ppo_ext.common.rollout.masks import ActionMasks, check_no_masks
 from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.rollout.stop_rules import StopRule
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Transition, whole_steps
 
 Act = Callable[[PolicyInput], tuple[th.Tensor, StepEvaluation | None]]
 
@@ -97,7 +98,8 @@ class Collector:
         policy, device, use_sde = algorithm.policy, algorithm.device, algorithm.use_sde
         action_shape = (env.num_envs, *(algorithm.action_space.shape or ()))
         action_space = algorithm.action_space
-        is_as_made = type(env) is DummyVecEnv  # a wrapper may change an observation and not the final one
+        step_whole = whole_steps(env)
+        gives_tensors = isinstance(env, BatchedVecEnv) and env.gives_tensors
         all_count = self._stop.counted is None
         copy_infos_quickly(env)
         # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
@@ -123,7 +125,8 @@ class Collector:
             action_tensor, step = act(PolicyInput(obs_tensor, mask_tensor, state, starts))
             if step is not None:
                 self._steps.append(step._replace(state=None))
-            actions = action_tensor.cpu().numpy().reshape(action_shape)
+            actions: Any = action_tensor if gives_tensors else action_tensor.cpu().numpy()
+            actions = actions.reshape(action_shape)
             clipped_actions = to_env(actions, policy, action_space)
             # Before the step, as an environment may write its next observation into the same array.
             rollout_buffer.add_observation(algorithm._last_obs, algorithm._last_episode_starts)  # type: ignore[arg-type]
@@ -135,12 +138,18 @@ class Collector:
                 rollout_buffer.add_state(state)
                 state = step.state
 
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            transition = None
+            infos: Any
+            if step_whole is None:
+                new_obs, rewards, dones, infos = env.step(clipped_actions)
+            else:
+                transition = step_whole(clipped_actions)
+                new_obs, rewards, dones, infos = transition.obs, transition.rewards, transition.dones, transition.infos
 
             if self._masks is not None:
                 self.last_masks = self._masks.read(new_obs)
             elif n_steps == 0 and self._heeds_masks:
-                check_no_masks(infos)
+                check_no_masks(infos if transition is None else infos[:1])
             algorithm.num_timesteps += env.num_envs
             callback.update_locals(
                 {
@@ -165,20 +174,15 @@ class Collector:
             if not callback.on_step():
                 return False
 
-            if all_count:
-                algorithm._update_info_buffer(infos, dones)
+            if transition is not None:
+                self._note_ends(n_steps, transition, state)
             else:
-                self._note_episodes(infos, dones)
-            if dones.any():
-                for idx in dones.nonzero()[0]:
-                    final_obs = infos[idx].get("terminal_observation")
-                    if is_as_made:
-                        raise_if_misshapen(final_obs, algorithm.observation_space, int(idx))
-                    if infos[idx].get("TimeLimit.truncated", False):
-                        rollout_buffer.truncated[n_steps, idx] = True
-                        if final_obs is not None and self._keeps_final_values:
-                            of_env = None if state is None else state[idx]
-                            self._final_values.add(n_steps, int(idx), final_obs, of_env)
+                if all_count:
+                    algorithm._update_info_buffer(infos, dones)
+                else:
+                    self._note_counted_infos(infos, dones)
+                if dones.any():
+                    self._note_ends_by_infos(n_steps, dones, infos, state)
 
             rollout_buffer.add_transition(actions, rewards)
             n_steps += 1
@@ -187,7 +191,7 @@ class Collector:
             self.last_state = state
             if not is_alone and self._watch is not None and self._watch.is_touched() and self._watch.has_changed():
                 self._follow_change()
-            if self._stop.is_complete(n_steps, dones):
+            if self._stop.is_complete(n_steps, dones, None if transition is None else transition.counts):
                 break
 
         self._stop.close(rollout_buffer)
@@ -241,7 +245,47 @@ class Collector:
         self._watch = None
         self.step_by_step = True
 
-    def _note_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
+    def _note_ends(self, n_steps: int, transition: Transition, state: th.Tensor | None) -> None:
+        """Note how a step ended episodes, which is told for all environments at once."""
+        buffer, truncated = self._buffer, transition.truncated
+        if transition.episodes is not None:
+            self._note_episodes(transition.episodes)
+        if transition.counts is not None:
+            buffer.add_counts(transition.counts)
+        buffer.truncated[n_steps] = truncated
+        if self._keeps_final_values and transition.final_obs is not None and truncated.any():
+            rows = truncated.nonzero()[0]
+            of_envs = None if state is None else state[rows]
+            self._final_values.add_rows(n_steps, rows, rows_of(transition.final_obs, rows), of_envs)
+
+    def _note_ends_by_infos(
+        self, n_steps: int, dones: np.ndarray, infos: list[dict[str, Any]], state: th.Tensor | None
+    ) -> None:
+        """Note how a step ended episodes, which each environment tells in its info."""
+        is_as_made = type(self._env) is DummyVecEnv  # a wrapper may change an observation and not the final one
+        for idx in dones.nonzero()[0]:
+            final_obs = infos[idx].get("terminal_observation")
+            if is_as_made:
+                raise_if_misshapen(final_obs, self._algorithm.observation_space, int(idx))
+            if infos[idx].get("TimeLimit.truncated", False):
+                self._buffer.truncated[n_steps, idx] = True
+                if final_obs is not None and self._keeps_final_values:
+                    of_env = None if state is None else state[idx]
+                    self._final_values.add(n_steps, int(idx), final_obs, of_env)
+
+    def _note_episodes(self, episodes: Episodes) -> None:
+        """Note returns and lengths for the logs."""
+        of_infos, of_successes = self._algorithm.ep_info_buffer, self._algorithm.ep_success_buffer
+        assert of_infos is not None
+        assert of_successes is not None
+        if self._stop.counted is not None:
+            episodes = episodes.some(self._stop.counted[episodes.env_indices])
+        episodes = episodes.some(slice(-(of_infos.maxlen or 0), None))  # of thousands, most would be dropped again
+        of_infos.extend(episodes.infos())
+        if episodes.successes is not None:
+            of_successes.extend(episodes.successes.tolist())
+
+    def _note_counted_infos(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
         counted = self._stop.counted
         assert counted is not None
         infos = [info for info, counts in zip(infos, counted, strict=True) if counts]
@@ -301,23 +345,27 @@ class Collector:
             )
 
 
-def to_env(actions: np.ndarray, policy: Any, action_space: spaces.Space[Any]) -> np.ndarray:
+def to_env(actions: Any, policy: Any, action_space: spaces.Space[Any]) -> Any:
     """
     A copy of the actions as the environment takes them, which may write into it: those of a Box are unscaled if they
     are squashed, else clipped to the bounds.
 
-    :param actions: as the policy drew them, shape ``(n_envs, *action_shape)``
+    :param actions: as the policy drew them, shape ``(n_envs, *action_shape)``; an array or a tensor
     :param policy: that drew them
     :param action_space: of the environment
     """
+    is_tensor = isinstance(actions, th.Tensor)
     if not isinstance(action_space, spaces.Box):
-        return actions.copy()
+        return actions.clone() if is_tensor else actions.copy()
+    low: Any = action_space.low
+    high: Any = action_space.high
+    if is_tensor:
+        low, high = th.as_tensor(low, device=actions.device), th.as_tensor(high, device=actions.device)
+        return low + 0.5 * (actions + 1.0) * (high - low) if policy.squash_output else th.clamp(actions, low, high)
     if policy.squash_output:
-        unscaled: np.ndarray = policy.unscale_action(actions)
-        return unscaled
+        return policy.unscale_action(actions)
     # np.clip does the same in three times the time
-    clipped: np.ndarray = np.minimum(np.maximum(actions, action_space.low), action_space.high)
-    return clipped
+    return np.minimum(np.maximum(actions, low), high)
 
 
 def env_by_env(steps: Sequence[th.Tensor | None]) -> th.Tensor | None:

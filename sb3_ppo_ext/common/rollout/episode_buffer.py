@@ -47,11 +47,13 @@ class EpisodeBuffer(RolloutBuffer):
         self._resize(self.pos)
         self.full = True
         # Its number within the environment; -1 of the one that had begun before.
-        episode = np.cumsum(self.episode_starts, axis=0).astype(np.int64) - 1
+        starts = self.episode_starts > 0 if self.counts is None else (self.episode_starts > 0) & self.counts
+        episode = np.cumsum(starts, axis=0) - 1
         now = np.arange(self.buffer_size)[:, None]
-        started = np.maximum.accumulate(np.where(self.episode_starts > 0, now, 0), axis=0)
+        started = np.maximum.accumulate(np.where(starts, now, 0), axis=0)
         numbers = episode + episodes_per_env * np.arange(self.n_envs)
-        self._counts = self._to_flat((episode >= 0) & (episode < episodes_per_env)).flatten()
+        counts = (episode >= 0) & (episode < episodes_per_env)
+        self._counts = self._to_flat(counts if self.counts is None else counts & self.counts).flatten()
         self._index = EpisodeIndex(
             self._to_flat(numbers).flatten()[self._counts], self._to_flat(now - started).flatten()[self._counts]
         )
@@ -74,6 +76,8 @@ class EpisodeBuffer(RolloutBuffer):
         self.episode_starts = resized(self.episode_starts)
         if self.action_masks is not None:
             self.action_masks = resized(self.action_masks)
+        if self.counts is not None:
+            self.counts = resized(self.counts)
         states, self.states = self.states, None
         self.truncated, self.final_values = resized(self.truncated), resized(self.final_values)
         self.distribution_params = resized(self.distribution_params)  # a policy of the user's own may not set them
@@ -93,7 +97,7 @@ class EpisodeBuffer(RolloutBuffer):
         sample.
         """
         if self._flat is None:
-            whole = super().flat()
+            whole = self._whole()
             self._flat = whole.rows(self._counts) if whole.states is None else self._sequences(whole)
         return self._flat
 

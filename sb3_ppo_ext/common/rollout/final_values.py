@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch as th
 
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
-from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
+from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, rows_of
 from sb3_ppo_ext.common.rollout.failures import raise_if_final_not_finite
 
 
@@ -22,7 +23,7 @@ class FinalValues:
 
     def __init__(self, actor_critic: ActorCritic) -> None:
         self.actor_critic = actor_critic
-        self._states: list[th.Tensor | None] = []
+        self._states: list[th.Tensor] = []
         self._steps: list[int] = []
         self._env_indices: list[int] = []
         self._final_obs: list[Any] = []
@@ -38,20 +39,39 @@ class FinalValues:
         :param final_obs: as the environment gave it, which may write its next one into the same arrays
         :param state: what the policy remembers before it, shape ``(n_state,)``; None: it has no memory
         """
-        self._steps.append(step)
-        self._env_indices.append(env_index)
-        self._states.append(state)
+        is_dict = isinstance(final_obs, dict)
+        row = {k: np.array(x)[None] for k, x in final_obs.items()} if is_dict else np.array(final_obs)[None]
+        self.add_rows(step, [env_index], row, None if state is None else state[None])
+
+    def add_rows(self, step: int, env_indices: Sequence[int], final_obs: Any, states: th.Tensor | None = None) -> None:
+        """
+        :param step: of the rollout, in which the episodes were cut
+        :param env_indices: numbers of the environments
+        :param final_obs: one row for each of them, shape ``(n, *obs_shape)`` or a dict of such, to be kept
+        :param states: what the policy remembers before them, shape ``(n, n_state)``; None: it has no memory
+        """
+        self._steps += [step] * len(env_indices)
+        self._env_indices += [int(index) for index in env_indices]
+        if states is not None:
+            self._states += states
         if self.actor_critic.is_pure:
-            is_dict = isinstance(final_obs, dict)
-            self._final_obs.append({k: np.array(x) for k, x in final_obs.items()} if is_dict else np.array(final_obs))
+            self._final_obs.append(final_obs)
         else:
-            self._values.append(self._evaluated([final_obs], len(self) - 1))
+            self._values.append(self._evaluated(final_obs, len(self) - len(env_indices)))
 
     def evaluate(self) -> None:
         """Evaluate the final observations that have not been evaluated yet."""
-        first = len(self) - len(self._final_obs)
-        for rows in chunks(len(self._final_obs), self.actor_critic.policy.observation_space):
-            self._values.append(self._evaluated(self._final_obs[rows], first + rows.start))
+        if not self._final_obs:
+            return
+        first = sum(map(len, self._values))
+        space = self.actor_critic.policy.observation_space
+        all_obs: Any = self._final_obs
+        if isinstance(all_obs[0], dict):
+            all_obs = {key: np.concatenate([obs[key] for obs in all_obs]) for key in all_obs[0]}
+        else:
+            all_obs = np.concatenate(all_obs)
+        for rows in chunks(len(self) - first, space):
+            self._values.append(self._evaluated(rows_of(all_obs, rows), first + rows.start))
         self._final_obs = []
 
     def write_into(self, final_values: np.ndarray) -> None:
@@ -62,16 +82,13 @@ class FinalValues:
             final_values[self._steps, self._env_indices] = np.concatenate(self._values)
 
     @th.no_grad()
-    def _evaluated(self, final_obs: list[Any], first: int) -> np.ndarray:
-        if isinstance(final_obs[0], dict):
-            stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in final_obs[0]}
-        else:
-            stacked = np.stack(final_obs)
+    def _evaluated(self, final_obs: Any, first: int) -> np.ndarray:
         policy = self.actor_critic.policy
-        inputs = PolicyInput(policy.obs_to_tensor(stacked)[0])
-        states = [state for state in self._states[first : first + len(final_obs)] if state is not None]
-        if states:
-            inputs = inputs._replace(state=th.stack(states), starts=th.zeros(len(states), device=policy.device))
+        inputs = PolicyInput(policy.obs_to_tensor(final_obs)[0])
+        n_rows = inputs.n_rows
+        if self._states:
+            states = th.stack(self._states[first : first + n_rows])
+            inputs = inputs._replace(state=states, starts=th.zeros(n_rows, device=policy.device))
         values: np.ndarray = self.actor_critic.values(inputs).cpu().numpy()
-        raise_if_final_not_finite(values, stacked, self._steps[first:], self._env_indices[first:])
+        raise_if_final_not_finite(values, final_obs, self._steps[first:], self._env_indices[first:])
         return values

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, 
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.present_infos import present_infos, reset_infos
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 from sb3_ppo_ext.common.rollout.vec_envs import has_masks_method
 
 Convention = Literal["method", "observation", "info"]
@@ -87,6 +88,8 @@ class ActionMasks:
         masks: Any
         if self.convention == "method":
             masks = self._env.env_method(METHOD)
+        elif self.convention == "info" and isinstance(self._env.unwrapped, BatchedVecEnv):
+            masks = self._env.unwrapped.action_masks_in_infos()
         elif self.convention == "info":
             masks = [info.get(KEY) for info in present_infos(self._env)]
         else:

@@ -7,6 +7,8 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
+
 
 def reset_infos(env: VecEnv) -> list[dict[str, Any]]:
     """
@@ -26,9 +28,12 @@ def present_infos(env: VecEnv) -> list[dict[str, Any]]:
     watched.
 
     :param env: the environments
-    :return: one info an environment
+    :return: one info an environment; of those that are stepped all at once, of which actions are allowed alone
     """
     venv = env.unwrapped
+    if isinstance(venv, BatchedVecEnv):  # it knows by itself
+        masks = venv.action_masks_in_infos()
+        return [{} if masks is None else {"action_mask": masks[i]} for i in range(venv.num_envs)]
     watch = getattr(venv.step_wait, "__self__", None)
     if not isinstance(watch, _Watch):
         watch = _Watch(venv)

@@ -18,12 +18,13 @@ class StopRule(Protocol):
         """The environments whose present episode counts, bool, shape ``(n_envs,)``; None: all."""
         ...
 
-    def is_complete(self, n_steps: int, dones: np.ndarray) -> bool:
+    def is_complete(self, n_steps: int, dones: np.ndarray, counts: np.ndarray | None = None) -> bool:
         """
         Whether to end the rollout, asked after each step.
 
         :param n_steps: steps taken of each environment
         :param dones: the environments in which the last one ended an episode, shape ``(n_envs,)``
+        :param counts: False where it did nothing but begin an episode, shape ``(n_envs,)``; None: all count
         """
         ...
 
@@ -48,7 +49,7 @@ class AfterSteps:
     def __init__(self, n_steps: int) -> None:
         self._n_steps = n_steps
 
-    def is_complete(self, n_steps: int, dones: np.ndarray) -> bool:
+    def is_complete(self, n_steps: int, dones: np.ndarray, counts: np.ndarray | None = None) -> bool:
         return n_steps >= self._n_steps
 
     def close(self, rollout_buffer: RolloutBuffer) -> None:
@@ -91,18 +92,19 @@ class AfterEpisodes:
         counted: np.ndarray = (self._completed >= 0) & (self._completed < self._episodes_per_env)
         return counted
 
-    def count(self, dones: np.ndarray) -> None:
+    def count(self, dones: np.ndarray, counts: np.ndarray | None = None) -> None:
         """
         Count a step.
 
         :param dones: the environments in which it ended an episode, shape ``(n_envs,)``
+        :param counts: False where it did nothing but begin an episode, shape ``(n_envs,)``; None: all count
         """
         self._episode_lengths += 1
         self._episode_lengths[dones] = 0
-        self._completed += dones
+        self._completed += dones if counts is None else dones & counts
 
-    def is_complete(self, n_steps: int, dones: np.ndarray) -> bool:
-        self.count(dones)
+    def is_complete(self, n_steps: int, dones: np.ndarray, counts: np.ndarray | None = None) -> bool:
+        self.count(dones, counts)
         is_awaited = self._completed < self._episodes_per_env
         if (self._episode_lengths[is_awaited] >= self._max_episode_steps).any():
             raise ValueError(

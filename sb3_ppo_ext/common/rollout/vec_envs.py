@@ -8,38 +8,36 @@ import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
+from sb3_ppo_ext.common.rollout.autoreset import is_envpool
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 
 
-def check_env(env: Any) -> None:
+def as_learnable(env: Any) -> Any:
     """
     :param env: as the user gave it, made if it was an id
+    :return: the same, or a vector of environments that was none of SB3's as one
     :raises ArgumentError: for what is no environment that SB3 can take, saying what it is and what to do
     """
     if isinstance(env, VecEnv):
-        return
+        return env
+    inner = env.unwrapped if isinstance(env, gym.Env) else env
+    if isinstance(env, gym.vector.VectorEnv) or is_envpool(env):
+        return ArrayVecEnv(env)
     given = f"env={env!r:.100} is not allowed: "
-    if _is_vector(env):
+    if isinstance(inner, gym.vector.VectorEnv) or hasattr(inner, "single_observation_space"):
         raise ArgumentError(
-            f"{given}it is a vector of environments, but not one of Stable-Baselines3's. It must be a VecEnv: for "
-            "environments that gymnasium.make() knows, stable_baselines3.common.env_util.make_vec_env(id, n_envs=...) "
-            "makes one; for others, such as those of EnvPool or Isaac Lab, take the VecEnv wrapper that they come with"
+            f"{given}it is a vector of environments, but neither one of Stable-Baselines3's (a VecEnv) nor one of "
+            "gymnasium's (a VectorEnv). For environments such as those of Isaac Lab, take the VecEnv wrapper that they "
+            "come with"
         )
     # SB3 adapts the environments of OpenAI Gym, where that is installed.
     if not isinstance(env, gym.Env) and not any(base.__module__.startswith("gym.") for base in type(env).__mro__):
         raise ArgumentError(
-            f"{given}it must be a Gymnasium environment, a VecEnv of Stable-Baselines3, or the id of a registered one"
+            f"{given}it must be a Gymnasium environment or VectorEnv, a VecEnv of Stable-Baselines3, an environment of "
+            "EnvPool, or the id of a registered one"
         )
-
-
-def _is_vector(env: Any) -> bool:
-    """Whether an object is many environments at once, as gymnasium, EnvPool and simulators on a GPU have them."""
-    inner = env.unwrapped if isinstance(env, gym.Env) else env
-    config = getattr(inner, "config", None)  # where older versions of EnvPool say it
-    return (
-        isinstance(inner, gym.vector.VectorEnv)
-        or hasattr(inner, "single_observation_space")
-        or (isinstance(config, dict) and "num_envs" in config)
-    )
+    return env
 
 
 def has_masks_method(env: VecEnv) -> bool:
@@ -65,6 +63,8 @@ def time_limit(env: VecEnv) -> int:
 
     :param env: the training environment
     """
+    if isinstance(env.unwrapped, BatchedVecEnv):
+        return env.unwrapped.max_episode_steps
     try:
         specs = env.get_attr("spec")
     except (AttributeError, NotImplementedError):  # a vector of environments that cannot be looked into

@@ -19,16 +19,20 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
+from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
+from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
+
 # What gymnasium's wrappers and SB3's Monitor remember of an episode (TimeLimit, Monitor, FrameStackObservation), and of
 # all episodes (NormalizeObservation, NormalizeReward). They are asked for by name: rl_zoo3 puts a class of its own in
 # TimeLimit's place, which a worker process need not know.
 _OF_EPISODE = ("_elapsed_steps", "rewards", "obs_queue")
 _OF_TRAINING = ("obs_rms", "return_rms", "discounted_reward")
 
-_VEC_MEMORY: dict[type[VecEnvWrapper], tuple[str, ...]] = {
+_VEC_MEMORY: dict[type[VecEnv], tuple[str, ...]] = {
     VecNormalize: ("obs_rms", "ret_rms", "returns", "old_obs", "old_reward"),
     VecFrameStack: ("stacked_obs",),
     VecMonitor: ("episode_returns", "episode_lengths"),
+    ArrayVecEnv: ("_statistics", "_masks"),
 }
 _VEC_SETTINGS: dict[type[VecEnvWrapper], tuple[str, ...]] = {
     VecNormalize: (
@@ -135,11 +139,11 @@ def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:
         env = env.venv
 
 
-def _with_memory(env: VecEnv) -> list[tuple[VecEnvWrapper, str, tuple[str, ...]]]:
+def _with_memory(env: VecEnv) -> list[tuple[VecEnv, str, tuple[str, ...]]]:
     """The wrappers that remember something, their names, and what they remember."""
     return [
         (wrapper, wrapper_class.__name__, tuple(name for name in names if name in vars(wrapper)))
-        for wrapper in _wrappers(env)
+        for wrapper in (*_wrappers(env), env.unwrapped)
         for wrapper_class, names in _VEC_MEMORY.items()
         if isinstance(wrapper, wrapper_class)
     ]
@@ -167,7 +171,9 @@ def _channels_order(stacked: StackedObservations[Any]) -> str | dict[str, Any]:
 
 
 def _has(env: VecEnv, name: str) -> bool:
-    """Whether all environments have an attribute. Not every vector of environments can tell."""
+    """Whether all environments have an attribute. Not every vector of environments can tell, or put it back."""
+    if isinstance(env.unwrapped, BatchedVecEnv) and not env.unwrapped.can_be_restored:
+        return False
     try:
         return env.has_attr(name)
     except NotImplementedError:

@@ -120,10 +120,9 @@ def fit_critic(
     coefficients = {"max_grad_norm": math.inf}
     history: list[th.Tensor] = []
     rollout: RolloutSamples | None = None
-    epochs = Epochs(rollout_buffer, batch_size, reducer)
     with step:
-        for _ in range(n_epochs):
-            for samples, rows in epochs.minibatches():
+        for minibatches in Epochs(rollout_buffer, batch_size, n_epochs, reducer):
+            for samples, rows in minibatches:
                 if samples is not rollout:
                     rollout, of_critic = samples, _of_critic(samples)
                 history.append(step(of_critic, rows, coefficients))

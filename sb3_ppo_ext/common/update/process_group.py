@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import pickle
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch as th
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sb3_ppo_ext.common.errors import ProcessError
-from sb3_ppo_ext.common.torch_internals import default_store
+from sb3_ppo_ext.common.torch_internals import default_store, set_patience
+from sb3_ppo_ext.common.update.reduce import of_each_kind, write
+
+if TYPE_CHECKING:
+    from sb3_ppo_ext.common.update.shared_memory import SharedMemory
 
 T = TypeVar("T")
 
-# A process that has ended is noticed by its connection; one that takes long, as it evaluates, is waited for.
+# One that has not come may have ended, which nobody knows but torchrun, or whatever has started it.
+_MEETING = timedelta(minutes=5)
+# Later, a process that has ended is noticed by its connection; one that takes long, as it evaluates, is waited for.
 _PATIENCE = timedelta(days=1)
 _FAILURE = "sb3_ppo_ext/failure"
 
@@ -37,6 +47,9 @@ class ProcessGroup:
         self.rank: int = dist.get_rank()
         self.n_processes: int = dist.get_world_size()
         self._store = default_store()
+        self._shared: SharedMemory | None = None
+        # Processors of another kind do not promise that a process sees the writes of another in their order.
+        self._shares_memory = all(self._gathered(sys.platform == "linux" and platform.machine() == "x86_64"))
 
     @classmethod
     def joined(cls, device: th.device) -> ProcessGroup:
@@ -47,29 +60,33 @@ class ProcessGroup:
         """
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            store, rank, n_processes = next(rendezvous("env://", timeout=_PATIENCE))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # On one machine, torchrun may keep the store from one attempt to the next, and in it addresses of dead
-                # processes. (For several machines, --rdzv-backend c10d makes a new one.)
-                store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=_PATIENCE)
+            try:
+                store, rank, n_processes = next(rendezvous("env://", timeout=_MEETING))
+                if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                    # On one machine, torchrun may keep the store from one attempt to the next, and in it addresses of
+                    # dead processes. (For several machines, --rdzv-backend c10d makes a new one.)
+                    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=_MEETING)
+            except RuntimeError as error:
+                raise ProcessError(
+                    f"The {os.environ['WORLD_SIZE']} processes have not met within {_MEETING.total_seconds():.0f} "
+                    f"seconds: one has not come, or has ended before ({_first_line(error)})"
+                ) from error
+            set_patience(_PATIENCE)
         return cls()
 
-    @th.no_grad()
-    def average(self, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
+    def summed(self, message: th.Tensor) -> th.Tensor:
         """
-        As :meth:`Reducer.average`. All tensors of one kind go in one message.
+        As :meth:`Reducer.summed`.
 
-        :param tensors: of the same shapes in each process; written into
-        :param weight: of this process
+        :param message: of this process; it may be written into
         """
-        for same in _kinds(tensors):
-            own_weight = th.as_tensor(weight, dtype=same[0].dtype, device=same[0].device).reshape(1)
-            message = th.cat([*(tensor.flatten() for tensor in same), own_weight])
-            message[:-1] *= own_weight
-            with self._explained():
-                dist.all_reduce(message)
-            _write(message[:-1] / message[-1], same)
+        shared = self._shared_by_all(message)
+        with self._explained():
+            if shared is not None:
+                return shared.summed(message)
+            dist.all_reduce(message)
+        return message
 
     @th.no_grad()
     def take_from_first(self, tensors: Iterable[th.Tensor]) -> None:
@@ -78,12 +95,16 @@ class ProcessGroup:
 
         :param tensors: of the same shapes in each process; written into, except in the first one
         """
-        for same in _kinds(tensors):
+        for same in of_each_kind(tensors):
             message = th.cat([tensor.flatten() for tensor in same])
+            shared = self._shared_by_all(message)
             with self._explained():
-                dist.broadcast(message, src=0)
+                if shared is not None:
+                    message = shared.exchanged(message)[0]
+                else:
+                    dist.broadcast(message, src=0)
             if self.rank > 0:
-                _write(message, same)
+                write(message, same)
 
     def gathered(self, value: T) -> list[T]:
         """
@@ -91,10 +112,45 @@ class ProcessGroup:
 
         :param value: of this process
         """
+        if not self._shares_memory:
+            return self._gathered(value)
+        pickled = th.frombuffer(bytearray(pickle.dumps(value)), dtype=th.uint8)
+        sizes = [int(size) for size in self._of_each(th.tensor([len(pickled)]))]
+        padded = nn.functional.pad(pickled, (0, max(sizes) - len(pickled)))
+        parts = zip(self._of_each(padded), sizes, strict=True)
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]
+
+    def _of_each(self, message: th.Tensor) -> Sequence[th.Tensor]:
+        shared = self._shared_by_all(message)
+        if shared is None:
+            return self._gathered(message)
+        with self._explained():
+            return shared.exchanged(message)
+
+    def _gathered(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.n_processes
         with self._explained():
             dist.all_gather_object(values, value)
         return values
+
+    def _shared_by_all(self, message: th.Tensor) -> SharedMemory | None:
+        """
+        The memory that processes of one machine exchange messages by.
+
+        :param message: of this process, as long as those of the others
+        :return: None if they have none
+        """
+        if message.device.type != "cpu" or not self._shares_memory:
+            return None
+        n_bytes = message.numel() * message.element_size()
+        if self._shared is None or self._shared.capacity < n_bytes:
+            from sb3_ppo_ext.common.update.shared_memory import shared_by
+
+            if self._shared is not None:
+                self._shared.close()
+            self._shared = shared_by(self.rank, self.n_processes, self._gathered, n_bytes)
+            self._shares_memory = self._shared is not None
+        return self._shared
 
     def of_first(self, value: T) -> T:
         """
@@ -118,6 +174,8 @@ class ProcessGroup:
                 self._store.compare_set(
                     _FAILURE, "", f"process {self.rank} has failed: {type(error).__name__}: {error}"
                 )
+        if self._shared is not None:
+            self._shared.close()
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
 
@@ -137,19 +195,8 @@ class ProcessGroup:
 
 
 def _without_a_word(error: RuntimeError) -> str:
-    reason = str(error).strip().partition("\n")[0]
-    return f"another one has ended without a word: it was killed, or has lost its connection ({reason})"
+    return f"another one has ended without a word: it was killed, or has lost its connection ({_first_line(error)})"
 
 
-def _kinds(tensors: Iterable[th.Tensor]) -> Iterable[list[th.Tensor]]:
-    """The tensors of each dtype and device."""
-    kinds: dict[Any, list[th.Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return kinds.values()
-
-
-def _write(message: th.Tensor, tensors: list[th.Tensor]) -> None:
-    parts = th.split(message, [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().partition("\n")[0]

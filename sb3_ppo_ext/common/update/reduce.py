@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import torch as th
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 class Reducer(Protocol):
     """
-    Puts tensors of several processes together. It stands between the gradients and the clipping of their norm, and
+    Puts what several processes have together. It stands between the gradients and the clipping of their norm, and
     wherever a mean over the rollout is taken.
     """
 
@@ -31,12 +31,11 @@ class Reducer(Protocol):
         """How many there are."""
         ...
 
-    def average(self, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
+    def summed(self, message: th.Tensor) -> th.Tensor:
         """
-        Put in the place of each tensor its mean over the processes.
+        The sum of a tensor over the processes, with the same bits in each.
 
-        :param tensors: of the same shapes in each process; written into
-        :param weight: of this process, as a rule the number of samples that its tensors are means of
+        :param message: of this process, of the same shape in each; it may be written into
         """
         ...
 
@@ -56,11 +55,40 @@ class OneProcess:
     rank = 0
     n_processes = 1
 
-    def average(self, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
-        pass
+    def summed(self, message: th.Tensor) -> th.Tensor:
+        return message
 
     def gathered(self, value: T) -> list[T]:
         return [value]
+
+
+@th.no_grad()
+def average(reducer: Reducer, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
+    """
+    Put in the place of each tensor its mean over the processes. All tensors of one kind go in one message.
+
+    :param reducer: of the processes
+    :param tensors: of the same shapes in each process; written into
+    :param weight: of this process, as a rule the number of samples that its tensors are means of
+    """
+    if reducer.is_local:
+        return
+    for same in of_each_kind(tensors):
+        own_weight = th.as_tensor(weight, dtype=same[0].dtype, device=same[0].device).reshape(1)
+        total = reducer.summed(th.cat([*(tensor.flatten() * own_weight for tensor in same), own_weight]))
+        write(total[:-1] / total[-1], same)
+
+
+def of_each(tensor: th.Tensor, reducer: Reducer) -> th.Tensor:
+    """
+    The tensors of all processes, stacked.
+
+    :param tensor: of this process, small, of the same shape in each
+    :param reducer: of the processes
+    """
+    stacked = tensor.new_zeros(reducer.n_processes, *tensor.shape)
+    stacked[reducer.rank] = tensor
+    return reducer.summed(stacked)
 
 
 def concatenated(reducer: Reducer, *tensors: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -89,7 +117,25 @@ def averaged(
 
     def result_of(x: th.Tensor) -> th.Tensor:
         result = function(x)
-        reducer.average(result, weight=weight)
+        average(reducer, result, weight=weight)
         return result
 
     return result_of
+
+
+def of_each_kind(tensors: Iterable[th.Tensor]) -> Iterable[list[th.Tensor]]:
+    """The tensors of each dtype and device."""
+    kinds: dict[Any, list[th.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return kinds.values()
+
+
+def write(message: th.Tensor, tensors: list[th.Tensor]) -> None:
+    """
+    :param message: the numbers of all tensors, in one
+    :param tensors: that they are written into
+    """
+    parts = th.split(message, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -10,7 +10,9 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.buffers import minibatches
 from sb3_ppo_ext.common.rollout.data import RolloutSamples, rows_of
 from sb3_ppo_ext.common.update.objective import normalized
-from sb3_ppo_ext.common.update.reduce import Reducer
+from sb3_ppo_ext.common.update.reduce import Reducer, of_each
+
+_AT_ONCE = 2**20  # samples
 
 Minibatch = tuple[RolloutSamples, th.Tensor | None]
 """Samples, and which rows of them; None: all."""
@@ -18,56 +20,90 @@ Minibatch = tuple[RolloutSamples, th.Tensor | None]
 
 class Epochs:
     """
-    Epochs of minibatches over one rollout. Each process cuts its own samples; a step is made on what all of them have
-    in their minibatches together, so all cut as many as the one that has the most samples.
+    Epochs of minibatches over one rollout, each drawn anew. Each process cuts its own samples; a step is made on what
+    all of them have in their minibatches together, so all cut as many as the one that has the most samples, and some
+    may be empty.
 
     :param rollout_buffer: filled
     :param batch_size: samples in a minibatch of this process
+    :param n_epochs: how many there are to be
     :param reducer: of the processes
     :param normalize_advantage: whether to normalise the advantages here, over all processes; where there is one only,
         the loss does it
     """
 
     def __init__(
-        self, rollout_buffer: RolloutBuffer, batch_size: int, reducer: Reducer, *, normalize_advantage: bool = False
+        self,
+        rollout_buffer: RolloutBuffer,
+        batch_size: int,
+        n_epochs: int,
+        reducer: Reducer,
+        *,
+        normalize_advantage: bool = False,
     ) -> None:
         self._rollout_buffer = rollout_buffer
         self._batch_size = batch_size
+        self._n_epochs = n_epochs
         self._reducer = reducer
         self._normalize_advantage = normalize_advantage
-        self._n_minibatches: int | None = None
 
-    def minibatches(self) -> Iterable[Minibatch]:
-        """Those of one epoch, drawn anew. Where other processes have more samples, some may be empty."""
-        of_epoch = minibatches(self._rollout_buffer, self._batch_size)
+    def __iter__(self) -> Iterator[Iterable[Minibatch]]:
         if self._reducer.is_local:
-            return of_epoch
-        cut = list(of_epoch)
-        if self._n_minibatches is None:
-            self._n_minibatches = max(self._reducer.gathered(len(cut)))
-        cut = _in_as_many(cut, self._n_minibatches)
-        return self._normalized(cut) if self._normalize_advantage else cut
+            for _ in range(self._n_epochs):
+                yield minibatches(self._rollout_buffer, self._batch_size)
+            return
+        cut = self._cut()
+        n_minibatches = max(self._reducer.gathered(len(cut)))
+        cut = _in_as_many(cut, n_minibatches)
+        rollout, rows = cut[0]
+        if not self._normalize_advantage or rows is None:
+            for epoch in range(self._n_epochs):
+                cut = _in_as_many(self._cut(), n_minibatches) if epoch else cut
+                yield self._normalized(cut) if self._normalize_advantage else cut
+            return
+        # A message for each epoch would take a while: many have theirs in one.
+        at_once = max(1, _AT_ONCE // len(rollout.advantages))
+        together = rollout._replace(advantages=th.empty_like(rollout.advantages))  # the same in each epoch
+        for first in range(0, self._n_epochs, at_once):
+            rows_of_epochs = [
+                [rows for _, rows in (_in_as_many(self._cut(), n_minibatches) if epoch else cut) if rows is not None]
+                for epoch in range(first, min(first + at_once, self._n_epochs))
+            ]
+            for rows_of_epoch, advantages in self._normalized_epochs(rollout, rows_of_epochs):
+                together.advantages.copy_(advantages)
+                yield [(together, rows) for rows in rows_of_epoch]
+
+    def _cut(self) -> list[Minibatch]:
+        return list(minibatches(self._rollout_buffer, self._batch_size))
 
     def _normalized(self, cut: list[Minibatch]) -> list[Minibatch]:
-        """The minibatches with advantages that are normalised over all processes, each minibatch by itself."""
-        parts = normalized_over_processes(
-            [
-                rollout.advantages if rows is None else rows_of(rollout.advantages, rows, rollout.length)
-                for rollout, rows in cut
-            ],
+        """Minibatches of a buffer that has a ``get`` of its own, with normalised advantages."""
+        parts = [r.advantages if rows is None else rows_of(r.advantages, rows, r.length) for r, rows in cut]
+        sizes = [len(part) for part in parts]
+        normalized_parts = th.split(normalized_over_processes(th.cat(parts), sizes, self._reducer), sizes)
+        return [
+            (rollout if rows is not None else rollout._replace(advantages=part), rows)
+            for (rollout, rows), part in zip(cut, normalized_parts, strict=True)
+        ]
+
+    def _normalized_epochs(
+        self, rollout: RolloutSamples, epochs: list[list[th.Tensor]]
+    ) -> Iterator[tuple[list[th.Tensor], th.Tensor]]:
+        """
+        :param rollout: that all minibatches are cut out of
+        :param epochs: of each, the rows of its minibatches
+        :return: with the advantages of each, normalised over all processes, each minibatch by itself
+        """
+        rows = [th.cat(of_epoch) for of_epoch in epochs]
+        values = normalized_over_processes(
+            rows_of(rollout.advantages, th.cat(rows), rollout.length),
+            [len(some) * rollout.length for of_epoch in epochs for some in of_epoch],
             self._reducer,
         )
-        if any(rows is None for _, rows in cut):  # of a buffer that has a get() of its own
-            return [
-                (rollout if rows is not None else rollout._replace(advantages=part), rows)
-                for (rollout, rows), part in zip(cut, parts, strict=True)
-            ]
-        rollout = cut[0][0]
-        advantages = rollout.advantages.clone().view(-1, rollout.length)
-        for (_, rows), part in zip(cut, parts, strict=True):
-            advantages[rows] = part.view(-1, rollout.length)
-        rollout = rollout._replace(advantages=advantages.flatten())
-        return [(rollout, rows) for _, rows in cut]
+        for of_epoch, in_order, part in zip(epochs, rows, values.chunk(len(epochs)), strict=True):
+            advantages = th.empty_like(rollout.advantages).view(-1, rollout.length)
+            advantages[in_order] = part.view(-1, rollout.length)
+            yield of_epoch, advantages.flatten()
 
 
 def _in_as_many(cut: list[Minibatch], n: int) -> list[Minibatch]:
@@ -81,23 +117,30 @@ def _in_as_many(cut: list[Minibatch], n: int) -> list[Minibatch]:
     return [(rollout, some) for some in all_rows.tensor_split(n)]
 
 
-def normalized_over_processes(parts: Sequence[th.Tensor], reducer: Reducer) -> list[th.Tensor]:
+def normalized_over_processes(advantages: th.Tensor, sizes: Sequence[int], reducer: Reducer) -> th.Tensor:
     """
-    Advantages with mean 0 and standard deviation 1 over all processes, as they are where only one counts.
+    Advantages with mean 0 and standard deviation 1 over all processes, as they are where only one counts. The moments
+    of all parts go in one message, and are put together by the formula of Chan et al. (1979).
 
-    :param parts: each is normalised by itself; as many in each process, of different lengths
+    :param advantages: of parts, one after the other, each of which is normalised by itself, shape ``(batch,)``
+    :param sizes: of the parts, which there are as many of in each process
     :param reducer: of the processes
     """
     if reducer.is_local:
-        return [normalized(part) for part in parts]
-    wide = [part.double() for part in parts]
-    counts = wide[0].new_tensor([len(part) for part in parts])
-    means = th.stack([part.sum() for part in wide])
-    reducer.average(counts, means)
-    means /= counts
-    variances = th.stack([(part - mean).square().sum() for part, mean in zip(wide, means, strict=True)])
-    reducer.average(variances)
-    variances /= (counts - 1.0 / reducer.n_processes).clamp(min=1e-9)  # n - 1, as the counts are means
-    is_alone = counts * reducer.n_processes < 1.5
-    means, stds = th.where(is_alone, 0.0, means), th.where(is_alone, 1.0, variances.sqrt() + 1e-8)
-    return [((w - mean) / std).to(p.dtype) for p, w, mean, std in zip(parts, wide, means, stds, strict=True)]
+        return th.cat([normalized(part) for part in th.split(advantages, list(sizes))])
+    wide = advantages.double()
+    of_process = th.tensor(sizes, device=wide.device)
+    part = th.arange(len(sizes), device=wide.device).repeat_interleave(of_process, output_size=len(wide))
+
+    def sums(values: th.Tensor) -> th.Tensor:
+        return values.new_zeros(len(sizes)).index_add_(0, part, values)
+
+    means = sums(wide) / of_process.clamp(min=1)
+    squares = sums((wide - means[part]).square())
+    counts, means, squares = of_each(th.stack((of_process.double(), means, squares)), reducer).unbind(1)
+    count = counts.sum(0)
+    mean = (counts * means).sum(0) / count
+    squares = squares.sum(0) + (counts * (means - mean).square()).sum(0)
+    std = (squares / (count - 1).clamp(min=1)).sqrt() + 1e-8
+    mean, std = th.where(count > 1, mean, 0.0), th.where(count > 1, std, 1.0)
+    return ((wide - mean[part]) / std[part]).to(advantages.dtype)

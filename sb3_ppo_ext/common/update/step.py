@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch as th
 from torch import nn
@@ -15,6 +15,7 @@ from sb3_ppo_ext.common.torch_internals import fused_step
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam
 from sb3_ppo_ext.common.update.objective import Coefficients, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
+from sb3_ppo_ext.common.update.step_message import StepMessage
 
 
 class MinibatchStep(Protocol):
@@ -42,6 +43,14 @@ class MinibatchStep(Protocol):
         ...
 
     def __exit__(self, *exception: object) -> None: ...
+
+
+class _Step(NamedTuple):
+    """What a step is made by, of which parameters, and whether their gradients must be clipped in place."""
+
+    optimizer: th.optim.Optimizer
+    parameters: Sequence[th.Tensor]
+    clips_in_place: bool
 
 
 class EagerStep:
@@ -72,6 +81,7 @@ class EagerStep:
         self._optimizer = optimizer
         self._loss = loss
         self._reducer = reducer
+        self._message: StepMessage | None = None
         self._flat: FlatAdam | None = None
         self.names: tuple[str, ...] = ()
 
@@ -87,50 +97,55 @@ class EagerStep:
         self._leave_flat()
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
-        is_alone = self._reducer.is_local
         weight: int | th.Tensor = 0
-        if not is_alone:
+        if not self._reducer.is_local:
             weight = n_counted(rollout, rows)
             rollout, rows = without_nothing(rollout, rows)
         loss, statistics = self._loss(rollout if rows is None else rollout.rows(rows), coefficients)
         self.names = (*statistics, "grad_norm")
-        numbers: Any = list(statistics.values())
-        is_limited = "kl_limit" in coefficients
-        if not is_alone:
-            with th.no_grad():
-                numbers = th.stack(numbers)
-            if is_limited:  # all processes have to agree whether the step is made
-                self._reducer.average(numbers, weight=weight)
-        if is_limited and numbers[self.names.index("approx_kl")].item() > coefficients["kl_limit"]:
-            return th.stack([*numbers, th.zeros_like(loss)])
-
-        def average(gradients: list[th.Tensor]) -> None:
-            if not is_alone:
-                self._reducer.average(*gradients, *(() if is_limited else (numbers,)), weight=weight)
-
-        grad_norm = self._make_step(loss, coefficients["max_grad_norm"], average)
+        kl_limit = coefficients.get("kl_limit", math.inf)
+        nothing = th.zeros_like(loss)
+        if self._reducer.is_local and _is_above(kl_limit, statistics):
+            return th.stack([*statistics.values(), nothing])  # without its gradient
+        of_step = self._gradients(loss)
+        if not self._reducer.is_local:
+            statistics = self._of_all(gradients_of(of_step.parameters), statistics, weight)
+            if _is_above(kl_limit, statistics):
+                return th.stack([*statistics.values(), nothing])
+        grad_norm = clip_and_step(
+            of_step.optimizer,
+            of_step.parameters,
+            max_grad_norm=coefficients["max_grad_norm"],
+            in_place=of_step.clips_in_place,
+        )
         with th.no_grad():
-            return th.stack([*numbers, grad_norm])
+            return th.stack([*statistics.values(), grad_norm])
 
-    def _make_step(
-        self, loss: th.Tensor, max_grad_norm: float, average: Callable[[list[th.Tensor]], None]
-    ) -> th.Tensor:
+    def _gradients(self, loss: th.Tensor) -> _Step:
+        """Make a backward pass; what it gives is the gradient of which parameters, and whose step is to follow."""
         if self._may_be_flat:
             if self._flat is None:
                 self._make_flat(self._parameters)
             if self._has_flat_gradients(loss):
                 assert self._flat is not None
-                average(gradients_of(self._flat.parameters))
                 self._flat.take_learning_rates()
-                return clip_and_step(self._flat.adam, self._flat.parameters, max_grad_norm=max_grad_norm)
+                return _Step(self._flat.adam, self._flat.parameters, clips_in_place=False)
             self._leave_flat()
             self._may_be_flat = False
         self._optimizer.zero_grad()
         loss.backward(inputs=self._inputs)  # type: ignore[no-untyped-call]
-        average(gradients_of(self._parameters))
-        return clip_and_step(
-            self._optimizer, self._parameters, max_grad_norm=max_grad_norm, in_place=self._clips_in_place
-        )
+        return _Step(self._optimizer, self._parameters, self._clips_in_place)
+
+    @th.no_grad()
+    def _of_all(self, gradients: Sequence[th.Tensor], statistics: Statistics, weight: int | th.Tensor) -> Statistics:
+        """Put in the place of the gradients those of all processes; so with the statistics that are returned."""
+        if self._message is None:
+            self._message = StepMessage(self._reducer, next(iter(statistics.values())).device)
+        total = self._reducer.summed(self._message.written(gradients, statistics, weight))
+        averaged, statistics = self._message.read(total, gradients, tuple(statistics))
+        for gradient, of_all in zip(gradients, averaged, strict=True):
+            gradient.copy_(of_all)
+        return statistics
 
     def _make_flat(self, parameters: Sequence[nn.Parameter]) -> None:
         assert isinstance(self._optimizer, th.optim.Adam)
@@ -162,6 +177,10 @@ class EagerStep:
         self._optimizer.zero_grad()
         self._make_flat(reached(loss, self._parameters))
         return self._has_flat_gradients(loss)
+
+
+def _is_above(kl_limit: float, statistics: Statistics) -> bool:
+    return kl_limit < math.inf and statistics["approx_kl"].item() > kl_limit
 
 
 def n_counted(rollout: RolloutSamples, rows: th.Tensor | None) -> int | th.Tensor:

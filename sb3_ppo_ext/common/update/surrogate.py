@@ -14,7 +14,7 @@ from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation
-from sb3_ppo_ext.common.update.reduce import Reducer
+from sb3_ppo_ext.common.update.reduce import Reducer, average
 from sb3_ppo_ext.numerics import flatten
 
 
@@ -87,7 +87,7 @@ class Surrogate:
                     total[parameter] = total[parameter] + grad if parameter in total else grad
             objective += chunk_objective.item()
         gradient, mean = flatten(list(total.values())), th.tensor(objective, dtype=th.float64)
-        self.reducer.average(gradient, mean, weight=n_samples)
+        average(self.reducer, gradient, mean, weight=n_samples)
         return gradient, mean.item(), list(total)
 
     def value_and_kls(self) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -100,7 +100,7 @@ class Surrogate:
             reverse_kl = reverse_kl + kl_of(actor.params, samples.old_params).sum()
         n_samples = len(rollout.advantages)
         means = objective / n_samples, kl / n_samples, reverse_kl / n_samples
-        self.reducer.average(*means, weight=n_samples)
+        average(self.reducer, *means, weight=n_samples)
         return means
 
     def _evaluated(self) -> Iterator[tuple[RolloutSamples, ActorEvaluation]]:

@@ -1,0 +1,65 @@
+"""Returns and lengths of the episodes of many environments, kept in arrays."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from sb3_ppo_ext.common.rollout.transitions import Episodes
+
+
+class EpisodeStatistics:
+    """
+    Counts what the environments do, as ``Monitor`` does it for one; where they count themselves (wrapped in
+    ``RecordEpisodeStatistics`` or ``Monitor``), it is theirs that is told.
+
+    :param n_envs: number of environments
+    :param reads_theirs: whether theirs can be relied on
+    """
+
+    def __init__(self, n_envs: int, *, reads_theirs: bool) -> None:
+        self._start = time.time()
+        self._reads_theirs = reads_theirs
+        self.returns = np.zeros(n_envs)
+        self.lengths = np.zeros(n_envs, dtype=np.int64)
+
+    def forget(self) -> None:
+        """Begin all episodes anew."""
+        self.returns[:] = 0.0
+        self.lengths[:] = 0
+
+    def after(
+        self, rewards: np.ndarray, counts: np.ndarray | None, ends: np.ndarray, infos: dict[str, Any]
+    ) -> Episodes | None:
+        """
+        Count a step.
+
+        :param rewards: shape ``(n_envs,)``
+        :param counts: whether it is a step of an episode, bool, shape ``(n_envs,)``; None: of all
+        :param ends: the environments in which it ended one
+        :param infos: of those, in arrays
+        :return: the episodes that it ended; None if there are none
+        """
+        if counts is None:
+            self.returns += rewards
+            self.lengths += 1
+        else:
+            self.returns += np.where(counts, rewards, 0.0)
+            self.lengths += counts
+        if not ends.any():
+            return None
+        rows = np.flatnonzero(ends)
+        theirs = infos.get("episode") if self._reads_theirs else None
+        if isinstance(theirs, dict) and "r" in theirs and "l" in theirs:
+            rows = np.flatnonzero(ends & infos.get("_episode", True))
+            returns, lengths = (np.asarray(theirs[name])[rows] for name in ("r", "l"))
+        else:
+            returns, lengths = self.returns[rows], self.lengths[rows]
+        self.returns[ends] = 0.0
+        self.lengths[ends] = 0
+        successes = infos.get("is_success")
+        if successes is not None:
+            successes = np.asarray(successes)[rows]
+        return Episodes(rows, returns, lengths, np.full(len(rows), time.time() - self._start), successes)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib
 import math
 import os
 import platform
-import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import ENVIRONMENT, LIMITS, PRODUCTS, ROOT, Settings, Side, Suite, Workload
+from benchmarks.machine import commit, processor
 from benchmarks.measuring import Measured, ratio, ratio_of_all
 from benchmarks.tasks import Turn
 
@@ -38,7 +36,7 @@ class Report:
         self._out = out
         self._about_run = [_command_line(), *_machine()]
         if settings.before:
-            self._about_run.append(f"the version before: commit {_commit(Path(settings.before))}")
+            self._about_run.append(f"the version before: commit {commit(Path(settings.before))}")
         self._results: dict[Workload, dict[Side, Measured]] = {}
 
     def file(self, suffix: str) -> Path:
@@ -122,7 +120,7 @@ class Report:
             )
         if rows:
             head = ["work", "on", "switch", "goal", "times faster", "all turns together", "held", "collect alone"]
-            yield _table([*head, "train alone"], rows)
+            yield table([*head, "train alone"], rows)
         for workload, sides in self._results.items():
             yield [f"## {workload}"]
             yield _side_table(sides)
@@ -141,7 +139,7 @@ class Report:
                 our_side, peer_side, compiled_side, _ = self._suite.cases[first]
                 head = [f"{side}, steps/s" for side in (peer_side, our_side, compiled_side, ENVIRONMENT)]
                 yield [f"## Growing: {name}\n\nThe first line: {first}."]
-                yield _table([name, *head, "times faster", "times faster, compiled"], rows)
+                yield table([name, *head, "times faster", "times faster, compiled"], rows)
 
     def _write_csv(self) -> None:
         with self.file("csv").open("w", newline="") as file:
@@ -243,10 +241,10 @@ def _side_table(results: dict[Side, Measured]) -> list[str]:
             rows[-1].append("" if side.who in LIMITS else str(ratio(results[PRODUCTS], m, "train")))
     head = ["side", "steps/s", "us a step", "collect", "train", "rest", "environment's share", "peak MiB"]
     head += ["compile s, first run", "next runs", "pays back after steps"]
-    return _table([*head, "train, times the products"] if PRODUCTS in results else head, rows)
+    return table([*head, "train, times the products"] if PRODUCTS in results else head, rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table, whose first column is text."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
@@ -272,19 +270,8 @@ def _command_line() -> str:
 
 def _machine() -> list[str]:
     """What the run is made on."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        name = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
     load = f"load average at the start {os.getloadavg()[0]:.1f}"
     return [
-        f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {load}",
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {_commit(ROOT)}",
+        f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {load}",
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit(ROOT)}",
     ]
-
-
-def _commit(folder: Path) -> str:
-    if (folder / ".git").exists():  # or it would be that of a repository around the folder
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            describe = ["git", "describe", "--always", "--dirty=, with changes"]
-            return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"

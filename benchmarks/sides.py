@@ -6,11 +6,8 @@ What a side does not need is imported where it is used: it would count as its me
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.metadata
 import math
-import platform
 import re
 import resource
 import subprocess
@@ -25,7 +22,8 @@ import numpy as np
 
 from benchmarks.cases import ENVIRONMENT, OURS, PRODUCTS, SEED, Settings, Side, Workload
 from benchmarks.limits import ActingAlone, EnvironmentAlone, RecurrentProducts
-from benchmarks.tasks import MAXRSS_PER_MIB, Collecting, Task, Training, Turn
+from benchmarks.machine import MAXRSS_PER_MIB, versions
+from benchmarks.tasks import Collecting, Task, Training, Turn
 
 _PACKAGES = [
     "torch",
@@ -169,14 +167,6 @@ def _arguments(side: Side, workload: Workload, settings: Settings) -> dict[str, 
     return arguments
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
-
-
 def serve(file_descriptor: int) -> None:
     """
     Do what is asked for, and answer each time with a result and an error, of which one is None.
@@ -194,7 +184,7 @@ def serve(file_descriptor: int) -> None:
             if name == "make":
                 task = None  # and its memory is free before the next is made
                 task = make_task(*arguments)
-                value = _versions(), task.device
+                value = versions(_PACKAGES), task.device
             else:
                 value = getattr(task, name)()
             connection.send((value, None))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-import resource
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -15,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.machine import peak_mib
+
 if TYPE_CHECKING:
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-
-MAXRSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
 
 
 class Turn(NamedTuple):
@@ -53,11 +50,7 @@ class Task(ABC):
 
     def peak_memory(self) -> dict[str, float]:
         """The most that the process has had so far, in MiB; and on the CUDA device, what torch had."""
-        peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MIB}
-        with contextlib.suppress(OSError, IndexError):
-            # getrusage's maximum begins, on Linux, with the memory that the parent had.
-            status = Path("/proc/self/status").read_text()
-            peaks["host"] = int(re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[0]) / 2**10
+        peaks = {"host": peak_mib()}
         th = sys.modules.get("torch")
         if th is not None and th.cuda.is_initialized():
             peaks["device"] = th.cuda.max_memory_allocated() / 2**20

@@ -20,11 +20,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-<<<<<<< HEAD
-.PHONY: help train test test-lowest test-newest lint format docs sbx-env clean
-=======
-.PHONY: help train test test-lowest test-newest lint format report sbx-env clean
->>>>>>> main
+.PHONY: help train test test-lowest test-newest lint format docs report sbx-env clean
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
@@ -36,11 +32,8 @@ help:
 	@echo "              are; PYTHON= names an interpreter, TORCH=torch==... the newest torch that is wanted"
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
-<<<<<<< HEAD
 	@echo "make docs     build the documentation in docs/_build/html, with warnings as errors"
-=======
 	@echo "make report   make the page and the figures of benchmarks/results/learning from the runs that are there"
->>>>>>> main
 	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
 	@echo "make clean    remove .venv, .venv-* and what the tools have left; logs/ stays"
 
@@ -70,14 +63,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-<<<<<<< HEAD
 docs: $(DOCS)/installed
 	$(DOCS)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
-=======
 report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.learning.report
->>>>>>> main
 
 clean:
 	rm -rf .venv $(SBX) $(LOWEST) $(NEWEST) $(DOCS) docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -66,6 +66,7 @@ format: $(INSTALLED)
 docs: $(DOCS)/installed
 	$(DOCS)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
+
 report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.learning.report
 

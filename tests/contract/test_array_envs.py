@@ -214,6 +214,20 @@ def test_a_seed_gives_the_same_training_again() -> None:
     assert_same_policy(one, other)
 
 
+@pytest.mark.parametrize("vector", [sync, lambda: NativeVector(ENVS)], ids=["sync", "native"])
+def test_a_reset_in_the_middle_of_episodes_begins_all_anew(vector: Any) -> None:
+    env, actions = ArrayVecEnv(vector()), np.zeros(N_ENVS, dtype=np.int64)
+    env.reset()
+    env.step(actions)
+    env.step(actions)  # which ends an episode of the second environment, and none of the first
+    env.reset()
+    env.step(actions)
+    assert env.transition.counts is None or env.transition.counts.all()
+    *_, dones, infos = env.step(actions)  # which ends the first one's second episode
+    assert dones[0]
+    assert infos[0]["episode"]["l"] == 2
+
+
 def test_options_for_a_reset_are_handed_on() -> None:
     env = ArrayVecEnv(gym.make_vec("CartPole-v1", 2))
     env.set_options({"low": 0.01, "high": 0.02})

@@ -48,6 +48,7 @@ class Settings:
     :param cleanrl_script: path of CleanRL's script, if that is a peer
     :param cleanrl_python: interpreter that can run it
     :param before: folder with the package ``sb3_ppo_ext`` of the version before, if that is a peer
+    :param n_iterations: of ``learn()`` in a turn
     """
 
     device: str
@@ -58,6 +59,7 @@ class Settings:
     cleanrl_script: str
     cleanrl_python: str
     before: str = ""
+    n_iterations: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,21 @@ class Side:
     :param who: a key of :data:`OURS`, :data:`PARTS`, :data:`PEERS` or :data:`LIMITS`
     :param torch_compile: the switch of ours
     :param sub_sampling_factor: of our TRPO
+    :param n_processes: that train together, each on the workload for itself; SB3 has as many times the environments, in
+        processes of their own, and as many times the batch size
     """
 
     who: str
     torch_compile: bool = False
     sub_sampling_factor: int = 1
+    n_processes: int = 1
 
     def __str__(self) -> str:
         name = {**OURS, **PARTS, **PEERS, **LIMITS}[self.who]
         if self.sub_sampling_factor != 1:
             name += f", sub_sampling_factor={self.sub_sampling_factor}"
+        if self.n_processes > 1:
+            name += ", SubprocVecEnv" if self.who in PEERS else f", {self.n_processes} processes"
         return f"{name}, compiled" if self.torch_compile else name
 
 
@@ -136,7 +143,8 @@ class Goal:
         part = self.ours.sub_sampling_factor
         with_what = "" if part == 1 else f" with sub_sampling_factor={part}"
         on_images = ", images" if self.workload.env == IMAGES else ""
-        return f"{({**OURS, **PARTS})[self.ours.who]}{with_what} against {self.peer}{on_images}"
+        several = "" if self.ours.n_processes == 1 else f", {self.ours.n_processes} processes,"
+        return f"{({**OURS, **PARTS})[self.ours.who]}{with_what}{several} against {self.peer}{on_images}"
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,26 @@ def masks_and_memory_suite(args: argparse.Namespace) -> Suite:
     # The ratio to the version before is near 1, and most turns are short. 16 rollouts of 128 steps are two whole
     # episodes of HalfCheetah: RecurrentPPO takes eight times as long where one begins.
     return replace(suite, repeats=16)
+
+
+def scale_suite(args: argparse.Namespace) -> Suite:
+    """
+    :param args: of the command line
+    :return: two processes that train one model, against one and against SB3 with as many environments
+    """
+    cases: dict[Workload, list[Side]] = {}
+    goals = []
+    for workload in (resized(_PPO_WORKLOADS[i], args) for i in (0, 2)):
+        subprocesses = Side("sb3", n_processes=2)
+        cases[workload] = []
+        for torch_compile in (False, True):
+            one = Side("dual_clip_ppo", torch_compile)
+            two = replace(one, n_processes=2)
+            cases[workload] += [one, two]
+            goals.append(Goal(workload, two, one, 1.8))
+            goals.append(Goal(workload, two, subprocesses, 6.0 if torch_compile else None))
+        cases[workload] += [subprocesses, ENVIRONMENT]
+    return Suite("Scale: two processes on two cores", f"scale-{args.device}", cases, goals, cores=2)
 
 
 def _suite_of(aims: Sequence[_Aim], args: argparse.Namespace, title: str, stem: str, notes: list[str]) -> Suite:

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor
 
 from benchmarks.cases import IMAGES, INVALID_ACTIONS, MASKED_CART_POLE, SEED, Workload
 
@@ -105,13 +105,16 @@ class PoolForSB3(VecEnv):
         return [False] * self.num_envs
 
 
-def make_environments(workload: Workload, who: str = "") -> VecEnv:
+def make_environments(workload: Workload, who: str = "", n_times: int = 1) -> VecEnv:
     """
     :param workload: whose environments are made, side by side in this process
     :param who: whose they are; SB3 has its own ways to have environments in a vector
+    :param n_times: if above 1, so many times as many, each in a process of its own
     """
     if not workload.vector:
-        return make_vec_env(_NOT_REGISTERED.get(workload.env, workload.env), workload.n_envs, seed=SEED)
+        env = _NOT_REGISTERED.get(workload.env, workload.env)
+        vec_env_cls = DummyVecEnv if n_times == 1 else SubprocVecEnv
+        return make_vec_env(env, workload.n_envs * n_times, seed=SEED, vec_env_cls=vec_env_cls)
     if workload.vector == "envpool":
         envpool: Any = importlib.import_module("envpool")
         vector = envpool.make_gymnasium(workload.env, num_envs=workload.n_envs, seed=SEED, num_threads=2)

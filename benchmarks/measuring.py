@@ -17,7 +17,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import ROOT, SBX_PYTHON, Settings, Side, Suite, Workload
+from benchmarks.cases import OURS, ROOT, SBX_PYTHON, Settings, Side, Suite, Workload
 from benchmarks.tasks import Turn
 
 # What the environments, and the parts of SB3 that all sides use, depend on.
@@ -53,6 +53,7 @@ class Measured:
     :param versions: of what it ran on
     :param device: its name
     :param failure: why it could not do its work
+    :param messages: seconds of messages between processes, where there are several
     """
 
     first_run: list[Turn] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Measured:
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
     failure: str = ""
+    messages: dict[str, float] = field(default_factory=dict)
 
     def per_step(self, part: str = "seconds") -> float:
         """:param part: of :class:`Turn`; the median of its seconds for one step of an environment"""
@@ -141,8 +143,17 @@ class Worker:
         :param arguments: of :func:`benchmarks.sides.make_task`
         :return: what it returned
         """
-        try:
+        self.tell(what, *arguments)
+        return self.answer()
+
+    def tell(self, what: str, *arguments: Any) -> None:
+        """As :meth:`ask`, without waiting for :meth:`answer`."""
+        with contextlib.suppress(OSError):  # answer() says that it has ended
             self._connection.send((what, *arguments))
+
+    def answer(self) -> Any:
+        """What was returned by what it was told to do."""
+        try:
             value, error = self._connection.recv()
         except (EOFError, OSError):
             said = "\n".join(self._errors.read_text().strip().splitlines()[-5:])
@@ -237,6 +248,8 @@ class Crew(contextlib.ExitStack):
             if not result.failure:
                 with self._may_fail(side, result):
                     result.peaks = self._workers[side].ask("peak_memory")
+                    if side.n_processes > 1 and side.who in OURS:
+                        result.messages = self._workers[side].ask("messages")
         return results
 
     def _start(self, side: Side) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import ENVIRONMENT, LIMITS, PRODUCTS, ROOT, Settings, Side, Suite, Workload
+from benchmarks.cases import ENVIRONMENT, LIMITS, OURS, PRODUCTS, ROOT, Settings, Side, Suite, Workload
 from benchmarks.machine import commit, processor
 from benchmarks.measuring import Measured, ratio, ratio_of_all
 from benchmarks.tasks import Turn
@@ -70,6 +70,7 @@ class Report:
             (m.processor_share(), f"{side} on {workload}")
             for workload, sides in self._results.items()
             for side, m in sides.items()
+            if side.n_processes == 1 or side.who in OURS  # SB3 waits for its environments' processes
         ]
         share, worst = min(shares)
         if self._settings.device != "cpu" or share >= 0.97:
@@ -121,9 +122,27 @@ class Report:
         if rows:
             head = ["work", "on", "switch", "goal", "times faster", "all turns together", "held", "collect alone"]
             yield table([*head, "train alone"], rows)
+        yield from self._model_on_paper()
         for workload, sides in self._results.items():
             yield [f"## {workload}"]
             yield _side_table(sides)
+
+    def _model_on_paper(self) -> Iterable[list[str]]:
+        """For more processes than were measured."""
+        from benchmarks.several import model_on_paper
+
+        rows: list[list[str]] = []
+        for workload, sides in self._results.items():
+            for side, several in sides.items():
+                if side.n_processes > 1 and side.who in OURS:
+                    rows += model_on_paper(side, workload, sides[replace(side, n_processes=1)], several)
+        if rows:
+            head = ["side", "on", "processes", "us a message, one machine", "times one process"]
+            yield [
+                "## On paper: more processes\n\nFrom measured parts, as benchmarks/README.md says. Each process has a "
+                "core of its own, and the work of one."
+            ]
+            yield table([*head, "us a message, many machines", "times one process"], rows)
 
     def _growth_tables(self) -> Iterable[list[str]]:
         """For each of what grows, the steps a second."""

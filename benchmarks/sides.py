@@ -112,7 +112,8 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
 
     if th.get_num_threads() != settings.threads:
         raise RuntimeError(f"torch has {th.get_num_threads()} threads and was to have {settings.threads}")
-    env = make_environments(workload, side.who)
+    is_sb3 = side.who in _PEERS
+    env = make_environments(workload, side.who, side.n_processes if is_sb3 else 1)
     if side == ENVIRONMENT:
         if not actions.exists():
             raise RuntimeError("no side has trained, so there are no actions to take")
@@ -137,7 +138,12 @@ def make_task(side: Side, workload: Workload, settings: Settings, actions: Path)
     if side.who == "sbx":
         wait = lambda: jax.block_until_ready((model.policy.actor_state, model.policy.vf_state))  # noqa: E731
     # REINFORCE ends after one iteration, whatever number of steps is asked for.
-    return Training(model, max(workload.n_steps * workload.n_envs, 1), actions, device, wait)
+    n_samples = max(workload.n_steps * workload.n_envs * side.n_processes * settings.n_iterations, 1)
+    if side.n_processes > 1 and not is_sb3:
+        from benchmarks.several import OneOfSeveral, followers
+
+        return OneOfSeveral(model, n_samples, actions, followers(side, workload, settings, actions))
+    return Training(model, n_samples, actions, device, wait)
 
 
 def _algorithm(side: Side, settings: Settings) -> Any:
@@ -159,7 +165,8 @@ def _arguments(side: Side, workload: Workload, settings: Settings) -> dict[str, 
     arguments = {"policy": policy, "policy_kwargs": networks, "seed": SEED, "device": settings.device}
     if side.who != "reinforce":
         epochs = "n_critic_updates" if side.who in ("trpo", "contrib") else "n_epochs"
-        arguments |= {"n_steps": workload.n_steps, "batch_size": workload.batch_size, epochs: workload.n_epochs}
+        batch_size = workload.batch_size * (side.n_processes if side.who in _PEERS else 1)
+        arguments |= {"n_steps": workload.n_steps, "batch_size": batch_size, epochs: workload.n_epochs}
     if side.torch_compile:
         arguments["torch_compile"] = True
     if side.sub_sampling_factor != 1:

@@ -62,7 +62,7 @@ class Training(Task):
     Iterations of ``learn()``, ``collect_rollouts`` and ``train`` timed apart.
 
     :param model: to be trained
-    :param n_samples: in a rollout; at least 1
+    :param n_samples: in the rollouts of a turn; at least 1
     :param actions: file that the actions of the first iteration are written to, if it does not exist yet
     :param device: name of what the networks are on
     :param wait: until the device has done what it was told
@@ -76,8 +76,8 @@ class Training(Task):
         self._n_samples = n_samples
         self._wait = wait
         self._actions = actions
-        self._seconds: dict[str, float] = {}
-        for name in ("collect_rollouts", "train"):
+        self._seconds = {"collect_rollouts": 0.0, "train": 0.0}
+        for name in self._seconds:
             setattr(model, name, self._timed(name, getattr(model, name)))
 
     def _clock(self) -> float:
@@ -88,7 +88,7 @@ class Training(Task):
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = self._clock()
             result = method(*args, **kwargs)
-            self._seconds[name] = self._clock() - start
+            self._seconds[name] += self._clock() - start
             return result
 
         return timed
@@ -99,6 +99,7 @@ class Training(Task):
 
     def _iteration(self) -> Turn:
         steps = self.model.num_timesteps
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
         start, cpu = self._clock(), time.process_time()
         self.model.learn(self._n_samples, reset_num_timesteps=False)
         seconds, cpu = self._clock() - start, time.process_time() - cpu

@@ -5,6 +5,7 @@ Environment steps per second of ``learn()``: ours against a peer, side by side i
     python -m benchmarks.throughput --suite growth
     python -m benchmarks.throughput --suite arrays
     python -m benchmarks.throughput --suite masks-and-memory --before ../the-version-before
+    python -m benchmarks.throughput --suite scale
     python -m benchmarks.throughput --algo dual_clip_ppo --env HalfCheetah-v5 --n-envs 8 --steps 256 --torch-compile
 
 Each side is a process of its own that holds its model and waits for its turn; the sides take turns, A B A B, one
@@ -32,6 +33,7 @@ _SUITES = {
     "goals": cases.goals_suite,
     "masks-and-memory": cases.masks_and_memory_suite,
     "growth": cases.growth_suite,
+    "scale": cases.scale_suite,
     "arrays": arrays_suite,
     "single": cases.single_suite,
 }
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         n_warm_up=1 if args.suite == "growth" else 2,
         cleanrl_script=str(Path(args.cleanrl_script).resolve()),
         cleanrl_python=os.path.abspath(shutil.which(args.cleanrl_python) or args.cleanrl_python),
+        n_iterations=8 if args.suite == "scale" else 1,  # as `learn` of several processes begins with some messages
         before="" if args.before is None else str(args.before.resolve()),
     )
     report = Report(suite, settings, args.out)

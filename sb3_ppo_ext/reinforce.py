@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.construction import ACTION_SPACES
+from sb3_ppo_ext.common.processes import n_processes
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
@@ -206,7 +207,8 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _check_can_learn(self) -> None:
         super()._check_can_learn()
-        if self.baseline in ("mean", "optimal", "leave_one_out") and self.env is not None and self._n_episodes < 2:
+        of_others = self.baseline in ("mean", "optimal", "leave_one_out") and self.env is not None
+        if of_others and self._n_episodes * n_processes() < 2:
             raise ValueError(
                 f"episodes_per_env={self.episodes_per_env} with {self.n_envs} environment(s) is not allowed with "
                 f"baseline={self.baseline!r}: it is computed from the other episodes, so a batch needs at least two"
@@ -287,7 +289,6 @@ class REINFORCE(OnPolicyAlgorithm):
         actor_critic = self._actor_critic()
         buffer = cast(EpisodeBuffer, self.rollout_buffer)
         rollout = buffer.flat()
-
         weights = self._weights(actor_critic, rollout, buffer.episode_index())
         if self._policy_step(actor_critic, rollout, weights):
             self._project()
@@ -299,7 +300,6 @@ class REINFORCE(OnPolicyAlgorithm):
             update_statistics(actor_critic, rollout.inputs, self.batch_size)
         else:
             warnings.warn("REINFORCE left the policy as it was in this update: not a finite gradient", stacklevel=2)
-
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if hasattr(self.policy, "log_std"):

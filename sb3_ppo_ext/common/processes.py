@@ -13,12 +13,14 @@ set ``WORLD_SIZE`` above 1, it makes one (gloo on the CPU, nccl on GPUs). Then a
 - The first process (rank 0) logs, shows the progress bar and has the callbacks. One that ends the training ends it for
   all, when they have completed their rollouts. Parameters that it changes are those of all from the next rollout on; a
   hyper-parameter that it changes is an error, and a rollout it changes is that of the first process alone. Losses are
-  logged as means over all processes, and so are maxima; the episodes are those of all; the success rate and the
+  logged as means over all processes, and maxima are those of all; so are the episodes; the success rate and the
   explained variance are those of the first.
 - At the start, all get the first one's parameters, state of the optimiser and statistics of ``VecNormalize``; the
   others draw from seeds of their own, and reset their environments. What differs otherwise is an error that names it.
 - The statistics of ``VecNormalize`` are put together after each rollout.
 - An error in one process ends all: the others raise :class:`~sb3_ppo_ext.common.errors.ProcessError`, which says it.
+  A process that ends before they have met is noticed by torchrun alone; otherwise, the others wait for five minutes.
+- Processes of one machine (Linux, x86-64) exchange messages through memory that they share, others by gloo or nccl.
 
 ``save`` works in each process; a checkpoint of the first can be resumed by another number of processes, each with as
 many environments. On GPUs, the script says ``torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))`` first.
@@ -66,6 +68,16 @@ def are_several() -> bool:
         return bool(dist.get_world_size() > 1)
     needed = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return needed <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def n_processes() -> int:
+    """How many train one model; before a group is made, as torchrun says."""
+    if not are_several():
+        return 1
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return int(dist.get_world_size())
+    return int(os.environ["WORLD_SIZE"])
 
 
 def is_first() -> bool:
@@ -254,14 +266,14 @@ def _surroundings(model: OnPolicyAlgorithm) -> dict[str, Any]:
     while isinstance(env, VecEnvWrapper):
         wrappers.append(type(env).__name__)
         env = env.venv
-    classes = {cls.__module__: cls for cls in (*type(model).__mro__, *type(model.policy).__mro__)}
+    modules = {cls.__module__ for cls in (*type(model).__mro__, *type(model.policy).__mro__)}
     return {
         "num_timesteps": model.num_timesteps,
         "the environments": f"{model.n_envs} in {[*wrappers, *_ids(env)]}",
         "the parameters": str({name: tuple(p.shape) for name, p in model.policy.named_parameters()}),
         "the versions": f"torch {th.__version__}, stable_baselines3 {stable_baselines3.__version__}",
         "the code of sb3_ppo_ext": _digest_of_package(),
-        **{f"the code of {module}": _digest(_source(cls)) for module, cls in classes.items()},
+        **{f"the code of {module}": _digest_of_module(module) for module in sorted(modules)},
     }
 
 
@@ -290,9 +302,10 @@ def _ids(env: Any) -> list[str]:
         return []
 
 
-def _source(cls: type) -> str:
+@functools.cache
+def _digest_of_module(name: str) -> str:
     try:
-        return inspect.getsource(sys.modules[cls.__module__])
+        return _digest(inspect.getsource(sys.modules[name]))
     except (KeyError, OSError, TypeError):  # built in, or typed into an interpreter
         return ""
 

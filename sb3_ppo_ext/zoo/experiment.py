@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.utils import get_latest_run_id as get_latest_log_id
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ppo_ext.common.processes import are_several, is_first
+from sb3_ppo_ext.common.processes import is_first, n_processes
 from sb3_ppo_ext.zoo.entry import check_config, check_keys, check_normalize, read_numbers
 from sb3_ppo_ext.zoo.errors import EntryError, StudyError
 from sb3_ppo_ext.zoo.interrupts import Interrupts, StopIfInterrupted, sigint_blocked
@@ -50,9 +50,9 @@ class ZooExperimentManager(ExperimentManager):
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
-        self.n_processes, self.is_first = 1, True
-        if are_several():
-            self.n_processes, self.is_first = int(os.environ["WORLD_SIZE"]), is_first()
+        self.n_processes, self.is_first = n_processes(), True
+        if self.n_processes > 1:
+            self.is_first = is_first()
             self._check_can_be_several()
         if not self.is_first:
             self.tensorboard_log = None

@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sb3_ppo_ext
 from benchmarks import measuring, throughput
-from benchmarks.cases import ENVIRONMENT, PRODUCTS, Settings, Side, Suite, Workload, masks_and_memory_suite
+from benchmarks.cases import ENVIRONMENT, PRODUCTS, Settings, Side, Suite, Workload, masks_and_memory_suite, scale_suite
 from benchmarks.limits import RecurrentProducts
 from benchmarks.measuring import Crew, Measured
 from benchmarks.report import Report
+from benchmarks.several import model_on_paper
 from benchmarks.sides import make_task
 from benchmarks.tasks import Task, Turn
 
@@ -122,6 +123,33 @@ def test_the_version_before_is_that_of_its_folder(tmp_path: Path) -> None:
     assert before.failure == "ValueError: I am the version before"
     assert not ours.failure
     assert [turn.steps for turn in ours.turns] == [8]
+
+
+def test_what_scale_is_measured_by() -> None:
+    full = scale_suite(Namespace(steps=None, n_epochs=None, device="cpu"))
+    assert [(g.workload.env, str(g.ours), str(g.peer), g.least) for g in full.goals] == [
+        (env, f"DualClipPPO, 2 processes{switch}", peer, least)
+        for env in ("CartPole-v1", "HalfCheetah-v5")
+        for switch, least_of_sb3 in (("", None), (", compiled", 6.0))
+        for peer, least in ((f"DualClipPPO{switch}", 1.8), ("SB3 PPO, SubprocVecEnv", least_of_sb3))
+    ]
+
+
+def test_more_processes_on_paper() -> None:
+    """Half of 1 s is gradient steps' messages; a process adds 1 ms to each, a hop takes 2 ms and the bytes 1 ms."""
+    workload = Workload("CartPole-v1", n_envs=1, n_steps=100, batch_size=10, n_epochs=10)  # 100 gradient steps
+    one = Measured(turns=[Turn(100, 1.0, 0.5, 0.5, 1.0)])
+    messages = {"shared memory number": 0.003, "shared memory gradient": 0.005}
+    messages |= {"gloo number": 0.004, "gloo gradient": 0.005}
+    two = Measured(turns=[Turn(200, 1.5, 0.5, 1.0, 1.5)], messages=messages)
+    side = Side("dual_clip_ppo", n_processes=2)
+    rows = list(model_on_paper(side, workload, one, two))
+    assert [row[2:] for row in rows] == [
+        ["2", "5,000", "1.3", "5,000", "1.3"],  # as measured: 2 / 1.5; 2 hops of 2 ms and 1 ms
+        ["8", "11,000", "3.8", "29,750", "2.0"],  # 8 / 2.1; 14 hops and 1.75 ms: 8 / 3.975
+        ["64", "67,000", "8.3", "253,969", "2.4"],
+        ["512", "515,000", "9.8", "2,045,996", "2.5"],
+    ]
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -112,7 +112,7 @@ def give(worker: Any, recording: dict[str, np.ndarray | None], i: int) -> None:
     put(_BEFORE_CLOSING)
     buffer.full = True
     if isinstance(buffer, EpisodeBuffer):
-        buffer.close(EPISODES)
+        buffer.close(worker.episodes_per_env)
     put(_AFTERWARDS)
     buffer.forget_flat()
 

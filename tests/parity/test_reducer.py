@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.logger import Logger
 
-from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO, reinforce
 from sb3_ppo_ext.common.compile.program import Program
 from sb3_ppo_ext.common.update.samplers import normalized_over_processes
 from tests.parity.noise import LENGTH, give, model_of, recorded
@@ -113,12 +113,14 @@ def one_at_a_time(without_compiler: None, monkeypatch: pytest.MonkeyPatch) -> No
         (REINFORCE, {"torch_compile": True}),
         *((REINFORCE, {"baseline": name}) for name in ("none", "mean", "optimal", "leave_one_out")),
         (REINFORCE, {"baseline": "leave_one_out", "returns": "total"}),
+        *((REINFORCE, {"baseline": name, "episodes_per_env": 1}) for name in ("mean", "optimal", "leave_one_out")),
         (REINFORCE, {"discount_from": "start", "normalize_advantage": False, "ent_coef": 0.1}),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else "-".join(f"{k}={v}" for k, v in x.items()),
 )
 @pytest.mark.usefixtures("one_at_a_time")
-def test_two_processes_equal_one(algorithm: Any, kwargs: dict[str, Any]) -> None:
+def test_two_processes_equal_one(algorithm: Any, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reinforce, "n_processes", lambda: 2)
     whole, workers = workers_of(algorithm, [LENGTH, LENGTH + 3], **kwargs)  # REINFORCE's have as many episodes
     before = [p.detach().clone() for p in whole.policy.parameters()]
     whole.train()
@@ -129,7 +131,7 @@ def test_two_processes_equal_one(algorithm: Any, kwargs: dict[str, Any]) -> None
         for ours, expected in zip(worker.policy.parameters(), whole.policy.parameters(), strict=True):
             th.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-4)
     logged = [model.logger.name_to_value for model in (*workers, whole)]
-    names = ["policy_gradient_loss", "value_loss", "approx_kl", "grad_norm", "kl", "actual_improvement"]
+    names = ["policy_gradient_loss", "value_loss", "approx_kl", "ratio_max", "grad_norm", "kl", "actual_improvement"]
     for name in (*names, *([] if algorithm is TRPO else ["entropy_loss"])):
         numbers = [of_model[f"train/{name}"] for of_model in logged if f"train/{name}" in of_model]
         assert numbers == pytest.approx(numbers[-1:] * len(numbers), rel=1e-3, abs=1e-6), name

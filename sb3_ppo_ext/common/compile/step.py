@@ -98,7 +98,6 @@ class CompiledStep:
         if reducer.is_local:
             self._program = program(self._step, "the gradient step")
         else:
-            self._message = StepMessage(reducer, self._device)
             self._program = program(self._written_message, "the gradients")
             self._adam_program = program(self._step_of_all, "the step of Adam")
 
@@ -152,8 +151,10 @@ class CompiledStep:
         buffers = list(self._actor_critic.policy.buffers())
         before = [buffer.clone() for buffer in buffers]
         with th.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            loss, _ = self._compute_loss(rollout_data, as_tensors)
+            loss, statistics = self._compute_loss(rollout_data, as_tensors)
         copied(buffers, before)
+        if not self._reducer.is_local:
+            self._message = StepMessage(self._reducer, tuple(statistics), self._device)
         return reached(loss, self._candidates)
 
     def _take(self) -> None:
@@ -204,12 +205,13 @@ class CompiledStep:
 
     def _written_message(self, fixed: Any, rollout: RolloutSamples | None, minibatch: Any) -> list[th.Tensor]:
         gradients, statistics = self._gradients(fixed, rollout, minibatch)
-        self._names_of_loss = tuple(statistics)
+        assert tuple(statistics) == self._message.names
         weight = n_counted(minibatch, None) if rollout is None else n_counted(rollout, minibatch)
-        return [self._message.written(gradients, statistics, weight)]
+        return [self._message.written(gradients, th.stack(list(statistics.values())), weight)]
 
     def _step_of_all(self, fixed: Any, batch: Any, total: th.Tensor) -> list[th.Tensor]:
-        return self._adam(fixed, *self._message.read(total, fixed[0].gradients, self._names_of_loss))
+        gradients, statistics = self._message.read(total, fixed[0].gradients)
+        return self._adam(fixed, gradients, dict(zip(self._message.names, statistics.unbind(), strict=True)))
 
     def _named(self, numbers: th.Tensor) -> Coefficients:
         return dict(zip(self._coefficients, numbers.unbind(), strict=True))

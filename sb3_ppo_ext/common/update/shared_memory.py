@@ -17,7 +17,7 @@ _LINE = 64  # bytes of a cache line: what a process writes into is on one of its
 _SPINS = 50  # looks, of some 50 ns each, before another process may have the core
 _YIELDING = 0.005  # seconds of that, before it sleeps in between
 _LONGEST_SLEEP = 0.01
-_LOOK_AFTER = 1.0  # seconds, for a process that has ended
+_LOOK_AFTER = 0.2  # seconds, for a process that has ended
 
 
 class SharedMemory:

@@ -104,14 +104,14 @@ class EagerStep:
         loss, statistics = self._loss(rollout if rows is None else rollout.rows(rows), coefficients)
         self.names = (*statistics, "grad_norm")
         kl_limit = coefficients.get("kl_limit", math.inf)
-        nothing = th.zeros_like(loss)
-        if self._reducer.is_local and _is_above(kl_limit, statistics):
-            return th.stack([*statistics.values(), nothing])  # without its gradient
+        numbers: Sequence[th.Tensor] = list(statistics.values())
+        if self._reducer.is_local and self._is_above(kl_limit, numbers):
+            return th.stack([*numbers, th.zeros_like(loss)])  # without its gradient
         of_step = self._gradients(loss)
         if not self._reducer.is_local:
-            statistics = self._of_all(gradients_of(of_step.parameters), statistics, weight)
-            if _is_above(kl_limit, statistics):
-                return th.stack([*statistics.values(), nothing])
+            numbers = self._of_all(gradients_of(of_step.parameters), numbers, weight)
+            if self._is_above(kl_limit, numbers):
+                return th.stack([*numbers, th.zeros_like(loss)])
         grad_norm = clip_and_step(
             of_step.optimizer,
             of_step.parameters,
@@ -119,7 +119,10 @@ class EagerStep:
             in_place=of_step.clips_in_place,
         )
         with th.no_grad():
-            return th.stack([*statistics.values(), grad_norm])
+            return th.stack([*numbers, grad_norm])
+
+    def _is_above(self, kl_limit: float, numbers: Sequence[th.Tensor]) -> bool:
+        return kl_limit < math.inf and numbers[self.names.index("approx_kl")].item() > kl_limit
 
     def _gradients(self, loss: th.Tensor) -> _Step:
         """Make a backward pass; what it gives is the gradient of which parameters, and whose step is to follow."""
@@ -137,15 +140,17 @@ class EagerStep:
         return _Step(self._optimizer, self._parameters, self._clips_in_place)
 
     @th.no_grad()
-    def _of_all(self, gradients: Sequence[th.Tensor], statistics: Statistics, weight: int | th.Tensor) -> Statistics:
+    def _of_all(
+        self, gradients: Sequence[th.Tensor], numbers: Sequence[th.Tensor], weight: int | th.Tensor
+    ) -> Sequence[th.Tensor]:
         """Put in the place of the gradients those of all processes; so with the statistics that are returned."""
-        if self._message is None:
-            self._message = StepMessage(self._reducer, next(iter(statistics.values())).device)
-        total = self._reducer.summed(self._message.written(gradients, statistics, weight))
-        averaged, statistics = self._message.read(total, gradients, tuple(statistics))
+        if self._message is None or self._message.names != self.names[:-1]:
+            self._message = StepMessage(self._reducer, self.names[:-1], numbers[0].device)
+        total = self._reducer.summed(self._message.written(gradients, th.stack(list(numbers)), weight))
+        averaged, statistics = self._message.read(total, gradients)
         for gradient, of_all in zip(gradients, averaged, strict=True):
             gradient.copy_(of_all)
-        return statistics
+        return statistics.unbind()
 
     def _make_flat(self, parameters: Sequence[nn.Parameter]) -> None:
         assert isinstance(self._optimizer, th.optim.Adam)
@@ -177,10 +182,6 @@ class EagerStep:
         self._optimizer.zero_grad()
         self._make_flat(reached(loss, self._parameters))
         return self._has_flat_gradients(loss)
-
-
-def _is_above(kl_limit: float, statistics: Statistics) -> bool:
-    return kl_limit < math.inf and statistics["approx_kl"].item() > kl_limit
 
 
 def n_counted(rollout: RolloutSamples, rows: th.Tensor | None) -> int | th.Tensor:

@@ -11,12 +11,13 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.distributions import Family
+from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.proximal import ProximalAlgorithm
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
-from sb3_ppo_ext.common.update.controllers import adapted_by_kl
+from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate, adapted_by_kl
 from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
 from sb3_ppo_ext.common.update.reduce import average
 from sb3_ppo_ext.common.validation import as_schedule, check_real
@@ -39,8 +40,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param target_kl: the KL(old || new) of the whole action that an update aims at, a number or a schedule; None:
         0.01 for each action dimension
     :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
-        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds``, the lowest and the
+        highest logarithm of the standard deviation, and ``layer_norm=True``, normalisation of the layers of
+        ``net_arch``; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param kl_coef: beta at the beginning; the attribute of this name is the present one, it is saved with the model
     :param kl_tolerance: how far d may be from the target, as a factor, before beta changes
     :param kl_coef_factor: by which beta changes; 1 holds it fixed
@@ -49,10 +51,14 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param torch_compile: whether to compile the gradient step and the rollout, see :class:`DualClipPPO`
     :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
         ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
+    :param kl_adaptive_lr: lets the learning rate follow the KL, too, as in :class:`DualClipPPO`; its target is
+        ``target_kl``
+    :param recompute_advantages: whether each epoch but the first learns from advantages and returns that are computed
+        anew, by the critic as it is then, see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
-    _needs_old_params: ClassVar[bool] = True
+    _needs_old_params = True
     _none_is_default: ClassVar[tuple[str, ...]] = ("clip_range", "target_kl")
 
     def __init__(
@@ -91,6 +97,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         kl_coef_max: float = 1e4,
         torch_compile: bool = False,
         sequence_length: int | None = None,
+        kl_adaptive_lr: dict[str, Any] | None = None,
+        recompute_advantages: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -118,6 +126,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             device=device,
             torch_compile=torch_compile,
             sequence_length=sequence_length,
+            kl_adaptive_lr=kl_adaptive_lr,
+            recompute_advantages=recompute_advantages,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl
@@ -135,6 +145,11 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             self.clip_range = as_schedule("clip_range", self.clip_range)
         if self.target_kl is not None:
             as_schedule("target_kl", self.target_kl)
+        if self.kl_adaptive_lr is not None and self.kl_adaptive_lr.get("target_kl") is not None:
+            raise ArgumentError(
+                f"kl_adaptive_lr={self.kl_adaptive_lr!r} is not allowed: the learning rate of AdaptiveKLPPO has "
+                "the target of its penalty, the argument target_kl; there must not be another"
+            )
         check_real("kl_tolerance", self.kl_tolerance, at_least=1.0)
         check_real("kl_coef_factor", self.kl_coef_factor, at_least=1.0)
         check_real("kl_coef_min", self.kl_coef_min, at_least=0.0)
@@ -180,6 +195,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         if self.clip_range is not None:
             numbers["clip_range"] = self._current_value(self.clip_range)
         return numbers
+
+    def _learning_rate_target_kl(self, rate: KLAdaptiveRate) -> float:
+        return self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
 
     def _after_update(self) -> None:
         kl = self._measured_kl()

@@ -14,8 +14,9 @@ from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.proximal import ProximalAlgorithm
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
+from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
 from sb3_ppo_ext.common.update.objective import Coefficients, PolicyLoss
-from sb3_ppo_ext.common.validation import as_schedule, check_real
+from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_real
 
 
 class DualClipPPO(ProximalAlgorithm):
@@ -35,7 +36,8 @@ class DualClipPPO(ProximalAlgorithm):
         "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
     :param learning_rate: a number or a schedule. A schedule is a function of the remaining progress (from 1 to 0), or
-        the RL Zoo's string for a linear decrease to zero, such as "lin_3e-4"
+        in words: "lin_3e-4", linearly to 0; "cos_3e-4_1e-5", by a cosine to 1e-5; "exp_3e-4_1e-5", by equal factors;
+        "const_3e-4". Each may begin with a warm-up, "cos_3e-4_warmup_0.1": a linear rise from 0 in the first tenth
     :param n_steps: steps of each environment in a rollout
     :param batch_size: samples in a minibatch
     :param n_epochs: passes over a rollout
@@ -57,8 +59,9 @@ class DualClipPPO(ProximalAlgorithm):
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
     :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
-        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds``, the lowest and the
+        highest logarithm of the standard deviation, and ``layer_norm=True``, normalisation of the layers of
+        ``net_arch``; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param verbose: 0 silent, 1 information, 2 details
     :param seed: of all random generators
     :param device: "cpu", "cuda" or "auto"
@@ -71,6 +74,16 @@ class DualClipPPO(ProximalAlgorithm):
         overrides none of SB3's methods
     :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
         ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
+    :param kl_adaptive_lr: lets the learning rate follow the exact KL(old || present) of the minibatches: below
+        ``target_kl / tolerance`` it is multiplied by ``factor``, above ``target_kl * tolerance`` divided by it. A dict
+        of what is to be otherwise than ``{"target_kl": None, "tolerance": 2.0, "factor": 1.5, "minimum": 1e-6,
+        "maximum": 1e-2, "every": "minibatch"}``; a target of None is 0.01 for each action dimension, ``every`` may be
+        ``"epoch"``, for the mean over one. ``learning_rate`` is then the number that it begins with, and the attribute
+        the present one. None: the learning rate follows no KL
+    :param recompute_advantages: whether each epoch but the first learns from advantages and returns that are computed
+        anew, by the critic as it is then (Andrychowicz et al. 2021, arXiv 2006.05990)
+    :param rollback: whether an update that ``target_kl`` ends also undoes the steps of the epoch in which it ends:
+        parameters, buffers and the optimiser's moments are what they were before that epoch
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -107,6 +120,9 @@ class DualClipPPO(ProximalAlgorithm):
         clip_range_high: float | str | Schedule | None = None,
         torch_compile: bool = False,
         sequence_length: int | None = None,
+        kl_adaptive_lr: dict[str, Any] | None = None,
+        recompute_advantages: bool = False,
+        rollback: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -134,11 +150,14 @@ class DualClipPPO(ProximalAlgorithm):
             device=device,
             torch_compile=torch_compile,
             sequence_length=sequence_length,
+            kl_adaptive_lr=kl_adaptive_lr,
+            recompute_advantages=recompute_advantages,
         )
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high
         self.dual_clip = dual_clip
         self.target_kl = target_kl
+        self.rollback = rollback
         if _init_setup_model:
             self._setup_new_model()
 
@@ -156,8 +175,23 @@ class DualClipPPO(ProximalAlgorithm):
                         f"{progress:g}) is not allowed: it must be above 1 + {name}, or the lower bound would "
                         "take the gradient of samples that the first clip still lets through; None turns it off"
                     )
+        check_bool("rollback", self.rollback)
+        if self.rollback and self.target_kl is None:
+            raise ArgumentError(
+                "rollback=True is not allowed with target_kl=None, by which no update ends early: target_kl must be a "
+                "number, or rollback False"
+            )
         if self.target_kl is not None:
             check_real("target_kl", self.target_kl, above=0.0)
+            if self.kl_adaptive_lr is not None:
+                rate = KLAdaptiveRate.checked("kl_adaptive_lr", self.kl_adaptive_lr)
+                low = self._learning_rate_target_kl(rate) / rate.tolerance
+                if 1.5 * self.target_kl <= low:
+                    raise ArgumentError(
+                        f"target_kl={self.target_kl:g} is not allowed with kl_adaptive_lr={self.kl_adaptive_lr!r}: an "
+                        f"update ends at a KL of {1.5 * self.target_kl:g}, and the learning rate rises as long as it "
+                        f"is below {low:g}, so it would rise for ever; target_kl must be above {low / 1.5:g}"
+                    )
 
     @staticmethod
     def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:

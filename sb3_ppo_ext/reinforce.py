@@ -74,7 +74,7 @@ class REINFORCE(OnPolicyAlgorithm):
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
         "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
-    :param learning_rate: a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
+    :param learning_rate: a number or a schedule, such as "lin_1e-3"; see :class:`DualClipPPO`
     :param episodes_per_env: episodes of each environment in a batch
     :param gamma: discount factor
     :param ent_coef: weight of the entropy of the policy, summed over the states of an episode; a number or a schedule
@@ -86,8 +86,8 @@ class REINFORCE(OnPolicyAlgorithm):
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
     :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
-        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds`` and ``layer_norm``;
+        see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param verbose: 0 silent, 1 information, 2 details
     :param seed: of all random generators
     :param device: "cpu", "cuda" or "auto"

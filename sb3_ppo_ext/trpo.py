@@ -67,7 +67,7 @@ class TRPO(OnPolicyAlgorithm):
     :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
         "MultiInputLstmPolicy", or a class
     :param env: an environment, a vector of them, or the id of a registered one
-    :param learning_rate: of the critic; a number, a schedule, or the RL Zoo's string such as "lin_1e-3"
+    :param learning_rate: of the critic; a number or a schedule, such as "lin_1e-3"; see :class:`DualClipPPO`
     :param n_steps: steps of each environment in a rollout
     :param batch_size: samples in a minibatch of the critic
     :param gamma: discount factor
@@ -89,8 +89,8 @@ class TRPO(OnPolicyAlgorithm):
     :param stats_window_size: episodes over which the rollout statistics are averaged
     :param tensorboard_log: where to log for TensorBoard; None: nowhere
     :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, and ``log_std_bounds``, the lowest and
-        the highest logarithm of the standard deviation; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds`` and ``layer_norm``;
+        see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
     :param verbose: 0 silent, 1 information, 2 details
     :param seed: of all random generators
     :param device: "cpu", "cuda" or "auto"
@@ -106,7 +106,7 @@ class TRPO(OnPolicyAlgorithm):
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
-    _needs_old_params: ClassVar[bool] = True
+    _needs_old_params = True
     _loads_files_of: ClassVar[tuple[str, ...]] = (_OF_CONTRIB,)
     _none_is_default: ClassVar[tuple[str, ...]] = ("target_kl", "cg_damping")
 

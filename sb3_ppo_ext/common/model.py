@@ -62,6 +62,7 @@ class Model(SB3OnPolicyAlgorithm):
     ent_coef: float | str | Schedule  # type: ignore[assignment]
     torch_compile: bool = False
     sequence_length: int | None = None
+    kl_adaptive_lr: dict[str, Any] | None = None
 
     # Whether the policy was last trained with masks, and is to be asked with them.
     _is_masked: bool = False
@@ -73,7 +74,7 @@ class Model(SB3OnPolicyAlgorithm):
     _none_is_default: ClassVar[tuple[str, ...]] = ()
 
     # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
-    _needs_old_params: ClassVar[bool] = False
+    _needs_old_params: bool = False
 
     # Whether one rollout has more samples than another.
     _rollouts_vary: ClassVar[bool] = False
@@ -111,7 +112,7 @@ class Model(SB3OnPolicyAlgorithm):
         """
         Check the hyper-parameters. Called before anything is built, for a new model and for one that is loaded.
 
-        An attribute keeps what the user gave, be it a number, a function or the RL Zoo's string;
+        An attribute keeps what the user gave, be it a number, a function or a schedule in words;
         :meth:`_current_value` reads it. Only the learning rate has a schedule beside it, ``lr_schedule``, and only the
         clip ranges become schedules themselves, because SB3 has it so.
 
@@ -135,7 +136,7 @@ class Model(SB3OnPolicyAlgorithm):
         holds_params = isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)
         if self._needs_old_params and not holds_params:
             raise ArgumentError(
-                f"rollout_buffer_class={construction.name_of(buffer_class)} is not allowed: {type(self).__name__} "
+                f"rollout_buffer_class={construction.name_of(buffer_class)} is not allowed: {self._who_needs_kl} "
                 "keeps the parameters of the action distributions in the buffer, which must be a subclass of "
                 "sb3_ppo_ext.common.buffers.RolloutBuffer"
             )
@@ -326,7 +327,7 @@ class Model(SB3OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         excluded = [*super()._excluded_save_params(), "_compiled", "_masks", "_use_masking"]
-        excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts", "_reducer", "_together"]
+        excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts", "_reducer", "_together", "_needs_old_params"]
         # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
         excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
         if self.rollout_buffer_class is buffer_class_for(self.observation_space) or self._rollouts_vary:
@@ -342,13 +343,18 @@ class Model(SB3OnPolicyAlgorithm):
         """The formulas of the policy's distributions; None for a distribution of the user's own."""
         return family_of_policy(self.policy)
 
+    @property
+    def _who_needs_kl(self) -> str:
+        """What needs the parameters of the distributions that acted, for a message."""
+        return type(self).__name__ if type(self)._needs_old_params else f"{type(self).__name__} with kl_adaptive_lr"
+
     def _check_family(self) -> None:
         """
         :raises ValueError: if the updates need the KL divergence of a distribution that has no formula for it
         """
         if self._needs_old_params and self._family is None:
             raise ValueError(
-                f"policy={construction.policy_name(self)} is not allowed: {type(self).__name__} needs the exact KL "
+                f"policy={construction.policy_name(self)} is not allowed: {self._who_needs_kl} needs the exact KL "
                 f"divergence of its distributions, and {type(self.policy.action_dist).__name__} has formulas of its "
                 "own; it must be one of stable_baselines3.common.distributions, or derive from one without overriding "
                 "its formulas. DualClipPPO and REINFORCE learn with any distribution"
@@ -361,7 +367,7 @@ class Model(SB3OnPolicyAlgorithm):
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         if self._needs_old_params and buffer.flat().old_params.shape[1] == 0:
             raise ValueError(
-                f"A callback adds samples without distribution_params to the rollout buffer, and {type(self).__name__} "
+                f"A callback adds samples without distribution_params to the rollout buffer, and {self._who_needs_kl} "
                 "needs the distributions that acted: extend that array too, as it does observations and actions"
             )
 

@@ -24,13 +24,13 @@ from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory,
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.masked_prediction import predict_masked
 from sb3_ppo_ext.common.update.step import reached
-from sb3_ppo_ext.common.validation import as_schedule, check_real
+from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_real
 
 
 class ActorCriticPolicy(sb3.ActorCriticPolicy):
     """
-    SB3's actor and critic, with a learning rate of the critic's own and bounds on the standard deviation. Without these
-    two it is SB3's, and either loads what the other saved.
+    SB3's actor and critic, with a learning rate of the critic's own, bounds on the standard deviation and layer
+    normalisation. Without these three it is SB3's, and either loads what the other saved.
 
     **The critic's learning rate** is for the parameters that the values depend on and the actions do not: they form a
     second group of the optimiser. What both depend on, such as a shared features extractor, follows the main rate;
@@ -40,12 +40,16 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
     out of them is put on the nearest bound. (Within an update of several steps it may be out of them: nothing is drawn
     there, and putting it back would not fit into the optimiser's own kernel.)
 
+    **Layer normalisation** (Ba et al. 2016, arXiv 1607.06450) stands in ``net_arch`` between each linear layer and its
+    activation, in the actor and in the critic.
+
     :param observation_space: of the environment
     :param action_space: of the environment
     :param lr_schedule: the main learning rate
-    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or the RL Zoo's string such
-        as "lin_1e-3"), or None for the main one
+    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or words such as
+        "lin_1e-3"), or None for the main one
     :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: none
+    :param layer_norm: whether the layers of ``net_arch`` are normalised
     :param kwargs: the further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
     :raises ArgumentError: for an argument that is out of range or contradicts another
     """
@@ -62,8 +66,11 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         *args: Any,
         critic_learning_rate: float | str | Schedule | None = None,
         log_std_bounds: tuple[float, float] | None = None,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_bool("layer_norm", layer_norm)
+        self.layer_norm = layer_norm  # the networks are built by SB3's constructor
         if kwargs.get("squash_output") and not kwargs.get("use_sde"):
             raise ArgumentError(
                 "squash_output=True is not allowed without gSDE: it must be False, or use_sde=True be given"
@@ -73,6 +80,11 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         if isinstance(arch, dict) and type(self.mlp_extractor) is MlpExtractor and not arch.keys() <= {"pi", "vf"}:
             raise ArgumentError(
                 f"net_arch={arch!r} is not allowed: its keys must be 'pi' (the actor) and 'vf' (the critic)"
+            )
+        if layer_norm and not any(isinstance(module, nn.LayerNorm) for module in self.mlp_extractor.modules()):
+            raise ArgumentError(
+                f"layer_norm=True is not allowed with net_arch={arch!r} of {type(self).__name__}, which has no layer "
+                "to normalise: net_arch must have one (for images it has none by default), or layer_norm be False"
             )
         self.critic_learning_rate = critic_learning_rate
         if critic_learning_rate is not None:
@@ -105,6 +117,12 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         return predict_masked(
             self, observation, state, episode_start, deterministic=deterministic, action_masks=action_masks
         )
+
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        if self.layer_norm:
+            extractor = self.mlp_extractor
+            extractor.policy_net, extractor.value_net = map(_normalized, (extractor.policy_net, extractor.value_net))
 
     def _split_optimizer(self, learning_rate: float) -> None:
         """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
@@ -184,6 +202,8 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             parameters["critic_learning_rate"] = _picklable(self.critic_learning_rate)
         if self.log_std_bounds is not None:
             parameters["log_std_bounds"] = self.log_std_bounds
+        if self.layer_norm:
+            parameters["layer_norm"] = True
         return parameters
 
 
@@ -200,6 +220,16 @@ POLICY_ALIASES: dict[str, type[sb3.BasePolicy]] = {
     "CnnPolicy": ActorCriticCnnPolicy,
     "MultiInputPolicy": MultiInputActorCriticPolicy,
 }
+
+
+def _normalized(layers: nn.Sequential) -> nn.Sequential:
+    """The layers, with a normalisation behind each that is linear."""
+    with_norms: list[nn.Module] = []
+    for layer in layers:
+        with_norms.append(layer)
+        if isinstance(layer, nn.Linear):
+            with_norms.append(nn.LayerNorm(layer.out_features, device=layer.weight.device))
+    return nn.Sequential(*with_norms)
 
 
 def _zeros(space: spaces.Space[Any]) -> Any:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 
 from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.constants import constants_of
-from sb3_ppo_ext.common.construction import ACTION_SPACES
-from sb3_ppo_ext.common.rollout.buffers import size_to_pad_to, values_and_returns
-from sb3_ppo_ext.common.rollout.data import RolloutSamples
+from sb3_ppo_ext.common.construction import ACTION_SPACES, policy_name
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.adapters import has_memory
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, size_to_pad_to, values_and_returns
+from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.saving.interchange import MASKABLE_PPO, RECURRENT_PPO
+from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION
+from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
+from sb3_ppo_ext.common.update.fresh_targets import compute_targets_anew
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
-from sb3_ppo_ext.common.update.samplers import Epochs
-from sb3_ppo_ext.common.update.step import raise_if_not_finite
+from sb3_ppo_ext.common.update.samplers import Epochs, Minibatch
+from sb3_ppo_ext.common.update.snapshot import Snapshot
+from sb3_ppo_ext.common.update.step import MinibatchStep, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
 
@@ -43,6 +50,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         RECURRENT_PPO,
     )
 
+    # Whether an update that ends at the limit of the KL also undoes the steps of the epoch in which it ends.
+    rollback: bool = False
+
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
@@ -61,7 +71,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
-        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_class: type[SB3RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -71,6 +81,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         torch_compile: bool = False,
         sequence_length: int | None = None,
+        kl_adaptive_lr: dict[str, Any] | None = None,
+        recompute_advantages: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -101,22 +113,64 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.torch_compile = torch_compile
         self.sequence_length = sequence_length
+        self.kl_adaptive_lr = kl_adaptive_lr
+        self.recompute_advantages = recompute_advantages
 
     def _setup_new_model(self) -> None:
         super()._setup_new_model()
         self._check_rollout_size(self.batch_size, self.normalize_advantage)
+        if self.kl_adaptive_lr is not None and self.n_epochs == 1 and self.batch_size >= self.n_steps * self.n_envs:
+            raise ArgumentError(
+                f"kl_adaptive_lr={self.kl_adaptive_lr!r} is not allowed with n_epochs=1 and "
+                f"batch_size={self.batch_size}, which is a whole rollout: an update is one step then, and the KL is "
+                "measured before a step, where it is 0. It must be None, or an update have several steps"
+            )
 
     def _check_can_learn(self) -> None:
         super()._check_can_learn()
         if self.torch_compile:
             constants_of(self.policy_loss)
+        if self.recompute_advantages:
+            self._check_can_recompute()
+
+    def _check_can_recompute(self) -> None:
+        given = "recompute_advantages=True is not allowed with"
+        buffer: Any = self.rollout_buffer
+        is_ours = isinstance(buffer, RolloutBuffer) and type(buffer).get is RolloutBuffer.get
+        if not is_ours or buffer.wants_every_step:
+            raise ArgumentError(
+                f"{given} rollout_buffer_class={type(buffer).__name__}: it must be a subclass of "
+                "sb3_ppo_ext.common.buffers.RolloutBuffer without an add(), a get() or a "
+                "compute_returns_and_advantage() of its own"
+            )
+        if has_memory(self.policy):
+            raise ArgumentError(
+                f"{given} policy={policy_name(self)}: what it remembers in the midst of a rollout is known of the "
+                "parameters alone that it was collected with, so that there are no values of others"
+            )
 
     def _validate(self) -> None:
+        self._needs_old_params = type(self)._needs_old_params or self.kl_adaptive_lr is not None
         super()._validate()
+        if self.kl_adaptive_lr is not None:
+            rate = KLAdaptiveRate.checked("kl_adaptive_lr", self.kl_adaptive_lr)
+            if callable(self.learning_rate) or isinstance(self.learning_rate, str):
+                raise ArgumentError(
+                    f"learning_rate={self.learning_rate!r} is not allowed with kl_adaptive_lr: it must be a number, "
+                    "which the learning rate begins with, as it follows the KL and no schedule"
+                )
+            if self.learning_rate != 0.0:  # as it is where a model is loaded to be watched
+                check_real("learning_rate", self.learning_rate, at_least=rate.minimum, at_most=rate.maximum)
         check_real("vf_coef", self.vf_coef, at_least=0.0)
         check_real("max_grad_norm", self.max_grad_norm, above=0.0, finite=False)
         check_bool("normalize_advantage", self.normalize_advantage)
         check_int("n_epochs", self.n_epochs, minimum=1)
+        check_bool("recompute_advantages", self.recompute_advantages)
+        if self.recompute_advantages and self.n_epochs == 1:
+            raise ArgumentError(
+                "recompute_advantages=True is not allowed with n_epochs=1: the first epoch has the advantages of the "
+                "rollout, and there is no other; n_epochs must be at least 2"
+            )
         check_int("batch_size", self.batch_size, minimum=2 if self.normalize_advantage else 1)
         if self.clip_range_vf is not None:
             self.clip_range_vf = as_schedule("clip_range_vf", self.clip_range_vf)
@@ -167,6 +221,26 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """An update ends before the step of a minibatch whose ``approx_kl`` is above this; None: never."""
         return None
 
+    def _learning_rate_target_kl(self, rate: KLAdaptiveRate) -> float:
+        """
+        The KL that a learning rate aims at which follows it.
+
+        :param rate: what the user wants
+        """
+        return self._whole_action_value(rate.target_kl, TARGET_KL_PER_DIMENSION)
+
+    def _adapt_learning_rate(self, rate: KLAdaptiveRate, kl: float) -> None:
+        """
+        Change the learning rate by the KL that it has led to, from the next gradient step on.
+
+        :param rate: what the user wants
+        :param kl: KL(old || present), the same in all processes
+        """
+        present = self.lr_schedule(self._current_progress_remaining)
+        self.learning_rate = rate.after(kl, present, self._learning_rate_target_kl(rate))
+        self._setup_lr_schedule()
+        self._update_learning_rate(self.policy.optimizer)
+
     def _after_update(self) -> None:
         """What follows an update."""
 
@@ -177,42 +251,101 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         numbers = {name: self._as_number(name, value) for name, value in self.coefficients().items()}
         coefficients = {"vf_coef": float(self.vf_coef), "max_grad_norm": float(self.max_grad_norm), **numbers}
+        rate = None if self.kl_adaptive_lr is None else KLAdaptiveRate.checked("kl_adaptive_lr", self.kl_adaptive_lr)
         kl_limit = self._kl_limit()
         if kl_limit is not None:
-            coefficients["kl_limit"] = kl_limit = float(np.float32(kl_limit))  # as what it is compared with
+            coefficients["kl_limit"] = float(np.float32(kl_limit))  # as what it is compared with
         step = self._minibatch_step(
-            ActorCriticLoss(self.policy_loss, self.normalize_advantage and self._reducer.is_local),
+            ActorCriticLoss(
+                self.policy_loss,
+                self.normalize_advantage and self._reducer.is_local,
+                measures_kl=rate is not None,
+            ),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
             pad_to=size_to_pad_to(self.rollout_buffer, self.batch_size),
         )
-        epochs = Epochs(
-            self.rollout_buffer,
-            self.batch_size,
-            self.n_epochs,
-            self._reducer,
-            normalize_advantage=self.normalize_advantage,
-        )
         history: list[th.Tensor] = []
         stopped_at: int | None = None
 
-        with step:
-            for epoch, minibatches in enumerate(epochs):
-                for rollout, rows in minibatches:
-                    history.append(step(rollout, rows, coefficients))
-                    if kl_limit is not None and history[-1][step.names.index("approx_kl")].item() > kl_limit:
+        # The step owns the parameters for all epochs, unless somebody else wants to have them in between.
+        at_once = 1 if self.rollback or self.recompute_advantages else self.n_epochs
+        targets = self.rollout_buffer.advantages, self.rollout_buffer.returns
+        for first in range(0, self.n_epochs, at_once):
+            if first > 0 and self.recompute_advantages:
+                self._compute_targets_anew()
+            epochs = Epochs(
+                self.rollout_buffer,
+                self.batch_size,
+                at_once,
+                self._reducer,
+                normalize_advantage=self.normalize_advantage,
+            )
+            before = Snapshot(self.policy, self.policy.optimizer) if self.rollback else None
+            with step:
+                for epoch, minibatches in enumerate(epochs, start=first):
+                    if not self._make_epoch(step, minibatches, coefficients, history, rate):
                         stopped_at = epoch
                         break
-                self._n_updates += 1
-                if stopped_at is not None:
-                    break
+                    self._n_updates += 1
+            if stopped_at is not None:
+                if before is None:
+                    self._n_updates += 1
+                else:
+                    before.restore()
+                break
         self._project()
+        if self.recompute_advantages:  # the rollout stays what it was
+            self.rollout_buffer.advantages, self.rollout_buffer.returns = targets
+            cast(RolloutBuffer, self.rollout_buffer).forget_flat()
 
         series = dict(zip(step.names, th.stack(history, dim=1).tolist(), strict=True))
         if stopped_at is not None:
             series["grad_norm"].pop()  # of a step that was not made
         self._log_update(series, numbers, stopped_at)
         self._after_update()
+
+    def _compute_targets_anew(self) -> None:
+        """Let the rollout have the advantages and returns by the present critic."""
+        buffer = cast(RolloutBuffer, self.rollout_buffer)
+        self.policy.set_training_mode(False)  # as it was when the rollout was evaluated
+        last_inputs = PolicyInput(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+        compute_targets_anew(buffer, self._actor_critic(), last_inputs)
+        self.policy.set_training_mode(True)
+
+    def _make_epoch(
+        self,
+        step: MinibatchStep,
+        minibatches: Iterable[Minibatch],
+        coefficients: dict[str, float],
+        history: list[th.Tensor],
+        rate: KLAdaptiveRate | None,
+    ) -> bool:
+        """
+        Make the steps of one epoch.
+
+        :param step: that is made on a minibatch, inside of its ``with``
+        :param minibatches: of the epoch
+        :param coefficients: of the loss
+        :param history: the statistics of each step of the update; those of the epoch are added
+        :param rate: by which the learning rate follows the KL; None: it does not
+        :return: False if a minibatch was beyond the limit of the KL, so that its step and all others were not made
+        """
+        n_before = len(history)
+        is_within = True
+        for rollout, rows in minibatches:
+            history.append(step(rollout, rows, coefficients))
+            if rate is not None and rate.every == "minibatch" and len(history) > 1:
+                self._adapt_learning_rate(rate, history[-1][step.names.index("minibatch_kl")].item())
+            if "kl_limit" in coefficients:
+                is_within = not history[-1][step.names.index("approx_kl")].item() > coefficients["kl_limit"]
+                if not is_within:
+                    break
+        of_epoch = history[max(n_before, 1) :]  # before the first step the KL is 0, whatever the learning rate
+        if rate is not None and rate.every == "epoch" and of_epoch:
+            mean = th.stack(of_epoch).mean(dim=0)
+            self._adapt_learning_rate(rate, mean[step.names.index("minibatch_kl")].item())
+        return is_within
 
     def _log_update(self, series: dict[str, list[float]], numbers: dict[str, float], stopped_at: int | None) -> None:
         """Log the mean of each statistic over all minibatches (of one that is called a maximum, the maximum)."""
@@ -231,5 +364,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if stopped_at is not None:
             self.logger.record("train/early_stop_epoch", stopped_at)
             if self.verbose >= 1:
-                print(f"Update stopped early, at epoch {stopped_at} of {self.n_epochs}: the policy has moved too far")
+                undone = ", and the steps of that epoch are undone" if self.rollback else ""
+                print(
+                    f"Update stopped early, at epoch {stopped_at} of {self.n_epochs}: the policy has moved too far"
+                    f"{undone}"
+                )
         raise_if_not_finite(series)

@@ -11,9 +11,10 @@ from numbers import Integral, Real
 
 import torch as th
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, get_device
+from stable_baselines3.common.utils import FloatSchedule, get_device
 
 from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.schedules import EXAMPLES, schedule_in_words
 
 
 def check_int(name: str, value: object, *, minimum: int, maximum: float = math.inf) -> None:
@@ -121,14 +122,14 @@ def as_schedule(name: str, value: float | str | Schedule, *, may_be_zero: bool =
     A schedule from what a user may give for it.
 
     :param name: of the argument
-    :param value: a positive number, the RL Zoo's string for a linear decrease to zero (``"lin_0.2"``), or a function
-        of the remaining progress (1 at the beginning of training, 0 at its end)
+    :param value: a positive number, a schedule in words (:mod:`sb3_ppo_ext.common.schedules`), or a function of the
+        remaining progress (1 at the beginning of training, 0 at its end)
     :param may_be_zero: whether a number may be 0, as a function's values always may
     :return: the schedule
     :raises ArgumentError: for anything else, and for a function that does not return finite numbers of at least 0
     """
     if isinstance(value, str):
-        return FloatSchedule(_linear(name, value))
+        return FloatSchedule(_in_words(name, value))
     if callable(value):
         _check_function(name, value)
         return FloatSchedule(value)
@@ -146,21 +147,18 @@ def value_at(value: float | str | Schedule, progress_remaining: float) -> float:
     :return: the value at that moment
     """
     if isinstance(value, str):
-        value = _linear("schedule", value)
+        value = _in_words("schedule", value)
     return float(value(progress_remaining) if callable(value) else value)
 
 
-def _linear(name: str, value: str) -> LinearSchedule:
-    kind, _, start = value.partition("_")
-    try:
-        initial = float(start) if kind == "lin" else math.nan
-    except ValueError:
-        initial = math.nan
-    if not 0.0 < initial < math.inf:
+def _in_words(name: str, value: str) -> Schedule:
+    schedule = schedule_in_words(value)
+    if schedule is None:
         raise ArgumentError(
-            f"{name}={value!r} is not allowed: it must be a number, a function, or 'lin_' and a positive number"
+            f"{name}={value!r} is not allowed: it must be a number, a function, or a schedule in words such as "
+            f"{EXAMPLES}"
         )
-    return LinearSchedule(initial, 0.0, 1.0)
+    return schedule
 
 
 def _check_function(name: str, schedule: Schedule) -> None:

@@ -36,6 +36,7 @@ from sb3_ppo_ext.losses.surrogates import (
     dual_clip_surrogate_loss,
     kl_penalized_surrogate_loss,
     reinforce_loss,
+    spo_surrogate_loss,
     surrogate_loss,
 )
 from sb3_ppo_ext.losses.targets import generalized_advantages, n_step_returns
@@ -61,6 +62,7 @@ __all__ = [
     "prediction_clipped_value_loss",
     "probability_ratio",
     "reinforce_loss",
+    "spo_surrogate_loss",
     "surrogate_loss",
     "value_loss",
 ]

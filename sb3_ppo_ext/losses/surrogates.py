@@ -228,6 +228,43 @@ def kl_penalized_surrogate_loss(
     return SurrogateLoss(kl_coef * kl - advantages * ratio, _diagnose(log_ratios, ratio, advantages, mask))
 
 
+def spo_surrogate_loss(
+    log_prob: th.Tensor,
+    old_log_prob: th.Tensor,
+    advantages: th.Tensor,
+    *,
+    epsilon: Scalar = 0.2,
+    mask: th.Tensor | None = None,
+    max_log_ratio: Scalar | None = 20.0,
+) -> SurrogateLoss:
+    """
+    Surrogate of simple policy optimisation, negated (Xie et al. 2024, arXiv 2401.16025): a quadratic penalty takes the
+    clip's place.
+
+    ``loss = -(r A - |A| (r - 1)^2 / (2 epsilon))``
+
+    At the old policy its gradient is that of :func:`surrogate_loss`. It is 0 at r = 1 + sign(A) epsilon alone, and
+    beyond that leads back, where that of PPO's clip ends.
+
+    :param log_prob: log-probability of the action under the new policy, any shape
+    :param old_log_prob: the same under the policy that drew the action, same shape
+    :param advantages: A, same shape
+    :param epsilon: how far from 1 the ratio is led, > 0; infinity is :func:`surrogate_loss`
+    :param mask: 1 or True where an element counts, same shape; None if all do
+    :param max_log_ratio: bound on the log-ratio, see :func:`~sb3_ppo_ext.losses.log_ratio`
+    :return: the loss, to be minimised, and diagnostics
+    :raises ValueError: if there is no element, the shapes differ, or a number is out of range
+    """
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, mask=mask)
+    check_not_empty(log_prob=log_prob)
+    epsilon = checked_scalar("epsilon", epsilon, exclusive=True)
+    log_prob, old_log_prob, advantages = prepared(mask, log_prob, old_log_prob, advantages)
+    log_ratios = log_ratio(log_prob, old_log_prob, max_log_ratio=max_log_ratio)
+    ratio = log_ratios.exp()
+    penalty = advantages.abs() * (ratio - 1.0).square() / (2.0 * epsilon)
+    return SurrogateLoss(penalty - advantages * ratio, _diagnose(log_ratios, ratio, advantages, mask))
+
+
 def reinforce_loss(log_prob: th.Tensor, weights: th.Tensor, *, mask: th.Tensor | None = None) -> th.Tensor:
     """
     Loss whose gradient is that of REINFORCE, negated (Williams 1992, section 4).

@@ -102,9 +102,9 @@ def read_numbers(hyperparams: dict[str, Any], location: Callable[[str], str]) ->
     """
     read: dict[str, Any] = {}
     for key, value in hyperparams.items():
-        if isinstance(value, str) and _NUMBER.fullmatch(value):
-            number = float(value)
-            read[key] = int(number) if number.is_integer() else number
+        number = _with_numbers(value)
+        if number is not value:
+            read[key] = number
     for key in _COUNTS:
         if hyperparams.get(key) is not None:
             try:
@@ -112,6 +112,17 @@ def read_numbers(hyperparams: dict[str, Any], location: Callable[[str], str]) ->
             except argparse.ArgumentTypeError as error:
                 raise EntryError(f"{location(key)}: {key}={error}") from None
     return read
+
+
+def _with_numbers(value: Any) -> Any:
+    """What a value is in YAML 1.2; of a dict, with its values."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        number = float(value)
+        return int(number) if number.is_integer() else number
+    if isinstance(value, dict):
+        read = {key: _with_numbers(part) for key, part in value.items()}
+        return value if all(read[key] is part for key, part in value.items()) else read
+    return value
 
 
 def check_normalize(hyperparams: dict[str, Any], location: Callable[[str], str]) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from pprint import pprint
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, cast
 
 import optuna
@@ -199,6 +199,14 @@ class ZooExperimentManager(ExperimentManager):
         saved_hyperparams.update(read)
         return hyperparams, saved_hyperparams
 
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        """As rl_zoo3; but of a schedule that is a function its name: `enjoy` reads the file, and finds no function."""
+        if not self.is_first:
+            return
+        functions = {name: value for name, value in saved_hyperparams.items() if isinstance(value, FunctionType)}
+        names = {name: f"the function {function.__qualname__}" for name, function in functions.items()}
+        super()._save_config(type(saved_hyperparams)(saved_hyperparams, **names))
+
     def load_trial(
         self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
     ) -> dict[str, Any]:
@@ -308,10 +316,6 @@ class ZooExperimentManager(ExperimentManager):
         trial.set_user_attr(BUDGET, [self.n_timesteps, self.n_evaluations])
         trial.set_user_attr(WORKER, process_name(os.getpid()))
         return run_trial(self, trial)
-
-    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-        if self.is_first:
-            super()._save_config(saved_hyperparams)
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """

@@ -10,7 +10,7 @@ entry has it, inside of ``policy_kwargs`` too: the activation function, the feat
 
 Each number is drawn from a range of its own, which no other number changes: Optuna's samplers learn best from those.
 Numbers that depend on each other are drawn as a factor (minibatches of a rollout, high over low clip range), so that no
-combination is a contradiction. A learning rate is constant, also where the entry has a schedule.
+combination is a contradiction. What the learning rate begins with is drawn, and its schedule.
 
 Where the entry's policy is a recurrent one, its memory is searched, too. rl_zoo3 does not tell a sampler of the policy,
 so the trial has it as an attribute, :data:`POLICY`.
@@ -49,6 +49,7 @@ def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
 
     - ``one_minus_gamma``: the horizon is the task's, and what gamma is best for it nobody knows beforehand
     - ``net_arch``: rl_zoo3's sizes, as far as [256, 256]; of a recurrent policy, after its memory
+    - ``layer_norm``: whether these layers are normalised
 
     A recurrent policy's space has also
 
@@ -65,17 +66,30 @@ def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
         "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.1, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["tiny", "small", "medium"]),
+        "layer_norm": trial.suggest_categorical("layer_norm", [False, True]),
         **_sample_memory(trial),
     }
 
 
+def _has_memory(trial: optuna.Trial) -> bool:
+    return "Lstm" in trial.user_attrs.get(POLICY, "")
+
+
 def _sample_memory(trial: optuna.Trial) -> Params:
-    if "Lstm" not in trial.user_attrs.get(POLICY, ""):
+    if not _has_memory(trial):
         return {}
     return {
         "lstm_hidden_size_pow": trial.suggest_int("lstm_hidden_size_pow", 4, 8),
         "sequence_length_pow": trial.suggest_int("sequence_length_pow", 3, 5),
         "enable_critic_lstm": trial.suggest_categorical("enable_critic_lstm", [False, True]),
+    }
+
+
+def _sample_learning_rate(trial: optuna.Trial, low: float, high: float, *more_schedules: str) -> Params:
+    schedules = ["const", "lin", "cos", *more_schedules]
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", low, high, log=True),
+        "learning_rate_schedule": trial.suggest_categorical("learning_rate_schedule", schedules),
     }
 
 
@@ -109,11 +123,16 @@ def _sample_proximal(trial: optuna.Trial, n_envs: int) -> Params:
     What the spaces of both proximal policy optimisations have: rollout, minibatches, gamma, lambda and network; and
 
     - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
+    - ``learning_rate_schedule``: whether updates are as large at the end of the training as at its beginning; or, as
+      "kl", whether the learning rate follows the KL, with the constructor's target
+    - ``recompute_advantages``: whether each epoch has advantages of its own; not of a recurrent policy
     """
+    without_memory = [] if _has_memory(trial) else ["recompute_advantages"]
     return {
         **_sample_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+        **_sample_learning_rate(trial, 1e-5, 2e-3, "kl"),
         "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
+        **{name: trial.suggest_categorical(name, [False, True]) for name in without_memory},
     }
 
 
@@ -121,6 +140,11 @@ def _convert_common_params(sampled_params: Params) -> Params:
     """rl_zoo3's conversion, without an activation function, which none of our spaces has."""
     hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
     del hyperparams["policy_kwargs"]["activation_fn"]
+    if "layer_norm" in hyperparams:
+        hyperparams["policy_kwargs"]["layer_norm"] = hyperparams.pop("layer_norm")
+    schedule = hyperparams.pop("learning_rate_schedule", "const")
+    if schedule in ("lin", "cos"):
+        hyperparams["learning_rate"] = f"{schedule}_{hyperparams['learning_rate']}"
     if "sequence_length_pow" in hyperparams:
         hyperparams["sequence_length"] = 2 ** hyperparams.pop("sequence_length_pow")
         hyperparams["policy_kwargs"] |= {
@@ -134,6 +158,8 @@ def _convert_common_params(sampled_params: Params) -> Params:
 def convert_rollout_params(sampled_params: Params) -> Params:
     """The converter of AdaptiveKLPPO."""
     hyperparams = _convert_common_params(sampled_params)
+    if "learning_rate_schedule" in sampled_params:
+        hyperparams["kl_adaptive_lr"] = {} if sampled_params["learning_rate_schedule"] == "kl" else None
     n_envs, n_minibatches = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_minibatches_pow")
     batch_size = hyperparams["batch_size"]
     # The fewest steps of all environments that are whole minibatches and whole sequences.
@@ -248,6 +274,7 @@ def sample_reinforce_params(
     - ``n_episodes_pow``: episodes of a batch, over all environments: variance against number of updates. At least four,
       so that a baseline has other episodes to be computed from
     - ``learning_rate``: of the one step a batch makes, hence higher than PPO's
+    - ``learning_rate_schedule``: whether steps are as large at the end of the training as at its beginning
     - ``ent_coef``: against a policy that stops exploring, which nothing else here bounds
     - ``baseline``: "optimal" costs two more gradients an episode and "none" is never better, so the other three
     - ``normalize_advantage``: one size of step for all scales of reward, or an unbiased gradient
@@ -260,7 +287,7 @@ def sample_reinforce_params(
         {
             **_sample_common(trial, n_envs),
             "n_episodes_pow": trial.suggest_int("n_episodes_pow", 2, 6),
-            "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True),
+            **_sample_learning_rate(trial, 1e-4, 2e-2),
             "ent_coef": trial.suggest_float("ent_coef", 1e-5, 0.1, log=True),
             "baseline": trial.suggest_categorical("baseline", ["mean", "leave_one_out", "value"]),
             "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),

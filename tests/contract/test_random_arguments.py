@@ -50,6 +50,7 @@ def schedule(low: float, high: float) -> st.SearchStrategy[Any]:
         numbers.map(ConstantSchedule),
         numbers.map(lambda start: LinearSchedule(start, low, 1.0)),
         numbers.map(lambda start: f"lin_{start}"),
+        numbers.map(lambda start: f"cos_{start}_{high}_warmup_0.25"),
         st.just(lambda progress: low + (high - low) * progress),
     )
 
@@ -63,6 +64,7 @@ POLICY_KWARGS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "ortho_init": BOOL,
         "share_features_extractor": BOOL,
         "use_expln": BOOL,
+        "layer_norm": BOOL,
         "squash_output": BOOL,
         "critic_learning_rate": mostly(RATE),
         "log_std_bounds": mostly(st.sampled_from([(-3, 2), (-3.0, 2.0), [-math.inf, 2], (0.5, 0.5), (2, -2)])),
@@ -118,6 +120,20 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "verbose": st.sampled_from([0, 1, 2, False]),
     "device": st.sampled_from(["cpu", "auto", "cuda", "meta", th.device("cpu")]),
     "torch_compile": st.just(False),
+    "kl_adaptive_lr": st.one_of(
+        st.none(),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "target_kl": mostly(number(0.001, 0.5)),
+                "factor": mostly(number(1.1, 3)),
+                "maximum": mostly(number(1e-2, 1)),
+                "every": mostly(st.sampled_from(["minibatch", "epoch"])),
+            },
+        ),
+    ),
+    "rollback": BOOL,
+    "recompute_advantages": BOOL,
     "sequence_length": st.sampled_from([None, 1, 2, 4]),
 }
 LEFT = {"self", "env", "_init_setup_model", "fvp_subsampling"}  # the last is an old name of another

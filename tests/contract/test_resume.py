@@ -58,11 +58,22 @@ ALGORITHMS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "TRPO": (TRPO, {"n_steps": 16, "batch_size": 16, "learning_rate": decreasing, "target_kl": decreasing}),
     "REINFORCE": (REINFORCE, {"episodes_per_env": 2, "baseline": "value", "learning_rate": decreasing}),
 }
-CASES = [(name, use_sde) for name in ALGORITHMS for use_sde in (False, True)]
+ADAPTING = {
+    "n_steps": 16,
+    "batch_size": 16,
+    "n_epochs": 3,
+    "target_kl": 0.02,
+    "kl_adaptive_lr": {},
+    "recompute_advantages": True,
+    "rollback": True,
+    "policy_kwargs": {"layer_norm": True},
+}
+MORE: dict[str, tuple[type[Any], dict[str, Any]]] = {"DualClipPPO, adapting": (DualClipPPO, ADAPTING)}
+CASES = [*((name, use_sde) for name in ALGORITHMS for use_sde in (False, True)), *((name, False) for name in MORE)]
 
 
 def make_model(name: str, use_sde: bool, env: VecEnv, policy: str = "MlpPolicy") -> Any:
-    algorithm, arguments = ALGORITHMS[name]
+    algorithm, arguments = (ALGORITHMS | MORE)[name]
     model = algorithm(policy, env, use_sde=use_sde, sde_sample_freq=5, seed=7, device="cpu", **arguments)
     model.action_space.sample()  # so that its generator is not where the seed puts it
     return model
@@ -93,6 +104,7 @@ def outcome(model: BaseAlgorithm) -> dict[str, Any]:
         "weights": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict(),
         "kl_coef": getattr(model, "kl_coef", None),
+        "learning_rate": model.lr_schedule(0.5),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
         "progress": model._current_progress_remaining,
@@ -117,7 +129,7 @@ def resume_all(folder: str) -> None:
     for name, use_sde in CASES:
         path = latest_checkpoint(Path(folder, f"{name}-{use_sde}"))
         assert path is not None
-        model = resume(ALGORITHMS[name][0], path, make_env(), device="cpu")
+        model = resume((ALGORITHMS | MORE)[name][0], path, make_env(), device="cpu")
         model.learn(TOTAL - model.num_timesteps, reset_num_timesteps=False)
         outcomes[name, use_sde] = outcome(model)
     Path(folder, "outcomes.pkl").write_bytes(pickle.dumps(outcomes))
@@ -142,13 +154,14 @@ def uninterrupted_and_resumed(tmp_path_factory) -> tuple[dict[Any, Any], dict[An
     return uninterrupted, pickle.loads((folder / "outcomes.pkl").read_bytes())
 
 
-@pytest.mark.parametrize("use_sde", [False, True])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(("name", "use_sde"), CASES)
 def test_a_resumed_run_equals_the_uninterrupted_one(uninterrupted_and_resumed, name, use_sde):
     uninterrupted, resumed = (outcomes[name, use_sde] for outcomes in uninterrupted_and_resumed)
     assert len(uninterrupted["episodes"]) > 3
     if name == "AdaptiveKLPPO":
         assert uninterrupted["kl_coef"] != 1.0
+    if name in MORE:
+        assert uninterrupted["learning_rate"] != 3e-4
     for key, value in uninterrupted.items():
         assert resumed[key] == value, key
 

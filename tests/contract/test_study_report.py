@@ -9,6 +9,7 @@ import pytest
 from optuna.trial import TrialState
 from PIL import Image
 
+from sb3_ppo_ext.common.validation import value_at
 from sb3_ppo_ext.zoo import register
 from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, SAMPLERS
 from sb3_ppo_ext.zoo.study.plots import decoded_study
@@ -73,6 +74,8 @@ def test_hyperparameters_are_shown_and_not_the_numbers_that_were_drawn(algo: str
         assert converted.items() <= hyperparams.items()
         assert not [name for name in {**hyperparams, **decoded.params} if name.endswith("_pow") or "one_minus" in name]
         assert decoded.params.pop("net_arch") == str(network["pi"])
+        if "learning_rate" in hyperparams:  # plots want a number, also of a schedule: what it begins with
+            assert decoded.params.pop("learning_rate") == value_at(hyperparams["learning_rate"], 1.0)
         assert {name: str(value) for name, value in decoded.params.items()}.items() <= {
             name: str(value) for name, value in hyperparams.items()
         }.items()

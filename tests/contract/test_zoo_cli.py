@@ -165,8 +165,13 @@ def test_the_users_own_yaml_wins(command: Command, flag: str) -> None:
 
 def test_the_users_own_python_file_wins(command: Command) -> None:
     Path("mine.py").write_text(f"hyperparams = {{'CartPole-v1': dict({ENTRY!r}, dual_clip=lambda progress: 5.0)}}")
-    command(*TRAIN, "-conf", "mine.py", "--eval-freq", "-1")
+    output = command(*TRAIN, "-conf", "mine.py", "--eval-freq", "-1")
     assert load(MODEL).dual_clip(1.0) == 5.0
+    config = yaml.unsafe_load((RUN / "CartPole-v1" / "config.yml").read_text())  # which enjoy reads
+    assert config["dual_clip"] == "the function <lambda>"
+    assert config["gamma"] == ENTRY["gamma"]
+    watch = printed_command(output, "Watch the agent:")
+    assert "Episode Reward" in command(*watch[1:], "--no-render", "-n", "100")
 
 
 def test_a_typo_is_named_with_its_file_and_the_right_key(command: Command) -> None:

@@ -78,8 +78,27 @@ def test_a_space_is_small_and_the_same_in_every_trial(algo: str) -> None:
     spaces = [trial.distributions for n_envs in (1, 8) for trial, _ in drawn(algo, 20, n_envs)]
     for space in spaces:
         assert space.pop("n_envs").single()  # given, not searched
-    assert 6 <= len(spaces[0]) <= 10
+    assert 8 <= len(spaces[0]) <= 13
     assert all(space == spaces[0] for space in spaces)
+
+
+@pytest.mark.parametrize("algo", ["dual_clip_ppo", "adaptive_kl_ppo", "reinforce"])
+def test_the_schedule_of_the_learning_rate_is_searched(algo: str) -> None:
+    shapes = {"const": (1.0, 1.0, 1.0), "lin": (1.0, 0.5, 0.0), "cos": (1.0, 0.5, 0.0)}
+    if algo != "reinforce":
+        shapes["kl"] = (1.0, 1.0, 1.0)
+    drawn_kinds = set()
+    for trial, sampled in drawn(algo, 20, 1):
+        kind, start = trial.params["learning_rate_schedule"], trial.params["learning_rate"]
+        drawn_kinds.add(kind)
+        if algo != "reinforce":
+            assert sampled["kl_adaptive_lr"] == ({} if kind == "kl" else None)
+        values = [value_at(sampled["learning_rate"], progress) for progress in (1.0, 0.5, 0.0)]
+        assert values == pytest.approx([start * share for share in shapes[kind]])
+        assert value_at(sampled["learning_rate"], 0.75) / start == pytest.approx(
+            {"const": 1.0, "kl": 1.0, "lin": 0.75, "cos": 0.8535534}[kind]
+        )
+    assert drawn_kinds == set(shapes)
 
 
 @pytest.mark.parametrize("n_envs", [1, 6, 8, 1000])
@@ -98,6 +117,8 @@ def test_of_a_recurrent_policy_the_memory_is_searched_too(algo: str) -> None:
         [trial.distributions for trial, _ in drawn(algo, 20, 8, policy)] for policy in ("CnnPolicy", "CnnLstmPolicy")
     )
     memory = {"lstm_hidden_size_pow", "sequence_length_pow", "enable_critic_lstm"}
+    assert ("recompute_advantages" in without[0]) == algo.endswith("_ppo")
+    without[0].pop("recompute_advantages", None)  # which a memory does not allow
     for space in with_memory:
         assert {name: space[name] for name in space.keys() - memory} == without[0]
         assert memory <= set(space)
@@ -137,14 +158,19 @@ def test_recurrent_samples_are_accepted_by_the_constructor(algo: str) -> None:
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_sample_is_accepted_by_the_constructor(algo: str, env_id: str, n_envs: int) -> None:
     # Arguments of an entry that a sample might contradict; one that is there takes its place.
-    entry = {"bootstrap_timeouts": True} if algo == "reinforce" else {}
+    entry: dict[str, Any] = {"bootstrap_timeouts": True} if algo == "reinforce" else {}
+    if algo.endswith("_ppo"):
+        entry = {"kl_adaptive_lr": {"maximum": 0.5}}
     env = make_vec_env(env_id, n_envs)
+    norms = set()
     for _, sampled in drawn(algo, 50, n_envs):
+        norms.add(sampled["policy_kwargs"]["layer_norm"])
         model = ALGORITHMS[algo]("MlpPolicy", env, device="cpu", **{**entry, **sampled})
         for name in ("gamma", "n_steps", "batch_size", "episodes_per_env", "baseline"):
             if name in sampled:
                 assert getattr(model, name) == sampled[name]
     env.close()
+    assert norms == {False, True}
 
 
 @pytest.mark.parametrize("algo", ["trpo_ext", "reinforce"])
@@ -153,6 +179,7 @@ def test_a_critic_that_must_leave_the_actor_alone_has_features_of_its_own(algo: 
         assert sampled["policy_kwargs"]["share_features_extractor"] is False
 
 
+@pytest.mark.filterwarnings("ignore:Target and region quantiles")  # of rl_zoo3's plot, where both trials are as good
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_study_and_what_is_made_of_its_trials(
     algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -236,6 +263,12 @@ def test_a_schedule_from_yaml(algo: str, name: str, may_be_none: bool, tmp_path:
     else:
         with from_yaml(algo, tmp_path, f"{name}: lin_0.5") as model:
             assert [value_at(getattr(model, name), progress) for progress in (1.0, 0.5, 0.0)] == [0.5, 0.25, 0.0]
+    words = "cos_4_2_warmup_0.5" if name == "dual_clip" else "cos_0.5_0.25_warmup_0.5"
+    with contextlib.ExitStack() as stack:
+        if name == "dual_clip":
+            stack.enter_context(pytest.raises(ValueError, match=r"dual_clip=0 .*progress 1"))
+        model = stack.enter_context(from_yaml(algo, tmp_path, f"{name}: {words}"))
+        assert [value_at(getattr(model, name), p) for p in (1.0, 0.75, 0.5, 0.0)] == [0.0, 0.25, 0.5, 0.25]
     number = 4.0 if name == "dual_clip" else 0.75
     with from_yaml(algo, tmp_path, f"{name}: {number}") as model:
         assert value_at(getattr(model, name), 0.5) == number

@@ -48,6 +48,7 @@ ELEMENTWISE = [
         {"dual_clip": 1.5, "clip_range": 0.125, "clip_range_high": 0.25, "max_log_ratio": 0.75},
     ),
     Case("kl_penalized_surrogate_loss", (*POLICY, "kl"), {"kl_coef": 0.5, "max_log_ratio": 0.75}),
+    Case("spo_surrogate_loss", POLICY, {"epsilon": 0.25, "max_log_ratio": 0.75}),
     Case("reinforce_loss", ("log_prob", "weights"), {}),
     Case("value_loss", ("values", "returns"), {}),
     Case("prediction_clipped_value_loss", VALUE, {"clip_range_vf": 0.5}),
@@ -294,6 +295,11 @@ RANGES: dict[str, list[tuple[float, str]]] = {
     "max_log_ratio": [
         (0.0, "must be > 0.0, got 0.0"),
         (-1.0, "must be > 0.0, got -1.0"),
+        (math.nan, "must be > 0.0, got nan"),
+    ],
+    "epsilon": [
+        (0.0, "must be > 0.0, got 0.0"),
+        (-0.2, "must be > 0.0, got -0.2"),
         (math.nan, "must be > 0.0, got nan"),
     ],
     "kl_coef": [

@@ -31,6 +31,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "clipped_surrogate_loss": (("log_prob", "log_prob", "number"), {"clip_range": 0.2, "clip_range_high": 0.3}),
     "dual_clip_surrogate_loss": (("log_prob", "log_prob", "number"), {"clip_range": 0.2, "dual_clip": 3.0}),
     "kl_penalized_surrogate_loss": (("log_prob", "log_prob", "number", "number"), {"kl_coef": 0.7}),
+    "spo_surrogate_loss": (("log_prob", "log_prob", "number"), {"epsilon": 0.2}),
     "reinforce_loss": (("log_prob", "weight"), {}),
     "value_loss": (("number", "number"), {}),
     "prediction_clipped_value_loss": (("number", "number", "number"), {"clip_range_vf": 0.2}),

@@ -15,6 +15,7 @@ from sb3_ppo_ext.losses import (
     dual_clip_surrogate_loss,
     kl_penalized_surrogate_loss,
     reinforce_loss,
+    spo_surrogate_loss,
     surrogate_loss,
 )
 
@@ -27,7 +28,13 @@ def penalized(log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tenso
     return kl_penalized_surrogate_loss(log_prob, old_log_prob, advantages, kl, kl_coef=0.5, **options)
 
 
-SURROGATES: list[Loss] = [surrogate_loss, clipped_surrogate_loss, dual_clip_surrogate_loss, penalized]
+SURROGATES: list[Loss] = [
+    surrogate_loss,
+    clipped_surrogate_loss,
+    dual_clip_surrogate_loss,
+    penalized,
+    spo_surrogate_loss,
+]
 
 
 def objective_and_gradient(loss: Loss, ratio: float, advantage: float, **kwargs: object) -> tuple[float, float]:
@@ -191,7 +198,7 @@ def test_dual_clip_compiles_whole_and_new_schedule_values_do_not_recompile() -> 
         assert not any(value.requires_grad for value in result.diagnostics)
 
 
-# The plain and the penalised surrogate, REINFORCE
+# The plain and the penalised surrogate
 
 
 def test_plain_surrogate_literals() -> None:
@@ -217,6 +224,51 @@ def test_penalty_of_zero_is_the_plain_surrogate() -> None:
     plain = surrogate_loss(log_prob, old_log_prob, advantages)
     assert th.equal(penalty_free.loss, plain.loss)
     assert [value.item() for value in penalty_free.diagnostics] == [value.item() for value in plain.diagnostics]
+
+
+# Simple policy optimisation
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "gradient"),
+    [
+        # epsilon 0.2: r A - |A| (r - 1)^2 / 0.4, and A - |A| (r - 1) / 0.2
+        (1.0, 2.0, 2.0, 2.0),
+        (1.1, 2.0, 2.15, 1.0),  # 2.2 - 2 * 0.01 / 0.4
+        (1.2, 2.0, 2.2, 0.0),  # 2.4 - 2 * 0.04 / 0.4
+        (1.4, 2.0, 2.0, -2.0),  # 2.8 - 2 * 0.16 / 0.4: back
+        (1.1, -2.0, -2.25, -3.0),
+        (0.8, -2.0, -1.8, 0.0),
+        (0.5, -2.0, -2.25, 3.0),  # -1 - 2 * 0.25 / 0.4
+        (3.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_spo_literals(ratio: float, advantage: float, objective: float, gradient: float) -> None:
+    found = objective_and_gradient(spo_surrogate_loss, ratio, advantage, epsilon=0.2)
+    assert found == pytest.approx((objective, gradient), abs=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.2, 0.7])
+@pytest.mark.parametrize("advantage", [3.0, 0.25, -0.25, -3.0])
+def test_spo_leads_the_ratio_to_the_edge_and_back(advantage: float, epsilon: float) -> None:
+    edge = 1.0 + math.copysign(epsilon, advantage)
+    at_edge, gradient = objective_and_gradient(spo_surrogate_loss, edge, advantage, epsilon=epsilon)
+    assert gradient == pytest.approx(0.0, abs=1e-12)
+    for ratio in (0.01, edge - 0.01, edge + 0.01, 5.0):
+        objective, gradient = objective_and_gradient(spo_surrogate_loss, ratio, advantage, epsilon=epsilon)
+        assert objective < at_edge
+        assert gradient * (edge - ratio) > 0.0
+
+
+def test_spo_without_a_penalty_is_the_plain_surrogate() -> None:
+    log_prob, old_log_prob, advantages = random_batch(5)
+    spo = spo_surrogate_loss(log_prob, old_log_prob, advantages, epsilon=math.inf)
+    plain = surrogate_loss(log_prob, old_log_prob, advantages)
+    assert th.equal(spo.loss, plain.loss)
+    assert [value.item() for value in spo.diagnostics] == [value.item() for value in plain.diagnostics]
+
+
+# REINFORCE
 
 
 def test_reinforce_literals() -> None:
@@ -333,7 +385,7 @@ def test_log_ratio_bound_can_be_chosen(loss: Loss) -> None:
         assert ratio_max.item() == pytest.approx(math.exp(exponent))
 
 
-@pytest.mark.parametrize("loss", SURROGATES)
+@pytest.mark.parametrize("loss", SURROGATES[:-1])  # of SPO, the penalty is everywhere
 def test_constant_advantages(loss: Loss) -> None:
     log_prob, old_log_prob, _ = random_batch(9, spread=0.05)
     for advantage in (0.0, 1.0, -1.0):

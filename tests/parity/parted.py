@@ -23,6 +23,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "DualClipPPO": (DualClipPPO, LINEAR),
     "DualClipPPO compiled": (DualClipPPO, {**LINEAR, "torch_compile": True}),
     "DualClipPPO target_kl": (DualClipPPO, {"target_kl": 0.02, "n_epochs": 10}),
+    "DualClipPPO kl_adaptive_lr": (
+        DualClipPPO,
+        {"n_epochs": 10, "target_kl": 0.02, "rollback": True, "kl_adaptive_lr": {"maximum": 0.1}},
+    ),
     "DualClipPPO masked": (DualClipPPO, {"is_masked": True}),
     "DualClipPPO with a memory": (DualClipPPO, {"policy": "MlpLstmPolicy", "sequence_length": 8}),
     "AdaptiveKLPPO": (AdaptiveKLPPO, LINEAR),

@@ -69,6 +69,10 @@ def test_two_processes_equal_one(name: str, trained: Any) -> None:
     for key in ("policy_gradient_loss", "value_loss", "grad_norm", "early_stop_epoch", "actual_improvement", "kl"):
         if f"train/{key}" in expected:
             assert logged[f"train/{key}"] == pytest.approx(expected[f"train/{key}"], rel=1e-3, abs=1e-6), key
+    if model.kl_adaptive_lr is not None:
+        assert [result["logged"]["train/learning_rate"] for result in results] == [model.learning_rate] * 2
+        assert model.learning_rate not in (0.01, 0.1)
+        assert "train/early_stop_epoch" in expected
     if isinstance(model, AdaptiveKLPPO):
         assert logged["train/kl_coef"] == expected["train/kl_coef"]
     if "target_kl" in name:

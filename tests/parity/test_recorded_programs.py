@@ -57,6 +57,20 @@ def test_a_recording_reads_and_writes_where_it_was_made(
 
 
 @pytest.mark.usefixtures("without_compiler")
+def test_a_recording_is_left_and_taken_up_again_between_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For targets of the present critic, and to undo an epoch; meanwhile the learning rate changes."""
+    monkeypatch.setattr(compiling, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda, "_recorded", rerun)
+    kwargs: dict[str, Any] = {"learning_rate": 2e-3, "n_epochs": 6, "recompute_advantages": True}
+    kwargs |= {"target_kl": 0.01, "rollback": True, "kl_adaptive_lr": {"target_kl": 0.01}}
+    with same_batch():
+        eager, compiled = trained_both_ways(DualClipPPO, BOX_ACTIONS, **kwargs)
+    agree_after_updates(eager, compiled, stops=True)
+    assert eager.learning_rate == compiled.learning_rate != 2e-3
+    assert eager._n_updates > 2
+
+
+@pytest.mark.usefixtures("without_compiler")
 def test_an_interrupted_recording_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(run: Run, inputs: list[th.Tensor]) -> Any:
         run(inputs)

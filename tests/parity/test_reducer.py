@@ -107,6 +107,8 @@ def one_at_a_time(without_compiler: None, monkeypatch: pytest.MonkeyPatch) -> No
         (DualClipPPO, {"n_epochs": 10, "target_kl": 0.02}),
         (DualClipPPO, {"n_epochs": 10, "target_kl": 0.02, "torch_compile": True}),
         (AdaptiveKLPPO, {}),
+        (DualClipPPO, {"n_epochs": 6, "kl_adaptive_lr": {"maximum": 0.1}}),
+        (AdaptiveKLPPO, {"n_epochs": 6, "kl_adaptive_lr": {"every": "epoch"}, "torch_compile": True}),
         (TRPO, {}),
         (TRPO, {"ent_coef": 0.1, "torch_compile": True}),
         (REINFORCE, {}),
@@ -138,6 +140,8 @@ def test_two_processes_equal_one(algorithm: Any, kwargs: dict[str, Any], monkeyp
     if "target_kl" in kwargs:
         assert [of_model["train/early_stop_epoch"] for of_model in logged] == [logged[-1]["train/early_stop_epoch"]] * 3
         assert 0 < logged[-1]["train/early_stop_epoch"] < 9
+    if "kl_adaptive_lr" in kwargs:
+        assert workers[0].learning_rate == workers[1].learning_rate == whole.learning_rate != 0.01
     if algorithm is AdaptiveKLPPO:
         assert workers[0].kl_coef == workers[1].kl_coef == whole.kl_coef != 1.0
 

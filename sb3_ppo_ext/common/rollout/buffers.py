@@ -47,6 +47,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
     action_masks: np.ndarray | None
     states: np.ndarray | None
     counts: np.ndarray | None
+    final_observations: Any  # those that the final values are of, as FinalValues; None in a rollout of other origin
     sequence_length: int = 1
 
     def reset(self) -> None:
@@ -62,6 +63,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self.action_masks = None
         self.states = None
         self.counts = None
+        self.final_observations = None
         self.forget_flat()
 
     @property

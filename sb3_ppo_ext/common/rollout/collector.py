@@ -224,6 +224,7 @@ class Collector:
         raise_if_rollout_not_finite(buffer, last_values.cpu().numpy(), last_obs)
         self._final_values.evaluate()
         self._final_values.write_into(buffer.final_values)
+        buffer.final_observations = self._final_values
         return last_values
 
     def _starts(self) -> th.Tensor:

@@ -26,7 +26,8 @@ class FinalValues:
         self._states: list[th.Tensor] = []
         self._steps: list[int] = []
         self._env_indices: list[int] = []
-        self._final_obs: list[Any] = []
+        self._final_obs: list[Any] = []  # as they came, one or several at a time
+        self._n_evaluated = 0  # of these
         self._values: list[np.ndarray] = []
 
     def __len__(self) -> int:
@@ -54,25 +55,34 @@ class FinalValues:
         self._env_indices += [int(index) for index in env_indices]
         if states is not None:
             self._states += states
-        if self.actor_critic.is_pure:
-            self._final_obs.append(final_obs)
-        else:
-            self._values.append(self._evaluated(final_obs, len(self) - len(env_indices)))
+        self._final_obs.append(final_obs)
+        if not self.actor_critic.is_pure:
+            self.evaluate()
 
     def evaluate(self) -> None:
         """Evaluate the final observations that have not been evaluated yet."""
-        if not self._final_obs:
+        all_obs: Any = self._final_obs[self._n_evaluated :]
+        if not all_obs:
             return
         first = sum(map(len, self._values))
         space = self.actor_critic.policy.observation_space
-        all_obs: Any = self._final_obs
         if isinstance(all_obs[0], dict):
             all_obs = {key: np.concatenate([obs[key] for obs in all_obs]) for key in all_obs[0]}
         else:
             all_obs = np.concatenate(all_obs)
         for rows in chunks(len(self) - first, space):
             self._values.append(self._evaluated(rows_of(all_obs, rows), first + rows.start))
-        self._final_obs = []
+        self._n_evaluated = len(self._final_obs)
+
+    def evaluate_again(self, actor_critic: ActorCritic) -> None:
+        """
+        Evaluate all of them by another policy, or by other parameters.
+
+        :param actor_critic: the policy
+        """
+        self.actor_critic = actor_critic
+        self._values, self._n_evaluated = [], 0
+        self.evaluate()
 
     def write_into(self, final_values: np.ndarray) -> None:
         """

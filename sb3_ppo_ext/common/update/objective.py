@@ -71,10 +71,13 @@ class ActorCriticLoss:
 
     :param policy_loss: the algorithm's own part
     :param normalize_advantage: whether to normalise the advantages of each minibatch
+    :param measures_kl: whether the mean KL(old || present) of the minibatch is wanted, as the statistic
+        ``minibatch_kl``
     """
 
     policy_loss: PolicyLossFunction
     normalize_advantage: bool
+    measures_kl: bool = False
 
     def __call__(
         self, actor_critic: ActorCritic, samples: RolloutSamples, coefficients: Coefficients
@@ -89,6 +92,8 @@ class ActorCriticLoss:
         loss = policy_loss + coefficients["vf_coef"] * value_loss
         if not isinstance(coefficients["ent_coef"], float) or coefficients["ent_coef"] != 0.0:
             loss = loss + coefficients["ent_coef"] * entropy_loss  # without a weight, it need not be differentiated
+        if self.measures_kl:
+            statistics["minibatch_kl"] = samples.mean(evaluation.kl_from(samples.old_params)).detach()
         statistics["policy_gradient_loss"] = policy_loss.detach()
         statistics["value_loss"] = value_loss.detach()
         statistics["entropy_loss"] = entropy_loss.detach()

@@ -85,7 +85,7 @@ def test_the_page_about_logs_explains_every_key() -> None:
     both: dict[str, Any] = {"policy_kwargs": {"critic_learning_rate": 1e-3}, "clip_range": 0.1, "clip_range_vf": 0.1}
     trainings: list[tuple[Any, dict[str, Any]]] = [
         (DualClipPPO, {**both, "clip_range_high": 0.2, "target_kl": 1e-9}),
-        (AdaptiveKLPPO, both),
+        (AdaptiveKLPPO, {**both, "kl_adaptive_lr": {}}),
         (TRPO, {}),
         (REINFORCE, {}),
     ]

@@ -19,7 +19,8 @@ from tests.code_blocks import ROOT, blocks, run, short_trainings
 
 __all__ = ["short_trainings"]  # a fixture
 
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 FILE = r"`((?:sb3_ppo_ext|tests|benchmarks|zoo_configs|docs)/[\w/.-]+\.\w+)`"
 NEEDS = ("cuda", "torch.distributed")  # what a block that is not run needs; one of them is in it
 
@@ -45,6 +46,13 @@ def test_code_is_left_out_only_where_it_needs_a_gpu_or_several_processes(page: P
 def test_the_files_that_a_page_names_exist(page: Path) -> None:
     for path in re.findall(FILE, page.read_text()):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    """Those of the pages are checked where they are built."""
+    links = re.findall(r"\]\(([^)\s]+)\)", README.read_text())
+    assert [link for link in links if not link.startswith("https://") and not (ROOT / link).is_file()] == []
+    assert len(README.read_text().splitlines()) <= 200
 
 
 def test_every_public_name_has_an_entry() -> None:

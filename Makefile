@@ -11,6 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 SBX := .venv-sbx
 RSL := .venv-rsl
+DOCS := .venv-docs
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 TORCH ?= torch
@@ -20,7 +21,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test test-lowest test-newest lint format report sbx-env rsl-env clean
+.PHONY: help train test test-lowest test-newest lint format docs report sbx-env rsl-env clean
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
@@ -32,6 +33,7 @@ help:
 	@echo "              are; PYTHON= names an interpreter, TORCH=torch==... the newest torch that is wanted"
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
+	@echo "make docs     build the documentation in docs/_build/html, with warnings as errors"
 	@echo "make report   make the page and the figures of benchmarks/results/learning from the runs that are there"
 	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
 	@echo "make rsl-env  make $(RSL), in which the benchmark runs rsl_rl; see benchmarks/README.md"
@@ -63,11 +65,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS)/installed
+	$(DOCS)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.learning.report
 
 clean:
-	rm -rf .venv $(SBX) $(RSL) $(LOWEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SBX) $(RSL) $(LOWEST) $(NEWEST) $(DOCS) docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find sb3_ppo_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Where Python comes without ensurepip (Debian's python3 without python3-venv), its own pip fills the environment.
@@ -84,6 +90,11 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	$(call venv,$(LOWEST))
 	$(LOWEST)/bin/python -m pip install --upgrade pip
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt -e '.[dev]'
+	@touch $@
+
+$(DOCS)/installed: pyproject.toml constraints.txt
+	$(call venv,$(DOCS))
+	$(DOCS)/bin/python -m pip install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # SBX and JAX, for benchmarks/throughput.py; the environments and SB3 as in .venv, or the comparison would be of those.

@@ -8,23 +8,20 @@ from typing import Any
 
 import pytest
 
+from tests.code_blocks import ROOT, blocks, run
+
 LOGGED = ("train/epsilon", "train/policy_gradient_loss", "train/grad_norm", "train/loss", "train/ratio_max")
-ROOT = Path(__file__).parents[2]
-
-
-def example() -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
-    return str(code)
+PAGE = ROOT / "CONTRIBUTING.md"
 
 
 def test_it_is_short() -> None:
-    assert len([line for line in example().splitlines() if line.strip()]) <= 25
+    (block,) = blocks(PAGE)
+    assert len([line for line in block.code.splitlines() if line.strip()]) <= 25
 
 
 @pytest.mark.usefixtures("without_compiler")
 def test_a_loss_of_ones_own(tmp_path: Path) -> None:
-    names: dict[str, Any] = {"__name__": "example"}
-    exec(compile(example(), "example.py", "exec"), names)
+    names = run(PAGE)
     sizes: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
     models = [names["SPO"]("MlpPolicy", "CartPole-v1", torch_compile=way, **sizes).learn(64) for way in (False, True)]
     policy_losses = []
@@ -42,7 +39,7 @@ def test_a_loss_of_ones_own(tmp_path: Path) -> None:
     assert names["SPO"].load(tmp_path / "spo").epsilon == 10.0
 
 
-@pytest.mark.parametrize("path", re.findall(r"`([\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()))
+@pytest.mark.parametrize("path", re.findall(r"`([\w/]+\.py)`", PAGE.read_text()))
 def test_the_map_names_files_that_exist(path: str) -> None:
     folders = (ROOT, ROOT / "sb3_ppo_ext", ROOT / "sb3_ppo_ext/common", ROOT / "sb3_ppo_ext/common/rollout")
     assert any((folder / path).is_file() for folder in (*folders, ROOT / "sb3_ppo_ext/losses")), path

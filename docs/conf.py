@@ -1,0 +1,59 @@
+"""How Sphinx builds the documentation; `make docs` calls it."""
+
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+
+from sb3_ppo_ext import __version__
+
+project = "sb3_ppo_ext"
+author = "The sb3_ppo_ext maintainers"
+project_copyright = f"2026, {author}"
+release = version = __version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+# A longer signature has a line for each argument.
+python_maximum_signature_line_length = 200
+
+html_math_renderer = "mathml"
+html_theme = "furo"
+html_title = f"sb3_ppo_ext {version}"
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True
+copybutton_line_continuation_character = "\\"
+
+
+def setup(app: Sphinx) -> None:
+    """
+    Formulas become MathML, which browsers show by themselves. Sphinx's own ways need
+    a script from another server, or LaTeX.
+    """
+
+    def inline(writer: Any, node: nodes.math) -> None:
+        writer.body.append(tex2mathml(node.astext()))
+        raise nodes.SkipNode
+
+    def display(writer: Any, node: nodes.math_block) -> None:
+        writer.body.append(tex2mathml(node.astext(), as_block=True))
+        raise nodes.SkipNode
+
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(inline, None), block_renderers=(display, None)
+    )

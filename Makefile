@@ -21,13 +21,15 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test test-lowest test-newest lint format docs report sbx-env rsl-env clean
+.PHONY: help train test test-slow test-lowest test-newest lint format docs report sbx-env rsl-env clean
 
 help:
 	@echo "make train    train an agent; ALGO=$(ALGO) ENV=$(ENV) STEPS=$(or $(STEPS),<the configuration's>) SEED=$(SEED)"
 	@echo "              ALGO is dual_clip_ppo, adaptive_kl_ppo, trpo_ext or reinforce; ARGS= takes any flag of"
 	@echo "              sb3-ppo-ext train: ARGS=\"--save-freq 20000 -params gamma:0.9\""
-	@echo "make test     run every check: ruff, mypy and the test suite"
+	@echo "make test     run ruff, mypy and the test suite"
+	@echo "make test-slow"
+	@echo "              the tests that take many seconds each, which make test leaves out; CI runs both"
 	@echo "make test-lowest, make test-newest"
 	@echo "              the test suite with the lowest releases that pyproject.toml allows, and with the newest there"
 	@echo "              are; PYTHON= names an interpreter, TORCH=torch==... the newest torch that is wanted"
@@ -47,14 +49,17 @@ train: $(INSTALLED)
 test: lint
 	$(BIN)/pytest -n 2
 
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -n 2 -m slow
+
 # Releases that were not made for each other warn of each other: that is an error in the pinned set alone.
 test-lowest: $(LOWEST)/installed
-	$(LOWEST)/bin/pytest -n 2 -W default
+	$(LOWEST)/bin/pytest -n 2 -W default -m "slow or not slow"
 
 test-newest:
 	$(call venv,$(NEWEST))
 	$(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager -e '.[dev]' '$(TORCH)'
-	$(NEWEST)/bin/pytest -n 2 -W default
+	$(NEWEST)/bin/pytest -n 2 -W default -m "slow or not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -112,6 +112,7 @@ def test_where_the_version_before_cannot_be(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_version_before_is_that_of_its_folder(tmp_path: Path) -> None:
     package = tmp_path / "before" / "sb3_ppo_ext"
     package.mkdir(parents=True)

@@ -296,6 +296,7 @@ def kill_at_random_moments(root: str, n_kills: int) -> None:
         assert process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path):
     n_kills = 10
     in_new_process(

@@ -164,6 +164,7 @@ def test_compiling_is_what_two_iterations_take_above_later_ones() -> None:
     assert curve.compile_seconds() == pytest.approx(30.0 + 4.0)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other_and_none_is_made_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

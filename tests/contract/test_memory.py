@@ -109,6 +109,7 @@ class RepeatFirst(gym.Env[Any, Any]):
         return np.zeros(2, np.float32), reward, self._t == 3, False, {}
 
 
+@pytest.mark.slow
 def test_evaluation_carries_the_memory(tmp_path: Path) -> None:
     env = make_vec_env(RepeatFirst, 8, seed=0)
     callback = EvalCallback(

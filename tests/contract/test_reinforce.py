@@ -223,7 +223,7 @@ def test_time_limit_is_the_remedy() -> None:
     ("kwargs", "message"),
     [
         ({"learning_rate": -1.0}, "learning_rate=-1.0 .*at least 0"),
-        ({"learning_rate": "exp_1"}, "learning_rate='exp_1' .*'lin_'"),
+        ({"learning_rate": "log_1"}, "learning_rate='log_1' .*'lin_3e-4'"),
         ({"episodes_per_env": 0}, "episodes_per_env=0 .*at least 1"),
         ({"episodes_per_env": 1.5}, "episodes_per_env=1.5 .*an integer"),
         ({"gamma": 1.5}, "gamma=1.5 .*at most 1"),

@@ -136,6 +136,7 @@ def test_arguments_of_an_evaluation_are_refused_before_it(command: Command, tmp_
     assert sorted(STUDY_FOLDER.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_what_was_trained_again_is_in_the_storage(command: Command, tmp_path: Path) -> None:
     where = ("--storage", "sqlite:///study.db")
     finished_study(tmp_path, 1.0, more=where)

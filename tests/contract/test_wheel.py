@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from sb3_ppo_ext import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,7 @@ def run(arguments: list[str], folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     source, dist, site, empty = (tmp_path / name for name in ("source", "dist", "site", "empty"))
     for folder in (source, empty):

@@ -301,6 +301,7 @@ def test_logs_of_two_algorithms_of_one_name_are_told_apart(command: Command) -> 
     assert {path.name for path in Path("tb/CartPole-v1").iterdir()} == {"TRPO_1", "trpo_ext_1", "DualClipPPO_1"}
 
 
+@pytest.mark.slow
 def test_the_users_modules_are_found(tmp_path: Path) -> None:
     """The folder of a console script is first on the path, and not the one that it is called in."""
     tmp_path.joinpath("my_env.py").write_text(

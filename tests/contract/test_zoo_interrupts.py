@@ -26,6 +26,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_many_points_once_and_twice_and_in_a_terminal(tmp_path: Path) -> None:
     """A terminal sends it to all processes; those of the environments must not end before the training does."""
     code = f"{BEGIN} import runpy; runpy.run_module('tests.contract.interrupted', run_name='__main__')"

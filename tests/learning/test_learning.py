@@ -19,7 +19,7 @@ GOALS = [
     ("adaptive_kl_ppo", "CartPole-v1", 475),
     ("trpo_ext", "CartPole-v1", 475),
     ("reinforce", "CartPole-v1", 475),
-    ("dual_clip_ppo", "Pendulum-v1", -300),
+    pytest.param("dual_clip_ppo", "Pendulum-v1", -300, marks=pytest.mark.slow),
 ]
 
 

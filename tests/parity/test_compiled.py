@@ -32,7 +32,11 @@ from tests.parity.compiled import (
 # With machine code: to make it takes seconds a program. These have every kind of program: the actor, the evaluation
 # of rollouts, the gradient steps of all losses and the Fisher product; with an image, gSDE and all coefficients; and
 # sequences, unrolled.
-COMPILED = ["box, everything clipped", "trpo, gsde, squashed, dict with an image", "memory"]
+COMPILED = [
+    "box, everything clipped",
+    pytest.param("trpo, gsde, squashed, dict with an image", marks=pytest.mark.slow),
+    pytest.param("memory", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("case", COMPILED)

@@ -14,6 +14,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 
 import sb3_ppo_ext
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO, losses, numerics
+from sb3_ppo_ext.doctor.keys import MEANINGS
 from tests.algorithms import small
 from tests.code_blocks import ROOT, blocks, run, short_trainings
 
@@ -103,4 +104,6 @@ def test_the_page_about_logs_explains_every_key() -> None:
         model.set_logger(Logger(None, [keys]))
         model.learn(100, callback=evaluation if algorithm is DualClipPPO else None)
     page = (ROOT / "docs/guide/logs.md").read_text()
-    assert set(re.findall(r"^\| `(\w+/\w+)` \| \S.*\. \|$", page, flags=re.MULTILINE)) == keys.logged
+    rows = dict(re.findall(r"^\| `(\w+/\w+)` \| (\S.*\.) \|$", page, flags=re.MULTILINE))
+    assert rows.keys() == keys.logged
+    assert rows == {key: MEANINGS[key] for key in rows}

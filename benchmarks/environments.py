@@ -54,7 +54,36 @@ def invalid_actions() -> gym.Env[Any, Any]:
 _NOT_REGISTERED = {IMAGES: SyntheticImages, MASKED_CART_POLE: masked_cart_pole, INVALID_ACTIONS: invalid_actions}
 
 
-class PoolForSB3(VecEnv):
+class _Adapted(VecEnv):
+    """
+    Environments that are stepped all at once, for SB3. Single ones cannot be reached.
+
+    :param env: of another interface
+    """
+
+    def __init__(self, env: Any, n_envs: int, observation_space: Any, action_space: Any) -> None:
+        self._env = env
+        super().__init__(n_envs, observation_space, action_space)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def close(self) -> None: ...
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self._env, attr_name, None)] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError(attr_name)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        raise NotImplementedError(method_name)
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
+        return [False] * self.num_envs
+
+
+class PoolForSB3(_Adapted):
     """
     EnvPool's environments as SB3's users adapt them: an info for each environment and step, the rest as EnvPool gives
     it.
@@ -63,17 +92,13 @@ class PoolForSB3(VecEnv):
     """
 
     def __init__(self, pool: Any) -> None:
-        self._pool = pool
-        super().__init__(len(pool), pool.observation_space, pool.action_space)
+        super().__init__(pool, len(pool), pool.observation_space, pool.action_space)
 
     def reset(self) -> Any:
-        return self._pool.reset()[0]
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self._actions = actions
+        return self._env.reset()[0]
 
     def step_wait(self) -> Any:
-        obs, rewards, terminated, truncated, arrays = self._pool.step(self._actions)
+        obs, rewards, terminated, truncated, arrays = self._env.step(self._actions)
         dones = terminated | truncated
         infos: list[dict[str, Any]] = [
             {name: array[i] for name, array in arrays.items() if isinstance(array, np.ndarray)}
@@ -84,28 +109,14 @@ class PoolForSB3(VecEnv):
             infos[i]["terminal_observation"] = obs[i].copy()
             infos[i]["TimeLimit.truncated"] = bool(truncated[i])
         if len(ended):
-            obs[ended] = self._pool.reset(ended)[0]
+            obs[ended] = self._env.reset(ended)[0]
         return obs, rewards, dones, infos
 
     def seed(self, seed: int | None = None) -> Any:
         return [seed]  # it is seeded where it is made
 
-    def close(self) -> None: ...
 
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self._pool, attr_name)] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
-
-    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        raise NotImplementedError
-
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
-
-
-class TensorsForSB3(VecEnv):
+class TensorsForSB3(_Adapted):
     """
     Torch environments as Isaac Lab's wrapper for SB3 adapts them: arrays of all tensors, and a list of infos.
 
@@ -113,14 +124,10 @@ class TensorsForSB3(VecEnv):
     """
 
     def __init__(self, env: Any) -> None:
-        self._env = env
-        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        super().__init__(env, env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> Any:
         return self._env.reset(seed=SEED)[0].cpu().numpy()
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self._actions = actions
 
     def step_wait(self) -> Any:
         import torch as th
@@ -134,20 +141,6 @@ class TensorsForSB3(VecEnv):
             for i in np.flatnonzero(dones):
                 infos[i]["terminal_observation"] = final_obs[i]
         return obs, rewards, dones, infos
-
-    def close(self) -> None: ...
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self._env, attr_name, None)] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
-
-    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        raise NotImplementedError
-
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
 
 
 def make_environments(workload: Workload, who: str = "", n_times: int = 1, device: str = "cpu") -> VecEnv:

@@ -14,13 +14,10 @@ what counts as solved, and what a policy without memory can reach at best.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import multiprocessing
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,12 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch as th
-import yaml
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
 from benchmarks.memory_cases import LEFT_OUT, TASKS, settings
-from sb3_ppo_ext.zoo import ALGORITHMS, ZooExperimentManager, register
+from benchmarks.zoo import quiet_experiment
+from sb3_ppo_ext.zoo import ALGORITHMS, register
 
 RESULTS = Path(__file__).parent / "results" / "memory"
 
@@ -69,27 +66,8 @@ def train_and_evaluate(run: Run) -> dict[str, Any]:
     _import_environments(run.task)
     register()
     th.manual_seed(run.seed)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-    ):
-        config = Path(folder, "settings.yml")
-        config.write_text(yaml.safe_dump({run.task: run.key()["settings"]}))
-        manager = ZooExperimentManager(
-            argparse.Namespace(),
-            run.algo,
-            run.task,
-            folder,
-            eval_freq=-1,
-            seed=run.seed,
-            config=str(config),
-            verbose=0,
-            device="cpu",
-        )
-        experiment = manager.setup_experiment()
-        assert experiment is not None
-        model = experiment[0]
+    hyper_parameters = run.key()["settings"]
+    with quiet_experiment(run.algo, run.task, hyper_parameters, run.seed) as (manager, model, _):
         start = time.process_time()
         model.learn(manager.n_timesteps)
         process_seconds = time.process_time() - start

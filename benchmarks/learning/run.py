@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import inspect
 import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch as th
-import yaml
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
@@ -24,8 +20,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from benchmarks.cases import ROOT
 from benchmarks.learning.cases import ALGORITHMS, Run
 from benchmarks.machine import commit, peak_mib, processor, versions
+from benchmarks.zoo import quiet_experiment
 from sb3_ppo_ext.common.saving.files import write_whole
-from sb3_ppo_ext.zoo import ZooExperimentManager, register
+from sb3_ppo_ext.zoo import register
 
 N_EVALUATIONS = 50  # one every 2 % of the steps
 N_EPISODES = 10
@@ -154,27 +151,7 @@ def make_run(run: Run, hyper_parameters: dict[str, Any], path: Path) -> None:
     register()
     zoo = ALGORITHMS[run.algo].zoo
     compiled = bool(hyper_parameters.get("torch_compile"))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-    ):
-        config = Path(folder, "entry.yml")
-        config.write_text(yaml.safe_dump({run.env: hyper_parameters}))
-        manager = ZooExperimentManager(
-            argparse.Namespace(),
-            zoo,
-            run.env,
-            folder,
-            eval_freq=-1,
-            seed=run.seed,
-            config=str(config),
-            verbose=0,
-            device="cpu",
-        )
-        experiment = manager.setup_experiment()
-        assert experiment is not None
-        model = experiment[0]
+    with quiet_experiment(zoo, run.env, hyper_parameters, run.seed) as (manager, model, folder):
         eval_env = manager.create_envs(N_EPISODES, eval_env=True)
         eval_env.seed(10_000 + run.seed)  # other first states than the training's
         eval_freq = max(int(manager.n_timesteps / N_EVALUATIONS) // manager.n_envs, 1)

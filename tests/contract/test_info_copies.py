@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict
 from copy import deepcopy
 from typing import Any
@@ -81,6 +82,13 @@ def test_copies_are_those_of_deepcopy() -> None:
     assert quick[0]["shared"] is quick[1]["own"]
     assert quick[0]["shared"] is not shared
     assert not np.shares_memory(quick[0]["array"], infos[0]["array"])
+
+
+def test_a_pickle_of_the_environments_needs_nothing_of_this_package() -> None:
+    env = DummyVecEnv([OneInfo])
+    copy_infos_quickly(env)
+    assert type(env.buf_infos) is not list
+    assert type(pickle.loads(pickle.dumps(env)).buf_infos) is list
 
 
 def test_what_is_no_list_of_the_vectors_own_stays_as_it_is() -> None:

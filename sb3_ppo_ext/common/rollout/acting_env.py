@@ -13,7 +13,8 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.masks import KEY, METHOD, checked_masks, choices_of, convention_of, of_newest_frame
+from sb3_ppo_ext.common.rollout.data import MASK_KEY
+from sb3_ppo_ext.common.rollout.masks import METHOD, checked_masks, choices_of, convention_of, of_newest_frame
 from sb3_ppo_ext.common.rollout.present_infos import present_info, present_infos
 
 _FRAMES = 8  # how far up the stack the environments are looked for
@@ -103,19 +104,19 @@ def _masks_of(env: Any, frame: FrameType) -> Any:
         if callable(method):
             return [method()]
         info = frame.f_locals.get("info")
-        if not isinstance(info, dict) or KEY not in info:
+        if not isinstance(info, dict) or MASK_KEY not in info:
             return None
-        mask = present_info(env, info).get(KEY)
+        mask = present_info(env, info).get(MASK_KEY)
         return None if mask is None else [mask]
     convention = convention_of(env)
     if convention == "method":
         return env.env_method(METHOD)
     if convention == "info":
-        return [info.get(KEY) for info in present_infos(env)]
+        return [info.get(MASK_KEY) for info in present_infos(env)]
     normalizer = unwrap_vec_normalize(env)
-    if convention is None or normalizer is None or KEY not in (normalizer.norm_obs_keys or ()):
+    if convention is None or normalizer is None or MASK_KEY not in (normalizer.norm_obs_keys or ()):
         return None
-    return of_newest_frame(normalizer.get_original_obs()[KEY], choices_of(env.action_space))
+    return of_newest_frame(normalizer.get_original_obs()[MASK_KEY], choices_of(env.action_space))
 
 
 def _attribute(env: gym.Env[Any, Any], name: str) -> Any:

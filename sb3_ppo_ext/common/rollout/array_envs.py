@@ -14,7 +14,8 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.autoreset import MASK, is_envpool, way_to_begin, within_the_step
+from sb3_ppo_ext.common.rollout.autoreset import is_envpool, way_to_begin, within_the_step
+from sb3_ppo_ext.common.rollout.data import MASK_KEY
 from sb3_ppo_ext.common.rollout.episode_statistics import EpisodeStatistics
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Infos, Transition, info_of, row_of
 
@@ -83,7 +84,7 @@ class ArrayVecEnv(BatchedVecEnv):
         self._reset_options()
         self._begins = np.zeros(self.num_envs, dtype=bool)
         self._statistics.forget()
-        self._masks = infos.get(MASK)
+        self._masks = infos.get(MASK_KEY)
         self.reset_infos = Infos(self.num_envs, lambda i: info_of(infos, i, self.num_envs))  # type: ignore[assignment]
         return _arrays(obs)
 
@@ -97,7 +98,7 @@ class ArrayVecEnv(BatchedVecEnv):
             counts = ~self._begins
             rewards, terminated, truncated = np.where(counts, rewards, 0.0), terminated & counts, truncated & counts
         ends = terminated | truncated
-        final_obs, final_infos, self._masks = None, infos, infos.get(MASK)
+        final_obs, final_infos, self._masks = None, infos, infos.get(MASK_KEY)
         if self._begin is None:
             self._begins = ends
         if ends.any():
@@ -254,4 +255,4 @@ def _all_allowed(masks: Any, rows: np.ndarray) -> Any:
 
 
 def _with_all_allowed(obs: Any, rows: np.ndarray) -> Any:
-    return {**obs, MASK: _all_allowed(obs[MASK], rows)} if isinstance(obs, dict) and MASK in obs else obs
+    return {**obs, MASK_KEY: _all_allowed(obs[MASK_KEY], rows)} if isinstance(obs, dict) and MASK_KEY in obs else obs

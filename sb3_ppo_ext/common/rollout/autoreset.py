@@ -9,8 +9,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from sb3_ppo_ext.common.errors import ArgumentError
-
-MASK = "action_mask"  # of infos, which says what is allowed in the observations that follow
+from sb3_ppo_ext.common.rollout.data import MASK_KEY, rows_of
 
 
 class Begun(NamedTuple):
@@ -71,16 +70,16 @@ def _by_number(env: Any, obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> 
     rows = np.flatnonzero(dones)
     first_obs, first_infos = env.reset(rows)
     rows = first_infos["env_id"]
-    return Begun(_with_rows(obs, rows, first_obs), obs, infos, _with_masks(infos, rows, first_infos.get(MASK)))
+    return Begun(_with_rows(obs, rows, first_obs), obs, infos, _with_masks(infos, rows, first_infos.get(MASK_KEY)))
 
 
 def _by_mask(env: VectorEnv[Any, Any, Any], obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> Begun:
     final_obs = copied(obs)  # the vector may write into its own
     first_obs, first_infos = env.reset(options={"reset_mask": dones.copy()})
     rows = np.flatnonzero(dones)
-    masks = first_infos.get(MASK)
+    masks = first_infos.get(MASK_KEY)
     masks = _with_masks(infos, rows, None if masks is None else masks[rows])
-    return Begun(_with_rows(final_obs, rows, _rows_of(first_obs, rows)), final_obs, infos, masks)
+    return Begun(_with_rows(final_obs, rows, rows_of(first_obs, rows)), final_obs, infos, masks)
 
 
 def within_the_step(obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> Begun:
@@ -103,11 +102,11 @@ def within_the_step(obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> Begun
         is_dict = isinstance(of_ended[0], dict)
         final = {k: np.stack([o[k] for o in of_ended]) for k in of_ended[0]} if is_dict else np.stack(of_ended)
     else:
-        final = _rows_of(final, rows)
+        final = rows_of(final, rows)
     recorded: dict[str, Any] = {
         key: infos[key] for key in ("episode", "_episode") if key in infos
     }  # by RecordEpisodeStatistics
-    return Begun(obs, _with_rows(obs, rows, final), {**recorded, **infos.get("final_info", {})}, infos.get(MASK))
+    return Begun(obs, _with_rows(obs, rows, final), {**recorded, **infos.get("final_info", {})}, infos.get(MASK_KEY))
 
 
 def copied(obs: Any) -> Any:
@@ -115,10 +114,6 @@ def copied(obs: Any) -> Any:
     :param obs: an array, or a dict of arrays
     """
     return {key: array.copy() for key, array in obs.items()} if isinstance(obs, dict) else obs.copy()
-
-
-def _rows_of(obs: Any, rows: np.ndarray) -> Any:
-    return {key: array[rows] for key, array in obs.items()} if isinstance(obs, dict) else obs[rows]
 
 
 def _with_rows(obs: Any, rows: np.ndarray, of_rows: Any) -> Any:
@@ -133,7 +128,7 @@ def _with_rows(obs: Any, rows: np.ndarray, of_rows: Any) -> Any:
 
 
 def _with_masks(infos: dict[str, Any], rows: np.ndarray, of_rows: Any) -> Any:
-    masks = infos.get(MASK)
+    masks = infos.get(MASK_KEY)
     if masks is None or of_rows is None:
         return masks
     masks = masks.copy()

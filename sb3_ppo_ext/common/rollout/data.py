@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
@@ -162,11 +163,15 @@ class RolloutSamples(NamedTuple):
         return RolloutSamples(*of_samples)._replace(states=self.states[rows])
 
 
-def rows_of(part: Any, rows: slice | th.Tensor, length: int = 1) -> Any:
-    """
-    Some rows of a tensor, or of a dict of tensors; None of None.
+MASK_KEY = "action_mask"
+"""Of Dict observations, as PettingZoo has it, and of infos, as gymnasium's Taxi has it."""
 
-    :param part: the first dimension of each tensor is the batch
+
+def rows_of(part: Any, rows: slice | th.Tensor | np.ndarray, length: int = 1) -> Any:
+    """
+    Some rows of a tensor or an array, or of a dict of such; None of None.
+
+    :param part: the first dimension of each is the batch
     :param rows: a range or indices
     :param length: of the sequences that the rows are, each so many samples of the batch
     """

@@ -25,6 +25,9 @@ class _Infos(list[dict[str, Any]]):
             for info in self
         ]
 
+    def __reduce__(self) -> tuple[type[list[Any]], tuple[list[dict[str, Any]]]]:
+        return list, (list(self),)  # so that a pickle of the environments needs nothing of this package
+
 
 def copy_infos_quickly(env: VecEnv) -> None:
     """

@@ -12,8 +12,8 @@ from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.policy_distributions import params_of
 from sb3_ppo_ext.common.rollout.acting_env import masks_where_acting
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic, has_memory, refusal
-from sb3_ppo_ext.common.rollout.data import PolicyInput
-from sb3_ppo_ext.common.rollout.masks import KEY, checked_masks, choices_of, flat_mask, of_newest_frame
+from sb3_ppo_ext.common.rollout.data import MASK_KEY, PolicyInput
+from sb3_ppo_ext.common.rollout.masks import checked_masks, choices_of, flat_mask, of_newest_frame
 from sb3_ppo_ext.common.rollout.recurrence import check_states
 
 
@@ -49,13 +49,13 @@ def predict_masked(
     choices = choices_of(policy.action_space)
     if masks is None:
         masks, are_heeded = masks_where_acting(n, policy.action_space)
-        if masks is not None and isinstance(obs, dict) and KEY in obs and obs[KEY].numel() == masks.size:
+        if masks is not None and isinstance(obs, dict) and MASK_KEY in obs and obs[MASK_KEY].numel() == masks.size:
             # In training VecNormalize leaves the mask as it is; another one, around these environments, may not.
-            obs[KEY] = th.as_tensor(masks, device=policy.device).to(obs[KEY].dtype).view_as(obs[KEY])
+            obs[MASK_KEY] = th.as_tensor(masks, device=policy.device).to(obs[MASK_KEY].dtype).view_as(obs[MASK_KEY])
         if not are_heeded:
             masks = np.ones((n, sum(choices)), dtype=bool)
-    if masks is None and isinstance(obs, dict) and KEY in obs:
-        masks = of_newest_frame(obs[KEY].cpu().numpy(), choices)
+    if masks is None and isinstance(obs, dict) and MASK_KEY in obs:
+        masks = of_newest_frame(obs[MASK_KEY].cpu().numpy(), choices)
     if masks is None:
         raise ArgumentError(
             "action_masks=None is not allowed: this model was trained with masks of its actions, and no environment "

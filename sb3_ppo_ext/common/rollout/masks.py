@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.data import to_arrays
+from sb3_ppo_ext.common.rollout.data import MASK_KEY, to_arrays
 from sb3_ppo_ext.common.rollout.present_infos import present_infos, reset_infos
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 from sb3_ppo_ext.common.rollout.vec_envs import has_masks_method
@@ -18,7 +18,6 @@ from sb3_ppo_ext.common.rollout.vec_envs import has_masks_method
 Convention = Literal["method", "observation", "info"]
 
 METHOD = "action_masks"  # of the environments, as sb3-contrib has it
-KEY = "action_mask"  # of Dict observations, as PettingZoo has it, and of infos, as gymnasium's Taxi has it
 
 
 def choices_of(action_space: spaces.Space[Any]) -> list[int]:
@@ -92,10 +91,10 @@ class ActionMasks:
         elif self.convention == "info" and isinstance(self._env.unwrapped, BatchedVecEnv):
             masks = self._env.unwrapped.action_masks_in_infos()
         elif self.convention == "info":
-            masks = [info.get(KEY) for info in present_infos(self._env)]
+            masks = [info.get(MASK_KEY) for info in present_infos(self._env)]
         else:
             normalizer = unwrap_vec_normalize(self._env)
-            of_obs = (obs if normalizer is None else normalizer.get_original_obs())[KEY]
+            of_obs = (obs if normalizer is None else normalizer.get_original_obs())[MASK_KEY]
             masks = of_newest_frame(to_arrays(of_obs), self._choices)
         checked = checked_masks(masks, self._choices, step=self._n_read)
         self._n_read += 1
@@ -110,9 +109,9 @@ def convention_of(env: VecEnv) -> Convention | None:
     """
     if has_masks_method(env):
         return "method"
-    if isinstance(env.observation_space, spaces.Dict) and KEY in env.observation_space.spaces:
+    if isinstance(env.observation_space, spaces.Dict) and MASK_KEY in env.observation_space.spaces:
         return "observation"
-    if any(KEY in info for info in reset_infos(env)):
+    if any(MASK_KEY in info for info in reset_infos(env)):
         return "info"
     return None
 
@@ -221,11 +220,11 @@ def check_no_masks(infos: list[dict[str, Any]]) -> None:
     :param infos: of a step of environments in which no masks were found
     :raises ArgumentError: if there are masks in them
     """
-    if any(KEY in info for info in infos):
+    if any(MASK_KEY in info for info in infos):
         raise ArgumentError(
-            f'env is not allowed: it gives info["{KEY}"] with a step, and none was found when it was reset, so that it '
-            "is not known which actions were allowed first. It must give one there too, and a VecEnv must keep it in "
-            "reset_infos; learn(..., use_masking=False) ignores it"
+            f'env is not allowed: it gives info["{MASK_KEY}"] with a step, and none was found when it was reset, so '
+            "that it is not known which actions were allowed first. It must give one there too, and a VecEnv must keep it "
+            "in reset_infos; learn(..., use_masking=False) ignores it"
         )
 
 
@@ -236,5 +235,5 @@ def keep_from_normalizing(env: VecEnv) -> None:
     :param env: the environments
     """
     normalizer: VecNormalize | None = unwrap_vec_normalize(env)
-    if normalizer is not None and normalizer.norm_obs_keys is not None and KEY in normalizer.norm_obs_keys:
-        normalizer.norm_obs_keys.remove(KEY)
+    if normalizer is not None and normalizer.norm_obs_keys is not None and MASK_KEY in normalizer.norm_obs_keys:
+        normalizer.norm_obs_keys.remove(MASK_KEY)

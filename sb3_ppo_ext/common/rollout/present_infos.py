@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_ext.common.rollout.data import MASK_KEY
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 
 
@@ -33,7 +34,7 @@ def present_infos(env: VecEnv) -> list[dict[str, Any]]:
     venv = env.unwrapped
     if isinstance(venv, BatchedVecEnv):  # it knows by itself
         masks = venv.action_masks_in_infos()
-        return [{} if masks is None else {"action_mask": masks[i]} for i in range(venv.num_envs)]
+        return [{} if masks is None else {MASK_KEY: masks[i]} for i in range(venv.num_envs)]
     watch = getattr(venv.step_wait, "__self__", None)
     if not isinstance(watch, _Watch):
         watch = _Watch(venv)

@@ -47,7 +47,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.data import to_arrays
+from sb3_ppo_ext.common.rollout.data import MASK_KEY, to_arrays
 from sb3_ppo_ext.common.rollout.normalization import RunningMoments
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, row_of
 from sb3_ppo_ext.common.validation import check_bool, check_real
@@ -217,7 +217,7 @@ class TensorVecEnv(BatchedVecEnv):
         return Episodes(rows, returns, lengths, now)
 
     def action_masks_in_infos(self) -> Any:
-        return to_arrays(self.extras.get("action_mask"))
+        return to_arrays(self.extras.get(MASK_KEY))
 
     def close(self) -> None:
         if hasattr(self.tensor_env, "close"):

@@ -223,8 +223,8 @@ def check_no_masks(infos: list[dict[str, Any]]) -> None:
     if any(MASK_KEY in info for info in infos):
         raise ArgumentError(
             f'env is not allowed: it gives info["{MASK_KEY}"] with a step, and none was found when it was reset, so '
-            "that it is not known which actions were allowed first. It must give one there too, and a VecEnv must keep it "
-            "in reset_infos; learn(..., use_masking=False) ignores it"
+            "that it is not known which actions were allowed first. It must give one there too, and a VecEnv must keep "
+            "it in reset_infos; learn(..., use_masking=False) ignores it"
         )
 
 

@@ -9,20 +9,10 @@ from typing import Any, NamedTuple
 import rl_zoo3
 import yaml
 
+from benchmarks.learning.algorithm import Algorithm
+from benchmarks.learning.arms import ARMS
 from sb3_ppo_ext.zoo import ALGORITHMS as OURS
 from sb3_ppo_ext.zoo import config_path
-
-
-class Algorithm(NamedTuple):
-    """
-    :param label: for readers
-    :param zoo: the key by which rl_zoo3 knows it
-    :param entry: what it is given beside the hyper-parameters that its peers have too
-    """
-
-    label: str
-    zoo: str
-    entry: dict[str, Any] = {}  # noqa: RUF012
 
 
 _COMPILED = {"torch_compile": True}
@@ -76,11 +66,23 @@ SEEDS = {"defaults": 10, "tuned": 5}
 _SEEDS_OF_ENV = {"Humanoid-v5": 3}
 
 
+STALE_BUDGET = 300_000
+
+
+def stale_set(lag: int, n_epochs: int) -> str:
+    """
+    :param lag: updates that each rollout waits before it is learnt from
+    :param n_epochs: of an update
+    :return: the name of the set of runs
+    """
+    return f"lag-{lag}-epochs-{n_epochs}"
+
+
 class Run(NamedTuple):
     """
-    :param set: of hyper-parameters, a key of :data:`SUITE`
+    :param set: of hyper-parameters, a key of :data:`SUITE`, or what :func:`stale_set` says
     :param env: id of the environment
-    :param algo: a key of :data:`ALGORITHMS`
+    :param algo: a key of :data:`ALGORITHMS`, or, of a stale set, of :data:`ARMS`
     :param seed: of the training
     """
 
@@ -90,7 +92,12 @@ class Run(NamedTuple):
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.set}, {self.env}, {ALGORITHMS[self.algo].label}, seed {self.seed}"
+        return f"{self.set}, {self.env}, {self.algorithm.label}, seed {self.seed}"
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What it trains with."""
+        return (ARMS if self.set.startswith("lag-") else ALGORITHMS)[self.algo]
 
     def path(self, folder: Path) -> Path:
         """:param folder: of the results of one set"""
@@ -129,8 +136,12 @@ def entry(run: Run, overrides: dict[str, Any]) -> dict[str, Any]:
     :param overrides: what it has in place of the set's hyper-parameters
     :return: its hyper-parameters, as rl_zoo3's configurations have them; the rest are the constructor's defaults
     """
-    algorithm = ALGORITHMS[run.algo]
+    algorithm = run.algorithm
     values: dict[str, Any] = {"policy": "MlpPolicy", "normalize": True, "n_envs": 1}
+    if run.set.startswith("lag-"):
+        _, lag, _, n_epochs = run.set.split("-")
+        waits = {"lag": int(lag), "n_epochs": int(n_epochs), "n_timesteps": STALE_BUDGET}
+        return {**values, **algorithm.entry, **waits, **overrides}
     if run.set == "tuned":
         values |= _tuned_entry(run.env, algorithm.zoo)
     return {**values, "n_timesteps": BUDGETS[run.env], **algorithm.entry, **overrides}

@@ -18,7 +18,8 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.cases import ROOT
-from benchmarks.learning.cases import ALGORITHMS, Run
+from benchmarks.learning.arms import BOUNDS, register_arms
+from benchmarks.learning.cases import Run
 from benchmarks.machine import commit, peak_mib, processor, versions
 from benchmarks.zoo import quiet_experiment
 from sb3_ppo_ext.common.saving.files import write_whole
@@ -32,6 +33,8 @@ _LOGGED = (
     "approx_kl",
     "clip_fraction",
     "dual_clip_fraction",
+    "end_ratio_max",
+    *(f"end_cut_{what}_{bound:g}" for what in ("share", "gradient") for bound in BOUNDS),
     "explained_variance",
     "grad_norm",
     "is_line_search_success",
@@ -149,7 +152,8 @@ def make_run(run: Run, hyper_parameters: dict[str, Any], path: Path) -> None:
     """
     th.set_num_threads(1)
     register()
-    zoo = ALGORITHMS[run.algo].zoo
+    register_arms()
+    zoo = run.algorithm.zoo
     compiled = bool(hyper_parameters.get("torch_compile"))
     with quiet_experiment(zoo, run.env, hyper_parameters, run.seed) as (manager, model, folder):
         eval_env = manager.create_envs(N_EPISODES, eval_env=True)

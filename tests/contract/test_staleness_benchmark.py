@@ -1,0 +1,114 @@
+"""`python -m benchmarks.staleness`: rollouts wait, what a second clip would cut is measured, and the page says it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+
+from benchmarks import staleness
+from benchmarks.learning.arms import ARMS, SPO, TruncatedWeight, Waiting
+from benchmarks.learning.cases import Run, entry, stale_set
+from benchmarks.learning.run import make_run
+from sb3_ppo_ext import DualClipPPO
+from tests.algorithms import assert_same_policy, small
+
+SIZES: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "dual_clip": None}
+
+
+def model(algorithm: Any, **kwargs: Any) -> Any:
+    return small(algorithm, **{**SIZES, **kwargs})
+
+
+def test_without_a_lag_it_is_dual_clip_ppo() -> None:
+    assert_same_policy(model(Waiting).learn(96).policy, model(DualClipPPO).learn(96).policy)
+
+
+def test_a_rollout_waits_until_as_many_newer_ones_are_there() -> None:
+    collected, learnt = [], []
+
+    class Watched(Waiting):
+        def train(self) -> None:
+            collected.append(self.rollout_buffer.observations.copy())
+            super().train()
+
+        def _after_update(self) -> None:
+            super()._after_update()
+            learnt.append(self.rollout_buffer.observations.copy())
+
+    model(Watched, lag=2).learn(5 * 32)
+    assert len(collected) == 5
+    assert len(learnt) == 3
+    for i, observations in enumerate(learnt):
+        np.testing.assert_array_equal(observations, collected[i])
+    assert not np.array_equal(collected[0], collected[2])
+
+
+def test_what_a_second_clip_would_cut_is_measured() -> None:
+    trained = model(Waiting, n_epochs=20, learning_rate=0.03, max_grad_norm=100.0).learn(32)
+    logged, rollout = trained.logger.name_to_value, trained.rollout_buffer.flat()
+    _, log_prob, _ = trained.policy.evaluate_actions(rollout.observations, rollout.actions)
+    ratio = (log_prob - rollout.old_log_prob).exp()
+    a = (rollout.advantages - rollout.advantages.mean()) / rollout.advantages.std()
+    # PPO's gradient is that of r A where the first clip lets it through.
+    goes_through = ((a >= 0) & (ratio < 1.2)) | ((a < 0) & (ratio > 0.8))
+    parameters = list(trained.policy.parameters())
+
+    def norm(of: th.Tensor) -> float:
+        grads = th.autograd.grad((ratio * a * of).sum(), parameters, retain_graph=True, allow_unused=True)
+        return float(sum(g.square().sum() for g in grads if g is not None)) ** 0.5
+
+    cut = (a < 0) & (ratio > 1.5)
+    assert 0 < cut.sum() < len(cut)
+    assert logged["train/end_cut_share_1.5"] == pytest.approx(float(cut.float().mean()))
+    assert logged["train/end_cut_gradient_1.5"] == pytest.approx(norm(cut) / norm(goes_through), rel=1e-3)
+    assert logged["train/end_ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("algorithm", "weight"), [(TruncatedWeight, 3.0), (SPO, None)])
+def test_the_gradient_of_an_arm_is_what_it_says(algorithm: type[Waiting], weight: float | None) -> None:
+    """Of one sample with ratio 5 and A = -2: TruncatedWeight -3 A, SPO -(A - |A| (r - 1) / 0.2) r."""
+    log_prob = th.tensor([0.0]).requires_grad_()
+    of_step = model(algorithm, dual_clip=3.0).learn(32).rollout_buffer.flat().rows(slice(0, 1))
+    samples = of_step._replace(old_log_prob=-th.tensor([5.0]).log(), advantages=th.tensor([-2.0]))
+    evaluation: Any = type("Evaluation", (), {"log_prob": log_prob})
+    coefficients: Any = {"dual_clip": 3.0, "clip_range": 0.2}
+    (gradient,) = th.autograd.grad(algorithm.policy_loss(evaluation, samples, coefficients).loss, log_prob)
+    assert gradient.item() == pytest.approx(6.0 if weight else -(-2.0 - 2.0 * 4.0 / 0.2) * 5.0, rel=1e-5)
+
+
+def test_all_parameters_of_a_run_are_known() -> None:
+    known = set(inspect.signature(Waiting).parameters)
+    assert {*inspect.signature(DualClipPPO).parameters, "lag"} == known
+    for arm in ARMS:
+        of_run = entry(Run(stale_set(4, 10), "Hopper-v5", arm, 0), {})
+        assert (of_run["lag"], of_run["n_epochs"], of_run["n_timesteps"]) == (4, 10, 300_000)
+        assert set(of_run) - {"policy", "normalize", "n_envs", "n_timesteps"} <= known
+
+
+def test_the_page_says_what_the_runs_have_reached(tmp_path: Path) -> None:
+    for arm in ("ppo", "dual_clip_3"):
+        run = Run(stale_set(1, 2), "LunarLander-v3", arm, 0)
+        path = run.path(tmp_path / run.set)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiny = {"n_timesteps": 200, "n_steps": 40, "batch_size": 20, "torch_compile": False}
+        make_run(run, entry(run, tiny), path)
+        record = json.loads(path.read_text())
+        assert record["hyper_parameters"]["lag"] == 1
+        assert {"end_cut_share_3", "end_ratio_max"} <= set(record["log"])
+        # A score of 0.5 at the end and of 1 at the best.
+        record["evaluation"]["mean"] = [200.0, *[4.02 + (arm == "ppo")] * 5]
+        for seed in range(3):
+            (path.parent / f"{arm}-{seed}.json").write_text(json.dumps({**record, "seed": seed}))
+    staleness.write_report(tmp_path, n_resamples=20)
+    page = (tmp_path / "report.md").read_text()
+    assert "## Lag 1, 2 epochs" in page
+    row = next(line for line in page.splitlines() if line.startswith("| second clip, c = 3 | LunarLander"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:6] == ["3", "0.50 [0.50, 0.50]", "0.00 [0.00, 0.00]", "0%"]
+    assert cells[-1] == "4"

@@ -89,7 +89,7 @@ def followers(side: Side, workload: Workload, settings: Settings, actions: Path)
     workers = []
     for rank in range(1, side.n_processes):
         os.environ["RANK"] = str(rank)
-        workers.append(Worker(side, settings, Path(os.environ["TMPDIR"]) / f"rank {rank}"))
+        workers.append(Worker(side, settings, Path(os.environ["TMPDIR"]) / f"rank-{rank}"))
         workers[-1].ask("make", side, workload, settings, actions)
     os.environ["RANK"] = "0"
     return workers

@@ -8,8 +8,8 @@ When does the second clip matter? Learning from rollouts that have waited.
 
 A rollout waits LAG updates before it is learnt from, once. Each run becomes a file,
 ``results/staleness/lag-LAG-epochs-EPOCHS/ENVIRONMENT/ARM-SEED.json``, like those of ``benchmarks.learning``: stop this
-at any time and start it again. ``--report`` makes ``report.md`` from the runs that are there. What we expected stands in
-``hypotheses.md``, which is older than the first run.
+at any time and start it again. ``--report`` makes ``report.md`` from the runs that are there. What we expected stands
+in ``hypotheses.md``, which is older than the first run.
 """
 
 from __future__ import annotations

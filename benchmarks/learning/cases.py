@@ -14,7 +14,6 @@ from benchmarks.learning.arms import ARMS
 from sb3_ppo_ext.zoo import ALGORITHMS as OURS
 from sb3_ppo_ext.zoo import config_path
 
-
 _COMPILED = {"torch_compile": True}
 
 ALGORITHMS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Figure
+from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 
 from sb3_ppo_ext.common.proximal import ProximalAlgorithm
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
@@ -53,7 +53,8 @@ class ObjectiveFigureCallback(BaseCallback):
         figure = self._figure()
         if figure is not None:  # of the last update, whose numbers nothing dumps
             for writer in self.logger.output_formats:
-                writer.write({KEY: figure}, {KEY: _EXCLUDED}, self.model.num_timesteps)
+                if isinstance(writer, TensorBoardOutputFormat):
+                    writer.write({KEY: figure}, {KEY: _EXCLUDED}, self.model.num_timesteps)
 
     def _figure(self) -> Figure | None:
         rollout, self._rollout = self._rollout, None

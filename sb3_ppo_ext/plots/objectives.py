@@ -74,8 +74,8 @@ def surrogate_figure(
 
     Of "kl_penalized", the KL divergence is the estimate k3 of the one sample, :func:`sb3_ppo_ext.losses.kl_k3`.
 
-    :param names: one or several of "plain", "clipped" (PPO), "asymmetric" (the range of "clip-higher"), "dual_clip", "kl_penalized"
-        and "spo", in the order in which they are drawn
+    :param names: one or several of "plain", "clipped" (PPO), "asymmetric" (the range of "clip-higher"),
+        "dual_clip", "kl_penalized" and "spo", in the order in which they are drawn
     :param clip_range: how far below 1 the ratio counts, and above 1 for "clipped" and "dual_clip"; below 1
     :param clip_range_high: how far above 1 it counts for "asymmetric"
     :param dual_clip: c, above ``1 + clip_range``
@@ -101,7 +101,7 @@ def surrogate_figure(
         "plain": _Row("Plain surrogate", losses.surrogate_loss),
         "clipped": _Row(f"PPO: range {clip_range:g}", partial(clipped, clip_range=clip_range), (low, high)),
         "asymmetric": _Row(
-            f"Asymmetric range: {clip_range:g} below, {clip_range_high:g} above",
+            f"Asymmetric: {clip_range:g} below, {clip_range_high:g} above",
             asymmetric,
             (low, 1.0 + clip_range_high),
         ),
@@ -121,7 +121,7 @@ def surrogate_figure(
         ratios = _ratios(last, row.edges)
         for advantage, color, dash in ((1.0, BLUE, "-"), (-1.0, VERMILLION, (0, (4, 1.5)))):
             objective, gradient = objective_and_gradient(row.loss, ratios, advantage)
-            label = f"A = {'+' if advantage > 0 else '−'}1"
+            label = f"$A = {advantage:+g}$"
             left.plot(ratios, objective, color=color, linestyle=dash, label=label)
             right.plot(ratios, gradient, color=color, linestyle=dash)
         for panel in (left, right):
@@ -132,7 +132,7 @@ def surrogate_figure(
         left.set_title(row.title, loc="left", fontweight="bold")
         left.set_ylabel("objective")
         right.set_ylabel("gradient")
-    panels[0, 0].set(xlim=(0.0, last), ylim=(-last - 0.2, 3.0))
+    panels[0, 0].set(xlim=(0.0, last), ylim=(-last - 0.2, 3.0), yticks=(-4, -2, 0, 2))
     panels[0, 1].set(ylim=(-2.6, 2.6), yticks=(-2, -1, 0, 1, 2))
     for panel in panels[-1]:
         panel.set_xlabel("ratio r")
@@ -232,6 +232,17 @@ def cases_figure(
         for edge, name in ((low, "low"), (high, "high"), (dual_clip, "c")):
             if edge is not None and (name != "c" or advantage < 0.0):
                 panel.axvline(edge, color=GREY, linewidth=0.8, linestyle=":")
+                side, offset = ("right", -3) if name == "low" else ("left", 3)
+                panel.annotate(
+                    f"{edge:g}",
+                    (edge, 1.0),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(offset, -2),
+                    textcoords="offset points",
+                    ha=side,
+                    va="top",
+                    color=GREY,
+                )
         panel.set_title(f"A {'>' if advantage > 0.0 else '<'} 0", fontweight="bold")
         panel.set(xlabel="ratio r", xlim=(0.0, last))
         words.set_axis_off()

@@ -26,6 +26,7 @@ _BEST_ACTION = 2.0
 _START = np.array([0.0, math.log(2.0)])
 _FAMILY = Gaussian(1)
 _SKY, _PALE = "#56B4E9", "#999999"
+_PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.0}  # behind a number
 
 
 class TrustRegionStep(NamedTuple):
@@ -134,9 +135,7 @@ def trust_region_figure(
     check_real("shrinking_factor", shrinking_factor, above=0.0, below=1.0)
     check_real("accept_ratio", accept_ratio, at_least=0.0, at_most=1.0)
     check_int("max_iter", max_iter, minimum=1)
-    step = trust_region_step(
-        target_kl, shrinking_factor=shrinking_factor, accept_ratio=accept_ratio, max_iter=max_iter
-    )
+    step = trust_region_step(target_kl, shrinking_factor=shrinking_factor, accept_ratio=accept_ratio, max_iter=max_iter)
     figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
     panel = figure.subplots()
     _draw_contours(panel, step.fisher, target_kl)
@@ -146,7 +145,7 @@ def trust_region_figure(
     _draw_trials(panel, step)
     panel.plot(*_START, "s", color=BLACK, markersize=7, zorder=6)
     panel.annotate("old policy", _START, xytext=(-8, 6), textcoords="offset points", ha="right")
-    panel.set(xlabel="mean", ylabel="log σ")
+    panel.set(xlabel="mean", ylabel=r"$\log\ \sigma$")
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
@@ -155,7 +154,7 @@ def trust_region_figure(
 def _draw_contours(panel: Axes, fisher: np.ndarray, target_kl: float) -> None:
     """The objective, the limit of the KL divergence, and the limit of its second-order model."""
     reach = np.sqrt(2.0 * target_kl / np.diag(fisher))  # the half-axes of the model's ellipse, as F is diagonal
-    mean = np.linspace(_START[0] - 1.3 * reach[0], _START[0] + 1.3 * reach[0], 201)
+    mean = np.linspace(_START[0] - 1.45 * reach[0], _START[0] + 1.45 * reach[0], 201)
     log_std = np.linspace(_START[1] - 1.2 * reach[1], _START[1] + 1.7 * reach[1], 201)
     theta = np.stack(np.meshgrid(mean, log_std), axis=-1)
     of_grid = th.from_numpy(theta).reshape(-1, 2)
@@ -187,5 +186,6 @@ def _draw_trials(panel: Axes, step: TrustRegionStep) -> None:
     refused, accepted = step.trials[:n_refused], step.trials[n_refused:]
     panel.plot(*refused.T, "x", color=BLACK, markersize=8, markeredgewidth=1.8, label="trial, refused", zorder=6)
     panel.plot(*accepted.T, "o", color=GREEN, markersize=9, label="trial, accepted", zorder=6)
-    for trial, kl in list(zip(step.trials, step.kls, strict=True))[:4]:  # more would stand on each other
-        panel.annotate(f"KL {kl:.2f}", trial, xytext=(2, 9), textcoords="offset points", fontsize=8.5, zorder=7)
+    for i, (trial, kl) in enumerate(zip(step.trials[:4], step.kls, strict=False)):  # more would stand on each other
+        where = {"xytext": (3, 9), "va": "bottom"} if i % 2 == 0 else {"xytext": (-3, -9), "va": "top", "ha": "right"}
+        panel.annotate(f"KL {kl:.2f}", trial, textcoords="offset points", fontsize=8.5, zorder=5, bbox=_PLATE, **where)

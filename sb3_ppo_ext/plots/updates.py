@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.proximal import ProximalAlgorithm
@@ -138,8 +139,8 @@ def _gradient(
 
 def update_figure(model: ProximalAlgorithm) -> Figure:
     """
-    Advantage against ratio for each sample of the last rollout, after the update on it: which samples still learn, which
-    are cut, which the second clip cuts, with their numbers. Where nothing has a gradient, the ground is hatched.
+    Advantage against ratio for each sample of the last rollout, after the update on it: which samples still learn,
+    which are cut, which the second clip cuts, with their numbers. Where nothing has a gradient, the ground is hatched.
 
     :param model: a :class:`DualClipPPO`, an :class:`AdaptiveKLPPO` or a child of :class:`ProximalAlgorithm`, after
         :meth:`learn`
@@ -179,7 +180,7 @@ def draw_update(model: ProximalAlgorithm, samples: UpdatedSamples) -> Figure:
             label=words[name],
             rasterized=len(samples.ratio) > 1000,  # a file of many points would be large
         )
-    panel.set_xlabel("ratio r = π(a|s) / π_old(a|s), after the update")
+    panel.set_xlabel(r"ratio $r = \pi(a|s)\,/\,\pi_\mathrm{old}(a|s)$, after the update")
     panel.set_ylabel("advantage, normalised" if model.normalize_advantage else "advantage")
     panel.set_title(f"{type(model).__name__}, {len(samples.ratio):,} samples of one rollout", fontweight="bold")
     handles, labels = panel.get_legend_handles_labels()
@@ -200,7 +201,9 @@ def _draw_map(panel: Axes, samples: UpdatedSamples, coefficients: Mapping[str, A
         panel.set_xscale("log")
         left = max(left, 1e-6)
         left, right = left / 1.1, right * 1.1
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
     else:
         margin = 0.08 * (right - left) + 1e-3
         left, right = left - margin, right + margin
@@ -215,7 +218,14 @@ def _draw_map(panel: Axes, samples: UpdatedSamples, coefficients: Mapping[str, A
     for start, end, bottom, top, hatch in flat:
         if start < end:
             panel.fill_between(
-                [start, end], bottom, top, facecolor="#F2F2F2", edgecolor="#CCCCCC", hatch=hatch, linewidth=0.0, zorder=0
+                [start, end],
+                bottom,
+                top,
+                facecolor="#F2F2F2",
+                edgecolor="#CCCCCC",
+                hatch=hatch,
+                linewidth=0.0,
+                zorder=0,
             )
     for edge in (low, high, dual_clip):
         if edge < right:

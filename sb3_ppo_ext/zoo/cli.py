@@ -1,4 +1,4 @@
-"""The command ``sb3-ppo-ext``: rl_zoo3's commands, which also know our algorithms, and our own: ``study`` and others."""
+"""The command ``sb3-ppo-ext``: rl_zoo3's commands, which also know our algorithms, and our own, such as ``study``."""
 
 import difflib
 import os

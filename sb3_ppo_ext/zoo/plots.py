@@ -62,8 +62,8 @@ def _draw(path: Path, env_id: str, out: Path, seed: int) -> None:
     model.set_env(_normalized(make_vec_env(env_id, n_envs=model.n_envs, seed=seed), path, env_id))
     if model.lr_schedule(model._current_progress_remaining) == 0.0:
         raise ValueError(
-            f"{path} is not allowed: its learning rate has fallen to 0, so that an update would change nothing; it must "
-            "be a checkpoint from before the end of the training"
+            f"{path} is not allowed: its learning rate has fallen to 0, so that an update would change nothing; it "
+            "must be a checkpoint from before the end of the training"
         )
     try:
         _update_once(model)

@@ -9,7 +9,7 @@ standard deviation sigma. The reward is ``-(a - 2)^2``, so that the expected ret
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -108,8 +108,15 @@ def trust_region_step(
         max_iter=max_iter,
         accept_ratio=accept_ratio,
     )
-    arrays = (tensor.numpy() for tensor in (gradient, fisher, natural, full_step))
-    return TrustRegionStep(*arrays, np.stack(trials), np.array(kls), search)
+    return TrustRegionStep(
+        gradient.numpy(),
+        fisher.numpy(),
+        natural.numpy(),
+        full_step.numpy(),
+        np.stack(trials),
+        np.array(kls),
+        search,
+    )
 
 
 @matplotlib.rc_context(SETTINGS)
@@ -144,7 +151,7 @@ def trust_region_figure(
     _draw_arrow(panel, step.full_step, BLUE, "-", "natural gradient: the full step")
     _draw_trials(panel, step)
     panel.plot(*_START, "s", color=BLACK, markersize=7, zorder=6)
-    panel.annotate("old policy", _START, xytext=(-8, 6), textcoords="offset points", ha="right")
+    panel.annotate("old policy", (_START[0], _START[1]), xytext=(-8, 6), textcoords="offset points", ha="right")
     panel.set(xlabel="mean", ylabel=r"$\log\ \sigma$")
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -173,11 +180,11 @@ def _draw_contours(panel: Axes, fisher: np.ndarray, target_kl: float) -> None:
     panel.grid(visible=False)
 
 
-def _draw_arrow(panel: Axes, vector: np.ndarray, color: str, dash: object, label: str) -> None:
-    end = _START + vector
+def _draw_arrow(panel: Axes, vector: np.ndarray, color: str, dash: Any, label: str) -> None:
+    end, neck = _START + vector, _START + 0.93 * vector
     panel.plot(*zip(_START, end, strict=True), color=color, linestyle=dash, linewidth=2.2, label=label)
     head = {"arrowstyle": "-|>", "color": color, "linewidth": 1.5, "mutation_scale": 16.0}
-    panel.annotate("", end, _START + 0.93 * vector, arrowprops=head)
+    panel.annotate("", (end[0], end[1]), (neck[0], neck[1]), arrowprops=head)
 
 
 def _draw_trials(panel: Axes, step: TrustRegionStep) -> None:
@@ -186,6 +193,16 @@ def _draw_trials(panel: Axes, step: TrustRegionStep) -> None:
     refused, accepted = step.trials[:n_refused], step.trials[n_refused:]
     panel.plot(*refused.T, "x", color=BLACK, markersize=8, markeredgewidth=1.8, label="trial, refused", zorder=6)
     panel.plot(*accepted.T, "o", color=GREEN, markersize=9, label="trial, accepted", zorder=6)
-    for i, (trial, kl) in enumerate(zip(step.trials[:4], step.kls, strict=False)):  # more would stand on each other
-        where = {"xytext": (3, 9), "va": "bottom"} if i % 2 == 0 else {"xytext": (-3, -9), "va": "top", "ha": "right"}
-        panel.annotate(f"KL {kl:.2f}", trial, textcoords="offset points", fontsize=8.5, zorder=5, bbox=_PLATE, **where)
+    for i, ((x, y), kl) in enumerate(zip(step.trials[:4], step.kls, strict=False)):  # more would stand on each other
+        is_above = i % 2 == 0
+        panel.annotate(
+            f"KL {kl:.2f}",
+            (x, y),
+            xytext=(3, 9) if is_above else (-3, -9),
+            textcoords="offset points",
+            va="bottom" if is_above else "top",
+            ha="left" if is_above else "right",
+            fontsize=8.5,
+            bbox=_PLATE,
+            zorder=5,
+        )

@@ -17,7 +17,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.logger import KVWriter, Logger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DoctorCallback, DualClipPPO, plots
 from tests.algorithms import assert_same_policy, small

@@ -110,8 +110,8 @@ def test_the_six_cases_are_marked_and_named(dual_clip: float | None) -> None:
         expected, heights, ratios = [*expected, "beyond c: clipped, no gradient"], [*heights, -3.0], [*ratios, 3.5]
     assert names == expected
     marks = [line for panel in (left, right) for line in panel.get_lines() if line.get_marker() == "o"]
-    np.testing.assert_allclose([line.get_xdata()[0] for line in marks], ratios)
-    np.testing.assert_allclose([line.get_ydata()[0] for line in marks], heights)
+    points = np.concatenate([line.get_xydata() for line in marks])
+    np.testing.assert_allclose(points, np.stack((ratios, heights), axis=1))
     numbers = [text.get_text() for panel in (left, right) for text in panel.texts if text.get_color() == "white"]
     assert numbers == [str(i + 1) for i in range(len(expected))]
 
@@ -151,7 +151,7 @@ def ends(figure: Figure) -> dict[str, np.ndarray]:
     """The last point of each line of the trust region's figure, by its label."""
     found = {}
     for line in figure.axes[0].get_lines():
-        points = line.get_xydata()
+        points = np.asarray(line.get_xydata())
         if len(points):
             found[str(line.get_label())] = points[-1]
     return found

@@ -1,4 +1,4 @@
-"""The command ``sb3-ppo-ext``: rl_zoo3's commands, which also know our algorithms, and ``study`` and ``doctor``."""
+"""The command ``sb3-ppo-ext``: rl_zoo3's commands, which also know our algorithms, and our own, such as ``study``."""
 
 import difflib
 import os
@@ -14,6 +14,8 @@ from sb3_ppo_ext.zoo.registration import ALGORITHMS, register
 # Our own commands.
 _STUDY = "study"
 _DOCTOR = "doctor"
+_PLOTS = "plots"
+_ALL = (*COMMANDS, _STUDY, _DOCTOR, _PLOTS)
 
 _HELP = f"""usage: sb3-ppo-ext [-h] [--version] <command> ...
 
@@ -25,6 +27,7 @@ and our own:
 
   {_STUDY:<16} search with several processes, look at what was found, train the best again, write it as YAML
   {_DOCTOR:<16} read the log of a training, and say what looks ill and what to change first
+  {_PLOTS:<16} draw what one update does to a saved model: which samples still learn, and which are cut
 
 `sb3-ppo-ext <command> --help` lists a command's flags."""
 
@@ -43,9 +46,9 @@ def main() -> int:
     if command == "--version":
         print(f"sb3-ppo-ext {sb3_ppo_ext.__version__}")
         return 0
-    if command not in (*COMMANDS, _STUDY, _DOCTOR):
+    if command not in _ALL:
         if command:
-            nearest = difflib.get_close_matches(command, (*COMMANDS, _STUDY, _DOCTOR), n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(command, _ALL, n=1, cutoff=0.0)[0]
             print(f"sb3-ppo-ext: there is no command '{command}'; the nearest is '{nearest}'\n", file=sys.stderr)
         print(_HELP, file=sys.stderr)
         return 2
@@ -63,6 +66,10 @@ def main() -> int:
                 return run_study_command(arguments, program, main)
             if command == _DOCTOR:
                 return run_doctor_command(arguments)
+            if command == _PLOTS:
+                from sb3_ppo_ext.zoo.plots import run_plots_command  # so do these
+
+                return run_plots_command(arguments)
             return run_command(command, arguments, program, interrupts)
         except KeyboardInterrupt:
             print(f"sb3-ppo-ext {command}: ended by Ctrl-C", file=sys.stderr)

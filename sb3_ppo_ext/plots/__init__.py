@@ -1,0 +1,23 @@
+"""
+Pictures of the objectives: what a loss makes of a ratio, what an update did to the samples of a rollout, and how TRPO
+chooses its step. Each function returns a :class:`matplotlib.figure.Figure`, which :func:`save` writes.
+
+Not imported with the package: ``from sb3_ppo_ext import plots``. It needs matplotlib, which ``[plots]`` installs.
+"""
+
+from sb3_ppo_ext.plots.callback import ObjectiveFigureCallback
+from sb3_ppo_ext.plots.objectives import cases_figure, surrogate_figure
+from sb3_ppo_ext.plots.style import save
+from sb3_ppo_ext.plots.trust_region import trust_region_figure
+from sb3_ppo_ext.plots.updates import UpdatedSamples, update_figure, updated_samples
+
+__all__ = [
+    "ObjectiveFigureCallback",
+    "UpdatedSamples",
+    "cases_figure",
+    "save",
+    "surrogate_figure",
+    "trust_region_figure",
+    "update_figure",
+    "updated_samples",
+]

@@ -71,7 +71,7 @@ def token_gae(
     """
     Generalised advantage estimates of responses of different lengths: in each row those of
     :func:`~sb3_ppo_ext.losses.generalized_advantages` (Schulman et al. 2016, arXiv 1506.02438, equation 16) of the
-    tokens that count, one after the other. Nothing follows the last of them: its score is all that the response is worth.
+    tokens that count, one after the other. Nothing follows the last of them.
 
     ``A_t + V_t`` is the TD(lambda) return, for the critic. Language models are mostly trained with gamma = 1.
 

@@ -27,7 +27,6 @@ from sb3_ppo_ext.common.rollout.stop_rules import AfterEpisodes, StopRule
 from sb3_ppo_ext.common.rollout.vec_envs import time_limit
 from sb3_ppo_ext.common.update.all_episodes import AllEpisodes
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
-from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.update.reduce import average, concatenated
 from sb3_ppo_ext.common.update.scores import score_statistics
 from sb3_ppo_ext.common.update.step import clip_and_step, gradients_of, reached, use_fused_adam
@@ -343,7 +342,7 @@ class REINFORCE(OnPolicyAlgorithm):
             baseline = baselines.leave_one_out(returns, episode, step, n_episodes)
         else:
             baseline = values
-        advantages = normalized(returns - baseline) if self.normalize_advantage else returns - baseline
+        advantages = losses.masked_whiten(returns - baseline) if self.normalize_advantage else returns - baseline
         return rollout.scattered((discount * advantages)[is_own])
 
     def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples, weights: th.Tensor) -> bool:

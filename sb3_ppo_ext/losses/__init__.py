@@ -40,6 +40,7 @@ from sb3_ppo_ext.losses.surrogates import (
     surrogate_loss,
 )
 from sb3_ppo_ext.losses.targets import generalized_advantages, n_step_returns
+from sb3_ppo_ext.losses.token_sequences import masked_entropy, masked_whiten, token_gae, token_rewards
 from sb3_ppo_ext.losses.values import pessimistic_clipped_value_loss, prediction_clipped_value_loss, value_loss
 
 __all__ = [
@@ -56,7 +57,9 @@ __all__ = [
     "kl_k3",
     "kl_penalized_surrogate_loss",
     "log_ratio",
+    "masked_entropy",
     "masked_mean",
+    "masked_whiten",
     "n_step_returns",
     "pessimistic_clipped_value_loss",
     "prediction_clipped_value_loss",
@@ -64,5 +67,7 @@ __all__ = [
     "reinforce_loss",
     "spo_surrogate_loss",
     "surrogate_loss",
+    "token_gae",
+    "token_rewards",
     "value_loss",
 ]

@@ -91,8 +91,10 @@ def gradients(loss: th.Tensor, tensors: list[th.Tensor]) -> list[th.Tensor]:
 
 def test_every_public_function_is_held_to_the_contract() -> None:
     functions = {name for name in losses.__all__ if not isinstance(getattr(losses, name), type)} - {"AggregationMode"}
-    targets = {"generalized_advantages", "n_step_returns"}  # not elementwise: test_targets.py holds them to theirs
-    assert {case.name for case in ELEMENTWISE + REDUCTIONS} == functions - targets
+    # Not elementwise: test_targets.py and test_losses_token_sequences.py hold them to theirs.
+    targets = {"generalized_advantages", "n_step_returns"}
+    of_tokens = {"token_rewards", "token_gae", "masked_whiten", "masked_entropy"}
+    assert {case.name for case in ELEMENTWISE + REDUCTIONS} == functions - targets - of_tokens
 
 
 def test_imports_are_torch_the_standard_library_and_siblings() -> None:

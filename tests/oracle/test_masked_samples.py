@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -11,27 +10,9 @@ import torch as th
 from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.update.critic import critic_loss
-from sb3_ppo_ext.common.update.objective import ActorCriticLoss, normalized
+from sb3_ppo_ext.common.update.objective import ActorCriticLoss
 
 COEFFICIENTS = {"ent_coef": 0.1, "vf_coef": 0.5, "clip_range": 0.2, "dual_clip": 3.0, "clip_range_vf": 0.3}
-
-
-def test_advantages_by_hand() -> None:
-    mask = th.tensor([True, True, False, True])
-    found = normalized(th.tensor([1.0, 3.0, 1e6, 5.0]), mask)
-    assert found[mask].tolist() == pytest.approx([-1.0, 0.0, 1.0])  # mean 3, deviation 2
-    assert normalized(th.tensor([1.0, 3.0, 5.0])).tolist() == pytest.approx([-1.0, 0.0, 1.0])
-
-
-def test_one_advantage_that_counts_stays_as_it_is() -> None:
-    assert normalized(th.tensor([7.0])).tolist() == [7.0]
-    assert normalized(th.tensor([7.0, 9.0]), th.tensor([True, False]))[0].item() == 7.0
-
-
-def test_what_does_not_count_may_be_no_number() -> None:
-    mask = th.tensor([True, False, True])
-    advantages = th.tensor([1.0, math.nan, 2.0], requires_grad=True)
-    assert normalized(advantages, mask)[mask].isfinite().all()
 
 
 def samples_of(model: Any) -> RolloutSamples:

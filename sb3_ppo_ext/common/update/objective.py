@@ -44,23 +44,6 @@ PolicyLossFunction = Callable[[Evaluation, RolloutSamples, Coefficients], Policy
 """An algorithm's own part of the loss. A pure function."""
 
 
-def normalized(advantages: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
-    """
-    Advantages with mean 0 and standard deviation 1, as they are where only one counts.
-
-    :param advantages: shape ``(batch,)``
-    :param mask: which of them count, bool, shape ``(batch,)``; None: all
-    """
-    if mask is None:
-        if advantages.shape[0] <= 1:
-            return advantages
-        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    n = mask.sum()
-    centred = advantages - losses.masked_mean(advantages, mask)
-    variance = th.where(mask, centred, 0.0).square().sum() / (n - 1).clamp(min=1)
-    return th.where(n > 1, centred / (variance.sqrt() + 1e-8), advantages)
-
-
 @dataclass(frozen=True)
 class ActorCriticLoss:
     """
@@ -83,7 +66,7 @@ class ActorCriticLoss:
         self, actor_critic: ActorCritic, samples: RolloutSamples, coefficients: Coefficients
     ) -> tuple[th.Tensor, Statistics]:
         if self.normalize_advantage:
-            samples = samples._replace(advantages=normalized(samples.advantages, samples.mask))
+            samples = samples._replace(advantages=losses.masked_whiten(samples.advantages, samples.mask))
         evaluation = actor_critic.evaluate_actions(samples.inputs, samples.actions)
         policy_loss, statistics = _checked(self.policy_loss(evaluation, samples, coefficients), coefficients)
         value_loss = samples.mean(value_losses(evaluation.values, samples, coefficients))

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
+from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.rollout.buffers import minibatches
 from sb3_ppo_ext.common.rollout.data import RolloutSamples, rows_of
-from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.common.update.reduce import Reducer, of_each
 
 _AT_ONCE = 2**20  # samples
@@ -127,7 +127,7 @@ def normalized_over_processes(advantages: th.Tensor, sizes: Sequence[int], reduc
     :param reducer: of the processes
     """
     if reducer.is_local:
-        return th.cat([normalized(part) for part in th.split(advantages, list(sizes))])
+        return th.cat([losses.masked_whiten(part) for part in th.split(advantages, list(sizes))])
     wide = advantages.double()
     of_process = th.tensor(sizes, device=wide.device)
     part = th.arange(len(sizes), device=wide.device).repeat_interleave(of_process, output_size=len(wide))

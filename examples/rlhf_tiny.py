@@ -1,0 +1,215 @@
+"""
+Fine-tuning of a language model by a reward on its texts, small enough to watch: RLHF's shape without the humans.
+
+    python -m examples.rlhf_tiny
+
+1. A GRU learns to write sentences of a little grammar, such as "the old cat sees the kind dog ."
+2. A text is worth its number of nice words. PPO with the dual clip makes the model write more of them, while a penalty
+   keeps it near the model it began as: its coefficient follows a target for the KL divergence. The texts become as nice
+   as the grammar allows, and stay sentences.
+3. The same without the penalty. The reward is hacked: the texts are nice words only, and no sentences any more.
+
+The losses are those of :mod:`sb3_ppo_ext.losses`; everything else that matters is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from typing import NamedTuple
+
+import torch as th
+from torch import nn
+from torch.distributions import Categorical
+
+from sb3_ppo_ext import losses
+from sb3_ppo_ext.common.update.controllers import adapted_by_kl
+
+# The language
+
+NICE = ["kind", "lovely", "happy", "loves", "thanks"]
+ADJECTIVES = ["kind", "lovely", "happy", "old", "grey", "tired", "angry", "small"]
+NOUNS = ["cat", "dog", "bird", "child", "king", "robot"]
+VERBS = ["loves", "thanks", "sees", "finds", "hears", "fears"]
+STOP = "."
+WORDS = [*dict.fromkeys([*ADJECTIVES, *NOUNS, *VERBS, "the", "and", STOP])]
+MAX_WORDS = 20  # the longest sentence has 16
+
+THING = rf"the (({'|'.join(ADJECTIVES)}) )?({'|'.join(NOUNS)})"
+CLAUSE = rf"{THING} ({'|'.join(VERBS)}) {THING}"
+SENTENCE = re.compile(rf"{CLAUSE}( and {CLAUSE})? \.")
+
+
+def thing(rng: random.Random) -> list[str]:
+    adjective = [rng.choice(ADJECTIVES)] if rng.random() < 0.5 else []
+    return ["the", *adjective, rng.choice(NOUNS)]
+
+
+def sentence(rng: random.Random) -> list[str]:
+    words = [*thing(rng), rng.choice(VERBS), *thing(rng)]
+    if rng.random() < 0.3:
+        words += ["and", *thing(rng), rng.choice(VERBS), *thing(rng)]
+    return [*words, STOP]
+
+
+class Texts(NamedTuple):
+    """
+    :param words: indices into ``WORDS``, shape ``(n_texts, MAX_WORDS)``; what follows the first stop means nothing
+    :param mask: True up to the first stop, same shape
+    """
+
+    words: th.Tensor
+    mask: th.Tensor
+
+    @classmethod
+    def of(cls, words: th.Tensor) -> Texts:
+        is_stop = words == WORDS.index(STOP)
+        return cls(words, is_stop.cumsum(1) - is_stop.int() == 0)
+
+    def strings(self) -> list[str]:
+        rows = zip(self.words.tolist(), self.mask.sum(1).tolist(), strict=True)
+        return [" ".join(WORDS[index] for index in words[:length]) for words, length in rows]
+
+    def scores(self) -> th.Tensor:
+        """What is rewarded: the number of nice words in each text."""
+        nice = th.tensor([word in NICE for word in WORDS])
+        return (nice[self.words] & self.mask).sum(1).float()
+
+
+def grammar_book(n_texts: int, seed: int) -> Texts:
+    rng = random.Random(seed)
+    rows = [[WORDS.index(word) for word in sentence(rng)] for _ in range(n_texts)]
+    return Texts.of(th.tensor([row + [WORDS.index(STOP)] * (MAX_WORDS - len(row)) for row in rows]))
+
+
+# The models
+
+
+class Reader(nn.Module):
+    """
+    Reads a text word by word, and says something before each: a language model the logits of the word, a critic V.
+
+    :param n_outputs: how many numbers it says
+    """
+
+    def __init__(self, n_outputs: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(WORDS) + 1, width)  # the last one stands before each text
+        self.memory = nn.GRU(width, width, batch_first=True)
+        self.head = nn.Linear(width, n_outputs)
+
+    def forward(self, words: th.Tensor) -> th.Tensor:
+        begin = th.full_like(words[:, :1], len(WORDS))
+        hidden, _ = self.memory(self.embedding(th.cat((begin, words[:, :-1]), 1)))
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+    @th.no_grad()
+    def write(self, n_texts: int) -> Texts:
+        words, state = [th.full((n_texts, 1), len(WORDS))], None
+        for _ in range(MAX_WORDS):
+            hidden, state = self.memory(self.embedding(words[-1]), state)
+            words.append(Categorical(logits=self.head(hidden)).sample())
+        return Texts.of(th.cat(words[1:], 1))
+
+
+def log_prob_of(words: th.Tensor, logits: th.Tensor) -> th.Tensor:
+    return logits.log_softmax(-1).gather(-1, words.unsqueeze(-1)).squeeze(-1)
+
+
+def pretrained(*, width: int = 64, n_steps: int = 500) -> Reader:
+    """A model that has learnt to write sentences, by reading some."""
+    model, book = Reader(len(WORDS), width), grammar_book(4096, seed=0)
+    optimizer = th.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(n_steps):
+        rows = th.randint(len(book.words), (128,))
+        words, mask = book.words[rows], book.mask[rows]
+        loss = losses.masked_mean(-log_prob_of(words, model(words)), mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+# PPO
+
+
+class Progress(NamedTuple):
+    """Means over the texts of one update."""
+
+    score: float
+    kl: float  # of a whole text, from the policy to the reference, in nats
+    kl_coef: float
+    entropy: float  # of a word, in nats
+    grammatical: float  # share of texts that are sentences
+    different: float  # share of the words of a text that occur in it for the first time
+
+
+def fine_tuned(
+    reference: Reader, *, target_kl: float | None, n_updates: int = 60, n_texts: int = 256, learning_rate: float = 1e-3
+) -> tuple[Reader, list[Progress]]:
+    """
+    :param reference: the model to begin with; it does not change
+    :param target_kl: of a whole text, from the policy to the reference; None for no penalty
+    :param n_updates: each on texts of its own, with 4 epochs of 2 minibatches
+    :param n_texts: that are written for an update
+    :param learning_rate: of policy and critic
+    :return: the fine-tuned model, and what each update saw
+    """
+    policy, critic = copy.deepcopy(reference), Reader(1, reference.head.in_features)
+    optimizer = th.optim.Adam([*policy.parameters(), *critic.parameters()], lr=learning_rate)
+    kl_coef, history = 0.0 if target_kl is None else 0.3, []
+
+    for _ in range(n_updates):
+        words, mask = texts = policy.write(n_texts)
+        with th.no_grad():
+            logits, values = policy(words), critic(words).squeeze(-1)
+            old_log_prob, ref_log_prob = log_prob_of(words, logits), log_prob_of(words, reference(words))
+        rewards = losses.token_rewards(texts.scores(), old_log_prob, ref_log_prob, kl_coef=kl_coef, mask=mask)
+        advantages = losses.token_gae(rewards, values, gamma=1.0, gae_lambda=0.95, mask=mask)
+        returns, advantages = advantages + values, losses.masked_whiten(advantages, mask)
+
+        for rows in (rows for _ in range(4) for rows in th.randperm(n_texts).chunk(2)):
+            log_prob, counts = log_prob_of(words[rows], policy(words[rows])), mask[rows]
+            surrogate = losses.dual_clip_surrogate_loss(log_prob, old_log_prob[rows], advantages[rows], mask=counts)
+            value_loss = losses.value_loss(critic(words[rows]).squeeze(-1), returns[rows], mask=counts)
+            loss = losses.aggregate(surrogate.loss + 0.5 * value_loss, counts, mode="token-mean")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+
+        kl = losses.aggregate(losses.kl_k3(ref_log_prob, old_log_prob), mask, mode="seq-mean-token-sum").item()
+        entropy = losses.masked_mean(losses.masked_entropy(logits), mask).item()
+        history.append(Progress(texts.scores().mean().item(), kl, kl_coef, entropy, *quality(texts)))
+        if target_kl is not None:
+            kl_coef = adapted_by_kl(
+                kl_coef, kl, target_kl=target_kl, tolerance=1.1, factor=1.05, minimum=1e-3, maximum=10.0
+            )
+    return policy, history
+
+
+def quality(texts: Texts) -> tuple[float, float]:
+    """Share of sentences, and share of different words."""
+    strings = texts.strings()
+    grammatical = [SENTENCE.fullmatch(text) is not None for text in strings]
+    different = [len(set(text.split())) / len(text.split()) for text in strings]
+    return sum(grammatical) / len(strings), sum(different) / len(strings)
+
+
+def main() -> None:
+    th.set_num_threads(1)
+    th.manual_seed(0)
+    reference = pretrained()
+    for title, target_kl in (("KL held near 5 nats", 5.0), ("no KL penalty", None)):
+        print(f"\n{title}\nupdate  score      KL   coef  entropy  sentences  different words")
+        policy, history = fine_tuned(reference, target_kl=target_kl)
+        for update, row in enumerate(history):
+            if update % 10 == 0 or update == len(history) - 1:
+                numbers = f"{update:6}  {row.score:5.2f}  {row.kl:6.2f}  {row.kl_coef:5.3f}  {row.entropy:7.2f}"
+                print(f"{numbers}  {row.grammatical:9.0%}  {row.different:15.0%}")
+        print("\nwhat it writes now:", *policy.write(4).strings(), sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

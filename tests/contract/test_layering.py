@@ -93,6 +93,7 @@ FLOORS: list[set[str]] = [
     {"construction", "recurrent_policies", "processes"},
     {"model"},
     {"algorithm"},
+    {"regularized"},
     {"proximal"},
 ]
 # Where the modules were that older files and configurations name.

@@ -3,12 +3,13 @@ Clone an expert, then fine-tune the clone: with a reference policy it does not f
 
     python -m examples.finetune --figure finetune.png
 
-The expert balances CartPole by a rule, and lets the cart drift away, so that its episodes end there. A policy is cloned
-from its actions by supervised learning. Then DualClipPPO trains the clone on, twice: as it is, and with a penalty on the
-KL divergence from the clone. The critic is new. Its errors lead the first updates, which the penalty holds back.
+The expert balances CartPole by a rule, and lets the cart drift away, so that its episodes end there. A policy is
+cloned from its actions by supervised learning. Then DualClipPPO trains the clone on, twice: as it is, and with a
+penalty on the KL divergence from the clone. The critic is new. Its errors lead the first updates, which the penalty
+holds back.
 
-Cloning is ten lines on the policy's own ``evaluate_actions``. The package ``imitation`` does the same and more; its newest
-release, 1.0.1, wants earlier versions of Stable-Baselines3 and gymnasium than this package.
+Cloning is ten lines on the policy's own ``evaluate_actions``. The package ``imitation`` does the same and more; its
+newest release, 1.0.1, wants earlier versions of Stable-Baselines3 and gymnasium than this package.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_ppo_ext import DualClipPPO
 
 N_ENVS = 8
-ROLLOUT = {"n_steps": 256, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3}
+ROLLOUT: dict[str, Any] = {"n_steps": 256, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3}
 KEEPS_TO: dict[str, Any] = {"reference_kl": "loss", "reference_kl_coef": {"target_kl": 0.02, "coef": 1.0}}
 
 
@@ -34,7 +35,8 @@ def expert(observations: np.ndarray) -> np.ndarray:
     """
     Push to the side to which the pole falls.
 
-    :param observations: of CartPole, shape ``(n_envs, 4)``: position and velocity of the cart, angle and angular velocity
+    :param observations: of CartPole, shape ``(n_envs, 4)``: position and velocity of the cart, angle of
+        the pole and its velocity
     :return: actions, shape ``(n_envs,)``
     """
     return (observations[:, 2] + 0.5 * observations[:, 3] > 0.0).astype(np.int64)
@@ -69,10 +71,10 @@ def clone(policy: ActorCriticPolicy, observations: th.Tensor, actions: th.Tensor
     """
     optimizer = th.optim.Adam(policy.parameters(), lr=1e-3)
     for _ in range(n_epochs):
-        for rows in th.randperm(len(actions)).split(256):
+        for rows in th.split(th.randperm(len(actions)), 256):
             _, log_prob, _ = policy.evaluate_actions(observations[rows], actions[rows])
             optimizer.zero_grad()
-            (-log_prob.mean()).backward()
+            (-log_prob.mean()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
@@ -127,7 +129,7 @@ def draw(curves: dict[str, list[list[float]]], path: str) -> None:
         mean = np.mean(of_seeds, axis=0)
         (line,) = axes.plot(steps, mean, label=name)
         axes.fill_between(steps, np.min(of_seeds, axis=0), np.max(of_seeds, axis=0), color=line.get_color(), alpha=0.2)
-    axes.axhline(np.mean([curve[0] for of_seeds in curves.values() for curve in of_seeds]), ls=":", color="grey")
+    axes.axhline(float(np.mean([curve[0] for of_seeds in curves.values() for curve in of_seeds])), ls=":", color="grey")
     axes.set(xlabel="time steps", ylabel="mean return of a rollout", title="Fine-tuning a clone on CartPole-v1")
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.zoo.entry import read_numbers
-from tests.algorithms import ALGORITHMS, PROXIMAL, SMALL_NET, assert_same_policy, parameters, small
+from tests.algorithms import ALGORITHMS, SMALL_NET, assert_same_policy, parameters, small
 from tests.contract.test_masks import Forbids
 from tests.custom import EveryStepBuffer, OverridesForward
 from tests.envs import BOX, IMAGE, scripted
@@ -39,30 +39,36 @@ class Remembers(th.nn.Module):
         return self.norm(x)
 
 
-@pytest.mark.parametrize("torch_compile", [False, True])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "form", "torch_compile"),
+    [
+        (DualClipPPO, "loss", True),
+        (DualClipPPO, "reward", False),
+        (AdaptiveKLPPO, "loss", False),
+        (TRPO, "loss", True),
+        (REINFORCE, "loss", True),
+        (REINFORCE, "reward", False),
+    ],
+)
 @pytest.mark.usefixtures("without_compiler")
-def test_it_is_frozen(algorithm: Any, torch_compile: bool) -> None:
+def test_it_is_frozen(algorithm: Any, form: str, torch_compile: bool) -> None:
     """Its parameters, its running statistics and its mode, whatever the model that learns does."""
     kwargs: dict[str, Any] = {"policy_kwargs": {"normalize_observations": True}, "torch_compile": torch_compile}
-    forms = ("loss", "reward") if algorithm in PROXIMAL else ("loss",)
-    for form in forms:
-        model = small(algorithm, "MlpPolicy", scripted(), reference_policy="initial", reference_kl=form, **kwargs)
-        begins_with = bits(model.policy)
-        model.learn(1)
-        policy = model.reference_policy.policy
-        assert bits(policy) == begins_with != bits(model.policy)
-        assert {name.split(".")[0] for name, of in bits(model.policy).items() if of != begins_with[name]} > {
-            "features_extractor"  # whose statistics have moved, too
-        }
-        assert not any(module.training for module in policy.modules())
-        assert not any(p.requires_grad or p.grad is not None for p in policy.parameters())
-        learnt = {id(p) for group in model.policy.optimizer.param_groups for p in group["params"]}
-        assert learnt.isdisjoint(map(id, policy.parameters()))
-        assert not policy.optimizer.state
-        model.learn(1)
-        assert bits(policy) == begins_with
-        assert model.reference_policy.policy is policy
+    model = small(algorithm, "MlpPolicy", scripted(), reference_policy="initial", reference_kl=form, **kwargs)
+    begins_with = bits(model.policy)
+    model.learn(1)
+    policy = model.reference_policy.policy
+    assert bits(policy) == begins_with
+    moved = {name.partition(".")[0] for name, of in bits(model.policy).items() if of != begins_with[name]}
+    assert moved >= {"features_extractor", "action_net"}  # the first has the running statistics
+    assert not any(module.training for module in policy.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in policy.parameters())
+    learnt = {id(p) for group in model.policy.optimizer.param_groups for p in group["params"]}
+    assert learnt.isdisjoint(map(id, policy.parameters()))
+    assert not policy.optimizer.state
+    model.learn(1)
+    assert bits(policy) == begins_with
+    assert model.reference_policy.policy is policy
 
 
 def test_statistics_of_layers_stand_still() -> None:
@@ -80,29 +86,27 @@ def test_statistics_of_layers_stand_still() -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_without_weight_it_changes_nothing(algorithm: Any, form: str) -> None:
     """And draws no random numbers."""
-    plain = small(algorithm, "MlpPolicy", scripted()).learn(64)
-    other = PPO("MlpPolicy", scripted(), seed=3, device="cpu")
-    for given in ("initial", other.policy):
-        model = small(algorithm, "MlpPolicy", scripted(), reference_policy=given, reference_kl_coef=0.0)
-        model.reference_kl = form
-        assert_same_policy(plain, model.learn(64))
+    plain = small(algorithm, "MlpPolicy", scripted(action_space=CHOICE)).learn(32)
+    for given in ("initial", policy_for(BOX, CHOICE, seed=3)):
+        kwargs: dict[str, Any] = {"reference_policy": given, "reference_kl_coef": 0.0, "reference_kl": form}
+        assert_same_policy(plain, small(algorithm, "MlpPolicy", scripted(action_space=CHOICE), **kwargs).learn(32))
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "form"),
-    [(DualClipPPO, "loss"), (DualClipPPO, "reward"), (AdaptiveKLPPO, "loss"), (TRPO, "loss"), (REINFORCE, "loss")],
-)
+@pytest.mark.parametrize("algorithm", [DualClipPPO, TRPO])
 @pytest.mark.usefixtures("without_compiler")
-def test_compiled_code_is_the_same(algorithm: Any, form: str) -> None:
-    given = small(algorithm, "MlpPolicy", scripted(action_space=CHOICE), seed=1).policy
-    kwargs: dict[str, Any] = {"reference_policy": given, "reference_kl": form, "reference_kl_coef": "lin_5.0"}
+def test_compiled_code_is_the_same(algorithm: Any) -> None:
+    given = policy_for(BOX, CHOICE)
+    with th.no_grad():
+        given.action_net.bias[0] = 1.0
+    kwargs: dict[str, Any] = {"reference_policy": given, "reference_kl": "loss", "reference_kl_coef": "lin_5.0"}
+    kwargs["learning_rate"] = 0.01
     eager, compiled = (
         small(algorithm, "MlpPolicy", scripted(action_space=CHOICE), torch_compile=how, **kwargs).learn(64)
         for how in (False, True)
     )
-    th.testing.assert_close(parameters(eager), parameters(compiled), atol=1e-5, rtol=1e-4)
-    free = small(algorithm, "MlpPolicy", scripted(action_space=CHOICE)).learn(64)
-    assert not th.allclose(free.policy.action_net.bias, eager.policy.action_net.bias, atol=1e-4)
+    th.testing.assert_close(parameters(eager), parameters(compiled), atol=1e-4, rtol=1e-3)
+    free = small(algorithm, "MlpPolicy", scripted(action_space=CHOICE), learning_rate=0.01).learn(64)
+    assert not th.allclose(free.policy.action_net.bias, eager.policy.action_net.bias, atol=5e-4)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -143,19 +147,18 @@ def test_a_path_is_the_policy_in_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("use_sde", [False, True])
 def test_one_that_explores_by_gsde_and_has_extractors_of_its_own(use_sde: bool) -> None:
-    given = PPO("MlpPolicy", scripted(), use_sde=use_sde, device="cpu", policy_kwargs={"share_features_extractor": False})
-    given.learn(1)
-    model = small(DualClipPPO, "MlpPolicy", scripted(), reference_policy=given.policy, use_sde=True).learn(64)
+    kwargs: dict[str, Any] = {"policy_kwargs": {"share_features_extractor": False}, "n_steps": 16, "batch_size": 16}
+    given = PPO("MlpPolicy", scripted(), use_sde=use_sde, device="cpu", **kwargs).learn(1)  # it has drawn actions
+    model = small(DualClipPPO, "MlpPolicy", scripted(), reference_policy=given.policy, use_sde=True).learn(32)
     assert model.logger.name_to_value["train/reference_kl"] > 0.0
 
 
 def test_the_model_may_have_a_memory() -> None:
     """The reference has none."""
     given = small(DualClipPPO, "MlpPolicy", scripted(), seed=1).policy
-    for algorithm in (DualClipPPO, REINFORCE):
-        for form in ("reward", "loss"):
-            model = small(algorithm, "MlpLstmPolicy", scripted(), reference_policy=given, reference_kl=form)
-            assert model.learn(64).logger.name_to_value["train/reference_kl"] > 0.0
+    for algorithm, form in ((DualClipPPO, "loss"), (REINFORCE, "reward")):
+        model = small(algorithm, "MlpLstmPolicy", scripted(), reference_policy=given, reference_kl=form)
+        assert model.learn(1).logger.name_to_value["train/reference_kl"] > 0.0
 
 
 class MyCategorical(CategoricalDistribution):
@@ -234,13 +237,16 @@ def test_a_policy_that_is_asked_by_its_own_methods() -> None:
     given = small(DualClipPPO, OverridesForward, scripted(**kwargs), seed=1).policy
     plain = small(DualClipPPO, "MlpPolicy", scripted(**kwargs), seed=1).policy
     of_both = [
-        small(DualClipPPO, "MlpPolicy", scripted(**kwargs), reference_policy=policy).learn(32) for policy in (given, plain)
+        small(DualClipPPO, "MlpPolicy", scripted(**kwargs), reference_policy=policy).learn(32)
+        for policy in (given, plain)
     ]
     th.testing.assert_close(parameters(of_both[0]), parameters(of_both[1]), atol=1e-6, rtol=1e-5)
     env: gym.Env[Any, Any] = Forbids()
     given = small(DualClipPPO, OverridesForward, Forbids()).policy
     model = small(DualClipPPO, "MlpPolicy", env, reference_policy=given)
-    with pytest.raises(ValueError, match=r"reference_policy=OverridesForward\(\.\.\.\) is not allowed where environments"):
+    with pytest.raises(
+        ValueError, match=r"reference_policy=OverridesForward\(\.\.\.\) is not allowed where environments"
+    ):
         model.learn(16)
 
 

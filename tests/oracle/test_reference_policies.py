@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.update.controllers import AdaptiveCoefficient
@@ -18,6 +18,7 @@ from sb3_ppo_ext.common.update.scores import add_up_gradients
 from sb3_ppo_ext.common.update.surrogate import Surrogate
 from tests.algorithms import ALGORITHMS, small
 from tests.envs import BOX, BOX_ACTIONS, scripted
+from tests.vectors import scripted_envs
 
 REWARDS = (1.0, 0.0, 0.5)
 ACTING = (0.5, 0.25, 0.25)
@@ -165,12 +166,12 @@ def test_what_is_logged(algorithm: Any, form: str) -> None:
 
 
 def test_only_steps_that_count_are_in_the_means() -> None:
-    """Of episodes of 3, 2 and 4 steps, two environments wait for each other."""
-    model = small(REINFORCE, "MlpPolicy", scripted(), episodes_per_env=2, reference_policy="initial").learn(1)
+    """With 3 + 2 steps one environment waits for the other, which has 2 + 4."""
+    env = DummyVecEnv(list(scripted_envs(2)))
+    model = small(REINFORCE, "MlpPolicy", env, episodes_per_env=2, reference_policy="initial").learn(1)
     buffer, n_counted = model.rollout_buffer, len(model.rollout_buffer.flat().returns)
-    assert n_counted < buffer.rewards.size
-    counts = buffer._counts.numpy()
-    expected = buffer.rewards.swapaxes(0, 1).flatten()[counts].mean()
+    assert n_counted == 11 < buffer.rewards.size == 12
+    expected = buffer.rewards.swapaxes(0, 1).flatten()[buffer._counts.numpy()].mean()
     assert model.logger.name_to_value["train/reward_mean"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -291,6 +292,14 @@ def test_the_gradient_of_the_loss_by_finite_differences() -> None:
             assert parameter.grad[i].item() == pytest.approx((values[0] - values[1]) / 2e-2, rel=2e-3, abs=1e-4)
 
 
+def large(algorithm: Any) -> dict[str, Any]:
+    """Arguments for updates of few steps, of many samples each, that go far."""
+    if algorithm is REINFORCE:
+        return {"episodes_per_env": 16, "baseline": "mean", "learning_rate": 0.05}
+    of_trpo = {"n_critic_updates": 1, "target_kl": 0.003}
+    return {"learning_rate": 0.02, "batch_size": 256, **(of_trpo if algorithm is TRPO else {"n_epochs": 4})}
+
+
 def kl_after(model: Any, steps: int) -> float:
     model.learn(steps)
     policy, given = model.policy, model.reference_policy.policy
@@ -301,9 +310,8 @@ def kl_after(model: Any, steps: int) -> float:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_with_a_large_coefficient_the_policy_stays_at_the_reference(algorithm: Any) -> None:
-    kwargs: dict[str, Any] = {"learning_rate": 0.02, "n_envs": 16, "reference_policy": "initial"}
-    kwargs |= {"reference_kl": "loss"}
-    free, bound = (with_reference(algorithm, reference_kl_coef=coef, **kwargs) for coef in (0.0, 1e3))
+    kwargs = {**large(algorithm), "reference_policy": "initial", "reference_kl": "loss"}
+    free, bound = (with_reference(algorithm, 16, reference_kl_coef=coef, **kwargs) for coef in (0.0, 1e3))
     assert kl_after(free, 16 * 16 * 8) > 0.02
     assert kl_after(bound, 16 * 16 * 8) < 0.002
 
@@ -320,20 +328,18 @@ def test_at_the_optimum_the_penalised_reward_is_the_same_for_all_actions() -> No
 
 @pytest.mark.parametrize(
     ("algorithm", "form"),
-    [(DualClipPPO, "reward"), (AdaptiveKLPPO, "loss"), (TRPO, "reward"), (TRPO, "loss"), (REINFORCE, "reward")]
-    + [(REINFORCE, "loss"), (DualClipPPO, "loss")],
+    [
+        (AdaptiveKLPPO, "loss"),
+        *((algorithm, form) for algorithm in (DualClipPPO, TRPO, REINFORCE) for form in ("reward", "loss")),
+    ],
 )
 def test_the_optimum_of_a_bandit_is_reached(algorithm: Any, form: str) -> None:
     """With the coefficient 0.5: (0.25 e^2, 0.25, 0.5 e) / 3.4564."""
-    sizes: dict[str, Any] = {"n_epochs": 4, "batch_size": 256} if algorithm in (DualClipPPO, AdaptiveKLPPO) else {}
-    if algorithm is REINFORCE:
-        sizes = {"episodes_per_env": 16, "baseline": "mean"}
-    else:
-        sizes["normalize_advantage"] = False  # so that the coefficient is in units of the reward
-    model = with_reference(
-        algorithm, n_envs=32, reference_kl_coef=0.5, reference_kl=form, learning_rate=0.01, **sizes
-    )
-    model.learn(32 * 16 * 40)
+    kwargs = large(algorithm)
+    if algorithm is not REINFORCE:
+        kwargs["normalize_advantage"] = False  # so that the coefficient is in units of the reward
+    model = with_reference(algorithm, 32, reference_kl_coef=0.5, reference_kl=form, **kwargs)
+    model.learn(32 * 16 * 30)
     with th.no_grad():
         (distribution,) = by_torch(model.policy, th.zeros(1, 4))
     np.testing.assert_allclose(distribution.probs[0], [0.53445, 0.07233, 0.39322], atol=0.05)

@@ -38,7 +38,7 @@ class FrozenPolicy:
     :param policy: to be copied; its class must be able to make it anew, as ``policy.save`` and ``policy.load`` do
     """
 
-    def __init__(self, policy: ActorCriticPolicy) -> None:
+    def __init__(self, policy: ActorCriticPolicy | MaskableActorCriticPolicy) -> None:
         self._make(type(policy), _arguments_of(policy), policy.state_dict())
 
     def _make(self, policy_class: Any, arguments: dict[str, Any], state: dict[str, th.Tensor]) -> None:
@@ -78,7 +78,7 @@ class FrozenPolicy:
         return th.cat([actor_critic.params(inputs.rows(rows)) for rows in of_chunks])
 
 
-def _arguments_of(policy: ActorCriticPolicy) -> dict[str, Any]:
+def _arguments_of(policy: ActorCriticPolicy | MaskableActorCriticPolicy) -> dict[str, Any]:
     arguments = {**policy._get_constructor_parameters(), "lr_schedule": ConstantSchedule(0.0)}
     if not getattr(policy, "share_features_extractor", True):  # which Stable-Baselines3 forgets
         arguments["share_features_extractor"] = False

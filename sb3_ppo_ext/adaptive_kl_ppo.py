@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+import os
+from typing import Any, ClassVar, Literal, cast
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer as SB3RolloutBuffer
@@ -55,6 +56,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         ``target_kl``
     :param recompute_advantages: whether each epoch but the first learns from advantages and returns that are computed
         anew, by the critic as it is then, see :class:`DualClipPPO`
+    :param reference_policy: a frozen policy to stay close to, see :class:`DualClipPPO`
+    :param reference_kl_coef: weight of the penalty on KL(pi || pi_ref), see :class:`DualClipPPO`
+    :param reference_kl: where that penalty is, "reward" or "loss", see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -99,6 +103,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
         recompute_advantages: bool = False,
+        reference_policy: ActorCriticPolicy | str | os.PathLike[str] | None = None,
+        reference_kl_coef: float | str | Schedule | dict[str, Any] = 0.1,
+        reference_kl: Literal["reward", "loss"] = "reward",
     ) -> None:
         super().__init__(
             policy,
@@ -128,6 +135,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             sequence_length=sequence_length,
             kl_adaptive_lr=kl_adaptive_lr,
             recompute_advantages=recompute_advantages,
+            reference_policy=reference_policy,
+            reference_kl_coef=reference_kl_coef,
+            reference_kl=reference_kl,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl

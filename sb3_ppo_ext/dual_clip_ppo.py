@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Literal
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -84,6 +85,15 @@ class DualClipPPO(ProximalAlgorithm):
         anew, by the critic as it is then (Andrychowicz et al. 2021, arXiv 2006.05990)
     :param rollback: whether an update that ``target_kl`` ends also undoes the steps of the epoch in which it ends:
         parameters, buffers and the optimiser's moments are what they were before that epoch
+    :param reference_policy: a frozen policy to stay close to, by a penalty on KL(pi || pi_ref): a policy, which is
+        copied; the path of a saved model; or "initial", the policy with which the model begins to learn. It is saved
+        inside of the model. None: there is none
+    :param reference_kl_coef: weight of that penalty; a number, a schedule, or a dict with the KL that it is to keep to,
+        ``{"target_kl": 0.05}``, and what is to be otherwise than ``{"coef": 0.1, "tolerance": 1.5, "factor": 2.0,
+        "minimum": 1e-4, "maximum": 1e4}``: after each update ``coef`` is multiplied by ``factor`` if the KL was above
+        ``target_kl * tolerance``, and divided by it if below ``target_kl / tolerance``
+    :param reference_kl: where the penalty is: "reward", ``coef * (log pi(a|s) - log pi_ref(a|s))`` is taken off the
+        reward of each step; "loss", ``coef`` times the exact KL is added to the loss
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -123,6 +133,9 @@ class DualClipPPO(ProximalAlgorithm):
         kl_adaptive_lr: dict[str, Any] | None = None,
         recompute_advantages: bool = False,
         rollback: bool = False,
+        reference_policy: ActorCriticPolicy | str | os.PathLike[str] | None = None,
+        reference_kl_coef: float | str | Schedule | dict[str, Any] = 0.1,
+        reference_kl: Literal["reward", "loss"] = "reward",
     ) -> None:
         super().__init__(
             policy,
@@ -152,6 +165,9 @@ class DualClipPPO(ProximalAlgorithm):
             sequence_length=sequence_length,
             kl_adaptive_lr=kl_adaptive_lr,
             recompute_advantages=recompute_advantages,
+            reference_policy=reference_policy,
+            reference_kl_coef=reference_kl_coef,
+            reference_kl=reference_kl,
         )
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high

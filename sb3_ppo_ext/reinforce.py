@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -16,10 +17,9 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_ext import losses
-from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.processes import n_processes
+from sb3_ppo_ext.common.regularized import RegularizedAlgorithm
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.episode_buffer import DictEpisodeBuffer, EpisodeBuffer, EpisodeIndex
@@ -28,7 +28,7 @@ from sb3_ppo_ext.common.rollout.vec_envs import time_limit
 from sb3_ppo_ext.common.update.all_episodes import AllEpisodes
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.update.reduce import average, concatenated
-from sb3_ppo_ext.common.update.scores import score_statistics
+from sb3_ppo_ext.common.update.scores import add_up_gradients, score_statistics
 from sb3_ppo_ext.common.update.step import clip_and_step, gradients_of, reached, use_fused_adam
 from sb3_ppo_ext.common.validation import check_bool, check_int, check_one_of, check_real
 from sb3_ppo_ext.losses import baselines
@@ -41,7 +41,7 @@ _FIRST_BUFFER_SIZE = 256  # it grows with the episodes
 _MIN_EPISODE_LIMIT = 10_000
 
 
-class REINFORCE(OnPolicyAlgorithm):
+class REINFORCE(RegularizedAlgorithm):
     """
     Monte-Carlo policy gradient, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement
     Learning", Williams 1992, sections 4 and 5::
@@ -110,6 +110,9 @@ class REINFORCE(OnPolicyAlgorithm):
         policy that overrides none of SB3's methods
     :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
         ``batch_size``. None: its largest divisor up to 16
+    :param reference_policy: a frozen policy to stay close to, see :class:`DualClipPPO`
+    :param reference_kl_coef: weight of the penalty on KL(pi || pi_ref), see :class:`DualClipPPO`
+    :param reference_kl: where that penalty is, "reward" or "loss", see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another, and for an episode that never ends
     """
 
@@ -144,6 +147,9 @@ class REINFORCE(OnPolicyAlgorithm):
         max_episode_steps: int | None = None,
         torch_compile: bool = False,
         sequence_length: int | None = None,
+        reference_policy: ActorCriticPolicy | str | os.PathLike[str] | None = None,
+        reference_kl_coef: float | str | Schedule | dict[str, Any] = 0.1,
+        reference_kl: Literal["reward", "loss"] = "reward",
     ) -> None:
         super().__init__(
             policy,
@@ -165,6 +171,9 @@ class REINFORCE(OnPolicyAlgorithm):
             device=device,
             _init_setup_model=False,
             supported_action_spaces=ACTION_SPACES,
+            reference_policy=reference_policy,
+            reference_kl_coef=reference_kl_coef,
+            reference_kl=reference_kl,
         )
         self.episodes_per_env = episodes_per_env
         self.normalize_advantage = normalize_advantage
@@ -299,6 +308,7 @@ class REINFORCE(OnPolicyAlgorithm):
             update_statistics(actor_critic, rollout.inputs, self.batch_size, self._reducer)
         else:
             warnings.warn("REINFORCE left the policy as it was in this update: not a finite gradient", stacklevel=2)
+        self._follow_reference()
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if hasattr(self.policy, "log_std"):
@@ -347,30 +357,20 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples, weights: th.Tensor) -> bool:
         """
-        One gradient step of the actor. The graph of one chunk lives at a time; their gradients add up.
+        One gradient step of the actor.
 
         :return: whether the gradient was finite; if it was not, nothing has changed
         """
-        policy_loss = th.zeros((), device=weights.device)
-        entropy_sum = th.zeros((), device=weights.device)
-        ent_coef = self._current_value(self.ent_coef)
         self.policy.optimizer.zero_grad()
-        weighted, n_samples = rollout._replace(advantages=weights), 0
-        for rows in self._chunks(len(weights), rollout.length):
-            samples = weighted.rows(rows)
-            log_prob, entropy, _ = actor_critic.evaluate_actor(samples.inputs, samples.actions)
-            chunk_loss = losses.reinforce_loss(log_prob, samples.advantages).sum()
-            log_prob = samples.counted(log_prob)
-            # Estimated by the actions, if there is no formula. The gradient of the estimate has the mean 0; with their
-            # scores it has not.
-            entropies = -log_prob.detach() if entropy is None else samples.counted(entropy)
-            entropy_loss = losses.reinforce_loss(log_prob, entropies).sum() if entropy is None else -entropies.sum()
-            ((chunk_loss + ent_coef * entropy_loss) / self._n_episodes).backward()  # type: ignore[no-untyped-call]
-            policy_loss += chunk_loss.detach()
-            entropy_sum += entropies.detach().sum()
-            n_samples += len(entropies)
+        totals = add_up_gradients(
+            actor_critic,
+            rollout._replace(advantages=weights),
+            self._n_episodes,
+            ent_coef=self._current_value(self.ent_coef),
+            reference_kl_coef=self._reference_coefficients().get("reference_kl_coef", 0.0),
+            chunks=self._chunks,
+        )
         parameters = list(self.policy.parameters())
-        totals = th.stack((policy_loss, entropy_sum, entropy_sum.new_tensor(n_samples)))
         average(self._reducer, *gradients_of(parameters), totals)
         grad_norm = clip_and_step(self.policy.optimizer, parameters, max_grad_norm=self.max_grad_norm).item()
         self.logger.record("train/policy_gradient_loss", totals[0].item() / self._n_episodes)

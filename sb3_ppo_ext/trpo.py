@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch as th
 from gymnasium import spaces
@@ -15,12 +16,12 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 from torch import nn
 
-from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.policy_programs import CompiledFisherVectorProduct
 from sb3_ppo_ext.common.compile.support import cache_key
 from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.distributions import Family
 from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.regularized import RegularizedAlgorithm
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, size_to_pad_to, values_and_returns
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
@@ -33,18 +34,14 @@ from sb3_ppo_ext.common.update.reduce import averaged
 from sb3_ppo_ext.common.update.samplers import normalized_over_processes
 from sb3_ppo_ext.common.update.surrogate import PolicyStep, Surrogate
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
-from sb3_ppo_ext.numerics import (
-    backtracking_line_search,
-    conjugate_gradient,
-    unflatten_like,
-)
+from sb3_ppo_ext.numerics import backtracking_line_search, conjugate_gradient, unflatten_like
 
 CG_DAMPING_PER_DIMENSION = 0.1
 
 _OF_CONTRIB = "sb3_contrib.TRPO"
 
 
-class TRPO(OnPolicyAlgorithm):
+class TRPO(RegularizedAlgorithm):
     """
     Trust region policy optimisation, Schulman et al. 2015, arXiv 1502.05477, section 6 and appendix C.
 
@@ -103,6 +100,9 @@ class TRPO(OnPolicyAlgorithm):
     :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
         ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
     :param fvp_subsampling: the old name of ``sub_sampling_factor``
+    :param reference_policy: a frozen policy to stay close to, see :class:`DualClipPPO`
+    :param reference_kl_coef: weight of the penalty on KL(pi || pi_ref), see :class:`DualClipPPO`
+    :param reference_kl: where that penalty is, "reward" or "loss", see :class:`DualClipPPO`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -145,6 +145,9 @@ class TRPO(OnPolicyAlgorithm):
         torch_compile: bool = False,
         sequence_length: int | None = None,
         fvp_subsampling: int | None = None,
+        reference_policy: ActorCriticPolicy | str | os.PathLike[str] | None = None,
+        reference_kl_coef: float | str | Schedule | dict[str, Any] = 0.1,
+        reference_kl: Literal["reward", "loss"] = "reward",
     ) -> None:
         if fvp_subsampling is not None:
             if sub_sampling_factor != 1:
@@ -176,6 +179,9 @@ class TRPO(OnPolicyAlgorithm):
             device=device,
             _init_setup_model=False,
             supported_action_spaces=ACTION_SPACES,
+            reference_policy=reference_policy,
+            reference_kl_coef=reference_kl_coef,
+            reference_kl=reference_kl,
         )
         self.batch_size = batch_size
         self.cg_max_steps = cg_max_steps
@@ -270,6 +276,7 @@ class TRPO(OnPolicyAlgorithm):
             parameter.grad = gradient  # of the loss, for whoever logs it; the next update does not read it
         self._n_updates += 1
         self._log_update(step)
+        self._follow_reference()
 
     def _policy_step(self, actor_critic: ActorCritic, rollout: RolloutSamples) -> tuple[PolicyStep, list[nn.Parameter]]:
         """
@@ -284,6 +291,7 @@ class TRPO(OnPolicyAlgorithm):
             cast(Family, actor_critic.family),
             rollout,
             ent_coef=self._current_value(self.ent_coef),
+            reference_kl_coef=self._reference_coefficients().get("reference_kl_coef", 0.0),
             chunks=self._chunks,
             reducer=self._reducer,
         )

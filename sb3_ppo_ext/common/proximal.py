@@ -13,10 +13,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 
-from sb3_ppo_ext.common.algorithm import OnPolicyAlgorithm
 from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES, policy_name
 from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.regularized import RegularizedAlgorithm
 from sb3_ppo_ext.common.rollout.adapters import has_memory
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, size_to_pad_to, values_and_returns
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
@@ -33,15 +33,15 @@ from sb3_ppo_ext.common.update.step import MinibatchStep, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
 
-class ProximalAlgorithm(OnPolicyAlgorithm):
+class ProximalAlgorithm(RegularizedAlgorithm):
     """
     Epochs of minibatches over one rollout, minimising
     ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``.
 
     A child gives its :meth:`policy_loss`, and the numbers in it by :meth:`coefficients`; it may limit an update
     (:meth:`_kl_limit`) and act after it (:meth:`_after_update`). The arguments are those of
-    :class:`stable_baselines3.PPO`, with its defaults; the constructor of a child ends with :meth:`_setup_new_model`,
-    unless ``_init_setup_model`` is false.
+    :class:`stable_baselines3.PPO`, with its defaults, and those of :class:`RegularizedAlgorithm`; the constructor of
+    a child ends with :meth:`_setup_new_model`, unless ``_init_setup_model`` is false.
     """
 
     _loads_files_of: ClassVar[tuple[str, ...]] = (
@@ -84,6 +84,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
         recompute_advantages: bool = False,
+        **reference: Any,
     ) -> None:
         super().__init__(
             policy,
@@ -107,6 +108,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             seed=seed,
             _init_setup_model=False,
             supported_action_spaces=ACTION_SPACES,
+            **reference,
         )
         self.batch_size = batch_size
         self.n_epochs = n_epochs
@@ -205,7 +207,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         other names, it is another step. To let ``vf_coef`` and ``max_grad_norm`` follow a schedule, a child gives them
         here too.
         """
-        numbers = {"ent_coef": self._current_value(self.ent_coef)}
+        numbers = {"ent_coef": self._current_value(self.ent_coef), **self._reference_coefficients()}
         if self.clip_range_vf is not None:
             numbers["clip_range_vf"] = self._current_value(self.clip_range_vf)
         return numbers
@@ -304,6 +306,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if stopped_at is not None:
             series["grad_norm"].pop()  # of a step that was not made
         self._log_update(series, numbers, stopped_at)
+        self._follow_reference()
         self._after_update()
         if getattr(self.policy, "normalize_observations", False):
             update_normalization(self.policy, observations_of(self.rollout_buffer), self._reducer)

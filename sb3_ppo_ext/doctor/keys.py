@@ -39,6 +39,14 @@ MEANINGS = {
     "train/clip_range_high": "How far the ratio may go above 1 before its gradient is cut, now.",
     "train/clip_range_vf": "How far a value may move in an update before its gradient is cut, now.",
     "train/dual_clip": "The ratio at which the second clip of DualClipPPO cuts samples with a negative advantage, now.",
+    "train/reference_kl": "The exact KL divergence of the policy that acted from the reference policy, of "
+    "the whole action, averaged over the rollout. 0 is the reference itself.",
+    "train/reference_kl_coef": "The weight of the penalty on the KL divergence from the reference policy, in the last "
+    "update.",
+    "train/reward_mean": "With a reference policy: the mean reward of a step of the rollout, as the algorithm gets it "
+    "from the environments.",
+    "train/penalized_reward_mean": "With a reference policy: the mean reward of a step less the mean penalty on the KL "
+    "divergence from the reference.",
     "train/entropy_loss": "Minus the mean entropy of the policy: how random its actions are. It rises towards 0 as a "
     "policy with discrete actions becomes sure; with Box actions it may pass 0.",
     "train/ent_coef": "The weight of the entropy in the loss, now.",

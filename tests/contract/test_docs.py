@@ -96,7 +96,7 @@ def test_the_page_about_logs_explains_every_key() -> None:
         (DualClipPPO, {**both, "clip_range_high": 0.2, "target_kl": 1e-9}),
         (AdaptiveKLPPO, {**both, "kl_adaptive_lr": {}}),
         (TRPO, {}),
-        (REINFORCE, {}),
+        (REINFORCE, {"reference_policy": "initial"}),
     ]
     evaluation = EvalCallback(make_vec_env(Succeeds), n_eval_episodes=1, eval_freq=40, verbose=0)
     for algorithm, arguments in trainings:

@@ -94,6 +94,7 @@ FLOORS: list[set[str]] = [
     {"construction", "recurrent_policies", "processes"},
     {"model"},
     {"algorithm"},
+    {"regularized"},
     {"proximal"},
 ]
 # Where the modules were that older files and configurations name.

@@ -134,6 +134,11 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     ),
     "rollback": BOOL,
     "recompute_advantages": BOOL,
+    "reference_policy": st.sampled_from([None, "initial"]),
+    "reference_kl_coef": st.one_of(
+        number(0, 2), schedule(0, 1), st.fixed_dictionaries({"target_kl": mostly(number(0.001, 0.5))})
+    ),
+    "reference_kl": st.sampled_from(["reward", "loss"]),
     "sequence_length": st.sampled_from([None, 1, 2, 4]),
 }
 LEFT = {"self", "env", "_init_setup_model", "fvp_subsampling"}  # the last is an old name of another

@@ -68,7 +68,11 @@ ADAPTING = {
     "rollback": True,
     "policy_kwargs": {"layer_norm": True},
 }
-MORE: dict[str, tuple[type[Any], dict[str, Any]]] = {"DualClipPPO, adapting": (DualClipPPO, ADAPTING)}
+REFERENCE = {"reference_policy": "initial", "reference_kl_coef": {"target_kl": 1e-3}}
+MORE: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "DualClipPPO, adapting": (DualClipPPO, ADAPTING),
+    "DualClipPPO, reference": (DualClipPPO, {**PROXIMAL, **REFERENCE}),
+}
 CASES = [*((name, use_sde) for name in ALGORITHMS for use_sde in (False, True)), *((name, False) for name in MORE)]
 
 
@@ -104,6 +108,7 @@ def outcome(model: BaseAlgorithm) -> dict[str, Any]:
         "weights": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict(),
         "kl_coef": getattr(model, "kl_coef", None),
+        "reference_kl_coef": model.reference_kl_coef,
         "learning_rate": model.lr_schedule(0.5),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,

@@ -49,6 +49,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
     counts: np.ndarray | None
     final_observations: Any  # those that the final values are of, as FinalValues; None in a rollout of other origin
     sequence_length: int = 1
+    penalties: Any = None  # taken off the rewards where targets are computed, shape ``(n_steps, n_envs)``
+    reference_params: th.Tensor | None = None  # of a reference policy, in the order of :meth:`flat_inputs`
 
     def reset(self) -> None:
         super().reset()
@@ -70,8 +72,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
     def terminated(self) -> np.ndarray:
         """Whether the step ended an episode, other than by a time limit; shape ``(n_steps, n_envs)``."""
         ends: np.ndarray = np.concatenate((self.episode_starts[1:] != 0.0, self._last_dones[None]))
-        terminated: np.ndarray = ends & ~self.truncated
-        return terminated
+        return np.asarray(ends & ~self.truncated)
 
     def forget_flat(self) -> None:
         """Let go of what was made of the arrays, as they may have changed."""
@@ -185,7 +186,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
             )
         self.last_values = last_values.cpu().numpy().flatten()
         self._last_dones = np.asarray(dones, dtype=bool)
-        arrays = (self.rewards, self.values, self.last_values, self.terminated, self.truncated, self.final_values)
+        rewards = self.rewards if self.penalties is None else self.rewards - self.penalties
+        arrays = (rewards, self.values, self.last_values, self.terminated, self.truncated, self.final_values)
         # Copies, as torch refuses some arrays that a callback may have put there (read-only ones, reversed ones).
         *transitions, final_values = (th.from_numpy(np.array(array)) for array in arrays)
         advantages = generalized_advantages(
@@ -208,8 +210,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
                 inputs = inputs._replace(mask=self._flat_of("action_masks"))
             if self.states is not None:
                 self._check_states(self.states)
-                starts = self._flat_of("episode_starts").flatten()
-                inputs = inputs._replace(state=self._flat_of("states"), starts=starts)
+                inputs = inputs._replace(
+                    state=self._flat_of("states"), starts=self._flat_of("episode_starts").flatten()
+                )
             actions = self._flat_of("actions").float()  # as SB3: MultiBinary's int8 could not be trained on
             self._flat_inputs = inputs, actions
         return self._flat_inputs
@@ -236,9 +239,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
             return th.as_tensor(stored[: self.pos], device=self.device).flatten(0, 1)
 
         mask = None if self.action_masks is None else step_by_step(self.stored("action_masks"))
-        return PolicyInput(step_by_step(self.stored("observations")), mask), step_by_step(
-            self.stored("actions")
-        ).float()
+        actions = step_by_step(self.stored("actions")).float()
+        return PolicyInput(step_by_step(self.stored("observations")), mask), actions
 
     def flat(self) -> RolloutSamples:
         """
@@ -269,6 +271,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
             inputs.mask,
             inputs.state,
             inputs.starts,
+            reference_params=self.reference_params,
         )
 
     def stored(self, name: str) -> Any:
@@ -281,9 +284,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def _flat_of(self, name: str) -> Any:
         stored = self.stored(name)
-        if isinstance(stored, dict):
-            return {key: self._to_flat(part) for key, part in stored.items()}
-        return self._to_flat(stored)
+        is_dict = isinstance(stored, dict)
+        return {key: self._to_flat(part) for key, part in stored.items()} if is_dict else self._to_flat(stored)
 
     def _to_flat(self, array: np.ndarray) -> th.Tensor:
         return self.to_torch(self.swap_and_flatten(array), copy=False)

@@ -86,6 +86,8 @@ class RolloutSamples(NamedTuple):
     :param episode_starts: 1 where a sample is the first of its episode, else 0, shape ``(batch,)``; None: the policy
         has no memory
     :param mask: which samples count, bool, shape ``(batch,)``; None: all. The others fill a minibatch up to its size
+    :param reference_params: parameters of the reference policy's distributions, shape ``(batch, n_params)``; None:
+        there is no such policy
     """
 
     observations: PyTorchObs
@@ -99,6 +101,7 @@ class RolloutSamples(NamedTuple):
     states: th.Tensor | None = None
     episode_starts: th.Tensor | None = None
     mask: th.Tensor | None = None
+    reference_params: th.Tensor | None = None
 
     @property
     def length(self) -> int:

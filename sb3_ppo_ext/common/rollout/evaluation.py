@@ -42,6 +42,16 @@ class Evaluation(NamedTuple):
             )
         return self.family.kl(old_params, self.params)
 
+    def kl_to(self, reference_params: th.Tensor | None) -> th.Tensor:
+        """
+        Exact KL(present || reference) of the whole action, in nats, shape ``(batch,)``.
+
+        :param reference_params: parameters of a reference policy's distributions, shape ``(batch, n_params)``
+        """
+        assert self.family is not None
+        assert reference_params is not None
+        return self.family.kl(self.params, reference_params)
+
 
 class ActorEvaluation(NamedTuple):
     """

@@ -140,9 +140,10 @@ class TensorRolloutBuffer(RolloutBuffer):
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: Any) -> None:
         tensors = self.tensors
         tensors["last_values"] = last_values.flatten()
+        rewards = tensors["rewards"] if self.penalties is None else tensors["rewards"] - self.penalties
         self._last_dones = th.as_tensor(dones, dtype=th.bool, device=self.device)
         advantages = generalized_advantages(
-            tensors["rewards"],
+            rewards,
             tensors["values"],
             tensors["last_values"],
             self._terminated(),

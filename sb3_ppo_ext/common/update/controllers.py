@@ -71,11 +71,10 @@ class KLAdaptiveRate:
         :param given: a dict of what is to be otherwise than by default
         :raises ArgumentError: if it is none, or something in it is not allowed
         """
-        known = [field.name for field in fields(cls)]
         if not isinstance(given, dict):
-            raise ArgumentError(f"{name}={given!r} is not allowed: it must be None, or a dict of {', '.join(known)}")
-        for key in given:
-            check_one_of(f"a key of {name}", key, known)
+            known = ", ".join(field.name for field in fields(cls))
+            raise ArgumentError(f"{name}={given!r} is not allowed: it must be None, or a dict of {known}")
+        _check_keys(cls, name, given)
         rate = cls(**given)
         if rate.target_kl is not None:
             check_real(f"{name}['target_kl']", rate.target_kl, above=0.0)
@@ -102,3 +101,64 @@ class KLAdaptiveRate:
             minimum=self.minimum,
             maximum=self.maximum,
         )
+
+
+@dataclass(frozen=True)
+class AdaptiveCoefficient:
+    """
+    The weight of a penalty on the KL divergence from a reference policy, which grows while that is above a target and
+    falls while it is below; Ziegler et al. 2019, arXiv 1909.08593, section 2.2, by the rule of :func:`adapted_by_kl`.
+
+    :param target_kl: the mean KL(policy || reference) of the whole action that is aimed at
+    :param coef: the present weight
+    :param tolerance: how far the KL may be from the target, as a factor, before the weight changes
+    :param factor: by which it changes; 1 holds it fixed
+    :param minimum: lower bound of the weight
+    :param maximum: upper bound of the weight
+    """
+
+    target_kl: float
+    coef: float = 0.1
+    tolerance: float = 1.5
+    factor: float = 2.0
+    minimum: float = 1e-4
+    maximum: float = 1e4
+
+    @classmethod
+    def checked(cls, name: str, given: dict[str, Any]) -> AdaptiveCoefficient:
+        """
+        :param name: of the argument
+        :param given: the target, and what is to be otherwise than by default
+        :raises ArgumentError: if there is no target, or something is not allowed
+        """
+        _check_keys(cls, name, given)
+        if "target_kl" not in given:
+            raise ArgumentError(f"{name}={given!r} is not allowed: a dict must have a target_kl")
+        result = cls(**given)
+        check_real(f"{name}['target_kl']", result.target_kl, above=0.0)
+        check_real(f"{name}['tolerance']", result.tolerance, at_least=1.0)
+        check_real(f"{name}['factor']", result.factor, at_least=1.0)
+        check_real(f"{name}['minimum']", result.minimum, at_least=0.0)
+        check_real(f"{name}['maximum']", result.maximum, at_least=result.minimum)
+        check_real(f"{name}['coef']", result.coef, at_least=result.minimum, at_most=result.maximum)
+        return result
+
+    def after(self, kl: float) -> float:
+        """
+        :param kl: that was measured with the present weight
+        :return: the weight from now on
+        """
+        return adapted_by_kl(
+            self.coef,
+            kl,
+            target_kl=self.target_kl,
+            tolerance=self.tolerance,
+            factor=self.factor,
+            minimum=self.minimum,
+            maximum=self.maximum,
+        )
+
+
+def _check_keys(cls: type[Any], name: str, given: dict[str, Any]) -> None:
+    for key in given:
+        check_one_of(f"a key of {name}", key, [field.name for field in fields(cls)])

@@ -50,7 +50,7 @@ class ActorCriticLoss:
     ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``, of a minibatch.
 
     The coefficients are ``ent_coef``, ``vf_coef``, ``clip_range_vf`` if the values are clipped, and those of the policy
-    loss.
+    loss. With ``reference_kl_coef`` among them, so many times ``KL(pi || pi_ref)`` of a reference policy is added.
 
     :param policy_loss: the algorithm's own part
     :param normalize_advantage: whether to normalise the advantages of each minibatch
@@ -75,6 +75,9 @@ class ActorCriticLoss:
         loss = policy_loss + coefficients["vf_coef"] * value_loss
         if not isinstance(coefficients["ent_coef"], float) or coefficients["ent_coef"] != 0.0:
             loss = loss + coefficients["ent_coef"] * entropy_loss  # without a weight, it need not be differentiated
+        if "reference_kl_coef" in coefficients:
+            kl = samples.mean(evaluation.kl_to(samples.reference_params))
+            loss = loss + coefficients["reference_kl_coef"] * kl
         if self.measures_kl:
             statistics["minibatch_kl"] = samples.mean(evaluation.kl_from(samples.old_params)).detach()
         statistics["policy_gradient_loss"] = policy_loss.detach()

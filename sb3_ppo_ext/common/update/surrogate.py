@@ -51,13 +51,14 @@ class PolicyStep(NamedTuple):
 @dataclass(frozen=True)
 class Surrogate:
     """
-    The mean of ``r A`` over a rollout, and of the entropy if it has a weight, by the present parameters. The graph of
-    one chunk lives at a time.
+    The mean of ``r A`` over a rollout, and of the entropy and the KL divergence from a reference policy if these have
+    weights, by the present parameters. The graph of one chunk lives at a time.
 
     :param actor_critic: the present policy
     :param family: the formulas of its distributions
     :param rollout: all samples
     :param ent_coef: weight of the entropy
+    :param reference_kl_coef: weight of ``KL(pi || pi_ref)``, which is taken off
     :param chunks: cuts so many samples, in sequences of such a length, into ranges
     :param reducer: of what each process has computed
     """
@@ -66,6 +67,7 @@ class Surrogate:
     family: Family
     rollout: RolloutSamples
     ent_coef: float
+    reference_kl_coef: float
     chunks: Callable[[int, int], Iterator[slice]]
     reducer: Reducer
 
@@ -117,4 +119,7 @@ class Surrogate:
             if entropy is None:  # -E_old[r log pi], as the actions are the old policy's
                 entropy = losses.surrogate_loss(log_prob, old_log_prob, log_prob).loss
             objective = objective + self.ent_coef * entropy
+        if self.reference_kl_coef != 0.0:
+            assert samples.reference_params is not None
+            objective = objective - self.reference_kl_coef * self.family.kl(actor.params, samples.reference_params)
         return objective

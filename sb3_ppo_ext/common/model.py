@@ -237,13 +237,13 @@ class Model(SB3OnPolicyAlgorithm):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        return SB3OnPolicyAlgorithm._wrap_env(as_learnable(env), verbose, monitor_wrapper)
+        return SB3OnPolicyAlgorithm._wrap_env(as_learnable(maybe_make_env(env, verbose)), verbose, monitor_wrapper)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
         As SB3: put another training environment in place of the present one.
 
-        :param env: an environment, or a vector of them
+        :param env: an environment, its id, or a vector of them
         :param force_reset: whether ``learn`` resets it first
         :raises ValueError: for what is neither
         """
@@ -292,7 +292,7 @@ class Model(SB3OnPolicyAlgorithm):
         sb3-contrib's ``TRPO`` by ``TRPO``.
 
         :param path: of the file, ``.zip`` may be left out; or an open file
-        :param env: to train on in; None if it is to be watched only
+        :param env: to train on in, or its id; None if it is to be watched only
         :param device: "cpu", "cuda" or "auto"
         :param custom_objects: attributes to put in place of those in the file, by name
         :param print_system_info: whether to print on what the model was saved, and what this is

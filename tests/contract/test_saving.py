@@ -87,6 +87,18 @@ def test_a_model_is_loaded_without_an_environment(algorithm: Any, tmp_path: Path
     loaded.learn(ROLLOUT)
 
 
+def test_the_id_of_an_environment_is_one_everywhere(tmp_path: Path) -> None:
+    """Stable-Baselines3 takes an id in the constructor alone."""
+    small(DualClipPPO, "MlpPolicy", "CartPole-v1").save(tmp_path / "model")
+    loaded = DualClipPPO.load(tmp_path / "model", env="CartPole-v1", device="cpu")
+    first = loaded.get_env()
+    assert loaded.learn(ROLLOUT).num_timesteps == ROLLOUT
+    loaded.set_env("CartPole-v1")
+    assert loaded.get_env() is not first
+    with pytest.raises(ValueError, match="spaces do not match"):
+        DualClipPPO.load(tmp_path / "model", env="Pendulum-v1", device="cpu")
+
+
 def test_a_file_of_sb3(tmp_path: Path) -> None:
     """SB3's PPO is an algorithm of this package with other defaults, so its files are read."""
     theirs = PPO("MlpPolicy", scripted(), n_steps=ROLLOUT, batch_size=8, clip_range=0.3, device="cpu").learn(

@@ -218,6 +218,24 @@ def test_the_command_takes_models_of_adaptive_kl_ppo_and_of_sb3(command: Command
     assert "Drawn:\n  update.png\n" in command("plots", "sb3.zip", "--env", "CartPole-v1")
 
 
+def test_the_command_updates_with_the_schedules_where_they_were(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    train = DualClipPPO.train
+
+    def noted(self: DualClipPPO) -> None:
+        train(self)
+        rates.append(self.policy.optimizer.param_groups[0]["lr"])
+
+    model = small(DualClipPPO, "MlpPolicy", "CartPole-v1", learning_rate="lin_1e-3")
+    model.learn(64, callback=lambda values, _: values["self"].num_timesteps < 40)  # 1.0, 0.75, then 0.5 is the last
+    model.save("halfway.zip")
+    monkeypatch.setattr(DualClipPPO, "train", noted)
+    command("plots", "halfway.zip", "--env", "CartPole-v1")
+    assert rates == pytest.approx([0.5e-3])
+
+
 def test_what_the_command_cannot_do_is_said_in_one_line(command: Command) -> None:
     small(TRPO, "MlpPolicy", "CartPole-v1").save("trpo.zip")
     model = small(DualClipPPO, "MlpPolicy", "CartPole-v1", learning_rate="lin_1e-3").learn(16)

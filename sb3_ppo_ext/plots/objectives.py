@@ -11,6 +11,7 @@ import numpy as np
 import torch as th
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.errors import ArgumentError
@@ -136,6 +137,7 @@ def surrogate_figure(
     panels[0, 1].set(ylim=(-2.6, 2.6), yticks=(-2, -1, 0, 1, 2))
     for panel in panels[-1]:
         panel.set_xlabel("ratio r")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2)
     return figure
@@ -245,6 +247,7 @@ def cases_figure(
                 )
         panel.set_title(f"A {'>' if advantage > 0.0 else '<'} 0", fontweight="bold")
         panel.set(xlabel="ratio r", xlim=(0.0, last))
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         words.set_axis_off()
         for line, case in enumerate(cases):
             color = VERMILLION if case.gradient == 0.0 else BLUE

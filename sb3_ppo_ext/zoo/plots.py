@@ -85,10 +85,8 @@ def _normalized(venv: VecEnv, path: Path, env_id: str) -> VecEnv:
 
 
 def _update_once(model: Any) -> None:
-    """What ``learn`` does in one rollout, with the schedules where they were when the model was saved."""
-    progress = model._current_progress_remaining
+    """One rollout and its update, as ``learn`` makes them, but with the schedules where they were in the file."""
     _, callback = model._setup_learn(model.n_steps * model.n_envs)
     callback.on_training_start({}, {})
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
-    model._current_progress_remaining = progress
     model.train()

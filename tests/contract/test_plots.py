@@ -17,9 +17,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DoctorCallback, DualClipPPO, plots
+from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DoctorCallback, DualClipPPO, plots, save_checkpoint
 from tests.algorithms import assert_same_policy, small
 from tests.contract.zoo import Command, error_line
 
@@ -216,6 +217,48 @@ def test_the_command_takes_models_of_adaptive_kl_ppo_and_of_sb3(command: Command
     assert "still learn: 16 (100.0 %)\n" in command("plots", "adaptive.zip", "--env", "CartPole-v1")
     PPO("MlpPolicy", "CartPole-v1", n_steps=16, batch_size=8, device="cpu").save("sb3.zip")
     assert "Drawn:\n  update.png\n" in command("plots", "sb3.zip", "--env", "CartPole-v1")
+
+
+def test_the_command_updates_with_the_schedules_where_they_were(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    train = DualClipPPO.train
+
+    def noted(self: DualClipPPO) -> None:
+        train(self)
+        rates.append(self.policy.optimizer.param_groups[0]["lr"])
+
+    model = small(DualClipPPO, "MlpPolicy", "CartPole-v1", learning_rate="lin_1e-3")
+    model.learn(64, callback=lambda values, _: values["self"].num_timesteps < 40)  # 1.0, 0.75, then 0.5 is the last
+    model.save("halfway.zip")
+    monkeypatch.setattr(DualClipPPO, "train", noted)
+    command("plots", "halfway.zip", "--env", "CartPole-v1")
+    assert rates == pytest.approx([0.5e-3])
+
+
+def test_the_command_normalises_as_the_training_did(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the statistics in a checkpoint, and by those in the folder that the RL Zoo puts beside a model."""
+    counts: list[float] = []
+    train = DualClipPPO.train
+
+    def noted(self: DualClipPPO) -> None:
+        train(self)
+        normalization = self.get_vec_normalize_env()
+        counts.append(0.0 if normalization is None else normalization.obs_rms.count)
+
+    venv = VecNormalize(make_vec_env("CartPole-v1"))
+    model = small(DualClipPPO, "MlpPolicy", venv)
+    venv.obs_rms.count = 1e6
+    monkeypatch.setattr(DualClipPPO, "train", noted)
+    save_checkpoint(model, "checkpoint.zip")
+    model.save("model.zip")
+    for path in ("checkpoint.zip", "model.zip"):
+        command("plots", path, "--env", "CartPole-v1")
+    Path("CartPole-v1").mkdir()
+    venv.save("CartPole-v1/vecnormalize.pkl")
+    command("plots", "model.zip", "--env", "CartPole-v1")
+    assert [count > 1e6 for count in counts] == [True, False, True]
 
 
 def test_what_the_command_cannot_do_is_said_in_one_line(command: Command) -> None:

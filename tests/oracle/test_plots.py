@@ -117,13 +117,16 @@ def test_the_six_cases_are_marked_and_named(dual_clip: float | None) -> None:
 
 
 def test_the_parts_with_and_without_gradient_make_up_the_objective() -> None:
-    _, panel, *_ = cases_figure(clip_range=0.1, clip_range_high=0.3, dual_clip=2.0).axes
-    of_panel = lines(panel)
-    ratio, learns = of_panel["objective with gradient"]
-    _, flat = of_panel["objective without gradient"]
-    assert (np.isnan(learns) != np.isnan(flat)).all()
-    np.testing.assert_array_equal(np.isnan(learns), (ratio < 0.9) | (ratio > 2.0))
-    np.testing.assert_allclose(np.nan_to_num(flat) + np.nan_to_num(learns), -ratio.clip(0.9, 2.0), atol=1e-12)
+    above, below, *_ = cases_figure(clip_range=0.1, clip_range_high=0.3, dual_clip=2.0).axes
+    for panel, sign, low, high in ((above, 1.0, 0.0, 1.3), (below, -1.0, 0.9, 2.0)):
+        of_panel = lines(panel)
+        ratio, learns = of_panel["objective with gradient"]
+        _, flat = of_panel["objective without gradient"]
+        assert (np.isnan(learns) != np.isnan(flat)).all()
+        np.testing.assert_array_equal(np.isnan(learns), (ratio < low) | (ratio > high))
+        np.testing.assert_allclose(
+            np.nan_to_num(flat) + np.nan_to_num(learns), sign * ratio.clip(low, high), atol=1e-12
+        )
 
 
 # The trust region. At mean 0 and sigma 2, the objective -(mean - 2)^2 - sigma^2 has the gradient (4, -8) by

@@ -37,14 +37,14 @@ def test_a_text_ends_with_its_first_stop() -> None:
 
 def test_the_penalty_keeps_sentences_and_without_it_the_reward_is_hacked() -> None:
     th.manual_seed(0)
-    reference = pretrained(width=32, n_steps=200)
+    reference = pretrained(width=32, n_steps=150)
     before = [parameter.clone() for parameter in reference.parameters()]
 
-    def trained(kl_coef: float) -> list[Progress]:
-        options = {"kl_coef": kl_coef, "target_kl": 2.0, "learning_rate": 4e-3}
-        return fine_tuned(reference, n_updates=16, n_texts=64, **options)[1]  # type: ignore[arg-type]
+    def trained(**options: float) -> list[Progress]:
+        return fine_tuned(reference, n_texts=64, learning_rate=4e-3, **options)[1]  # type: ignore[arg-type]
 
-    held, hacked = trained(1.0), trained(0.0)
+    held = trained(kl_coef=1.0, target_kl=2.0, n_updates=12)
+    hacked = trained(kl_coef=0.0, n_updates=10)
     assert all(map(th.equal, before, reference.parameters()))
     first, last = held[0], mean(held[-5:])
     assert first.kl == pytest.approx(0.0, abs=1e-5)

@@ -9,7 +9,7 @@ Fine-tuning of a language model by a reward on its texts, small enough to watch:
    as the grammar allows, and stay sentences.
 3. The same without the penalty. The reward is hacked: the texts are nice words only, and no sentences any more.
 
-The losses are those of :mod:`sb3_ppo_ext.losses`; everything else that matters is here.
+The losses are those of :mod:`sb3_ppo_ext.losses`; all the rest is here.
 """
 
 from __future__ import annotations
@@ -54,13 +54,8 @@ def sentence(rng: random.Random) -> list[str]:
 
 
 class Texts(NamedTuple):
-    """
-    :param words: indices into ``WORDS``, shape ``(n_texts, MAX_WORDS)``; what follows the first stop means nothing
-    :param mask: True up to the first stop, same shape
-    """
-
-    words: th.Tensor
-    mask: th.Tensor
+    words: th.Tensor  # indices into WORDS, shape (n_texts, MAX_WORDS); what follows the first stop means nothing
+    mask: th.Tensor  # True up to the first stop, same shape
 
     @classmethod
     def of(cls, words: th.Tensor) -> Texts:
@@ -77,21 +72,17 @@ class Texts(NamedTuple):
         return (nice[self.words] & self.mask).sum(1).float()
 
 
-def grammar_book(n_texts: int, seed: int) -> Texts:
-    rng = random.Random(seed)
+def grammar_book(n_texts: int) -> Texts:
+    rng = random.Random(0)
     rows = [[WORDS.index(word) for word in sentence(rng)] for _ in range(n_texts)]
-    return Texts.of(th.tensor([row + [WORDS.index(STOP)] * (MAX_WORDS - len(row)) for row in rows]))
+    return Texts.of(th.tensor([row + [0] * (MAX_WORDS - len(row)) for row in rows]))
 
 
 # The models
 
 
 class Reader(nn.Module):
-    """
-    Reads a text word by word, and says something before each: a language model the logits of the word, a critic V.
-
-    :param n_outputs: how many numbers it says
-    """
+    """Says something before each word of a text: a language model the logits of that word, a critic V."""
 
     def __init__(self, n_outputs: int, width: int) -> None:
         super().__init__()
@@ -119,7 +110,7 @@ def log_prob_of(words: th.Tensor, logits: th.Tensor) -> th.Tensor:
 
 def pretrained(*, width: int = 64, n_steps: int = 500) -> Reader:
     """A model that has learnt to write sentences, by reading some."""
-    model, book = Reader(len(WORDS), width), grammar_book(4096, seed=0)
+    model, book = Reader(len(WORDS), width), grammar_book(4096)
     optimizer = th.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(n_steps):
         rows = th.randint(len(book.words), (128,))
@@ -146,19 +137,23 @@ class Progress(NamedTuple):
 
 
 def fine_tuned(
-    reference: Reader, *, target_kl: float | None, n_updates: int = 60, n_texts: int = 256, learning_rate: float = 1e-3
+    reference: Reader,
+    *,
+    kl_coef: float = 0.4,
+    target_kl: float = 5.0,
+    n_updates: int = 60,
+    n_texts: int = 256,
+    learning_rate: float = 1e-3,
 ) -> tuple[Reader, list[Progress]]:
     """
     :param reference: the model to begin with; it does not change
-    :param target_kl: of a whole text, from the policy to the reference; None for no penalty
-    :param n_updates: each on texts of its own, with 4 epochs of 2 minibatches
-    :param n_texts: that are written for an update
-    :param learning_rate: of policy and critic
+    :param kl_coef: of the penalty, at first; 0 stays 0
+    :param target_kl: of a whole text, from the policy to the reference
     :return: the fine-tuned model, and what each update saw
     """
     policy, critic = copy.deepcopy(reference), Reader(1, reference.head.in_features)
     optimizer = th.optim.Adam([*policy.parameters(), *critic.parameters()], lr=learning_rate)
-    kl_coef, history = 0.0 if target_kl is None else 0.3, []
+    history = []
 
     for _ in range(n_updates):
         words, mask = texts = policy.write(n_texts)
@@ -182,10 +177,7 @@ def fine_tuned(
         kl = losses.aggregate(losses.kl_k3(ref_log_prob, old_log_prob), mask, mode="seq-mean-token-sum").item()
         entropy = losses.masked_mean(losses.masked_entropy(logits), mask).item()
         history.append(Progress(texts.scores().mean().item(), kl, kl_coef, entropy, *quality(texts)))
-        if target_kl is not None:
-            kl_coef = adapted_by_kl(
-                kl_coef, kl, target_kl=target_kl, tolerance=1.1, factor=1.05, minimum=1e-3, maximum=10.0
-            )
+        kl_coef = adapted_by_kl(kl_coef, kl, target_kl=target_kl, tolerance=1.1, factor=1.05, minimum=0.0, maximum=10.0)
     return policy, history
 
 
@@ -201,9 +193,9 @@ def main() -> None:
     th.set_num_threads(1)
     th.manual_seed(0)
     reference = pretrained()
-    for title, target_kl in (("KL held near 5 nats", 5.0), ("no KL penalty", None)):
+    for title, kl_coef in (("KL held near 5 nats", 0.4), ("no KL penalty", 0.0)):
         print(f"\n{title}\nupdate  score      KL   coef  entropy  sentences  different words")
-        policy, history = fine_tuned(reference, target_kl=target_kl)
+        policy, history = fine_tuned(reference, kl_coef=kl_coef)
         for update, row in enumerate(history):
             if update % 10 == 0 or update == len(history) - 1:
                 numbers = f"{update:6}  {row.score:5.2f}  {row.kl:6.2f}  {row.kl_coef:5.3f}  {row.entropy:7.2f}"

@@ -16,6 +16,10 @@ def text_of(words: str) -> Texts:
     return Texts.of(th.tensor([[WORDS.index(word) for word in words.split()]]))
 
 
+def mean(history: list[Progress]) -> Progress:
+    return Progress(*(sum(numbers) / len(history) for numbers in zip(*history, strict=True)))
+
+
 def test_the_grammar_knows_its_own_sentences_and_no_others() -> None:
     rng = random.Random(0)
     assert all(SENTENCE.fullmatch(" ".join(sentence(rng))) for _ in range(200))
@@ -31,23 +35,25 @@ def test_a_text_ends_with_its_first_stop() -> None:
     assert STOP not in NICE
 
 
-def test_the_penalty_keeps_sentences_sentences_and_without_it_the_reward_is_hacked() -> None:
+def test_the_penalty_keeps_sentences_and_without_it_the_reward_is_hacked() -> None:
     th.manual_seed(0)
-    reference = pretrained(width=32, n_steps=150, batch_size=64)
+    reference = pretrained(width=32, n_steps=150)
     before = [parameter.clone() for parameter in reference.parameters()]
 
-    def trained(target_kl: float | None) -> tuple[Progress, Progress]:
-        history = fine_tuned(reference, target_kl=target_kl, n_updates=30, n_texts=128, batch_size=64)
-        return history[0], history[-1]
+    def trained(**options: float) -> list[Progress]:
+        return fine_tuned(reference, n_texts=64, learning_rate=4e-3, **options)[1]  # type: ignore[arg-type]
 
-    (first, held), (_, hacked) = trained(4.0), trained(None)
+    held = trained(kl_coef=1.0, target_kl=2.0, n_updates=12)
+    hacked = trained(kl_coef=0.0, n_updates=10)
     assert all(map(th.equal, before, reference.parameters()))
+    first, last = held[0], mean(held[-5:])
     assert first.kl == pytest.approx(0.0, abs=1e-5)
-    assert first.grammatical > 0.8
-    assert held.score > first.score + 1.0
-    assert held.kl < 8.0
-    assert held.grammatical > 0.8
-    assert hacked.score > 2.0 * held.score
-    assert hacked.kl > 2.0 * held.kl
-    assert hacked.grammatical < 0.2
-    assert hacked.different < held.different - 0.2
+    assert first.grammatical > 0.75
+    assert last.score > first.score + 1.0
+    assert 1.0 < last.kl < 4.0
+    assert last.grammatical > 0.4
+    assert hacked[-1].score > 2.0 * last.score
+    assert hacked[-1].kl > 5.0 * last.kl
+    assert hacked[-1].kl_coef == 0.0
+    assert hacked[-1].grammatical < 0.1
+    assert hacked[-1].different < last.different - 0.1

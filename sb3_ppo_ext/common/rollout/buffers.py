@@ -207,9 +207,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
                 inputs = inputs._replace(mask=self._flat_of("action_masks"))
             if self.states is not None:
                 self._check_states(self.states)
-                inputs = inputs._replace(
-                    state=self._flat_of("states"), starts=self._flat_of("episode_starts").flatten()
-                )
+                starts = self._flat_of("episode_starts").flatten()
+                inputs = inputs._replace(state=self._flat_of("states"), starts=starts)
             actions = self._flat_of("actions").float()  # as SB3: MultiBinary's int8 could not be trained on
             self._flat_inputs = inputs, actions
         return self._flat_inputs

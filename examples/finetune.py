@@ -3,10 +3,9 @@ Clone an expert, then fine-tune the clone: with a reference policy it does not f
 
     python -m examples.finetune --figure finetune.png
 
-The expert balances CartPole by a rule, and lets the cart drift away, so that its episodes end there. A policy is
-cloned from its actions by supervised learning. Then DualClipPPO trains the clone on, twice: as it is, and with a
-penalty on the KL divergence from the clone. The critic is new. Its errors lead the first updates, which the penalty
-holds back.
+The expert drives MountainCar by a rule: it pushes to the side to which the car rolls. A policy is cloned from its
+actions by supervised learning. Then DualClipPPO trains the clone on, twice: as it is, and with a penalty on the KL
+divergence from the clone. The critic is new. Its errors lead the first updates, which the penalty holds back.
 
 Cloning is ten lines on the policy's own ``evaluate_actions``. The package ``imitation`` does the same and more; its
 newest release, 1.0.1, wants earlier versions of Stable-Baselines3 and gymnasium than this package.
@@ -26,20 +25,20 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext import DualClipPPO
 
+ENV_ID = "MountainCar-v0"
 N_ENVS = 8
-ROLLOUT: dict[str, Any] = {"n_steps": 256, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3}
+ROLLOUT: dict[str, Any] = {"n_steps": 512, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3}
 KEEPS_TO: dict[str, Any] = {"reference_kl": "loss", "reference_kl_coef": {"target_kl": 0.02, "coef": 1.0}}
 
 
 def expert(observations: np.ndarray) -> np.ndarray:
     """
-    Push to the side to which the pole falls.
+    Push to the side to which the car rolls.
 
-    :param observations: of CartPole, shape ``(n_envs, 4)``: position and velocity of the cart, angle of
-        the pole and its velocity
+    :param observations: position and velocity, shape ``(n_envs, 2)``
     :return: actions, shape ``(n_envs,)``
     """
-    return (observations[:, 2] + 0.5 * observations[:, 3] > 0.0).astype(np.int64)
+    return np.where(observations[:, 1] >= 0.0, 2, 0)
 
 
 def demonstrations(n_steps: int, seed: int) -> tuple[th.Tensor, th.Tensor]:
@@ -50,7 +49,7 @@ def demonstrations(n_steps: int, seed: int) -> tuple[th.Tensor, th.Tensor]:
     :param seed: of the environments
     :return: observations and actions
     """
-    env = make_vec_env("CartPole-v1", n_envs=N_ENVS, seed=seed)
+    env = make_vec_env(ENV_ID, n_envs=N_ENVS, seed=seed)
     obs, seen, done = env.reset(), [], []
     for _ in range(n_steps):
         assert isinstance(obs, np.ndarray)
@@ -105,7 +104,7 @@ def fine_tuned(weights: dict[str, Any], total_timesteps: int, seed: int, **refer
     :param reference: arguments of DualClipPPO
     :return: the mean return of each rollout; the first is the clone's own
     """
-    env = make_vec_env("CartPole-v1", n_envs=N_ENVS, seed=seed)
+    env = make_vec_env(ENV_ID, n_envs=N_ENVS, seed=seed)
     model = DualClipPPO("MlpPolicy", env, seed=seed, device="cpu", **ROLLOUT, **reference)
     model.policy.load_state_dict(weights)
     returns = Returns()
@@ -130,7 +129,7 @@ def draw(curves: dict[str, list[list[float]]], path: str) -> None:
         (line,) = axes.plot(steps, mean, label=name)
         axes.fill_between(steps, np.min(of_seeds, axis=0), np.max(of_seeds, axis=0), color=line.get_color(), alpha=0.2)
     axes.axhline(float(np.mean([curve[0] for of_seeds in curves.values() for curve in of_seeds])), ls=":", color="grey")
-    axes.set(xlabel="time steps", ylabel="mean return of a rollout", title="Fine-tuning a clone on CartPole-v1")
+    axes.set(xlabel="time steps", ylabel="mean return of a rollout", title=f"Fine-tuning a clone on {ENV_ID}")
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -142,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[float]]]
     :return: the curves, by name, one a seed
     """
     parser = argparse.ArgumentParser(description="Fine-tune a clone, with a reference policy and without.")
-    parser.add_argument("--steps", type=int, default=100_000, help="of each fine-tuning")
+    parser.add_argument("--steps", type=int, default=80_000, help="of each fine-tuning")
     parser.add_argument("--demonstrations", type=int, default=1000, help="steps of the expert in each environment")
     parser.add_argument("--epochs", type=int, default=20, help="of cloning")
     parser.add_argument("--seeds", type=int, default=3, help="how many trainings of each kind")
@@ -151,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[float]]]
 
     curves: dict[str, list[list[float]]] = {"without a reference": [], "KL to the clone": []}
     for seed in range(options.seeds):
-        model = DualClipPPO("MlpPolicy", "CartPole-v1", seed=seed, device="cpu")
+        model = DualClipPPO("MlpPolicy", ENV_ID, seed=seed, device="cpu")
         clone(model.policy, *demonstrations(options.demonstrations, seed), n_epochs=options.epochs)
         weights = model.policy.state_dict()
         for name, reference in (

@@ -62,10 +62,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         self.final_values = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
         self.last_values = np.zeros(self.n_envs, dtype=np.float32)
         self._last_dones = np.zeros(self.n_envs, dtype=bool)
-        self.action_masks = None
-        self.states = None
-        self.counts = None
-        self.final_observations = None
+        self.action_masks = self.states = self.counts = self.final_observations = None
         self.forget_flat()
 
     @property
@@ -210,9 +207,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
                 inputs = inputs._replace(mask=self._flat_of("action_masks"))
             if self.states is not None:
                 self._check_states(self.states)
-                inputs = inputs._replace(
-                    state=self._flat_of("states"), starts=self._flat_of("episode_starts").flatten()
-                )
+                starts = self._flat_of("episode_starts").flatten()
+                inputs = inputs._replace(state=self._flat_of("states"), starts=starts)
             actions = self._flat_of("actions").float()  # as SB3: MultiBinary's int8 could not be trained on
             self._flat_inputs = inputs, actions
         return self._flat_inputs
@@ -284,8 +280,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def _flat_of(self, name: str) -> Any:
         stored = self.stored(name)
-        is_dict = isinstance(stored, dict)
-        return {key: self._to_flat(part) for key, part in stored.items()} if is_dict else self._to_flat(stored)
+        if isinstance(stored, dict):
+            return {key: self._to_flat(part) for key, part in stored.items()}
+        return self._to_flat(stored)
 
     def _to_flat(self, array: np.ndarray) -> th.Tensor:
         return self.to_torch(self.swap_and_flatten(array), copy=False)

@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.construction import ACTION_SPACES
 from sb3_ppo_ext.common.processes import n_processes
 from sb3_ppo_ext.common.regularized import RegularizedAlgorithm

@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.proximal import ProximalAlgorithm
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
-from sb3_ppo_ext.common.update.objective import normalized
 from sb3_ppo_ext.plots.style import BLACK, BLUE, GREY, SETTINGS, VERMILLION, WIDTH
 
 
@@ -101,7 +101,7 @@ def updated_samples(model: ProximalAlgorithm, rollout: RolloutSamples | None = N
     if rollout is None:
         rollout = rollout_of("updated_samples", model)
     if model.normalize_advantage:
-        rollout = rollout._replace(advantages=normalized(rollout.advantages))
+        rollout = rollout._replace(advantages=losses.masked_whiten(rollout.advantages))
     coefficients = coefficients_of(model)
     was_training = model.policy.training
     model.policy.set_training_mode(False)  # as it was when the actions were drawn

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch as th
 from torch import nn
-from torch.distributions import Categorical
 
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.update.controllers import adapted_by_kl
@@ -100,12 +99,19 @@ class Reader(nn.Module):
         words, state = [th.full((n_texts, 1), len(WORDS))], None
         for _ in range(MAX_WORDS):
             hidden, state = self.memory(self.embedding(words[-1]), state)
-            words.append(Categorical(logits=self.head(hidden)).sample())
+            words.append(self.head(hidden[:, -1]).softmax(-1).multinomial(1))
         return Texts.of(th.cat(words[1:], 1))
 
 
 def log_prob_of(words: th.Tensor, logits: th.Tensor) -> th.Tensor:
     return logits.log_softmax(-1).gather(-1, words.unsqueeze(-1)).squeeze(-1)
+
+
+def descend(loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
 
 
 def pretrained(*, width: int = 64, n_steps: int = 500) -> Reader:
@@ -116,9 +122,7 @@ def pretrained(*, width: int = 64, n_steps: int = 500) -> Reader:
         rows = th.randint(len(book.words), (128,))
         words, mask = book.words[rows], book.mask[rows]
         loss = losses.masked_mean(-log_prob_of(words, model(words)), mask)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, optimizer)
     return model
 
 
@@ -169,10 +173,7 @@ def fine_tuned(
             surrogate = losses.dual_clip_surrogate_loss(log_prob, old_log_prob[rows], advantages[rows], mask=counts)
             value_loss = losses.value_loss(critic(words[rows]).squeeze(-1), returns[rows], mask=counts)
             loss = losses.aggregate(surrogate.loss + 0.5 * value_loss, counts, mode="token-mean")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
+            descend(loss, optimizer)
 
         kl = losses.aggregate(losses.kl_k3(ref_log_prob, old_log_prob), mask, mode="seq-mean-token-sum").item()
         entropy = losses.masked_mean(losses.masked_entropy(logits), mask).item()

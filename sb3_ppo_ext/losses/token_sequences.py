@@ -87,20 +87,18 @@ def token_gae(
     check_same_shape(rewards=rewards, values=values, mask=mask)
     rewards, values = prepared(mask, rewards, values)
     keep = _kept(rewards, mask)
-    # The tokens that count come first in each row, in their order, as an episode that ends with the last of them.
+    # The tokens that count come first in each row, in their order. After them stand zeros: what follows an end earns
+    # nothing and is worth nothing, so it needs no mark.
     order = (~keep).int().argsort(dim=1, stable=True)
-    lengths = keep.sum(1, keepdim=True)
-    position = th.arange(keep.shape[1], device=keep.device)
-    ends = (position == lengths - 1).T
+    never = th.zeros_like(keep).T
     advantages = generalized_advantages(
         rewards.gather(1, order).T,
         values.gather(1, order).T,
         values.new_zeros(len(values)),
-        terminated=ends,
-        truncated=th.zeros_like(ends),
+        terminated=never,
+        truncated=never,
         gamma=gamma,
         gae_lambda=gae_lambda,
-        mask=(position < lengths).T,
     ).T
     return th.zeros_like(advantages).scatter(1, order, advantages)
 

@@ -150,7 +150,7 @@ def test_entropy_by_hand() -> None:
 
 def test_the_gradient_of_the_entropy_by_finite_differences() -> None:
     first, second = (tensor.requires_grad_() for tensor in tensors((2, 3)))
-    assert th.autograd.gradcheck(lambda *args: entropy_of(*args, mask=MASK[:2, :3]), (first, second))
+    assert th.autograd.gradcheck(lambda x, y: entropy_of(x, y, MASK[:2, :3]), (first, second))
     forbidden = th.tensor([0.3, -math.inf, 0.1], dtype=th.float64, requires_grad=True)
     (gradient,) = th.autograd.grad(masked_entropy(forbidden), forbidden)
     assert gradient.isfinite().all()
@@ -218,8 +218,8 @@ def test_no_value_is_read_on_the_host_and_it_can_be_traced(function: Callable[..
     on_meta = [tensor.to("meta") for tensor in tensors()]
     assert function(*on_meta, mask=MASK.to("meta")).is_meta
 
-    def masked(first: th.Tensor, second: th.Tensor, mask: th.Tensor) -> th.Tensor:
-        return function(first, second, mask=mask)
+    def masked(*inputs: th.Tensor) -> th.Tensor:
+        return function(*inputs[:-1], mask=inputs[-1])
 
     traced = make_fx(masked)(*tensors(), th.ones(4, 6))  # with another mask
     th.testing.assert_close(traced(*tensors(), MASK.float()), masked(*tensors(), MASK))

@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.update.controllers import AdaptiveCoefficient
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, PolicyLoss
+from sb3_ppo_ext.common.update.reduce import OneProcess
 from sb3_ppo_ext.common.update.scores import add_up_gradients
 from sb3_ppo_ext.common.update.surrogate import Surrogate
 from tests.algorithms import ALGORITHMS, small
@@ -362,3 +363,24 @@ def test_a_schedule_is_followed() -> None:
     buffer = model.rollout_buffer
     actions = buffer.actions.astype(int)[..., 0]
     np.testing.assert_allclose(buffer.penalties, 2.0 * np.array(LOG_RATIOS)[actions], atol=1e-5)
+
+
+class WithAnother(OneProcess):
+    """Of two processes: the other has measured a KL of 0.5, a reward of 2 and no penalty, over 48 steps."""
+
+    is_local = False
+
+    def summed(self, message: th.Tensor) -> th.Tensor:
+        return message + 48.0 * th.tensor([0.5, 2.0, 0.0, 1.0], dtype=message.dtype)
+
+
+def test_the_means_are_those_of_all_processes() -> None:
+    """Of 16 steps here: a quarter of this process's KL and three of the other's."""
+    model = collected(with_reference(DualClipPPO, 1, reference_kl_coef={"target_kl": 0.3, "coef": 1.0}))
+    own_reward = model.rollout_buffer.rewards.mean()
+    model._reducer = WithAnother()
+    model._follow_reference()
+    logged = model.logger.name_to_value
+    assert logged["train/reference_kl"] == pytest.approx((KL + 3 * 0.5) / 4, abs=1e-6)
+    assert logged["train/reward_mean"] == pytest.approx((own_reward + 3 * 2.0) / 4, abs=1e-6)
+    assert model.reference_kl_coef["coef"] == 1.0  # 0.418 is within 1.5 times 0.3

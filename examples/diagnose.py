@@ -1,0 +1,24 @@
+"""
+A training that is ill, and the doctor's word for it.
+
+    python -m examples.diagnose
+
+The learning rate is 300 times too large. The doctor reads the log while the model learns, and says what it sees, what
+that usually means, and what to change first.
+"""
+
+from __future__ import annotations
+
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_ppo_ext import DoctorCallback, DualClipPPO
+
+
+def main() -> None:
+    env = make_vec_env("CartPole-v1", n_envs=4, seed=0)
+    model = DualClipPPO("MlpPolicy", env, n_steps=256, learning_rate=0.1, seed=0)
+    model.learn(16_384, callback=DoctorCallback(verbose=1))
+
+
+if __name__ == "__main__":
+    main()

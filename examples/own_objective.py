@@ -1,0 +1,50 @@
+"""
+An objective of your own: a static method, in a class that has the rest of PPO.
+
+    python -m examples.own_objective
+
+This one weighs the gradient of log pi with the ratio, but never more than twice (a truncated importance weight), and it
+has no clip. It is saved, loaded and compiled like the four algorithms of the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_ppo_ext import losses
+from sb3_ppo_ext.common.proximal import ProximalAlgorithm
+from sb3_ppo_ext.common.update.objective import PolicyLoss
+
+
+class TruncatedWeights(ProximalAlgorithm):
+    """``-sg(min(r, c)) A log pi``, sg for what no gradient goes through."""
+
+    def __init__(self, policy: Any, env: Any, *, bound: float = 2.0, _init_setup_model: bool = True, **kwargs: Any):
+        super().__init__(policy, env, **kwargs)
+        self.bound = bound
+        if _init_setup_model:
+            self._setup_new_model()
+
+    def coefficients(self) -> dict[str, float]:
+        return {**super().coefficients(), "bound": self.bound}
+
+    @staticmethod
+    def policy_loss(evaluation: Any, samples: Any, coefficients: Any) -> PolicyLoss:
+        ratio = losses.log_ratio(evaluation.log_prob, samples.old_log_prob).exp()
+        weight = ratio.detach().clamp(max=coefficients["bound"])
+        loss = -weight * samples.advantages * evaluation.log_prob
+        return PolicyLoss(samples.mean(loss), {"ratio_max": ratio.detach().max()})
+
+
+def main() -> None:
+    env = make_vec_env("CartPole-v1", n_envs=8, seed=0)
+    model = TruncatedWeights("MlpPolicy", env, n_steps=128, batch_size=256, seed=0).learn(60_000)
+    mean, _ = evaluate_policy(model, env, n_eval_episodes=10)
+    print(f"Mean return of 10 episodes: {mean:.0f}; largest ratio: {model.logger.name_to_value['train/ratio_max']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

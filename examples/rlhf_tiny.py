@@ -5,9 +5,9 @@ Fine-tuning of a language model by a reward on its texts, small enough to watch:
 
 1. A GRU learns to write sentences of a little grammar, such as "the old cat sees the kind dog ."
 2. A text is worth its number of nice words. PPO with the dual clip makes the model write more of them, while a penalty
-   keeps it near the model it began as: its coefficient follows a target for the KL divergence. The texts become as nice
-   as the grammar allows, and stay sentences.
-3. The same without the penalty. The reward is hacked: the texts are nice words only, and no sentences any more.
+   keeps it near the model it began as: its coefficient follows a target for the KL divergence. The texts become nicer,
+   and stay sentences.
+3. The same without the penalty. The reward is hacked: the texts are little but nice words, and no sentences any more.
 
 The losses are those of :mod:`sb3_ppo_ext.losses`; all the rest is here.
 """

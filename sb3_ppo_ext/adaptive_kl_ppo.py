@@ -55,6 +55,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         ``target_kl``
     :param recompute_advantages: whether each epoch but the first learns from advantages and returns that are computed
         anew, by the critic as it is then, see :class:`DualClipPPO`
+    :param n_reused_rollouts: K: an update learns from the newest rollout and the K before it, see :class:`DualClipPPO`
+    :param reuse: how the old rollouts are learnt from, see :class:`DualClipPPO`. The penalty is on the KL from the
+        policy that acted, or with ``{"proximal": "newest"}`` from the newest; d is over the newest rollout
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -99,6 +102,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
         recompute_advantages: bool = False,
+        n_reused_rollouts: int = 0,
+        reuse: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -128,6 +133,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             sequence_length=sequence_length,
             kl_adaptive_lr=kl_adaptive_lr,
             recompute_advantages=recompute_advantages,
+            n_reused_rollouts=n_reused_rollouts,
+            reuse=reuse,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl
@@ -163,14 +170,21 @@ class AdaptiveKLPPO(ProximalAlgorithm):
 
         :param evaluation: of a minibatch by the present policy
         :param samples: the minibatch
-        :param coefficients: ``kl_coef``, and ``clip_range`` where it is not None
+        :param coefficients: ``kl_coef``, and ``clip_range`` where it is not None; ``max_importance_weight`` where the
+            samples have a proximal policy
         """
         kl, kl_coef = evaluation.kl_from(samples.old_params), coefficients["kl_coef"]
+        old_log_prob, advantages = samples.old_log_prob, samples.advantages
+        if samples.proximal_log_prob is not None:
+            # All weights are positive, so that to weight the advantages is to weight the surrogate, clipped or not.
+            maximum = coefficients["max_importance_weight"]
+            weights = losses.truncated_importance_weights(samples.proximal_log_prob, old_log_prob, maximum=maximum)
+            old_log_prob, advantages = samples.proximal_log_prob, advantages * weights
         if "clip_range" not in coefficients:
             loss, diagnostics = losses.kl_penalized_surrogate_loss(
                 evaluation.log_prob,
-                samples.old_log_prob,
-                samples.advantages,
+                old_log_prob,
+                advantages,
                 kl,
                 kl_coef=kl_coef,
                 mask=samples.mask,
@@ -178,8 +192,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         else:
             clipped, diagnostics = losses.clipped_surrogate_loss(
                 evaluation.log_prob,
-                samples.old_log_prob,
-                samples.advantages,
+                old_log_prob,
+                advantages,
                 clip_range=coefficients["clip_range"],
                 mask=samples.mask,
             )

@@ -27,8 +27,9 @@ compiled, its values are not looked at, and what is not 0 counts as 1::
 """
 
 from sb3_ppo_ext.losses.aggregation import AggregationMode, aggregate, masked_mean
+from sb3_ppo_ext.losses.decoupled import decoupled_surrogate_loss
 from sb3_ppo_ext.losses.kl import kl_abs, kl_k1, kl_k2, kl_k3
-from sb3_ppo_ext.losses.ratios import log_ratio, probability_ratio
+from sb3_ppo_ext.losses.ratios import log_ratio, probability_ratio, truncated_importance_weights
 from sb3_ppo_ext.losses.surrogates import (
     Diagnostics,
     SurrogateLoss,
@@ -39,15 +40,17 @@ from sb3_ppo_ext.losses.surrogates import (
     spo_surrogate_loss,
     surrogate_loss,
 )
-from sb3_ppo_ext.losses.targets import generalized_advantages, n_step_returns
+from sb3_ppo_ext.losses.targets import VTrace, generalized_advantages, n_step_returns, vtrace
 from sb3_ppo_ext.losses.values import pessimistic_clipped_value_loss, prediction_clipped_value_loss, value_loss
 
 __all__ = [
     "AggregationMode",
     "Diagnostics",
     "SurrogateLoss",
+    "VTrace",
     "aggregate",
     "clipped_surrogate_loss",
+    "decoupled_surrogate_loss",
     "dual_clip_surrogate_loss",
     "generalized_advantages",
     "kl_abs",
@@ -64,5 +67,7 @@ __all__ = [
     "reinforce_loss",
     "spo_surrogate_loss",
     "surrogate_loss",
+    "truncated_importance_weights",
     "value_loss",
+    "vtrace",
 ]

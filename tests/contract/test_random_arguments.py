@@ -134,6 +134,10 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     ),
     "rollback": BOOL,
     "recompute_advantages": BOOL,
+    "n_reused_rollouts": st.integers(0, 2),
+    "reuse": st.sampled_from(
+        [None, None, {}, {"target": "vtrace"}, {"proximal": "newest", "max_importance_weight": 1.5}]
+    ),
     "sequence_length": st.sampled_from([None, 1, 2, 4]),
 }
 LEFT = {"self", "env", "_init_setup_model", "fvp_subsampling"}  # the last is an old name of another

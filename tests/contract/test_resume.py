@@ -68,7 +68,11 @@ ADAPTING = {
     "rollback": True,
     "policy_kwargs": {"layer_norm": True},
 }
-MORE: dict[str, tuple[type[Any], dict[str, Any]]] = {"DualClipPPO, adapting": (DualClipPPO, ADAPTING)}
+REUSING = {**PROXIMAL, "n_reused_rollouts": 2, "reuse": {"target": "vtrace", "proximal": "newest"}}
+MORE: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "DualClipPPO, adapting": (DualClipPPO, ADAPTING),
+    "AdaptiveKLPPO, reusing": (AdaptiveKLPPO, REUSING),
+}
 CASES = [*((name, use_sde) for name in ALGORITHMS for use_sde in (False, True)), *((name, False) for name in MORE)]
 
 

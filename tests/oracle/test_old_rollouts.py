@@ -27,6 +27,7 @@ from tests.tensor_envs import ShortPendulum
 NEWEST = {"proximal": "newest"}
 VTRACE = {"target": "vtrace"}
 BOTH = {"proximal": "newest", "target": "vtrace", "max_importance_weight": 1.5, "rho_bar": 1.2, "c_bar": 0.9}
+TINY_LSTM = {"lstm_hidden_size": 4}
 KINDS = [None, NEWEST, VTRACE, BOTH]
 FAST = {"learning_rate": 0.02}
 pytestmark = pytest.mark.filterwarnings("ignore:batch_size=")
@@ -105,7 +106,7 @@ def test_the_first_update_is_as_ever_to_the_bit(algorithm: Any, reuse: Any) -> N
         ("MultiInputPolicy", lambda: scripted(DICT), {"policy_kwargs": {"net_arch": [4]}}),
         ("MlpPolicy", masked_noise, {}),
         ("MlpPolicy", cart_poles, {"torch_compile": True}),
-        ("MlpLstmPolicy", scripted, {"sequence_length": 4, "policy_kwargs": {"lstm_hidden_size": 4}}),
+        ("MlpLstmPolicy", scripted, {"sequence_length": 4, "policy_kwargs": TINY_LSTM}),
         ("MlpPolicy", lambda: TensorVecEnv(ShortPendulum(2)), {}),
     ],
     ids=["rows", "compiled", "dict", "masks", "steps that do not count", "memory", "tensors"],
@@ -260,7 +261,11 @@ def gaussian_kl(old: th.Tensor, new: th.Tensor) -> th.Tensor:
         (DualClipPPO, "MlpPolicy", {"reuse": BOTH}),
         (DualClipPPO, "MlpPolicy", {"reuse": NEWEST, "batch_size": 12, "target_kl": 0.5, "rollback": True}),
         (AdaptiveKLPPO, "MlpPolicy", {"reuse": NEWEST, "clip_range": 0.2, "kl_adaptive_lr": {"maximum": 0.1}}),
-        (AdaptiveKLPPO, "MlpLstmPolicy", {"reuse": NEWEST, "batch_size": 12, "sequence_length": 4}),
+        (
+            AdaptiveKLPPO,
+            "MlpLstmPolicy",
+            {"reuse": NEWEST, "batch_size": 12, "sequence_length": 4, "n_epochs": 1, "policy_kwargs": TINY_LSTM},
+        ),
     ],
     ids=["vtrace", "uneven minibatches", "everything adaptive", "memory"],
 )

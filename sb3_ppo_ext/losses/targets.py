@@ -201,11 +201,12 @@ def vtrace(
     errors = th.where(keep, targets - values, 0.0)
     corrections = _at_most(rho_bar, ratios) * errors  # becomes v - V
     decay = gamma * gae_lambda * goes_on.to(corrections.dtype)
-    largest = th.finfo(corrections.dtype).max ** 0.5  # so that no product of two is infinite, and none of it with 0 NaN
     factors = decay * _at_most(c_bar, ratios)[:-1]
+    largest = th.finfo(corrections.dtype).max ** 0.5  # so that no product is infinite, and with 0, at an end, NaN
     reach = 1
     while reach < len(corrections):
         factors = _double(corrections, factors, reach).clamp(max=largest)
+        corrections = corrections.clamp(-largest, largest)
         reach *= 2
     advantages = errors.clone()
     advantages[:-1] += decay * corrections[1:]

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
@@ -30,6 +31,7 @@ BOTH = {"proximal": "newest", "target": "vtrace", "max_importance_weight": 1.5, 
 TINY_LSTM = {"lstm_hidden_size": 4}
 KINDS = [None, NEWEST, VTRACE, BOTH]
 FAST = {"learning_rate": 0.02}
+OTHERS = ("observations", "actions", "rewards", "terminated", "truncated", "log_probs")
 pytestmark = pytest.mark.filterwarnings("ignore:batch_size=")
 N = 2 * ROLLOUT  # samples in a rollout of two environments
 
@@ -68,6 +70,7 @@ def trained(algorithm: Any, env: Any, n_updates: int, policy: str = "MlpPolicy",
     make_epoch = model._make_epoch
 
     def make_watched(step: Any, minibatches: Any, *args: Any) -> bool:
+        assert model.policy.training
         cut = list(minibatches)
         rows = th.cat([some for _, some in cut])
         assert len(rows) == len(set(rows.tolist()))
@@ -150,6 +153,7 @@ def test_the_proximal_policy_is_the_newest(algorithm: Any, policy: str, monkeypa
     made = old_rollouts.Rollouts.__init__
 
     def watched(self: Any, newest: Any, old: Any, reuse: Any, actor_critic: Any, **kwargs: Any) -> None:
+        assert not model.policy.training
         made(self, newest, old, reuse, actor_critic, **kwargs)
         samples = self._samples
         with th.no_grad():
@@ -226,7 +230,18 @@ def test_vtrace_by_a_plain_loop() -> None:
     assert (found[1][0].advantages[N:] - th.as_tensor(buffers[1]["advantages"]).T.flatten()).abs().max() > 0.01
 
 
-OTHERS = ("observations", "actions", "rewards", "terminated", "truncated", "log_probs")
+def test_what_is_kept_does_not_change_with_what_comes_later() -> None:
+    model = small(DualClipPPO, "MlpPolicy", scripted()).learn(N)
+    obs = model._last_obs.copy()
+    old = old_rollouts.kept(model.rollout_buffer, obs, old_rollouts.Reuse(target="vtrace"))
+    before = old.last_obs.copy(), old.buffer.rewards.copy(), len(old.buffer.final_observations)
+    obs += 1.0
+    model.learn(N)
+    assert np.array_equal(old.last_obs, before[0])
+    assert np.array_equal(old.buffer.rewards, before[1])
+    assert len(old.buffer.final_observations) == before[2] > 0
+    assert old.buffer.final_observations.actor_critic is None
+    assert old_rollouts.kept(model.rollout_buffer, obs, old_rollouts.Reuse()).last_obs is None
 
 
 @pytest.mark.parametrize("clip_range", [None, 0.1])

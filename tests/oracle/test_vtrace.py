@@ -194,14 +194,18 @@ def test_the_bound_says_whose_values_they_are(rho_bar: float, c_bar: float) -> N
 # Guards
 
 
-def test_large_ratios_do_not_become_nan() -> None:
-    """A product of 60 ratios of e^20 is infinite, and the episode's end multiplies it with 0."""
-    rollout = random_rollout(64, p_end=0.0)
-    rollout.terminated[62] = True
-    found = targets(rollout, th.full((64, 3), 50.0), rho_bar=math.inf, c_bar=math.inf)
+def test_large_ratios_stay_in_their_episode() -> None:
+    """A product of 60 ratios of e^20 is infinite, and infinity times the 0 at the end of an episode would be NaN."""
+    rollout = random_rollout(300, p_end=0.0)
+    rollout.terminated[50] = True
+    log_ratios = th.where(th.arange(300)[:, None] > 50, 50.0, 0.0).expand(-1, 3)
+    found = targets(rollout, log_ratios, rho_bar=math.inf, c_bar=math.inf)
     assert not found.returns.isnan().any()
-    bounded = targets(rollout, th.full((64, 3), 50.0))
-    th.testing.assert_close(bounded, targets(rollout, th.zeros(64, 3)))
+    assert found.returns[51:].abs().max() > 1e100
+    first = targets(rollout.at(slice(51)), th.zeros(51, 3))
+    th.testing.assert_close(found.returns[:51], first.returns)
+    th.testing.assert_close(found.advantages[:51], first.advantages)
+    th.testing.assert_close(targets(rollout, log_ratios), targets(rollout, th.zeros(300, 3)))
 
 
 def test_what_the_mask_excludes_is_not_read() -> None:

@@ -20,7 +20,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from sb3_ppo_ext import DualClipPPO
 
 
-class Corridor(gym.Env[np.ndarray, int]):
+class Corridor(gym.Env[np.ndarray, np.int64]):
     """The observation is the sign (-1 or 1) in the first step, and 0 afterwards."""
 
     observation_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -33,7 +33,7 @@ class Corridor(gym.Env[np.ndarray, int]):
         self.sign, self.steps = int(self.np_random.integers(2)), 0
         return np.full(1, 2 * self.sign - 1, np.float32), {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         self.steps += 1
         is_over = self.steps == 4
         return np.zeros(1, np.float32), float(is_over and action == self.sign), is_over, False, {}

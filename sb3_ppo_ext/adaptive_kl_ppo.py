@@ -59,6 +59,9 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param reference_policy: a frozen policy to stay close to, see :class:`DualClipPPO`
     :param reference_kl_coef: weight of the penalty on KL(pi || pi_ref), see :class:`DualClipPPO`
     :param reference_kl: where that penalty is, "reward" or "loss", see :class:`DualClipPPO`
+    :param n_reused_rollouts: K: an update learns from the newest rollout and the K before it, see :class:`DualClipPPO`
+    :param reuse: how the old rollouts are learnt from, see :class:`DualClipPPO`. The penalty is on the KL from the
+        policy that acted, or with ``{"proximal": "newest"}`` from the newest; d is over the newest rollout
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -106,6 +109,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         reference_policy: ActorCriticPolicy | str | os.PathLike[str] | None = None,
         reference_kl_coef: float | str | Schedule | dict[str, Any] = 0.1,
         reference_kl: Literal["reward", "loss"] = "reward",
+        n_reused_rollouts: int = 0,
+        reuse: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -138,6 +143,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             reference_policy=reference_policy,
             reference_kl_coef=reference_kl_coef,
             reference_kl=reference_kl,
+            n_reused_rollouts=n_reused_rollouts,
+            reuse=reuse,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl
@@ -173,14 +180,21 @@ class AdaptiveKLPPO(ProximalAlgorithm):
 
         :param evaluation: of a minibatch by the present policy
         :param samples: the minibatch
-        :param coefficients: ``kl_coef``, and ``clip_range`` where it is not None
+        :param coefficients: ``kl_coef``, and ``clip_range`` where it is not None; ``max_importance_weight`` where the
+            samples have a proximal policy
         """
         kl, kl_coef = evaluation.kl_from(samples.old_params), coefficients["kl_coef"]
+        old_log_prob, advantages = samples.old_log_prob, samples.advantages
+        if samples.proximal_log_prob is not None:
+            # All weights are positive, so that to weight the advantages is to weight the surrogate, clipped or not.
+            maximum = coefficients["max_importance_weight"]
+            weights = losses.truncated_importance_weights(samples.proximal_log_prob, old_log_prob, maximum=maximum)
+            old_log_prob, advantages = samples.proximal_log_prob, advantages * weights
         if "clip_range" not in coefficients:
             loss, diagnostics = losses.kl_penalized_surrogate_loss(
                 evaluation.log_prob,
-                samples.old_log_prob,
-                samples.advantages,
+                old_log_prob,
+                advantages,
                 kl,
                 kl_coef=kl_coef,
                 mask=samples.mask,
@@ -188,8 +202,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         else:
             clipped, diagnostics = losses.clipped_surrogate_loss(
                 evaluation.log_prob,
-                samples.old_log_prob,
-                samples.advantages,
+                old_log_prob,
+                advantages,
                 clip_range=coefficients["clip_range"],
                 mask=samples.mask,
             )

@@ -94,6 +94,13 @@ class DualClipPPO(ProximalAlgorithm):
         ``target_kl * tolerance``, and divided by it if below ``target_kl / tolerance``
     :param reference_kl: where the penalty is: "reward", ``coef * (log pi(a|s) - log pi_ref(a|s))`` is taken off the
         reward of each step; "loss", ``coef`` times the exact KL is added to the loss
+    :param n_reused_rollouts: K: an update learns from the newest rollout and the K before it, which older policies have
+        collected, and has K + 1 times as many steps; the old ones take K times the memory of the rollout buffer
+    :param reuse: how the old rollouts are learnt from. A dict of what is to be otherwise than ``{"target": "gae",
+        "proximal": "behaviour", "max_importance_weight": 2.0, "rho_bar": 1.0, "c_bar": 1.0}``: "vtrace" computes
+        their advantages and returns anew for the newest policy, with the bounds ``rho_bar`` and ``c_bar``; "newest"
+        clips around the newest policy in place of the one that acted, with importance weights up to their bound; see
+        :class:`sb3_ppo_ext.common.update.old_rollouts.Reuse`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 
@@ -132,6 +139,8 @@ class DualClipPPO(ProximalAlgorithm):
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
         recompute_advantages: bool = False,
+        n_reused_rollouts: int = 0,
+        reuse: dict[str, Any] | None = None,
         rollback: bool = False,
         reference_policy: ActorCriticPolicy | str | os.PathLike[str] | None = None,
         reference_kl_coef: float | str | Schedule | dict[str, Any] = 0.1,
@@ -168,6 +177,8 @@ class DualClipPPO(ProximalAlgorithm):
             reference_policy=reference_policy,
             reference_kl_coef=reference_kl_coef,
             reference_kl=reference_kl,
+            n_reused_rollouts=n_reused_rollouts,
+            reuse=reuse,
         )
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high
@@ -216,17 +227,28 @@ class DualClipPPO(ProximalAlgorithm):
 
         :param evaluation: of a minibatch by the present policy
         :param samples: the minibatch
-        :param coefficients: ``clip_range``, and ``clip_range_high`` and ``dual_clip`` where they are not None
+        :param coefficients: ``clip_range``, and ``clip_range_high`` and ``dual_clip`` where they are not None;
+            ``max_importance_weight`` where the samples have a proximal policy
         """
-        surrogate = losses.dual_clip_surrogate_loss(
-            evaluation.log_prob,
-            samples.old_log_prob,
-            samples.advantages,
-            dual_clip=coefficients.get("dual_clip"),
-            clip_range=coefficients["clip_range"],
-            clip_range_high=coefficients.get("clip_range_high"),
-            mask=samples.mask,
-        )
+        clips: dict[str, Any] = {
+            "dual_clip": coefficients.get("dual_clip"),
+            "clip_range": coefficients["clip_range"],
+            "clip_range_high": coefficients.get("clip_range_high"),
+            "mask": samples.mask,
+        }
+        if samples.proximal_log_prob is None:
+            surrogate = losses.dual_clip_surrogate_loss(
+                evaluation.log_prob, samples.old_log_prob, samples.advantages, **clips
+            )
+        else:
+            surrogate = losses.decoupled_surrogate_loss(
+                evaluation.log_prob,
+                samples.proximal_log_prob,
+                samples.old_log_prob,
+                samples.advantages,
+                max_importance_weight=coefficients["max_importance_weight"],
+                **clips,
+            )
         diagnostics = surrogate.diagnostics
         return PolicyLoss(
             samples.mean(surrogate.loss),

@@ -230,6 +230,35 @@ def _refusal(
         ) from error
 
 
+def check_own_buffer(algorithm: OnPolicyAlgorithm, given: str) -> None:
+    """
+    :param algorithm: that wants to read more of its rollouts than SB3's buffers keep
+    :param given: which argument is not allowed otherwise
+    :raises ArgumentError: if a derived buffer does some of it in its own way
+    """
+    buffer: Any = algorithm.rollout_buffer
+    is_ours = isinstance(buffer, RolloutBuffer) and type(buffer).get is RolloutBuffer.get
+    if not is_ours or buffer.wants_every_step:
+        raise ArgumentError(
+            f"{given} rollout_buffer_class={type(buffer).__name__}: it must be a subclass of "
+            "sb3_ppo_ext.common.buffers.RolloutBuffer without an add(), a get() or a "
+            "compute_returns_and_advantage() of its own"
+        )
+
+
+def check_no_memory(algorithm: OnPolicyAlgorithm, given: str) -> None:
+    """
+    :param algorithm: that wants values of a rollout by other parameters
+    :param given: which argument is not allowed otherwise
+    :raises ArgumentError: if the policy has a memory
+    """
+    if has_memory(algorithm.policy):
+        raise ArgumentError(
+            f"{given} policy={policy_name(algorithm)}: what it remembers in the midst of a rollout is known of the "
+            "parameters alone that it was collected with, so that there are no values of others"
+        )
+
+
 def policy_name(algorithm: OnPolicyAlgorithm) -> str:
     """
     The policy of an algorithm as its user names it.

@@ -14,10 +14,9 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 
 from sb3_ppo_ext.common.compile.constants import constants_of
-from sb3_ppo_ext.common.construction import ACTION_SPACES, policy_name
+from sb3_ppo_ext.common.construction import ACTION_SPACES, check_no_memory, check_own_buffer
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.regularized import RegularizedAlgorithm
-from sb3_ppo_ext.common.rollout.adapters import has_memory
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, size_to_pad_to, values_and_returns
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
@@ -27,6 +26,7 @@ from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
 from sb3_ppo_ext.common.update.fresh_targets import compute_targets_anew
 from sb3_ppo_ext.common.update.normalization import observations_of, update_normalization
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
+from sb3_ppo_ext.common.update.old_rollouts import OldRollout, Reuse, Rollouts, kept
 from sb3_ppo_ext.common.update.samplers import Epochs, Minibatch
 from sb3_ppo_ext.common.update.snapshot import Snapshot
 from sb3_ppo_ext.common.update.step import MinibatchStep, raise_if_not_finite
@@ -53,6 +53,9 @@ class ProximalAlgorithm(RegularizedAlgorithm):
 
     # Whether an update that ends at the limit of the KL also undoes the steps of the epoch in which it ends.
     rollback: bool = False
+
+    # The newer ones first; of a training that goes on, in a checkpoint too.
+    _old_rollouts: tuple[OldRollout, ...] = ()
 
     def __init__(
         self,
@@ -84,6 +87,8 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
         recompute_advantages: bool = False,
+        n_reused_rollouts: int = 0,
+        reuse: dict[str, Any] | None = None,
         **reference: Any,
     ) -> None:
         super().__init__(
@@ -118,6 +123,8 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         self.sequence_length = sequence_length
         self.kl_adaptive_lr = kl_adaptive_lr
         self.recompute_advantages = recompute_advantages
+        self.n_reused_rollouts = n_reused_rollouts
+        self.reuse = reuse
 
     def _setup_new_model(self) -> None:
         super()._setup_new_model()
@@ -134,23 +141,20 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         if self.torch_compile:
             constants_of(self.policy_loss)
         if self.recompute_advantages:
-            self._check_can_recompute()
+            check_own_buffer(self, "recompute_advantages=True is not allowed with")
+            check_no_memory(self, "recompute_advantages=True is not allowed with")
+        if self.n_reused_rollouts:
+            check_own_buffer(self, f"n_reused_rollouts={self.n_reused_rollouts} is not allowed with")
+            if Reuse.checked(self.n_reused_rollouts, self.reuse).target == "vtrace":
+                check_no_memory(self, f"reuse={self.reuse!r} is not allowed with")
 
-    def _check_can_recompute(self) -> None:
-        given = "recompute_advantages=True is not allowed with"
-        buffer: Any = self.rollout_buffer
-        is_ours = isinstance(buffer, RolloutBuffer) and type(buffer).get is RolloutBuffer.get
-        if not is_ours or buffer.wants_every_step:
-            raise ArgumentError(
-                f"{given} rollout_buffer_class={type(buffer).__name__}: it must be a subclass of "
-                "sb3_ppo_ext.common.buffers.RolloutBuffer without an add(), a get() or a "
-                "compute_returns_and_advantage() of its own"
-            )
-        if has_memory(self.policy):
-            raise ArgumentError(
-                f"{given} policy={policy_name(self)}: what it remembers in the midst of a rollout is known of the "
-                "parameters alone that it was collected with, so that there are no values of others"
-            )
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        if args[2] if len(args) > 2 else kwargs.get("reset_num_timesteps", True):
+            self._old_rollouts = ()
+        return super()._setup_learn(*args, **kwargs)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_old_rollouts"]
 
     def _validate(self) -> None:
         self._needs_old_params = type(self)._needs_old_params or self.kl_adaptive_lr is not None
@@ -169,6 +173,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         check_bool("normalize_advantage", self.normalize_advantage)
         check_int("n_epochs", self.n_epochs, minimum=1)
         check_bool("recompute_advantages", self.recompute_advantages)
+        Reuse.checked(self.n_reused_rollouts, self.reuse).check_together(self)
         if self.recompute_advantages and self.n_epochs == 1:
             raise ArgumentError(
                 "recompute_advantages=True is not allowed with n_epochs=1: the first epoch has the advantages of the "
@@ -180,8 +185,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
 
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
-        adapted = super()._adapted(origin, attributes)
-        return {**adapted, "_is_masked": True} if origin == MASKABLE_PPO else adapted
+        return super()._adapted(origin, attributes) | ({"_is_masked": True} if origin == MASKABLE_PPO else {})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -208,6 +212,8 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         here too.
         """
         numbers = {"ent_coef": self._current_value(self.ent_coef), **self._reference_coefficients()}
+        if self.n_reused_rollouts and (reuse := Reuse.checked(self.n_reused_rollouts, self.reuse)).proximal == "newest":
+            numbers["max_importance_weight"] = reuse.max_importance_weight
         if self.clip_range_vf is not None:
             numbers["clip_range_vf"] = self._current_value(self.clip_range_vf)
         return numbers
@@ -250,6 +256,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
     def train(self) -> None:
         """Update the policy from the rollout in the buffer."""
         self._check_old_params()
+        rollouts = self._rollouts() if self.n_reused_rollouts else None
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         numbers = {name: self._as_number(name, value) for name, value in self.coefficients().items()}
@@ -266,7 +273,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
             ),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
-            pad_to=size_to_pad_to(self.rollout_buffer, self.batch_size),
+            pad_to=rollouts.size_to_pad_to if rollouts else size_to_pad_to(self.rollout_buffer, self.batch_size),
         )
         history: list[th.Tensor] = []
         stopped_at: int | None = None
@@ -278,7 +285,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
             if first > 0 and self.recompute_advantages:
                 self._compute_targets_anew()
             epochs = Epochs(
-                self.rollout_buffer,
+                rollouts or self.rollout_buffer,
                 self.batch_size,
                 at_once,
                 self._reducer,
@@ -310,6 +317,22 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         self._after_update()
         if getattr(self.policy, "normalize_observations", False):
             update_normalization(self.policy, observations_of(self.rollout_buffer), self._reducer)
+
+    def _rollouts(self) -> Rollouts:
+        """What the update learns from, if old rollouts are to be reused; the newest is kept for the next ones."""
+        self.policy.set_training_mode(False)  # as it was when the rollout was evaluated
+        buffer = cast(RolloutBuffer, self.rollout_buffer)
+        reuse = Reuse.checked(self.n_reused_rollouts, self.reuse)
+        old = self._old_rollouts[: self.n_reused_rollouts]
+        self._old_rollouts = (kept(buffer, self._last_obs, reuse), *old)[: self.n_reused_rollouts]
+        return Rollouts(
+            buffer,
+            old,
+            reuse,
+            self._actor_critic(),
+            batch_size=self.batch_size,
+            capacity=self.n_reused_rollouts + 1 if self.torch_compile else None,
+        )
 
     def _compute_targets_anew(self) -> None:
         """Let the rollout have the advantages and returns by the present critic."""
@@ -360,8 +383,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
                 continue
             self.logger.record(f"train/{name}", max(values) if name.endswith("_max") else sum(values) / len(values))
         buffer = self.rollout_buffer
-        explained = explained_variance(*values_and_returns(buffer))
-        self.logger.record("train/explained_variance", explained)
+        self.logger.record("train/explained_variance", explained_variance(*values_and_returns(buffer)))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.detach().exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

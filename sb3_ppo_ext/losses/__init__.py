@@ -27,8 +27,9 @@ compiled, its values are not looked at, and what is not 0 counts as 1::
 """
 
 from sb3_ppo_ext.losses.aggregation import AggregationMode, aggregate, masked_mean
+from sb3_ppo_ext.losses.decoupled import decoupled_surrogate_loss
 from sb3_ppo_ext.losses.kl import kl_abs, kl_k1, kl_k2, kl_k3
-from sb3_ppo_ext.losses.ratios import log_ratio, probability_ratio
+from sb3_ppo_ext.losses.ratios import log_ratio, probability_ratio, truncated_importance_weights
 from sb3_ppo_ext.losses.surrogates import (
     Diagnostics,
     SurrogateLoss,
@@ -39,7 +40,7 @@ from sb3_ppo_ext.losses.surrogates import (
     spo_surrogate_loss,
     surrogate_loss,
 )
-from sb3_ppo_ext.losses.targets import generalized_advantages, n_step_returns
+from sb3_ppo_ext.losses.targets import VTrace, generalized_advantages, n_step_returns, vtrace
 from sb3_ppo_ext.losses.token_sequences import masked_entropy, masked_whiten, token_gae, token_rewards
 from sb3_ppo_ext.losses.values import pessimistic_clipped_value_loss, prediction_clipped_value_loss, value_loss
 
@@ -47,8 +48,10 @@ __all__ = [
     "AggregationMode",
     "Diagnostics",
     "SurrogateLoss",
+    "VTrace",
     "aggregate",
     "clipped_surrogate_loss",
+    "decoupled_surrogate_loss",
     "dual_clip_surrogate_loss",
     "generalized_advantages",
     "kl_abs",
@@ -69,5 +72,7 @@ __all__ = [
     "surrogate_loss",
     "token_gae",
     "token_rewards",
+    "truncated_importance_weights",
     "value_loss",
+    "vtrace",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch as th
@@ -49,3 +50,30 @@ def probability_ratio(
     :raises ValueError: as :func:`log_ratio`
     """
     return log_ratio(log_prob, old_log_prob, max_log_ratio=max_log_ratio).exp()
+
+
+def truncated_importance_weights(
+    log_prob: th.Tensor,
+    old_log_prob: th.Tensor,
+    *,
+    maximum: Scalar = math.inf,
+    max_log_ratio: Scalar | None = 20.0,
+) -> th.Tensor:
+    """
+    What a sample of one policy counts in an expectation under another (Ionides 2008, Truncated importance sampling).
+
+    ``w = min(pi(a|s) / pi_old(a|s), maximum)``
+
+    A smaller maximum gives less variance and more bias: of an expectation of f under pi, what is lost is
+    ``E_old[max(ratio - maximum, 0) f]``.
+
+    :param log_prob: log-probability of the action under the policy that the expectation is of, any shape
+    :param old_log_prob: the same under the policy that drew the action, same shape
+    :param maximum: bound of the weights, > 0; may be infinite
+    :param max_log_ratio: bound on the log-ratio, see :func:`log_ratio`
+    :return: w, same shape
+    :raises ValueError: if the shapes differ, or a number is out of range
+    """
+    maximum = checked_scalar("maximum", maximum, exclusive=True)
+    bound: Any = maximum
+    return probability_ratio(log_prob, old_log_prob, max_log_ratio=max_log_ratio).clamp(max=bound)

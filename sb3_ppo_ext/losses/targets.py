@@ -10,9 +10,12 @@ final observation: its end says nothing about the state (Pardo et al. 2018, arXi
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch as th
 
 from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, prepared
+from sb3_ppo_ext.losses.ratios import log_ratio
 
 
 @th.no_grad()
@@ -122,6 +125,95 @@ def n_step_returns(
     return returns.to(_common_dtype(rewards, values))
 
 
+class VTrace(NamedTuple):
+    """
+    What is learnt from transitions of another policy.
+
+    :param advantages: for a policy loss that has the ratio to the policy that acted, shape ``(T, n_envs)``
+    :param returns: v, for the critic, same shape
+    """
+
+    advantages: th.Tensor
+    returns: th.Tensor
+
+
+@th.no_grad()
+def vtrace(
+    rewards: th.Tensor,
+    values: th.Tensor,
+    last_values: th.Tensor,
+    terminated: th.Tensor,
+    truncated: th.Tensor,
+    log_ratios: th.Tensor,
+    *,
+    gamma: Scalar,
+    gae_lambda: Scalar = 1.0,
+    rho_bar: Scalar = 1.0,
+    c_bar: Scalar = 1.0,
+    final_values: th.Tensor | None = None,
+    mask: th.Tensor | None = None,
+    max_log_ratio: Scalar | None = 20.0,
+) -> VTrace:
+    """
+    V-trace: returns of a target policy, from what another policy did (Espeholt et al. 2018, arXiv 1802.01561,
+    equation 1 and remark 2).
+
+    ``v_t = V_t + sum_k gamma^k c_t ... c_{t+k-1} rho_{t+k} delta_{t+k}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``,
+    ``rho_t = min(rho_bar, ratio_t)`` and ``c_t = lambda min(c_bar, ratio_t)``, the sum going to the end of the episode
+    or of the rollout. ``rho_bar`` says whose values these are: infinity for the target policy's own, less for those of
+    a policy between the two. ``c_bar`` bounds the variance.
+
+    ``A_t = r_t + gamma (lambda v_{t+1} + (1 - lambda) V_{t+1}) - V_t``, without the ``rho_t`` that the paper multiplies
+    it with, as the losses here bring the ratio themselves. Where the two policies are one, ``A`` is that of
+    :func:`generalized_advantages`, and ``v`` is ``A + V``.
+
+    :param rewards: r, as the environment gave them, shape ``(T, n_envs)``
+    :param values: V of the observations that were acted on, same shape
+    :param last_values: V of the observations after the last step, shape ``(n_envs,)``; not read where that step ended
+        an episode
+    :param terminated: whether the step led to a terminal state, same shape as rewards
+    :param truncated: whether a time limit cut the episode after the step, same shape; a step that is both is terminated
+    :param log_ratios: log-probability of each action under the target policy, less that under the policy that acted,
+        same shape
+    :param gamma: discount factor, from 0 to 1
+    :param gae_lambda: lambda, from 0 to 1
+    :param rho_bar: bound of the ratio with which a TD error counts, >= 0; may be infinite
+    :param c_bar: bound of the ratio with which what follows counts, >= 0 and, as the paper has it, not above
+        ``rho_bar``; may be infinite
+    :param final_values: V of the episode's final observation, same shape, read where it was truncated only; None for 0
+    :param mask: True where a step counts, same shape; None if all do; see :func:`generalized_advantages`
+    :param max_log_ratio: bound on the log-ratios, see :func:`~sb3_ppo_ext.losses.log_ratio`
+    :return: advantages and returns, 0 where the mask excludes
+    :raises ValueError: if a shape is wrong, or a number out of range
+    """
+    check_same_shape(rewards=rewards, log_ratios=log_ratios)
+    gae_lambda = checked_scalar("gae_lambda", gae_lambda, maximum=1.0)
+    rho_bar = checked_scalar("rho_bar", rho_bar)
+    c_bar = checked_scalar("c_bar", c_bar)
+    if not isinstance(rho_bar, th.Tensor) and not isinstance(c_bar, th.Tensor) and c_bar > rho_bar:
+        raise ValueError(f"c_bar must be <= rho_bar = {rho_bar}, got {c_bar}")
+    gamma, targets, goes_on = _one_step_targets(
+        rewards, values, last_values, terminated, truncated, gamma=gamma, final_values=final_values, mask=mask
+    )
+    (log_ratios,) = prepared(mask, log_ratios)
+    ratios = log_ratio(log_ratios, th.zeros_like(log_ratios), max_log_ratio=max_log_ratio).to(targets.dtype).exp()
+    keep = th.ones_like(ratios, dtype=th.bool) if mask is None else mask.bool()
+    errors = th.where(keep, targets - values, 0.0)
+    corrections = _at_most(rho_bar, ratios) * errors  # becomes v - V
+    decay = gamma * gae_lambda * goes_on.to(corrections.dtype)
+    factors = decay * _at_most(c_bar, ratios)[:-1]
+    largest = th.finfo(corrections.dtype).max ** 0.5  # so that no product is infinite, and with 0, at an end, NaN
+    reach = 1
+    while reach < len(corrections):
+        factors = _double(corrections, factors, reach).clamp(max=largest)
+        corrections = corrections.clamp(-largest, largest)
+        reach *= 2
+    advantages = errors.clone()
+    advantages[:-1] += decay * corrections[1:]
+    dtype = _common_dtype(rewards, values)
+    return VTrace(advantages.to(dtype), th.where(keep, values + corrections, 0.0).to(dtype))
+
+
 def _one_step_targets(
     rewards: th.Tensor,
     values: th.Tensor,
@@ -134,7 +226,7 @@ def _one_step_targets(
     mask: th.Tensor | None,
 ) -> tuple[Scalar, th.Tensor, th.Tensor]:
     """
-    What both functions begin with: check the arguments, and look one step ahead.
+    What all of these functions begin with: check the arguments, and look one step ahead.
 
     :return: gamma, to be multiplied with; ``r_t + gamma V_{t+1}`` in float64, shape ``(T, n_envs)``, 0 where the mask
         excludes; whether step t + 1 is the next one of the same episode, shape ``(T - 1, n_envs)``
@@ -190,3 +282,8 @@ def _double(sums: th.Tensor, factors: th.Tensor, reach: int) -> th.Tensor:
     """
     sums[:-reach].add_(factors * sums[reach:])
     return factors[:-reach] * factors[reach:]
+
+
+def _at_most(bound: Scalar, ratios: th.Tensor) -> th.Tensor:
+    largest: Any = bound  # torch's stubs have clamp take a number or a tensor, no union of them
+    return ratios.clamp(max=largest)

@@ -125,14 +125,16 @@ def _sample_proximal(trial: optuna.Trial, n_envs: int) -> Params:
     - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
     - ``learning_rate_schedule``: whether updates are as large at the end of the training as at its beginning; or, as
       "kl", whether the learning rate follows the KL, with the constructor's target
-    - ``recompute_advantages``: whether each epoch has advantages of its own; not of a recurrent policy
+    - ``data``: whether an update learns from the newest rollout as it was collected ("fresh"), with advantages of its
+      own in each epoch ("recomputed"; not of a recurrent policy), or from the rollout before it too ("reused")
     """
-    without_memory = [] if _has_memory(trial) else ["recompute_advantages"]
     return {
         **_sample_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
         **_sample_learning_rate(trial, 1e-5, 2e-3, "kl"),
         "n_epochs": trial.suggest_int("n_epochs", 3, 20, log=True),
-        **{name: trial.suggest_categorical(name, [False, True]) for name in without_memory},
+        "data": trial.suggest_categorical(
+            "data", ["fresh", "reused"] if _has_memory(trial) else ["fresh", "recomputed", "reused"]
+        ),
     }
 
 
@@ -160,6 +162,12 @@ def convert_rollout_params(sampled_params: Params) -> Params:
     hyperparams = _convert_common_params(sampled_params)
     if "learning_rate_schedule" in sampled_params:
         hyperparams["kl_adaptive_lr"] = {} if sampled_params["learning_rate_schedule"] == "kl" else None
+    if "data" in sampled_params:
+        data = hyperparams.pop("data")
+        target = "gae" if "sequence_length" in hyperparams else "vtrace"  # which a memory does not allow
+        hyperparams["recompute_advantages"] = data == "recomputed"
+        hyperparams["n_reused_rollouts"] = int(data == "reused")
+        hyperparams["reuse"] = {"target": target, "proximal": "newest"} if data == "reused" else None
     n_envs, n_minibatches = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_minibatches_pow")
     batch_size = hyperparams["batch_size"]
     # The fewest steps of all environments that are whole minibatches and whole sequences.

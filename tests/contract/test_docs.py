@@ -94,7 +94,7 @@ def test_the_page_about_logs_explains_every_key() -> None:
     both: dict[str, Any] = {"policy_kwargs": {"critic_learning_rate": 1e-3}, "clip_range": 0.1, "clip_range_vf": 0.1}
     trainings: list[tuple[Any, dict[str, Any]]] = [
         (DualClipPPO, {**both, "clip_range_high": 0.2, "target_kl": 1e-9}),
-        (AdaptiveKLPPO, {**both, "kl_adaptive_lr": {}}),
+        (AdaptiveKLPPO, {**both, "kl_adaptive_lr": {}, "n_reused_rollouts": 1, "reuse": {"proximal": "newest"}}),
         (TRPO, {}),
         (REINFORCE, {"reference_policy": "initial"}),
     ]

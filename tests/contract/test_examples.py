@@ -56,6 +56,6 @@ def test_halving_takes_2_9_guesses() -> None:
         env.hidden, is_found = hidden, False
         while not is_found:
             possible = env.possible.nonzero()[0]
-            _, _, is_found, _, _ = env.step(int(possible[len(possible) // 2]))
+            _, _, is_found, _, _ = env.step(possible[len(possible) // 2])
             guesses += 1
     assert guesses == 29

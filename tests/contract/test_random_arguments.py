@@ -139,6 +139,10 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
         number(0, 2), schedule(0, 1), st.fixed_dictionaries({"target_kl": mostly(number(0.001, 0.5))})
     ),
     "reference_kl": st.sampled_from(["reward", "loss"]),
+    "n_reused_rollouts": st.integers(0, 2),
+    "reuse": st.sampled_from(
+        [None, None, {}, {"target": "vtrace"}, {"proximal": "newest", "max_importance_weight": 1.5}]
+    ),
     "sequence_length": st.sampled_from([None, 1, 2, 4]),
 }
 LEFT = {"self", "env", "_init_setup_model", "fvp_subsampling"}  # the last is an old name of another

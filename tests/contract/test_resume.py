@@ -69,9 +69,11 @@ ADAPTING = {
     "policy_kwargs": {"layer_norm": True},
 }
 REFERENCE = {"reference_policy": "initial", "reference_kl_coef": {"target_kl": 1e-3}}
+REUSING = {**PROXIMAL, "n_reused_rollouts": 2, "reuse": {"target": "vtrace", "proximal": "newest"}}
 MORE: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "DualClipPPO, adapting": (DualClipPPO, ADAPTING),
     "DualClipPPO, reference": (DualClipPPO, {**PROXIMAL, **REFERENCE}),
+    "AdaptiveKLPPO, reusing": (AdaptiveKLPPO, REUSING),
 }
 CASES = [*((name, use_sde) for name in ALGORITHMS for use_sde in (False, True)), *((name, False) for name in MORE)]
 

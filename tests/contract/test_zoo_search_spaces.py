@@ -101,6 +101,19 @@ def test_the_schedule_of_the_learning_rate_is_searched(algo: str) -> None:
     assert drawn_kinds == set(shapes)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("algo", ["dual_clip_ppo", "adaptive_kl_ppo"])
+def test_what_an_update_learns_from_is_searched(algo: str, policy: str) -> None:
+    kinds = {
+        (sampled["recompute_advantages"], sampled["n_reused_rollouts"], (sampled["reuse"] or {}).get("target"))
+        for _, sampled in drawn(algo, 20, 1, policy)
+    }
+    if policy == "MlpPolicy":
+        assert kinds == {(False, 0, None), (True, 0, None), (False, 1, "vtrace")}
+    else:
+        assert kinds == {(False, 0, None), (False, 1, "gae")}
+
+
 @pytest.mark.parametrize("n_envs", [1, 6, 8, 1000])
 @pytest.mark.parametrize("algo", ON_ROLLOUTS)
 def test_a_rollout_is_whole_minibatches(algo: str, n_envs: int) -> None:
@@ -117,8 +130,9 @@ def test_of_a_recurrent_policy_the_memory_is_searched_too(algo: str) -> None:
         [trial.distributions for trial, _ in drawn(algo, 20, 8, policy)] for policy in ("CnnPolicy", "CnnLstmPolicy")
     )
     memory = {"lstm_hidden_size_pow", "sequence_length_pow", "enable_critic_lstm"}
-    assert ("recompute_advantages" in without[0]) == algo.endswith("_ppo")
-    without[0].pop("recompute_advantages", None)  # which a memory does not allow
+    assert ("data" in without[0]) == algo.endswith("_ppo")
+    for space in (*without, *with_memory):  # a memory allows fewer kinds
+        space.pop("data", None)
     for space in with_memory:
         assert {name: space[name] for name in space.keys() - memory} == without[0]
         assert memory <= set(space)

@@ -38,6 +38,7 @@ class Case(NamedTuple):
 
 
 ELEMENTWISE = [
+    Case("truncated_importance_weights", POLICY[:2], {"maximum": 1.25, "max_log_ratio": 0.75}, has_mask=False),
     Case("log_ratio", POLICY[:2], {"max_log_ratio": 0.75}, has_mask=False),
     Case("probability_ratio", POLICY[:2], {"max_log_ratio": 0.75}, has_mask=False),
     Case("surrogate_loss", POLICY, {"max_log_ratio": 0.75}),
@@ -46,6 +47,17 @@ ELEMENTWISE = [
         "dual_clip_surrogate_loss",
         POLICY,
         {"dual_clip": 1.5, "clip_range": 0.125, "clip_range_high": 0.25, "max_log_ratio": 0.75},
+    ),
+    Case(
+        "decoupled_surrogate_loss",
+        ("log_prob", "proximal_log_prob", "old_log_prob", "advantages"),
+        {
+            "max_importance_weight": 1.25,
+            "dual_clip": 1.5,
+            "clip_range": 0.125,
+            "clip_range_high": 0.25,
+            "max_log_ratio": 0.75,
+        },
     ),
     Case("kl_penalized_surrogate_loss", (*POLICY, "kl"), {"kl_coef": 0.5, "max_log_ratio": 0.75}),
     Case("spo_surrogate_loss", POLICY, {"epsilon": 0.25, "max_log_ratio": 0.75}),
@@ -92,7 +104,7 @@ def gradients(loss: th.Tensor, tensors: list[th.Tensor]) -> list[th.Tensor]:
 def test_every_public_function_is_held_to_the_contract() -> None:
     functions = {name for name in losses.__all__ if not isinstance(getattr(losses, name), type)} - {"AggregationMode"}
     # Not elementwise: test_targets.py and test_losses_token_sequences.py hold them to theirs.
-    targets = {"generalized_advantages", "n_step_returns"}
+    targets = {"generalized_advantages", "n_step_returns", "vtrace"}
     of_tokens = {"token_rewards", "token_gae", "masked_whiten", "masked_entropy"}
     assert {case.name for case in ELEMENTWISE + REDUCTIONS} == functions - targets - of_tokens
 
@@ -299,6 +311,8 @@ RANGES: dict[str, list[tuple[float, str]]] = {
         (-1.0, "must be > 0.0, got -1.0"),
         (math.nan, "must be > 0.0, got nan"),
     ],
+    "maximum": [(0.0, "must be > 0.0, got 0.0"), (math.nan, "must be > 0.0, got nan")],
+    "max_importance_weight": [(0.0, "must be > 0.0, got 0.0"), (math.nan, "must be > 0.0, got nan")],
     "epsilon": [
         (0.0, "must be > 0.0, got 0.0"),
         (-0.2, "must be > 0.0, got -0.2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,9 @@ def model_of(
     batch_size = sum(lengths) * EPISODES if algorithm is REINFORCE else len(lengths) * EPISODES * LENGTH
     env = DummyVecEnv([partial(Noise, length, is_masked=is_masked) for length in lengths])
     arguments = {"seed": 0, "device": "cpu", "batch_size": batch_size, "learning_rate": 0.01, **sizes[algorithm]}
-    return algorithm(policy, env, **{**arguments, **kwargs})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "batch_size=")  # that has room for old rollouts, too
+        return algorithm(policy, env, **{**arguments, **kwargs})
 
 
 _BEFORE_CLOSING = (

@@ -27,6 +27,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         DualClipPPO,
         {"n_epochs": 10, "target_kl": 0.02, "rollback": True, "kl_adaptive_lr": {"maximum": 0.1}},
     ),
+    "DualClipPPO with old rollouts": (
+        DualClipPPO,
+        {"n_reused_rollouts": 1, "reuse": {"proximal": "newest"}, "batch_size": 2 * 2 * EPISODES * LENGTH},
+    ),
     "DualClipPPO masked": (DualClipPPO, {"is_masked": True}),
     "DualClipPPO with a memory": (DualClipPPO, {"policy": "MlpLstmPolicy", "sequence_length": 8}),
     "AdaptiveKLPPO": (AdaptiveKLPPO, LINEAR),

@@ -12,7 +12,7 @@ from stable_baselines3.common import buffers as sb3
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_ppo_ext.common.distributions import family_of_space
-from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
+from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples, shuffled_rows
 from sb3_ppo_ext.losses.targets import generalized_advantages
 
 
@@ -311,11 +311,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
         :return: for each minibatch, shape ``(batch_size,)``; where there is a memory, numbers of sequences
         """
         flat = self.flat()
-        batch_size = max(1, batch_size // flat.length)
-        rows = th.from_numpy(np.random.permutation(len(flat.returns) // flat.length))  # noqa: NPY002
-        if self.device.type == "cuda":  # from where the host need not wait for it
-            rows = rows.pin_memory()
-        return th.split(rows.to(self.device, non_blocking=True), batch_size)
+        return shuffled_rows(len(flat.returns) // flat.length, max(1, batch_size // flat.length), self.device)
 
 
 class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[misc]

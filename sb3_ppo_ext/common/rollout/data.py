@@ -88,6 +88,8 @@ class RolloutSamples(NamedTuple):
     :param mask: which samples count, bool, shape ``(batch,)``; None: all. The others fill a minibatch up to its size
     :param reference_params: parameters of the reference policy's distributions, shape ``(batch, n_params)``; None:
         there is no such policy
+    :param proximal_log_prob: under the policy around which an update clips, shape ``(batch,)``; ``old_params`` are then
+        of that policy too. None: it is the one that acted
     """
 
     observations: PyTorchObs
@@ -102,6 +104,7 @@ class RolloutSamples(NamedTuple):
     episode_starts: th.Tensor | None = None
     mask: th.Tensor | None = None
     reference_params: th.Tensor | None = None
+    proximal_log_prob: th.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -195,6 +198,20 @@ def to_tensors(obs: Any, device: th.device) -> Any:
     if isinstance(obs, dict):
         return {key: th.as_tensor(part, device=device) for key, part in obs.items()}
     return th.as_tensor(obs, device=device)
+
+
+def shuffled_rows(n_rows: int, n_in_minibatch: int, device: th.device) -> tuple[th.Tensor, ...]:
+    """
+    The rows of the minibatches of one epoch, drawn at random by numpy's generator, as SB3 does it.
+
+    :param n_rows: to draw from
+    :param n_in_minibatch: rows of one; the last may be smaller
+    :param device: where they are to be
+    """
+    rows = th.from_numpy(np.random.permutation(n_rows))  # noqa: NPY002
+    if device.type == "cuda":  # from where the host need not wait for it
+        rows = rows.pin_memory()
+    return th.split(rows.to(device, non_blocking=True), n_in_minibatch)
 
 
 def is_tensors(obs: Any) -> bool:

@@ -240,6 +240,10 @@ def resume(
     model.set_env(vec_env, force_reset=state["env"]["states"] is None)
     set_env_state(vec_env, state["env"])
     _set_random_state(model, state["random"])
+    if state.get("old_rollouts"):  # which a checkpoint of an earlier version does not have
+        model._old_rollouts = state["old_rollouts"]  # type: ignore[attr-defined]
+        for rollout in state["old_rollouts"]:
+            rollout.buffer.device = model.device
     return model
 
 
@@ -331,7 +335,13 @@ def _checkpoint_bytes(model: BaseAlgorithm) -> memoryview:
     env = model.get_env()
     if env is None:
         raise ValueError("the model has no environment: give it one with set_env()")
-    state = {"env": env_state(env, in_episode=model._last_obs is not None), "random": _random_state(model)}
+    state: dict[str, Any] = {
+        "env": env_state(env, in_episode=model._last_obs is not None),
+        "random": _random_state(model),
+    }
+    old_rollouts = getattr(model, "_old_rollouts", ())
+    if old_rollouts:
+        state["old_rollouts"] = old_rollouts
     buffer = io.BytesIO()
     model.save(buffer)
     with zipfile.ZipFile(buffer, "a") as archive:

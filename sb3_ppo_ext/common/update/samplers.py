@@ -10,6 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.rollout.buffers import minibatches
 from sb3_ppo_ext.common.rollout.data import RolloutSamples, rows_of
+from sb3_ppo_ext.common.update.old_rollouts import Rollouts
 from sb3_ppo_ext.common.update.reduce import Reducer, of_each
 
 _AT_ONCE = 2**20  # samples
@@ -24,7 +25,7 @@ class Epochs:
     all of them have in their minibatches together, so all cut as many as the one that has the most samples, and some
     may be empty.
 
-    :param rollout_buffer: filled
+    :param rollout_buffer: filled; or the newest of several rollouts and those before it
     :param batch_size: samples in a minibatch of this process
     :param n_epochs: how many there are to be
     :param reducer: of the processes
@@ -34,7 +35,7 @@ class Epochs:
 
     def __init__(
         self,
-        rollout_buffer: RolloutBuffer,
+        rollout_buffer: RolloutBuffer | Rollouts,
         batch_size: int,
         n_epochs: int,
         reducer: Reducer,
@@ -50,7 +51,7 @@ class Epochs:
     def __iter__(self) -> Iterator[Iterable[Minibatch]]:
         if self._reducer.is_local:
             for _ in range(self._n_epochs):
-                yield minibatches(self._rollout_buffer, self._batch_size)
+                yield self._minibatches()
             return
         cut = self._cut()
         n_minibatches = max(self._reducer.gathered(len(cut)))
@@ -73,8 +74,13 @@ class Epochs:
                 together.advantages.copy_(advantages)
                 yield [(together, rows) for rows in rows_of_epoch]
 
+    def _minibatches(self) -> Iterable[Minibatch]:
+        if isinstance(self._rollout_buffer, Rollouts):
+            return self._rollout_buffer.minibatches()
+        return minibatches(self._rollout_buffer, self._batch_size)
+
     def _cut(self) -> list[Minibatch]:
-        return list(minibatches(self._rollout_buffer, self._batch_size))
+        return list(self._minibatches())
 
     def _normalized(self, cut: list[Minibatch]) -> list[Minibatch]:
         """Minibatches of a buffer that has a ``get`` of its own, with normalised advantages."""

@@ -1,0 +1,268 @@
+"""
+Rollouts before the newest, which older policies have collected, and an update that learns from them too.
+
+What is kept of each is all that its buffer held: for K old rollouts, K times the memory of the buffer, and during an
+update the samples of K + 1 rollouts on the device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
+from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
+from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples, chunks, rows_of, shuffled_rows, to_tensors
+from sb3_ppo_ext.common.rollout.evaluation import Evaluation
+from sb3_ppo_ext.common.validation import check_int, check_one_of, check_real
+from sb3_ppo_ext.losses.targets import vtrace
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """
+    How old rollouts are learnt from.
+
+    :param target: where their advantages and returns come from: ``"gae"``, as they were when they were collected, or
+        ``"vtrace"``, computed anew for the newest policy (Espeholt et al. 2018, arXiv 1802.01561)
+    :param proximal: the policy around which an update clips: ``"behaviour"``, of each sample the one that acted, or
+        ``"newest"``, the one that collected the newest rollout, with importance weights (Hilton et al. 2021, arXiv
+        2110.00641)
+    :param max_importance_weight: bound of these weights
+    :param rho_bar: of V-trace, bound of the ratio with which a TD error counts
+    :param c_bar: of V-trace, bound of the ratio with which what follows counts
+    """
+
+    target: str = "gae"
+    proximal: str = "behaviour"
+    max_importance_weight: float = 2.0
+    rho_bar: float = 1.0
+    c_bar: float = 1.0
+
+    @classmethod
+    def checked(cls, n_reused_rollouts: object, given: Any) -> Reuse:
+        """
+        :param n_reused_rollouts: how many old rollouts there are to be
+        :param given: a dict of what is to be otherwise than by default; None: nothing
+        :raises ArgumentError: if something in it is not allowed, or nothing would read it
+        """
+        check_int("n_reused_rollouts", n_reused_rollouts, minimum=0)
+        if given is None:
+            return cls()
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, dict):
+            raise ArgumentError(f"reuse={given!r} is not allowed: it must be None, or a dict of {', '.join(known)}")
+        if n_reused_rollouts == 0:
+            raise ArgumentError(
+                f"reuse={given!r} is not allowed with n_reused_rollouts=0, which learns from the newest rollout alone: "
+                "it must be None, or n_reused_rollouts at least 1"
+            )
+        for key in given:
+            check_one_of("a key of reuse", key, known)
+        reuse = cls(**given)
+        check_one_of("reuse['target']", reuse.target, ("gae", "vtrace"))
+        check_one_of("reuse['proximal']", reuse.proximal, ("behaviour", "newest"))
+        check_real("reuse['max_importance_weight']", reuse.max_importance_weight, above=0.0, finite=False)
+        check_real("reuse['rho_bar']", reuse.rho_bar, at_least=0.0, finite=False)
+        check_real("reuse['c_bar']", reuse.c_bar, at_least=0.0, at_most=reuse.rho_bar, finite=False)
+        for keys, reader, reads in (
+            (("max_importance_weight",), "proximal='newest'", reuse.proximal == "newest"),
+            (("rho_bar", "c_bar"), "target='vtrace'", reuse.target == "vtrace"),
+        ):
+            for key in keys:
+                if key in given and not reads:
+                    raise ArgumentError(f"reuse={given!r} is not allowed: {key} is read with {reader} alone")
+        return reuse
+
+    def check_together(self, algorithm: Any) -> None:
+        """
+        :param algorithm: whose other arguments it must hold together with
+        :raises ArgumentError: naming one with which it does not
+        """
+        n = algorithm.n_reused_rollouts
+        if n and algorithm.recompute_advantages:
+            raise ArgumentError(
+                f"recompute_advantages=True is not allowed with n_reused_rollouts={n}: the advantages of old rollouts "
+                "are not computed anew in each epoch, but once an update, with reuse={'target': 'vtrace'}; "
+                "recompute_advantages must be False, or n_reused_rollouts 0"
+            )
+        if n and algorithm.kl_adaptive_lr is not None and self.proximal == "behaviour":
+            raise ArgumentError(
+                f"kl_adaptive_lr={algorithm.kl_adaptive_lr!r} is not allowed with n_reused_rollouts={n}, where the KL "
+                "from the policies of old rollouts is large before the first step: reuse must have "
+                "'proximal': 'newest', or kl_adaptive_lr be None"
+            )
+
+
+class OldRollout(NamedTuple):
+    """
+    :param buffer: that holds it
+    :param last_obs: the observations after its last step
+    """
+
+    buffer: RolloutBuffer
+    last_obs: Any
+
+
+def kept(buffer: RolloutBuffer, last_obs: Any, reuse: Reuse) -> OldRollout:
+    """
+    What is kept of a rollout. Its arrays are not copied, as the next rollout is collected into others.
+
+    :param buffer: that has been learnt from
+    :param last_obs: the observations after the last step
+    :param reuse: how it will be learnt from
+    """
+    buffer = copy.copy(buffer)
+    buffer.forget_flat()
+    if buffer.final_observations is not None:
+        buffer.final_observations = copy.copy(buffer.final_observations)
+        buffer.final_observations.actor_critic = None  # which is another in each update
+    if reuse.target == "gae":
+        buffer.final_observations = last_obs = None  # V-trace alone asks for their values
+    return OldRollout(buffer, copy.deepcopy(last_obs))
+
+
+class Rollouts:
+    """
+    The newest rollout and those before it, for an update.
+
+    :param newest: filled and evaluated
+    :param old: the newer ones first
+    :param reuse: how they are learnt from
+    :param actor_critic: the newest policy, in evaluation mode
+    :param batch_size: samples in a minibatch
+    :param capacity: how many rollouts there may be, the newest included, where a compiled step takes them: its
+        programs are for one number of samples. None: as many as there are
+    """
+
+    def __init__(
+        self,
+        newest: RolloutBuffer,
+        old: Sequence[OldRollout],
+        reuse: Reuse,
+        actor_critic: ActorCritic,
+        *,
+        batch_size: int,
+        capacity: int | None,
+    ) -> None:
+        first = newest.flat()
+        if reuse.proximal == "newest":
+            first = first._replace(proximal_log_prob=first.old_log_prob)
+        parts = [first]
+        for rollout in old:
+            if _kinds(rollout.buffer.flat()) == _kinds(newest.flat()):  # as it is not where masks have come or gone
+                parts.append(_samples(rollout, reuse, actor_critic))
+            rollout.buffer.forget_flat()
+        self._n_samples = sum(len(part.returns) for part in parts)
+        n_sequences = len(first.returns) // first.length
+        self._n_in_minibatch = max(1, batch_size // first.length)
+        is_cut_evenly = newest.counts is None and n_sequences % self._n_in_minibatch == 0
+        self.size_to_pad_to = None if is_cut_evenly else self._n_in_minibatch
+        """What a compiled step pads minibatches to, in rows; None: all have one size."""
+        if is_cut_evenly and capacity is not None:
+            parts += [first] * (capacity - len(parts))  # which no row is drawn of
+        self._samples = RolloutSamples(*(_joined(column) for column in zip(*parts, strict=True)))
+
+    def minibatches(self) -> Iterator[tuple[RolloutSamples, th.Tensor]]:
+        """The minibatches of one epoch, drawn anew: samples, and which rows of them."""
+        n_rows = self._n_samples // self._samples.length
+        for rows in shuffled_rows(n_rows, self._n_in_minibatch, self._samples.returns.device):
+            yield self._samples, rows
+
+
+def _kinds(samples: RolloutSamples) -> list[bool]:
+    return [part is None for part in samples]
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Batches of tensors in one, or of dicts of such; None of None."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], dict):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    return th.cat(tuple(parts))
+
+
+def _samples(rollout: OldRollout, reuse: Reuse, actor_critic: ActorCritic) -> RolloutSamples:
+    """Those of an old rollout, as the newest policy learns from them."""
+    buffer = rollout.buffer
+    samples = buffer.flat()
+    if reuse.target == "gae" and reuse.proximal == "behaviour":
+        return samples
+    evaluation = _evaluated(buffer, actor_critic)
+
+    def counted(values: th.Tensor) -> th.Tensor:
+        return values if buffer.counts is None else values[buffer._flat_of("counts").flatten()]
+
+    if reuse.target == "vtrace":
+        advantages, returns = _vtrace(rollout, reuse, evaluation, actor_critic)
+        samples = samples._replace(advantages=counted(advantages), returns=counted(returns))
+    if reuse.proximal == "newest":
+        params = counted(evaluation.params)
+        samples = samples._replace(
+            proximal_log_prob=counted(evaluation.log_prob),
+            old_values=counted(evaluation.values),
+            old_params=params if params.shape == samples.old_params.shape else samples.old_params,
+        )
+    return samples
+
+
+@th.no_grad()
+def _evaluated(buffer: RolloutBuffer, actor_critic: ActorCritic) -> Evaluation:
+    """All steps of a rollout by another policy than the one that acted; without the entropy."""
+    inputs, actions = buffer.flat_inputs()
+    parts = []
+    for rows in chunks(inputs.n_rows, buffer.observation_space, inputs.length):
+        part = actor_critic.evaluate_actions(inputs.rows(rows), rows_of(actions, rows, inputs.length))
+        parts.append((part.values, part.log_prob, part.params))
+    values, log_prob, params = map(th.cat, zip(*parts, strict=True))
+    return Evaluation(values, log_prob, None, params, actor_critic.family)
+
+
+@th.no_grad()
+def _vtrace(
+    rollout: OldRollout, reuse: Reuse, evaluation: Evaluation, actor_critic: ActorCritic
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Advantages and returns for the newest policy and by its critic, flat. On the CPU, where the buffer's arrays are.
+
+    :param rollout: an old one
+    :param reuse: the bounds
+    :param evaluation: of all its steps by the newest policy
+    :param actor_critic: the newest policy
+    """
+    buffer = rollout.buffer
+    device = actor_critic.policy.device
+    last_values = actor_critic.values(PolicyInput(to_tensors(rollout.last_obs, device)))
+    if buffer.final_observations is not None:
+        buffer.final_observations.evaluate_again(actor_critic)
+        buffer.final_observations.write_into(buffer)
+        buffer.final_observations.actor_critic = None
+
+    def by_step(flat: th.Tensor) -> th.Tensor:
+        return flat.cpu().view(buffer.n_envs, -1).T
+
+    def tensor(array: Any) -> th.Tensor:
+        return th.from_numpy(np.array(array))
+
+    targets = vtrace(
+        tensor(buffer.rewards if buffer.penalties is None else buffer.rewards - buffer.penalties),
+        by_step(evaluation.values),
+        last_values.cpu(),
+        tensor(buffer.terminated),
+        tensor(buffer.truncated),
+        by_step(evaluation.log_prob) - tensor(buffer.log_probs),
+        gamma=buffer.gamma,
+        gae_lambda=buffer.gae_lambda,
+        rho_bar=reuse.rho_bar,
+        c_bar=reuse.c_bar,
+        final_values=tensor(buffer.final_values),
+    )
+    advantages, returns = (target.float().T.flatten().to(device) for target in targets)
+    return advantages, returns

@@ -178,16 +178,18 @@ def test_the_proximal_policy_is_the_newest(algorithm: Any, policy: str, monkeypa
     assert (captured[2][0].proximal_log_prob - captured[2][0].old_log_prob)[N:].abs().max() > 0.01
 
 
-def test_vtrace_by_a_plain_loop() -> None:
-    """With SB3's values, log-probabilities and final observations."""
-    model, seen = small(DualClipPPO, "MlpPolicy", scripted(), n_reused_rollouts=1, reuse=BOTH, **FAST), Seen()
+@pytest.mark.parametrize("reference", [{}, {"reference_policy": "initial", "reference_kl_coef": 0.5}])
+def test_vtrace_by_a_plain_loop(reference: dict[str, Any]) -> None:
+    """With SB3's values, log-probabilities and final observations; of the rewards less the penalties, if there are."""
+    kwargs = {"n_reused_rollouts": 1, "reuse": BOTH, **reference}
+    model, seen = small(DualClipPPO, "MlpPolicy", scripted(), **kwargs, **FAST), Seen()
     finals, lasts, buffers, found = [], [], [], []
     rollouts = model._rollouts
 
     def watched() -> Any:
         finals.append(dict(seen.final))
         lasts.append(model._last_obs.copy())
-        buffers.append({name: getattr(model.rollout_buffer, name) for name in (*seen.values, *OTHERS)})
+        buffers.append({name: getattr(model.rollout_buffer, name) for name in (*seen.values, *OTHERS, "penalties")})
         result = rollouts()
         if len(buffers) > 1:
             found.append((result._samples, expected()))
@@ -208,7 +210,7 @@ def test_vtrace_by_a_plain_loop() -> None:
             for (step, i), obs in finals[-2].items():
                 final_values[step, i] = values(obs[None])[0]
             rollout = Rollout(
-                th.as_tensor(held["rewards"]).double(),
+                th.as_tensor(held["rewards"] - (held["penalties"] if reference else 0.0)).double(),
                 th.stack([step[0].flatten() for step in steps]).double(),
                 values(lasts[-2]),
                 th.as_tensor(held["terminated"]),
@@ -223,6 +225,7 @@ def test_vtrace_by_a_plain_loop() -> None:
     model.learn(3 * N, callback=seen)
     assert finals[0]
     assert len(found) == 2
+    assert not reference or abs(buffers[1]["penalties"]).max() > 1e-3
     for samples, targets in found:
         advantages, returns = (target.T.flatten().float() for target in targets)
         th.testing.assert_close(samples.advantages[N:], advantages, atol=1e-5, rtol=1e-5)

@@ -131,7 +131,7 @@ def draw(curves: dict[str, list[list[float]]], path: str) -> None:
         axes.fill_between(steps, np.min(of_seeds, axis=0), np.max(of_seeds, axis=0), color=line.get_color(), alpha=0.2)
     axes.axhline(float(np.mean([curve[0] for of_seeds in curves.values() for curve in of_seeds])), ls=":", color="grey")
     axes.set(xlabel="time steps", ylabel="mean return of a rollout", title=f"Fine-tuning a clone on {ENV_ID}")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -125,6 +125,8 @@ def test_it_is_saved_inside_of_the_model(algorithm: Any, tmp_path: Path) -> None
     assert loaded.reference_kl_coef["coef"] > 0.1
     loaded.learn(32)
     assert bits(loaded.reference_policy.policy) == bits(model.reference_policy.policy)
+    if algorithm is DualClipPPO:  # whose files Stable-Baselines3 reads
+        assert PPO.load(tmp_path / "model", device="cpu").policy.state_dict().keys() == model.policy.state_dict().keys()
     without = algorithm.load(tmp_path / "model", env=scripted(), device="cpu", reference_policy=None)
     assert "train/reference_kl" not in without.learn(32).logger.name_to_value
     own = algorithm.load(tmp_path / "model", env=scripted(), device="cpu", reference_policy="initial")

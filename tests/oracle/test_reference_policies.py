@@ -19,7 +19,7 @@ from sb3_ppo_ext.common.update.scores import add_up_gradients
 from sb3_ppo_ext.common.update.surrogate import Surrogate
 from tests.algorithms import ALGORITHMS, small
 from tests.envs import BOX, BOX_ACTIONS, scripted
-from tests.vectors import scripted_envs
+from tests.vectors import NativeVector, scripted_envs
 
 REWARDS = (1.0, 0.0, 0.5)
 ACTING = (0.5, 0.25, 0.25)
@@ -173,6 +173,14 @@ def test_only_steps_that_count_are_in_the_means() -> None:
     buffer, n_counted = model.rollout_buffer, len(model.rollout_buffer.flat().returns)
     assert n_counted == 11 < buffer.rewards.size == 12
     expected = buffer.rewards.swapaxes(0, 1).flatten()[buffer._counts.numpy()].mean()
+    assert model.logger.name_to_value["train/reward_mean"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_on_which_an_environment_only_begins_an_episode_are_in_no_mean() -> None:
+    model = small(DualClipPPO, "MlpPolicy", NativeVector(scripted_envs(2)), reference_policy="initial").learn(1)
+    buffer = model.rollout_buffer
+    assert 0 < buffer.counts.sum() < buffer.rewards.size
+    expected = buffer.rewards[buffer.counts].mean()
     assert model.logger.name_to_value["train/reward_mean"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -38,6 +38,12 @@ CASES: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
         {"policy_kwargs": NORMALIZED, "torch_compile": True},
     ),
     "advantages anew": (DualClipPPO, "MlpPolicy", ShortPendulum, {"recompute_advantages": True}),
+    "a reference": (
+        DualClipPPO,
+        "MlpPolicy",
+        ShortPendulum,
+        {"reference_policy": "initial", "reference_kl_coef": 99.0},
+    ),
     "shared extractor": (TRPO, "MultiInputPolicy", Groups, {}),
     "masks": (AdaptiveKLPPO, "MultiInputPolicy", MaskedGroups, {"policy_kwargs": CRITIC}),
     "memory": (DualClipPPO, "MlpLstmPolicy", ShortCartPole, {"policy_kwargs": {"lstm_hidden_size": 4}}),

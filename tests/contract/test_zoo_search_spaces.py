@@ -271,25 +271,32 @@ def test_what_may_be_a_schedule_is_found() -> None:
 
 @pytest.mark.parametrize(("algo", "name", "may_be_none"), SCHEDULES)
 def test_a_schedule_from_yaml(algo: str, name: str, may_be_none: bool, tmp_path: Path) -> None:
+    needs = "reference_policy: initial\n  " if name == "reference_kl_coef" else ""
     if name == "dual_clip":  # which must stay above 1 + clip_range
-        with pytest.raises(ValueError, match=r"dual_clip=0 .*progress 0"), from_yaml(algo, tmp_path, f"{name}: lin_4"):
+        with (
+            pytest.raises(ValueError, match=r"dual_clip=0 .*progress 0"),
+            from_yaml(algo, tmp_path, f"{needs}{name}: lin_4"),
+        ):
             pass
     else:
-        with from_yaml(algo, tmp_path, f"{name}: lin_0.5") as model:
+        with from_yaml(algo, tmp_path, f"{needs}{name}: lin_0.5") as model:
             assert [value_at(getattr(model, name), progress) for progress in (1.0, 0.5, 0.0)] == [0.5, 0.25, 0.0]
     words = "cos_4_2_warmup_0.5" if name == "dual_clip" else "cos_0.5_0.25_warmup_0.5"
     with contextlib.ExitStack() as stack:
         if name == "dual_clip":
             stack.enter_context(pytest.raises(ValueError, match=r"dual_clip=0 .*progress 1"))
-        model = stack.enter_context(from_yaml(algo, tmp_path, f"{name}: {words}"))
+        model = stack.enter_context(from_yaml(algo, tmp_path, f"{needs}{name}: {words}"))
         assert [value_at(getattr(model, name), p) for p in (1.0, 0.75, 0.5, 0.0)] == [0.0, 0.25, 0.5, 0.25]
     number = 4.0 if name == "dual_clip" else 0.75
-    with from_yaml(algo, tmp_path, f"{name}: {number}") as model:
+    with from_yaml(algo, tmp_path, f"{needs}{name}: {number}") as model:
         assert value_at(getattr(model, name), 0.5) == number
     if may_be_none:
-        with from_yaml(algo, tmp_path, f"{name}: null") as model:
+        with from_yaml(algo, tmp_path, f"{needs}{name}: null") as model:
             assert getattr(model, name) is None
-    with pytest.raises(ValueError, match=rf"{name}='of_4' is not allowed"), from_yaml(algo, tmp_path, f"{name}: of_4"):
+    with (
+        pytest.raises(ValueError, match=rf"{name}='of_4' is not allowed"),
+        from_yaml(algo, tmp_path, f"{needs}{name}: of_4"),
+    ):
         pass
 
 

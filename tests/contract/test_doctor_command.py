@@ -189,6 +189,7 @@ def test_any_series_can_be_drawn(values: list[float]) -> None:
     assert chart(Series(np.arange(2), np.full(2, np.nan)), "any") == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_the_page_fits_a_phone_and_a_screen(command: Command, tmp_path: Path) -> None:
     """In a real browser: nothing is wider than its window, and something is drawn."""

@@ -271,7 +271,7 @@ def test_what_may_be_a_schedule_is_found() -> None:
 
 @pytest.mark.parametrize(("algo", "name", "may_be_none"), SCHEDULES)
 def test_a_schedule_from_yaml(algo: str, name: str, may_be_none: bool, tmp_path: Path) -> None:
-    needs = "reference_policy: initial\n  " if name == "reference_kl_coef" else ""
+    needs = "reference_policy: initial, " if name == "reference_kl_coef" else ""
     if name == "dual_clip":  # which must stay above 1 + clip_range
         with (
             pytest.raises(ValueError, match=r"dual_clip=0 .*progress 0"),

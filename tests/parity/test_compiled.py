@@ -112,6 +112,7 @@ def test_a_copy_of_a_model_compiles_for_itself() -> None:
         assert th.equal(p, q)
 
 
+@pytest.mark.slow
 def test_saturated_actions() -> None:
     """Where the Jacobian of a squashed action is nearly zero, the last digits of tanh count."""
     algorithm, action_space, kwargs = CASES["trpo, gsde, squashed, dict with an image"]

@@ -197,6 +197,7 @@ def test_tracing() -> None:
         traced(lambda x: [x if x.sum() > 0 else -x], [x], {})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # about torch's own code
 def test_machine_code(tmp_path: Path) -> None:
     def step(x: th.Tensor, total: th.Tensor) -> list[th.Tensor]:

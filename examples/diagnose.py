@@ -1,5 +1,5 @@
 """
-A training that is ill, and the doctor's word for it.
+A training that is ill, and the doctor's word for it, within 7 seconds.
 
     python -m examples.diagnose
 

@@ -1,5 +1,5 @@
 """
-Train, save, load, evaluate: some 30 seconds for a CartPole that stands.
+Train, save, load, evaluate: after some 12 seconds one sees the mean return of ten episodes of CartPole.
 
     python -m examples.first_run
 """

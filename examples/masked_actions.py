@@ -1,11 +1,12 @@
 """
-Some actions are forbidden: the environment says which, and neither training nor evaluation ever takes one.
+Some actions are forbidden: the environment says which, and neither training nor the trained policy takes one.
 
     python -m examples.masked_actions
 
 A number is hidden among ten, and each guess tells whether the number is higher or lower. What cannot be the number any
-more is forbidden. Guessing at random then takes 4.9 guesses in the mean, and always halving what is left 2.9, which no
-policy can beat.
+more is forbidden. Guessing at random among the rest takes 3.44 guesses in the mean, and always halving it 2.90, which
+no policy can beat but by chance. After some 8 seconds one sees how many the policy takes that has learnt it. One that
+was never trained does not know of masks yet.
 """
 
 from __future__ import annotations
@@ -50,12 +51,9 @@ class HigherOrLower(gym.Env[np.ndarray, np.int64]):
 def main() -> None:
     env = make_vec_env(HigherOrLower, n_envs=8, seed=0)
     model = DualClipPPO("MlpPolicy", env, n_steps=128, batch_size=256, gamma=1.0, seed=0)
-    before: Any = evaluate_policy(model, env, n_eval_episodes=200, deterministic=False)
     model.learn(50_000)
-    after: Any = evaluate_policy(model, env, n_eval_episodes=200)
-    print(
-        f"Guesses, mean of 200 episodes: {-before[0]:.2f} before training, {-after[0]:.2f} after. Halving takes 2.90."
-    )
+    mean: Any = evaluate_policy(model, env, n_eval_episodes=1_000)[0]
+    print(f"Guesses, mean of 1000 episodes: {-mean:.2f}. Guessing at random takes 3.44. Halving takes 2.90.")
 
 
 if __name__ == "__main__":

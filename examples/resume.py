@@ -3,7 +3,8 @@ A training that goes on after it was killed: start it, stop it by any means, sta
 
     python -m examples.resume
 
-It writes a checkpoint every 8 192 steps, whole or not at all, and begins with the newest one.
+It writes a checkpoint every 8 192 steps, whole or not at all, and begins with the newest one. One sees at which step it
+begins. The whole training takes some 20 seconds.
 """
 
 from __future__ import annotations

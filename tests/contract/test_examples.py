@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
 from examples import resume
 from examples.masked_actions import HigherOrLower
+from sb3_ppo_ext import DualClipPPO
 from tests.code_blocks import ROOT, short_trainings
 
 __all__ = ["short_trainings"]  # a fixture
@@ -39,7 +45,9 @@ def test_a_script_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     importlib.import_module(f"examples.{name}").main()
-    assert SCRIPTS[name] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert SCRIPTS[name] in out
+    assert "nan" not in out
 
 
 def test_a_training_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,3 +67,26 @@ def test_halving_takes_2_9_guesses() -> None:
             _, _, is_found, _, _ = env.step(possible[len(possible) // 2])
             guesses += 1
     assert guesses == 29
+
+
+def test_guessing_at_random_takes_3_44_guesses() -> None:
+    """A guess is one of n; then what is left lies on its side, with the share of the side."""
+    guesses = [Fraction(0)]
+    for n in range(1, 11):
+        sides = [Fraction(k, n) * guesses[k] + Fraction(n - 1 - k, n) * guesses[n - 1 - k] for k in range(n)]
+        guesses.append(1 + sum(sides) / n)
+    assert round(float(guesses[10]), 2) == 3.44
+
+
+class Strict(HigherOrLower):
+    """Refuses what is forbidden."""
+
+    def step(self, action: np.int64) -> Any:
+        assert self.possible[action] == 1
+        return super().step(action)
+
+
+def test_no_forbidden_guess_is_made() -> None:
+    env = make_vec_env(Strict, n_envs=2, seed=0)
+    model = DualClipPPO("MlpPolicy", env, n_steps=32, batch_size=64, n_epochs=1, seed=0).learn(64)
+    evaluate_policy(model, env, n_eval_episodes=20, deterministic=False)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,10 @@ _COLLAPSED = 0.5
 _ABOUT = """\
 - What a run *reaches* is the mean of its last five evaluations of ten episodes each. A score is 0 for a random policy
   and 1 for gymnasium's reward threshold. IQM and intervals, 95 % stratified bootstraps, are rliable's; fewer than three
-  runs have none. In brackets, the number of runs.
-- *Improves on PPO*: the probability that a run of the arm ends above one of PPO with the same lag on the same task.
+  runs have none.
+- *Improves on PPO*: the probability that a run of the arm ends above one of PPO with the same lag on the same task,
+  where both have three runs or more.
 - *Collapsed*: the share of runs that end below half of their own best score."""
-
-
-def runs_of(
-    arms: Iterable[str], envs: Sequence[str], lags: Sequence[int], n_epochs: int, n_seeds: int
-) -> Iterable[Run]:
-    """The runs, seed by seed, so that what is there is worth reading at any time."""
-    for seed, lag, env, arm in product(range(n_seeds), lags, envs, arms):
-        yield Run(stale_set(lag, n_epochs), env, arm, seed)
 
 
 def write_report(folder: Path, n_resamples: int = statistics.N_RESAMPLES) -> None:
@@ -105,7 +98,8 @@ def _outcome(records: list[dict[str, Any]], n_resamples: int) -> list[str]:
         improvement = "-"
         if arm != "ppo" and shared:
             ours, ppos = _scores(records, arm, shared)[0], _scores(records, "ppo", shared)[0]
-            improvement = _interval(statistics.probability_of_improvement(ours, ppos, n_resamples))
+            if min(len(ours), len(ppos)) >= statistics.MIN_RUNS:
+                improvement = _interval(statistics.probability_of_improvement(ours, ppos, n_resamples))
         rows.append([*row, improvement, f"{(finals < _COLLAPSED * bests).mean():.0%}"])
         rows[-1] += [f"{np.mean(_finals(records, arm, env)):.0f}" if env in envs else "-" for env in ENVS]
     head = ["arm", "tasks", "runs of each", "IQM of scores", "improves on PPO", "collapsed"]
@@ -153,7 +147,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="processes at a time, of one thread each")
     add("--out", type=Path, default=RESULTS, help="folder for the results")
     add("--report", action="store_true", help="make no run, but the page")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is not allowed: it must be at least 1")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -163,13 +161,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     os.environ["PYGAME_HIDE_SUPPORT_PROMPT"] = "1"
-    runs = list(runs_of(args.arms, args.envs, args.lags, args.epochs, args.seeds))
     with alone_in(args.out):
         failed = []
-        for seed in range(args.seeds):
-            for name in dict.fromkeys(run.set for run in runs):
-                of_set = [run for run in runs if run.set == name and run.seed == seed]
-                failed += make_runs(of_set, {}, args.out / name, args.jobs)
+        for seed, lag in product(range(args.seeds), args.lags):  # so that what is there is worth reading at any time
+            name = stale_set(lag, args.epochs)
+            runs = [Run(name, env, arm, seed) for env, arm in product(args.envs, args.arms)]
+            failed += make_runs(runs, {}, args.out / name, args.jobs)
     if failed:
         raise SystemExit("\n".join(f"FAILED: {run}" for run in failed))
 

@@ -33,17 +33,20 @@ class TruncatedWeights(ProximalAlgorithm):
 
     @staticmethod
     def policy_loss(evaluation: Any, samples: Any, coefficients: Any) -> PolicyLoss:
-        ratio = losses.log_ratio(evaluation.log_prob, samples.old_log_prob).exp()
-        weight = ratio.detach().clamp(max=coefficients["bound"])
-        loss = -weight * samples.advantages * evaluation.log_prob
-        return PolicyLoss(samples.mean(loss), {"ratio_max": ratio.detach().max()})
+        weights = losses.truncated_importance_weights(
+            evaluation.log_prob, samples.old_log_prob, maximum=coefficients["bound"]
+        )
+        loss = losses.reinforce_loss(evaluation.log_prob, weights * samples.advantages)
+        return PolicyLoss(samples.mean(loss), {"weight_max": weights.detach().max()})
 
 
 def main() -> None:
     env = make_vec_env("CartPole-v1", n_envs=8, seed=0)
     model = TruncatedWeights("MlpPolicy", env, n_steps=128, batch_size=256, seed=0).learn(60_000)
     mean, _ = evaluate_policy(model, env, n_eval_episodes=10)
-    print(f"Mean return of 10 episodes: {mean:.0f}; largest ratio: {model.logger.name_to_value['train/ratio_max']:.2f}")
+    print(
+        f"Mean return of 10 episodes: {mean:.0f}; largest weight: {model.logger.name_to_value['train/weight_max']:.2f}"
+    )
 
 
 if __name__ == "__main__":

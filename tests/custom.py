@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
@@ -45,3 +46,18 @@ class LearningRates(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._on_rollout_start()
+
+
+class MyCategorical(CategoricalDistribution):
+    """A distribution of the user's own, whose formulas are not known."""
+
+    def log_prob(self, actions: Any) -> Any:
+        return 1.0 * super().log_prob(actions)
+
+
+class MyPolicy(ActorCriticPolicy):
+    """Has such a distribution."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.action_dist = MyCategorical(int(self.action_space.n))  # type: ignore[attr-defined]

@@ -49,7 +49,7 @@ class Waiting(DualClipPPO):
         self.policy.set_training_mode(False)
         rollout = cast(RolloutBuffer, self.rollout_buffer).flat()
         log_prob = self._actor_critic().evaluate_actor(rollout.inputs, rollout.actions).log_prob
-        advantages = (rollout.advantages - rollout.advantages.mean()) / (rollout.advantages.std() + 1e-8)
+        advantages = losses.masked_whiten(rollout.advantages)
         ratio = (log_prob.detach() - rollout.old_log_prob).exp()
         clipped = losses.dual_clip_surrogate_loss(
             log_prob, rollout.old_log_prob, advantages, dual_clip=None, clip_range=0.2
@@ -79,9 +79,10 @@ class TruncatedWeight(Waiting):
 
     @staticmethod
     def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:
-        log_ratio = losses.log_ratio(evaluation.log_prob, samples.old_log_prob)
-        weight = log_ratio.detach().exp().clamp(max=coefficients["dual_clip"])
-        return PolicyLoss(samples.mean(-weight * samples.advantages * evaluation.log_prob), {})
+        weights = losses.truncated_importance_weights(
+            evaluation.log_prob, samples.old_log_prob, maximum=coefficients["dual_clip"]
+        )
+        return PolicyLoss(samples.mean(losses.reinforce_loss(evaluation.log_prob, weights * samples.advantages)), {})
 
 
 class SPO(Waiting):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_sb3 import EnvironmentName
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO, load_vec_normalize
+from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.saving.files import opened
 from sb3_ppo_ext.common.saving.interchange import name_of, origin_of
 from sb3_ppo_ext.plots import save, updated_samples
@@ -18,6 +18,7 @@ from sb3_ppo_ext.plots.style import kind_of
 from sb3_ppo_ext.plots.updates import draw_update
 from sb3_ppo_ext.zoo.arguments import Parser, whole_number
 from sb3_ppo_ext.zoo.errors import MESSAGE_TYPES, needs_no_traceback
+from sb3_ppo_ext.zoo.pretrained import with_statistics
 
 
 def run_plots_command(arguments: Sequence[str]) -> int:
@@ -59,7 +60,8 @@ def _draw(path: Path, env_id: str, out: Path, seed: int) -> None:
     model: Any = (AdaptiveKLPPO if is_adaptive else DualClipPPO).load(path)
     model.verbose, model.tensorboard_log = 0, None
     model.set_random_seed(seed)
-    model.set_env(_normalized(make_vec_env(env_id, n_envs=model.n_envs, seed=seed), path, env_id))
+    env = make_vec_env(env_id, n_envs=model.n_envs, seed=seed)
+    model.set_env(with_statistics(env, path, EnvironmentName(env_id))[0] or env)
     if model.lr_schedule(model._current_progress_remaining) == 0.0:
         raise ValueError(
             f"{path} is not allowed: its learning rate has fallen to 0, so that an update would change nothing; it "
@@ -73,15 +75,6 @@ def _draw(path: Path, env_id: str, out: Path, seed: int) -> None:
     finally:
         model.env.close()
     print(f"Drawn:\n  {out}")
-
-
-def _normalized(venv: VecEnv, path: Path, env_id: str) -> VecEnv:
-    """The environments as they were normalised in training: as a checkpoint has it, or rl_zoo3's folder."""
-    of_checkpoint = load_vec_normalize(path, venv)
-    if of_checkpoint is not None:
-        return of_checkpoint
-    of_zoo = path.parent / env_id / "vecnormalize.pkl"
-    return VecNormalize.load(str(of_zoo), venv) if of_zoo.is_file() else venv
 
 
 def _update_once(model: Any) -> None:

@@ -29,6 +29,27 @@ def check_agent_fits(agent: str, algo: str) -> None:
         raise EntryError(f"{agent} is of {mark}, and --algo {algo} cannot go on with it")
 
 
+def with_statistics(env: VecEnv, agent: Path, env_name: str) -> tuple[VecNormalize | None, Path]:
+    """
+    :param env: not normalised
+    :param agent: the model file
+    :param env_name: the environment's, as in names of files
+    :return: the environment, normalised by the statistics that belong to the agent, None if it has none; and in which
+        file these are
+    """
+    with contextlib.suppress(ValueError):  # no model file; loading the agent will say so
+        of_checkpoint = load_vec_normalize(agent, env)  # a checkpoint of SafeCheckpointCallback
+        if of_checkpoint is not None:
+            return of_checkpoint, agent
+    files = [agent.parent / env_name / "vecnormalize.pkl"]
+    if re.search(r"_\d+_steps\.zip$", agent.name):  # a checkpoint of SB3's callback
+        files.insert(0, agent.with_name(re.sub(r"_(\d+_steps)\.zip$", r"_vecnormalize_\1.pkl", agent.name)))
+    for file in files:
+        if file.is_file():
+            return VecNormalize.load(str(file), env), file
+    return None, agent
+
+
 def normalize_as_agent(
     env: VecEnv, agent: Path, env_name: str, normalize: Any, normalize_kwargs: dict[str, Any], location: str
 ) -> VecNormalize | None:
@@ -42,15 +63,7 @@ def normalize_as_agent(
     :return: the environment, normalised by the statistics of the agent; None, if that has none
     :raises EntryError: if the entry does not fit the agent's statistics
     """
-    normalized, source = None, agent
-    with contextlib.suppress(ValueError):  # no model file; loading the agent will say so
-        normalized = load_vec_normalize(agent, env)  # a checkpoint of SafeCheckpointCallback
-    files = [agent.parent / env_name / "vecnormalize.pkl"]
-    if re.search(r"_\d+_steps\.zip$", agent.name):  # a checkpoint of SB3's callback
-        files.insert(0, agent.with_name(re.sub(r"_(\d+_steps)\.zip$", r"_vecnormalize_\1.pkl", agent.name)))
-    for file in files:
-        if normalized is None and file.is_file():
-            normalized, source = VecNormalize.load(str(file), env), file
+    normalized, source = with_statistics(env, agent, env_name)
     if bool(normalize) != (normalized is not None):
         what = f"with those in {source}" if normalized else f"without any in {agent} or beside it"
         raise EntryError(

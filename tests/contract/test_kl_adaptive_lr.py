@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from stable_baselines3 import PPO
-from stable_baselines3.common.distributions import CategoricalDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.zoo.entry import read_numbers
 from tests.algorithms import PROXIMAL, ROLLOUT, small
+from tests.custom import MyPolicy
 
 
 @pytest.mark.parametrize(
@@ -49,17 +48,6 @@ from tests.algorithms import PROXIMAL, ROLLOUT, small
 def test_what_is_refused(algorithm: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         small(algorithm, "MlpPolicy", "CartPole-v1", **kwargs)
-
-
-class MyCategorical(CategoricalDistribution):
-    def log_prob(self, actions: Any) -> Any:
-        return 1.0 * super().log_prob(actions)
-
-
-class MyPolicy(ActorCriticPolicy):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.action_dist = MyCategorical(2)
 
 
 def test_targets_that_contradict_each_other() -> None:

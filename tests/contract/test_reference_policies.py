@@ -11,14 +11,12 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import DQN, PPO
-from stable_baselines3.common.distributions import CategoricalDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.zoo.entry import read_numbers
 from tests.algorithms import ALGORITHMS, SMALL_NET, assert_same_policy, parameters, small
 from tests.contract.test_masks import Forbids
-from tests.custom import EveryStepBuffer, OverridesForward
+from tests.custom import EveryStepBuffer, MyPolicy, OverridesForward
 from tests.envs import BOX, IMAGE, scripted
 
 CHOICE = spaces.Discrete(3)
@@ -161,17 +159,6 @@ def test_the_model_may_have_a_memory() -> None:
     for algorithm, form in ((DualClipPPO, "loss"), (REINFORCE, "reward")):
         model = small(algorithm, "MlpLstmPolicy", scripted(), reference_policy=given, reference_kl=form)
         assert model.learn(1).logger.name_to_value["train/reference_kl"] > 0.0
-
-
-class MyCategorical(CategoricalDistribution):
-    def log_prob(self, actions: Any) -> Any:
-        return 1.0 * super().log_prob(actions)
-
-
-class MyPolicy(ActorCriticPolicy):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.action_dist = MyCategorical(3)
 
 
 def policy_for(*spaces_of_env: Any, policy: Any = "MlpPolicy", **kwargs: Any) -> Any:

@@ -45,6 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def gpu_for_its_tests_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, ``device="auto"`` means it; the other tests are about the CPU."""
+    if "gpu" not in request.keywords and th.cuda.is_available():
+        monkeypatch.setattr(th.cuda, "is_available", lambda: False)
+
+
 def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
     """In place of :func:`cpu.machine_code`."""
     layouts = [(x.dtype, x.stride(), x.shape) for x in inputs]

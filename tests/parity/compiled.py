@@ -42,6 +42,10 @@ class Extractor(BaseFeaturesExtractor):
         self.register_buffer("mean", th.zeros(n))
         self.register_buffer("order", th.arange(n - 1, -1, -1))
 
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        self.offset = function(self.offset)
+        return super()._apply(function, recurse)
+
     def forward(self, observations: th.Tensor) -> th.Tensor:
         x = self.scale * observations[:, self.order] + self.offset
         if self.training:
@@ -230,7 +234,10 @@ def agree_on_rollouts(model: Any) -> None:
     compiled = model._acting_policy()
     obs = PolicyInput(obs_as_tensor(model.env.reset(), model.device))
     if eager.n_state:
-        obs = obs._replace(state=th.randn(model.n_envs, eager.n_state), starts=th.eye(model.n_envs)[0])
+        obs = obs._replace(
+            state=th.randn(model.n_envs, eager.n_state, device=model.device),
+            starts=th.eye(model.n_envs, device=model.device)[0],
+        )
     results = []
     for function in (eager.act, compiled.act):
         th.manual_seed(1)

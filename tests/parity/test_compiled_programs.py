@@ -109,6 +109,22 @@ def test_what_is_given_in_another_layout_is_not_misread() -> None:
 
 
 @pytest.mark.usefixtures("without_compiler")
+def test_a_number_that_is_kept_on_another_device_is_refused() -> None:
+    """A recording for a GPU would have its value of that moment for ever; one that is made anew has no other."""
+    x = th.ones(2, device="meta")
+
+    def call(function: Any) -> Any:
+        program = Program(function, x.device, what="", announce=False)
+        program.bind([x])
+        return program(x)
+
+    kept = th.tensor(2.0)
+    with pytest.raises(ValueError, match="a tensor on the device cpu is read; move it to meta with the policy"):
+        call(lambda fixed, batch, x: [fixed[0] + kept * x])
+    assert call(lambda fixed, batch, x: [fixed[0] + th.tensor(2.0) * x])[0].device == x.device
+
+
+@pytest.mark.usefixtures("without_compiler")
 def test_one_program_serves_rollouts_of_all_sizes(programs: list[str]) -> None:
     model: Any = REINFORCE(
         "MlpPolicy", "CartPole-v1", baseline="value", episodes_per_env=2, seed=0, device="cpu", torch_compile=True

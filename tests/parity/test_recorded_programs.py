@@ -11,7 +11,6 @@ import torch as th
 from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.compile import Run, cuda
 from sb3_ppo_ext.common.compile import program as compiling
-from sb3_ppo_ext.common.compile.program import Program
 from sb3_ppo_ext.common.compile.step import CompiledStep
 from tests.envs import BOX_ACTIONS
 from tests.parity.compiled import (
@@ -115,13 +114,13 @@ def test_the_minibatches_of_an_update_wait_for_nothing_on_cuda(
 
         return watched
 
-    bind = Program.bind
+    take = CompiledStep._take
 
-    def bind_before(*args: Any) -> Any:  # once an update
+    def take_unwatched(*args: Any) -> Any:  # once an update: how many steps the optimiser has made
         th.cuda.set_sync_debug_mode("default")
-        return bind(*args)
+        return take(*args)
 
-    monkeypatch.setattr(Program, "bind", bind_before)
+    monkeypatch.setattr(CompiledStep, "_take", take_unwatched)
     monkeypatch.setattr(CompiledStep, "__call__", alone(CompiledStep.__call__))
     monkeypatch.setattr(type(model.rollout_buffer), "shuffled_rows", alone(type(model.rollout_buffer).shuffled_rows))
     model.learn(128, reset_num_timesteps=False)

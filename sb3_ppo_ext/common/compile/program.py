@@ -172,7 +172,7 @@ def _traced(
     """
     try:
         graph = traced(function, leaves, decompositions)
-        return graph, _lifted(graph)
+        return graph, _lifted(graph, leaves[0].device)
     except Exception as error:
         raise ValueError(
             f"{REFUSED} with this policy and loss: what they compute must be operations of torch on their inputs, the "
@@ -189,17 +189,22 @@ def _tanh(x: th.Tensor) -> Any:
     return 2.0 * th.sigmoid(2.0 * x) - 1.0
 
 
-def _lifted(graph: fx.GraphModule) -> list[th.Tensor]:
+def _lifted(graph: fx.GraphModule, device: th.device) -> list[th.Tensor]:
     """
     Make inputs of the tensors that a graph has as attributes.
 
     :param graph: changed in place: they follow its other inputs
+    :param device: of its other inputs
     :return: the tensors
+    :raises TypeError: if one is kept on another device; a recording would not see what is written into it later
     """
     lifted: dict[str, fx.Node] = {}
     last_input = graph.graph.find_nodes(op="placeholder")[-1]
     for node in graph.graph.find_nodes(op="get_attr"):
         name = str(node.target)
+        kept_on = attrgetter(name)(graph).device
+        if kept_on != device and any("lift_fresh" not in str(user.target) for user in node.users):
+            raise TypeError(f"a tensor on the device {kept_on} is read; move it to {device} with the policy")
         if name not in lifted:
             with graph.graph.inserting_after(last_input):
                 last_input = lifted[name] = graph.graph.placeholder(f"constant_{len(lifted)}")

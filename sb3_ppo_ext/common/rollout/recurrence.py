@@ -202,8 +202,7 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
     state = th.where(begins[:, :1], 0.0, state)
     begins[:, 0] = True
     if int(begins.sum()) == n:
-        outputs: th.Tensor = rnn(features.view(n, length, -1).transpose(0, 1), as_torch(rnn, state))[0]
-        return outputs.transpose(0, 1).flatten(0, 1)
+        return _by_torch(rnn, features.view(n, length, -1).transpose(0, 1), state).transpose(0, 1).flatten(0, 1)
     first = begins.flatten().nonzero().flatten()  # row of each piece's beginning
     lengths = th.diff(first, append=first.new_tensor([n * length]))
     states = state.new_zeros(first.shape[0], state.shape[1]).index_put((first % length == 0,), state)
@@ -215,10 +214,28 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
         steps = th.arange(int(of_group.max()), device=first.device).unsqueeze(1)
         rows, is_there = begin + steps, steps < of_group
         padded = features[th.where(is_there, rows, begin)]
-        of_padded: th.Tensor = rnn(padded, as_torch(rnn, states[of_piece]))[0]
-        results.append(of_padded[is_there])
+        results.append(_by_torch(rnn, padded, states[of_piece])[is_there])
         places.append(rows[is_there])
     return th.cat(results)[th.cat(places).argsort()]
+
+
+def _by_torch(rnn: Rnn, features: th.Tensor, state: th.Tensor) -> th.Tensor:
+    """
+    Outputs of torch's own layers. cuDNN differentiates only what ran in training mode, and all that the mode changes in
+    these layers is whether there is dropout: so they run in training mode, without dropout where they were not in it.
+
+    :param rnn: recurrent layers
+    :param features: shape ``(length, n_sequences, n_features)``
+    :param state: shape ``(n_sequences, n_state)``
+    :return: shape ``(length, n_sequences, hidden_size)``
+    """
+    training, dropout = rnn.training, rnn.dropout
+    rnn.training, rnn.dropout = True, dropout if training else 0.0
+    try:
+        outputs: th.Tensor = rnn(features, as_torch(rnn, state))[0]
+    finally:
+        rnn.training, rnn.dropout = training, dropout
+    return outputs
 
 
 def _over_layers(

@@ -88,7 +88,9 @@ class EagerStep:
     def __enter__(self) -> object:
         use_fused_adam(self._optimizer)
         self._optimizer.zero_grad()  # a gradient left anywhere would be applied by every step
-        self._may_be_flat = FlatAdam.supports(self._optimizer, self._parameters)
+        # Weights of cuDNN's recurrent layers share their memory; if they do not, each call copies them into one piece.
+        share_memory = len({p.untyped_storage().data_ptr() for p in self._parameters}) < len(self._parameters)
+        self._may_be_flat = not share_memory and FlatAdam.supports(self._optimizer, self._parameters)
         in_groups = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
         self._clips_in_place = sorted(in_groups) != sorted(set(in_groups) | set(map(id, self._parameters)))
         return self

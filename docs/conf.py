@@ -1,5 +1,6 @@
 """How Sphinx builds the documentation; `make docs` calls it."""
 
+import os
 from typing import Any
 
 from docutils import nodes
@@ -14,7 +15,7 @@ project_copyright = f"2026, {author}"
 release = version = __version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -23,6 +24,16 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+
+# The notebooks are executed in every build, as their outputs also depend on the code of
+# the package. An error in a cell, and a warning in its output, fails the build.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_timeout = 180
+nb_execution_raise_on_error = True
+nb_output_stderr = "error"
+nb_merge_streams = True
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # their networks are small
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

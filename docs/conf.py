@@ -33,6 +33,8 @@ nb_execution_timeout = 180
 nb_execution_raise_on_error = True
 nb_output_stderr = "error"
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code of the figure"
+nb_code_prompt_hide = "Hide the code of the figure"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # their networks are small
 
 autodoc_member_order = "bysource"
@@ -45,6 +47,8 @@ python_maximum_signature_line_length = 200
 
 html_math_renderer = "mathml"
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["notebooks.css"]
 html_title = f"sb3_ppo_ext {version}"
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True

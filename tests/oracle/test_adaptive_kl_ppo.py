@@ -100,6 +100,7 @@ def test_penalised_optimum_in_closed_form() -> None:
         seed=0,
         device="cpu",
         kl_coef=beta,
+        clip_range=None,
     )
     with th.no_grad():
         model.policy.action_net.weight.copy_(th.tensor([[0.3, -0.4], [-0.3, 0.1]]))

@@ -25,9 +25,9 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-# A notebook is executed whenever its page is built. Its outputs are not kept elsewhere,
-# as they also depend on the code of the package. An error in a cell, and a warning in
-# its output, fails the build.
+# A notebook is executed whenever its page is built. No outputs are kept for later, as
+# they depend on the code of the package too. An error in a cell, and a warning in its
+# output, fails the build.
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_timeout = 180

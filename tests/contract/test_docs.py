@@ -33,6 +33,7 @@ def name(page: Path) -> str:
 @pytest.mark.usefixtures("short_trainings")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the notebooks is in cells, which the build of the documentation executes."""
     monkeypatch.chdir(tmp_path)
     run(page)
 

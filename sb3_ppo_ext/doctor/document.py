@@ -7,10 +7,11 @@ from html import escape
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --paper: #fff; --card: #f6f7f9; --rule: #dde1e7;
-  --line: #2563b8; --alarm: #c62f2f; --watch: #a86400; --fine: #1f7a46; --ill: #c62f2f1f; }
+  --line: #2563b8; --alarm: #c62f2f; --watch: #a86400; --fine: #1f7a46; --ill: #c62f2f1f;
+  --blue: #0072b2; --vermillion: #d55e00; }
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181e;
   --card: #1d232b; --rule: #333c48; --line: #79aef2; --alarm: #ff7b72; --watch: #e3a33e; --fine: #5fc98b;
-  --ill: #ff7b7226; } }
+  --ill: #ff7b7226; --blue: #56b4e9; --vermillion: #e69f00; } }
 * { box-sizing: border-box; } a { color: var(--line); }
 body { margin: 0 auto; max-width: 64rem; padding: 1.2rem 1rem 3rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif;
@@ -35,18 +36,18 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
   stroke-linejoin: round; } .dot { fill: var(--line); } .ill { fill: var(--ill); }
 line.alarm { stroke: var(--alarm); } line.watch { stroke: var(--watch); }
 line.alarm, line.watch { stroke-dasharray: 5 4; stroke-width: 1.4; }
-ul { padding-left: 1.2rem; margin: .4rem 0; } .wide { overflow-x: auto; } 
+ul { padding-left: 1.2rem; margin: .4rem 0; } .table { overflow-x: auto; }
 pre { background: var(--card); border-radius: .4rem; padding: .5rem .7rem; margin: .3rem 0 .8rem; white-space: pre-wrap;
   font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 table { border-collapse: collapse; font-size: .88rem; } th { color: var(--soft); font-weight: 600; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; line-height: 1.2; }
-td.words { white-space: normal; min-width: 14rem; text-align: left; }
-tr > :first-child { position: sticky; left: 0; background: var(--paper); }
+td.words { white-space: normal; text-align: left; }
+tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 @media (min-width: 46rem) { .finding { grid-template-columns: minmax(0, 1fr) 21rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } figure, .finding { break-inside: avoid; }
-  .wide { overflow: visible; page: wide; } .wide table { font-size: 6.5pt; } th, td { padding: .15rem .3rem; }
-  .wide td { white-space: normal; overflow-wrap: normal; } @page wide { size: landscape; margin: 1cm; }
+  .table { overflow: visible; } tr > :first-child { position: static; } .wide { page: wide; } .wide table { font-size: 6.5pt; }
+  .wide th, .wide td { padding: .15rem .25rem; } @page wide { size: landscape; margin: 1cm; }
   h2 { break-after: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .charts { grid-template-columns: 1fr 1fr 1fr; } .finding { grid-template-columns: minmax(0, 1fr) 7cm; } }
 """

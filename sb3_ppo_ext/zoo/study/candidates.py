@@ -170,8 +170,12 @@ def verdict(candidates: Sequence[Candidate]) -> str:
     :return: which of them is the best, in words
     """
     winner = max(candidates, key=lambda candidate: candidate.rank)
-    if winner.label == DEFAULT:
-        return "The winner is the default: no trial beats the entry that they started from."
     default = next((candidate for candidate in candidates if candidate.label == DEFAULT), None)
-    beaten = f", the default {default.describe()}" if default else ""
-    return f"The winner is trial {winner.label}: {winner.describe()}{beaten}"
+    if winner is default:
+        said = "The winner is the default: no trial beats the entry that they started from."
+    else:
+        beaten = f", the default {default.describe()}" if default else ""
+        said = f"The winner is trial {winner.label}: {winner.describe()}{beaten}."
+    if any(candidate.results.keys() != winner.results.keys() for candidate in candidates):
+        said += " Not all were trained on the same seeds."
+    return said

@@ -6,17 +6,17 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from sb3_ppo_ext.doctor.document import document
 from sb3_ppo_ext.zoo.errors import StudyError
 from sb3_ppo_ext.zoo.study.candidates import TABLE, Candidate, result_rows, verdict
-from sb3_ppo_ext.zoo.study.plots import BEST, MARKS, Plot, as_svg
+from sb3_ppo_ext.zoo.study.plots import BEST, IN_PAGE, MARKS, Plot, as_svg
 from sb3_ppo_ext.zoo.study.storage import state_name
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, duration, evaluations, format_value, last_value
 
-_SYMBOLS = {"o": "●", "x": "×", "s": "□", "v": "▼", "*": "★"}  # of matplotlib's markers
+_SYMBOLS = {"o": "●", "x": "\u00d7", "s": "□", "v": "▼", "*": "★"}  # of matplotlib's markers
 
 
 def page(
@@ -50,7 +50,7 @@ def page(
     parts += ["<h2>The search</h2>", *(f"<p>{escape(note)}</p>" for note in notes), _charts(search)]
     if hyperparams:
         parts += ["<h2>Reward by hyper-parameter</h2>", _key(study), _charts(hyperparams, "code")]
-    return document(f"Study {study.name}", [*parts, "<h2>All trials</h2>", *_trials(study)])
+    return document(f"Study {study.name}", [*parts, _trials(study)])
 
 
 def summary(study: ZooStudy) -> str:
@@ -85,7 +85,10 @@ def _key(study: ZooStudy) -> str:
     marks = [(mark, _meaning(state)) for state, mark in MARKS.items() if state in with_value]
     if TrialState.COMPLETE in with_value:
         marks.append((BEST, "the best"))
-    items = (f'<span style="color: {mark["color"]}">{_SYMBOLS[mark["marker"]]}</span> {name}' for mark, name in marks)
+    items = (
+        f'<span style="color: {IN_PAGE.get(mark["color"], mark["color"])}">{_SYMBOLS[mark["marker"]]}</span> {name}'
+        for mark, name in marks
+    )
     return f'<p class="soft">{" &ensp; ".join(items)}</p>'
 
 
@@ -93,7 +96,7 @@ def _meaning(state: TrialState) -> str:
     return state_name(state) if state is TrialState.COMPLETE else f"{state_name(state)}, at its last evaluation"
 
 
-def _trials(study: ZooStudy) -> list[str]:
+def _trials(study: ZooStudy) -> str:
     """A table of all trials, the best first; what is the same in all of them stands above it."""
     complete = study.best_trials() if study.trials(TrialState.COMPLETE) else []
     trials = [*complete, *(trial for trial in study.trials() if trial.state is not TrialState.COMPLETE)]
@@ -116,7 +119,8 @@ def _trials(study: ZooStudy) -> list[str]:
     said = "The best first. The reward is that of the last evaluation, after so many steps."
     if same:
         said += f" The same in all trials: {', '.join(f'{name} {value}' for name, value in same.items())}."
-    return [f'<p class="soft">{escape(said)}</p>', _table([list(table), *zip(*table.values(), strict=True)])]
+    rows = _table([list(table), *zip(*table.values(), strict=True)])
+    return f'<section class="wide"><h2>All trials</h2><p class="soft">{escape(said)}</p>{rows}</section>'
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -124,9 +128,12 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     cells = "".join(f"<th>{escape(name).replace('_', '_<wbr>')}</th>" for name in head)
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _cell(text: str) -> str:
-    """Sentences take more than one line."""
-    return f"<td{' class=words' if len(text) > 30 else ''}>{escape(text)}</td>"
+    """A long one may take two lines."""
+    style = (
+        f' class="words" style="min-width: {min(len(text), 60) // 2 + 5}ch"' if " " in text and len(text) > 12 else ""
+    )
+    return f"<td{style}>{escape(text)}</td>"

@@ -30,9 +30,17 @@ _LARGEST = 10  # importances that are drawn
 _SIZE = (3.6, 2.5)  # of a plot, in inches
 _COLUMNS = 3  # of the picture
 
-# What is not data has these colours in the picture; in the page it has the page's own, which may be light on dark.
 _INK, _SOFT, _RULE = "#1d2430", "#5c6675", "#dde1e7"
-_OF_PAGE = {_INK: "var(--ink)", _SOFT: "var(--soft)", _RULE: "var(--rule)", "'DejaVu Sans'": "inherit"}
+IN_PAGE = {
+    _INK: "var(--ink)",
+    _SOFT: "var(--soft)",
+    _RULE: "var(--rule)",
+    BLUE.lower(): "var(--blue)",
+    VERMILLION.lower(): "var(--vermillion)",
+    "'DejaVu Sans'": "inherit",
+}
+"""What stands in a page in place of these colours and this font: the page's own, which may be light on dark."""
+
 _SETTINGS = {
     **SETTINGS,
     "text.color": _SOFT, "axes.labelcolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT,
@@ -47,8 +55,8 @@ BEST: dict[str, Any] = {"marker": "*", "color": _INK, "markersize": 9, "linestyl
 """How the best of the complete trials is drawn."""
 
 MARKS: dict[TrialState, dict[str, Any]] = {
-    TrialState.COMPLETE: {"marker": "o", "color": BLUE},
-    TrialState.PRUNED: {"marker": "x", "color": VERMILLION},
+    TrialState.COMPLETE: {"marker": "o", "color": BLUE.lower()},
+    TrialState.PRUNED: {"marker": "x", "color": VERMILLION.lower()},
     TrialState.RUNNING: {"marker": "s", "color": GREEN, "markerfacecolor": "none"},
     TrialState.FAIL: {"marker": "v", "color": PURPLE},
 }
@@ -102,8 +110,7 @@ def search_plots(study: ZooStudy, explained: dict[str, float], candidates: Seque
     if candidates:
         plots += [Plot("Trained again, on fresh seeds", lambda axes: _candidates(axes, candidates))]
     if explained:
-        name = "How much of the difference between good trials and others a hyper-parameter explains"
-        plots += [Plot(name, lambda axes: _importances(axes, explained))]
+        plots += [Plot("Which hyper-parameters matter", lambda axes: _importances(axes, explained))]
     return plots
 
 
@@ -132,7 +139,7 @@ def as_svg(plot: Plot) -> str:
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # other plots of the page have the same names
-    for drawn, of_page in _OF_PAGE.items():
+    for drawn, of_page in IN_PAGE.items():
         text = text.replace(drawn, of_page)
     return re.sub(
         r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{escape(plot.name)}">', text
@@ -145,19 +152,17 @@ def as_picture(plots: Sequence[Plot]) -> memoryview:
     file = io.BytesIO()
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(_SIZE[0] * _COLUMNS, _SIZE[1] * rows))
-        grid = figure.subplots(rows, _COLUMNS, squeeze=False).flat
-        for axes, plot in zip(grid, plots, strict=False):
-            plot.draw(axes)
-            axes.set_title(plot.name, color=_INK, loc="left", wrap=True)
-        for axes in list(grid)[len(plots) :]:
-            axes.set_axis_off()
+        parts = figure.subfigures(rows, _COLUMNS, squeeze=False).flat  # whose titles stand above the legends
+        for part, plot in zip(parts, plots, strict=False):
+            plot.draw(part.subplots())
+            part.suptitle(plot.name, color=_INK, fontsize="medium")
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     return file.getbuffer()
 
 
 def _legend(axes: Axes) -> None:
     """Above the plot, where it hides nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4)
 
 
 def _drawn(study: ZooStudy, state: TrialState) -> list[tuple[FrozenTrial, float]]:
@@ -179,7 +184,7 @@ def _history(axes: Axes, study: ZooStudy) -> None:
             axes.plot(numbers, values, **mark, linestyle="", label=state_name(state))
         without = [trial.number for trial in study.trials(state) if last_value(trial) is None]
         if without:
-            floor = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            floor: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
             label = f"{state_name(state)}, no value"
             axes.plot(without, [0.0] * len(without), **mark, linestyle="", label=label, **floor)
     _star(axes, complete, lambda trial: trial.number)
@@ -205,7 +210,7 @@ def _evaluations(axes: Axes, study: ZooStudy) -> None:
             axes.plot(steps, values, **{**BEST, "linestyle": "-", "markersize": 6}, label=f"trial {best}, the best")
         elif steps:
             mark, label = MARKS[trial.state], state_name(trial.state)
-            ended = {"markevery": [-1], "linewidth": 0.9, "alpha": 0.6}
+            ended: dict[str, Any] = {"markevery": [-1], "linewidth": 0.9, "alpha": 0.6}
             axes.plot(steps, values, **mark, **ended, label=None if label in labelled else label)
             labelled.add(label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -219,10 +224,10 @@ def _candidates(axes: Axes, candidates: Sequence[Candidate]) -> None:
         results = list(candidate.results.values())
         labels = ("in the study", "each seed", "mean and std") if height == 0 else (None, None, None)
         value = [] if candidate.study_value is None else [candidate.study_value]
-        axes.plot(value, [height] * len(value), "x", color=VERMILLION, label=labels[0])
+        axes.plot(value, [height] * len(value), **MARKS[TrialState.COMPLETE], linestyle="", label=labels[0])
         axes.plot(results, [height] * len(results), "o", color=BLUE, markerfacecolor="none", label=labels[1])
         spread = candidate.std if len(results) > 1 else 0.0
-        mark = {"fmt": "D", "color": _INK, "markersize": 4.0, "linewidth": 1.0, "capsize": 3.0}
+        mark: dict[str, Any] = {"fmt": "D", "color": _INK, "markersize": 4.0, "linewidth": 1.0, "capsize": 3.0}
         axes.errorbar([candidate.mean], [height - 0.2], xerr=[spread], **mark, label=labels[2])
     axes.set_yticks(range(len(candidates)), [candidate.name for candidate in reversed(candidates)])
     axes.set_ylim(-0.6, len(candidates) - 0.4)
@@ -234,7 +239,7 @@ def _importances(axes: Axes, explained: dict[str, float]) -> None:
     largest = list(explained.items())[:_LARGEST][::-1]
     names, shares = [decode_param(key, 0)[0] for key, _ in largest], [100.0 * share for _, share in largest]
     axes.barh(names, shares, color=BLUE, height=0.7)
-    axes.set_xlabel("%")
+    axes.set_xlabel("% of the difference that it explains")
     axes.grid(visible=False, axis="y")
 
 
@@ -279,7 +284,9 @@ def _scale(axes: Axes, key: str, distribution: IntDistribution | FloatDistributi
         margin = (high / low) ** 0.05
         axes.set_xlim(low / margin, high * margin)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=isinstance(distribution, IntDistribution)))
+        axes.xaxis.set_major_locator(
+            MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=isinstance(distribution, IntDistribution))
+        )
         margin = 0.05 * (high - low)
         axes.set_xlim(low - margin, high + margin)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: format_value(decode_param(key, tick)[1])))

@@ -35,7 +35,7 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
     best = study.best_trials()[:n_trials] if study.trials(TrialState.COMPLETE) or not study.trials() else []
     explained = importances(study)
     candidates, notes = _evaluated(study)
-    print(summary(study))
+    print(f"study {study.name}: {summary(study)}")
     if best:
         explains = ", and how much of the difference between good trials and others a hyper-parameter explains"
         print(f"\nThe best trials, of one training each{explains if explained else ''}:\n")
@@ -62,17 +62,15 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
 def _commands(study: ZooStudy, candidates: Sequence[Candidate], program: Sequence[str]) -> dict[str, str]:
     """What to do next, each by what it does."""
     commands: dict[str, list[str]] = {}
-    if candidates:
-        best = next((candidate.label for candidate in candidates if candidate.label != DEFAULT), None)
-        if candidates[0].label == DEFAULT:
-            commands["Train with the entry, which no trial beats"] = [*program, "train", *study.task.arguments()]
-        elif best is not None:
-            commands["Write the winner as YAML"] = [*program, "study", "export", *study.arguments]
-            environment, file = study.task.environment_arguments(), study.folder / f"trial-{best}.yml"
-            commands["Then train with it"] = [*program, "train", *environment, "-conf", str(file)]
-    elif study.trials(TrialState.COMPLETE):
-        evaluate = [*program, "study", "evaluate", *study.arguments]
-        commands["Train the best again, on fresh seeds"] = evaluate
+    evaluated = [candidate.label for candidate in candidates if candidate.label != DEFAULT]
+    if study.trials(TrialState.COMPLETE) and str(study.best_trials()[0].number) not in evaluated:
+        commands["Train the best again, on fresh seeds"] = [*program, "study", "evaluate", *study.arguments]
+    if candidates and candidates[0].label == DEFAULT:
+        commands["Train with the entry, which no trial beats"] = [*program, "train", *study.task.arguments()]
+    elif evaluated:
+        commands["Write the winner as YAML"] = [*program, "study", "export", *study.arguments]
+        environment, file = study.task.environment_arguments(), study.folder / f"trial-{evaluated[0]}.yml"
+        commands["Then train with it"] = [*program, "train", *environment, "-conf", str(file)]
     commands["See the study while it runs, in a browser (pip install optuna-dashboard)"] = [
         "optuna-dashboard",
         study.storage,

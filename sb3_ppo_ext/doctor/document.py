@@ -46,7 +46,8 @@ td.words { white-space: normal; text-align: left; }
 tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 @media (min-width: 46rem) { .finding { grid-template-columns: minmax(0, 1fr) 21rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } figure, .finding { break-inside: avoid; }
-  .table { overflow: visible; } tr > :first-child { position: static; } .wide { page: wide; } .wide table { font-size: 6.5pt; }
+  .table { overflow: visible; } tr > :first-child { position: static; }
+  .wide { page: wide; } .wide table { font-size: 6.5pt; }
   .wide th, .wide td { padding: .15rem .25rem; } @page wide { size: landscape; margin: 1cm; }
   h2 { break-after: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .charts { grid-template-columns: 1fr 1fr 1fr; } .finding { grid-template-columns: minmax(0, 1fr) 7cm; } }

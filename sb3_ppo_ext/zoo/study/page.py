@@ -42,6 +42,9 @@ def page(
     parts.append("<h2>Go on</h2>")
     for what, command in commands.items():
         parts.append(f"<p>{escape(what)}:</p><pre>{escape(command)}</pre>")
+    parts.append(
+        "<p>To search on, repeat the command that began the study, with more <code>--max-total-trials</code>.</p>"
+    )
     parts.append("<h2>Trained again, on fresh seeds</h2>")
     if candidates:
         parts += [f"<p>{escape(TABLE)}:</p>", _table(result_rows(candidates))]

@@ -43,7 +43,8 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
             print(line)
     if not explained:
         notes.append(f"Which hyper-parameters matter is not shown: {why_no_importances(study)}.")
-    print("", *notes, sep="\n")
+    for note in notes:
+        print(f"\n{note}")
     if candidates:
         print("\nTrained again, on fresh seeds.", *result_table(candidates), "", verdict(candidates), sep="\n")
     errors = _errors(study)

@@ -42,8 +42,9 @@ pre { background: var(--card); border-radius: .4rem; padding: .5rem .7rem; margi
 table { border-collapse: collapse; font-size: .88rem; } th { color: var(--soft); font-weight: 600; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; line-height: 1.2; }
-td.words { white-space: normal; text-align: left; }
+td.words { white-space: normal; } .words { text-align: left; }
 tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+@media (max-width: 30rem) { th, td { padding: .25rem .4rem; } }
 @media (min-width: 46rem) { .finding { grid-template-columns: minmax(0, 1fr) 21rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } figure, .finding { break-inside: avoid; }
   .table { overflow: visible; } tr > :first-child { position: static; }

@@ -127,16 +127,17 @@ def _trials(study: ZooStudy) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the head."""
+    """The first row is the head. Words may take two lines."""
     head, *body = rows
-    cells = "".join(f"<th>{escape(name).replace('_', '_<wbr>')}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
-    return f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
+    widths = [max((len(cell) for cell in cells if " " in cell), default=0) for cells in zip(*body, strict=True)]
+    attributes = [
+        f' class="words" style="min-width: {min(width, 60) // 2 + 5}ch"' if width > 12 else "" for width in widths
+    ]
 
+    def line(tag: str, cells: Sequence[str]) -> str:
+        parts = (f"<{tag}{attribute}>{cell}</{tag}>" for attribute, cell in zip(attributes, cells, strict=True))
+        return f"<tr>{''.join(parts)}</tr>"
 
-def _cell(text: str) -> str:
-    """A long one may take two lines."""
-    style = (
-        f' class="words" style="min-width: {min(len(text), 60) // 2 + 5}ch"' if " " in text and len(text) > 12 else ""
-    )
-    return f"<td{style}>{escape(text)}</td>"
+    names = line("th", [escape(name).replace("_", "_<wbr>") for name in head])
+    lines = "".join(line("td", [escape(cell) for cell in row]) for row in body)
+    return f'<div class="table"><table><thead>{names}</thead><tbody>{lines}</tbody></table></div>'

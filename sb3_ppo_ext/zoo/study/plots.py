@@ -182,11 +182,12 @@ def _history(axes: Axes, study: ZooStudy) -> None:
         if drawn:
             numbers, values = [trial.number for trial, _ in drawn], [value for _, value in drawn]
             axes.plot(numbers, values, **mark, linestyle="", label=state_name(state))
-        without = [trial.number for trial in study.trials(state) if last_value(trial) is None]
-        if without:
-            floor: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-            label = f"{state_name(state)}, no value"
-            axes.plot(without, [0.0] * len(without), **mark, linestyle="", label=label, **floor)
+    without = [trial.number for trial in study.trials() if last_value(trial) is None]
+    if without:
+        floor: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(without, [0.0] * len(without), marker="|", color=_SOFT, linestyle="", label="no value", **floor)
+    if len(without) == len(study.trials()):
+        axes.set_yticks([])
     _star(axes, complete, lambda trial: trial.number)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="trial", ylabel="reward")

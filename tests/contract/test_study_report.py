@@ -95,6 +95,9 @@ def test_the_best_trials_are_shown_as_text_page_and_picture(command: Command, tm
     assert "trial 11: It was <tired>" in output
     text = PAGE.read_text()
     Reader(text)
+    body = text[text.index("<body>") :]
+    for of_the_picture in ("#1d2430", "#5c6675", "#0072b2", "DejaVu", "<g id="):
+        assert of_the_picture not in body  # the page has colours and fonts of its own
     marks = set(re.findall(r'<path id="(\w+)" ([^>]*)>', text))  # which the plots of the page share
     assert len({name for name, _ in marks}) == len(marks) > 2
     assert text.count("<svg") == 5  # the search, importances, three hyper-parameters
@@ -162,10 +165,14 @@ def test_pruned_and_failed_trials_are_shown_by_their_evaluations(command: Comman
     add(study, TrialState.PRUNED)
     add(study, TrialState.FAIL, intermediate_values={1: math.inf, 2: math.nan})
     add(study, TrialState.RUNNING, intermediate_values={1: 2.0})
+    lost = {"trial": "9", "seed": 1, "n_timesteps": 64, "mean": 1.0}
+    study.optuna_study.set_user_attr("sb3_ppo_ext_evaluation_9_any_1", lost)
     output = command("study", "show")
+    assert "which cannot be shown: study 'dual_clip_ppo_Held-v0' has no trial 9" in output
     assert "1 running, 2 pruned, 1 failed. No trial is complete yet." in output
     text = PAGE.read_text()
     Reader(text)
+    assert "which cannot be shown: study &#x27;dual_clip_ppo_Held-v0&#x27; has no trial 9" in text
     assert [row[:4] for row in table(text, "All trials")[1:]] == [
         ["0", "pruned", "7.00", "32"],
         ["1", "pruned", "", "0"],

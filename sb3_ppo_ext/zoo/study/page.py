@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
 from optuna.trial import TrialState
 
@@ -19,12 +20,24 @@ from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, duration, evaluations, 
 _SYMBOLS = {"o": "●", "x": "\u00d7", "s": "□", "v": "▼", "*": "★"}  # of matplotlib's markers
 
 
+class Missing(NamedTuple):
+    """
+    Why something is not shown, in a sentence; empty, if it is.
+
+    :param results: of ``study evaluate``
+    :param importances: of hyper-parameters
+    """
+
+    results: str
+    importances: str
+
+
 def page(
     study: ZooStudy,
     candidates: Sequence[Candidate],
     search: Sequence[Plot],
     hyperparams: Sequence[Plot],
-    notes: Sequence[str],
+    missing: Missing,
     commands: Mapping[str, str],
 ) -> str:
     """
@@ -32,7 +45,7 @@ def page(
     :param candidates: that were trained again
     :param search: plots of the trials as a whole
     :param hyperparams: plots of their values by hyper-parameter
-    :param notes: what cannot be shown, and why
+    :param missing: what cannot be shown, and why
     :param commands: to go on with, each by what it does
     :return: the page
     """
@@ -43,14 +56,16 @@ def page(
     for what, command in commands.items():
         parts.append(f"<p>{escape(what)}:</p><pre>{escape(command)}</pre>")
     parts.append(
-        "<p>To search on, repeat the command that began the study, with more <code>--max-total-trials</code>.</p>"
+        "<p>To search on, repeat the command that began the study, with a larger <code>--max-total-trials</code>.</p>"
     )
     parts.append("<h2>Trained again, on fresh seeds</h2>")
     if candidates:
         parts += [f"<p>{escape(TABLE)}:</p>", _table(result_rows(candidates))]
     else:
-        parts.append("<p>No trial has been trained again yet. The best one is often just lucky.</p>")
-    parts += ["<h2>The search</h2>", *(f"<p>{escape(note)}</p>" for note in notes), _charts(search)]
+        parts.append(f"<p>{escape(missing.results)}</p>")
+    parts += ["<h2>The search</h2>", _charts(search)]
+    if missing.importances:
+        parts.append(f"<p>{escape(missing.importances)}</p>")
     if hyperparams:
         parts += ["<h2>Reward by hyper-parameter</h2>", _key(study), _charts(hyperparams, "code")]
     return document(f"Study {study.name}", [*parts, _trials(study)])

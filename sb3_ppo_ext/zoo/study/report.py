@@ -14,10 +14,9 @@ from sb3_ppo_ext.zoo.study.candidates import (
     Candidate,
     evaluated_candidates,
     result_table,
-    stored_results,
     verdict,
 )
-from sb3_ppo_ext.zoo.study.page import page, summary
+from sb3_ppo_ext.zoo.study.page import Missing, page, summary
 from sb3_ppo_ext.zoo.study.plots import as_picture, hyperparam_plots, importances, search_plots, why_no_importances
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.trials import REASON, decode_param, format_value
@@ -32,28 +31,31 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
     :param program: how ``sb3-ppo-ext`` was started
     :raises StudyError: if it has no trial
     """
-    best = study.best_trials()[:n_trials] if study.trials(TrialState.COMPLETE) or not study.trials() else []
+    has_none_complete = study.trials() and not study.trials(TrialState.COMPLETE)
+    best = [] if has_none_complete else study.best_trials()[:n_trials]
     explained = importances(study)
-    candidates, notes = _evaluated(study)
+    candidates, no_results = _evaluated(study)
+    no_importances = "" if explained else f"Which hyper-parameters matter is not shown: {why_no_importances(study)}."
     print(f"study {study.name}: {summary(study)}")
     if best:
         explains = ", and how much of the difference between good trials and others a hyper-parameter explains"
         print(f"\nThe best trials, of one training each{explains if explained else ''}:\n")
         for line in _trial_table(study, best, explained):
             print(line)
-    if not explained:
-        notes.append(f"Which hyper-parameters matter is not shown: {why_no_importances(study)}.")
-    for note in notes:
-        print(f"\n{note}")
+    if no_importances:
+        print(f"\n{no_importances}")
     if candidates:
         print("\nTrained again, on fresh seeds.", *result_table(candidates), "", verdict(candidates), sep="\n")
+    else:
+        print(f"\n{no_results}")
     errors = _errors(study)
     if errors:
         print("\nEnded early, for a reason that is known:", *(f"  {line}" for line in errors), sep="\n")
     commands = _commands(study, candidates, program)
+    missing = Missing(no_results, no_importances)
     search, hyperparams = search_plots(study, explained, candidates), hyperparam_plots(study, explained)
     text, picture = study.folder / "report.html", study.folder / "report.png"
-    write_whole(text, memoryview(page(study, candidates, search, hyperparams, notes, commands).encode()))
+    write_whole(text, memoryview(page(study, candidates, search, hyperparams, missing, commands).encode()))
     write_whole(picture, as_picture([*search, *hyperparams]))
     print(f"\nWith plots:\n  {text}\n  {picture}")
     for what, command in commands.items():
@@ -79,14 +81,13 @@ def _commands(study: ZooStudy, candidates: Sequence[Candidate], program: Sequenc
     return {what: shlex.join(command) for what, command in commands.items()}
 
 
-def _evaluated(study: ZooStudy) -> tuple[list[Candidate], list[str]]:
-    """What was trained again; and why it cannot be shown, if so."""
-    if not stored_results(study):
-        return [], []
+def _evaluated(study: ZooStudy) -> tuple[list[Candidate], str]:
+    """What was trained again; and if there is nothing to show, why."""
     try:
-        return evaluated_candidates(study), []
+        candidates = evaluated_candidates(study)
     except StudyError as error:
-        return [], [f"There are results of `study evaluate`, which cannot be shown: {error}"]
+        return [], f"There are results of `study evaluate`, which cannot be shown: {error}."
+    return candidates, "" if candidates else "No trial has been trained again yet. The best one is often just lucky."
 
 
 def _trial_table(study: ZooStudy, trials: Sequence[FrozenTrial], explained: dict[str, float]) -> list[str]:

@@ -37,7 +37,7 @@ IN_PAGE = {
     _RULE: "var(--rule)",
     BLUE.lower(): "var(--blue)",
     VERMILLION.lower(): "var(--vermillion)",
-    "'DejaVu Sans'": "inherit",
+    "'DejaVu Sans'": "system-ui, 'Segoe UI', Roboto, 'Liberation Sans'",
 }
 """What stands in a page in place of these colours and this font: the page's own, which may be light on dark."""
 
@@ -262,7 +262,9 @@ def _hyperparam(study: ZooStudy, key: str, distribution: BaseDistribution) -> Ca
             _scale(axes, key, distribution)
 
         def x(trial: FrozenTrial) -> float:
-            beside = 0.3 * (trial.number * 0.618 % 1.0 - 0.5)  # so that those of one choice do not hide each other
+            beside = 0.3 * (
+                (trial.number * 0.618 + 0.5) % 1.0 - 0.5
+            )  # so that those of one choice do not hide each other
             return places[trial.params[key]] + beside if places else float(trial.params[key])
 
         for state, pairs in drawn.items():

@@ -33,6 +33,7 @@ NAME = ["--study-name", "dual_clip_ppo_Held-v0", "-f", "logs"]
 
 def evaluated(study: ZooStudy, results: dict[int | None, list[float]]) -> None:
     """Keep results of ``study evaluate``: by the trial, or None for the default, a mean reward for each seed."""
+    register()
     for number, means in results.items():
         candidate = make_candidate(study, None if number is None else study.trial(number), 0)
         for seed, mean in enumerate(means, 1000):

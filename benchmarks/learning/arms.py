@@ -39,7 +39,7 @@ class Waiting(DualClipPPO):
     def train(self) -> None:
         self._waiting.append(self.rollout_buffer)
         if len(self._waiting) <= self.lag:
-            self.rollout_buffer = copy.deepcopy(self.rollout_buffer)
+            self.rollout_buffer = copy.copy(self.rollout_buffer)  # the next rollout is collected into arrays of its own
             return
         self.rollout_buffer = self._waiting.popleft()  # which the next rollout is written to
         super().train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def test_without_a_lag_it_is_dual_clip_ppo() -> None:
     assert_same_policy(model(Waiting).learn(96), model(DualClipPPO).learn(96))
 
 
-def test_a_rollout_waits_until_as_many_newer_ones_are_there() -> None:
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_rollout_waits_until_as_many_newer_ones_are_there(is_compiled: bool) -> None:
     collected, learnt = [], []
 
     class Watched(Waiting):
@@ -41,7 +44,9 @@ def test_a_rollout_waits_until_as_many_newer_ones_are_there() -> None:
             super()._after_update()
             learnt.append(self.rollout_buffer.observations.copy())
 
-    model(Watched, lag=2).learn(5 * 32)
+    waiting = model(Watched, lag=2, torch_compile=is_compiled)
+    waiting.policy.cannot_be_copied = threading.Lock()  # as compiled programs cannot
+    waiting.learn(5 * 32)
     assert len(collected) == 5
     assert len(learnt) == 3
     for i, observations in enumerate(learnt):

@@ -22,6 +22,25 @@ METRICS: dict[str, Callable[[Floats], float]] = {
 }
 
 
+class Interval(NamedTuple):
+    """
+    An estimate of one number; as text it has its interval behind it, if it has one.
+
+    :param point: the estimate
+    :param low: lower end of the interval; NaN where there are fewer than :data:`MIN_RUNS` runs
+    :param high: upper end
+    """
+
+    point: float
+    low: float
+    high: float
+
+    def __format__(self, form: str) -> str:
+        if np.isnan(self.low):
+            return format(self.point, form)
+        return f"{self.point:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
 class Estimate(NamedTuple):
     """
     :param point: the estimate
@@ -32,6 +51,11 @@ class Estimate(NamedTuple):
     point: Floats
     low: Floats
     high: Floats
+
+    @property
+    def number(self) -> Interval:
+        """Of an estimate of one number."""
+        return Interval(*(np.asarray(part).item() for part in self))
 
 
 def estimate(statistic: Callable[..., Floats], *samples: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
@@ -74,6 +98,15 @@ def mean(sample: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
     return estimate(lambda numbers: numbers.mean(axis=0), sample[:, None], n_resamples=n_resamples)
 
 
+def iqm(scores: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
+    """
+    :param scores: a line for each run and a column for each task
+    :param n_resamples: of the bootstrap
+    :return: the interquartile mean
+    """
+    return estimate(lambda sample: np.array([metrics.aggregate_iqm(sample)]), scores, n_resamples=n_resamples)
+
+
 def aggregates(scores: Floats, n_resamples: int = N_RESAMPLES) -> dict[str, Estimate]:
     """
     :param scores: a line for each run and a column for each task
@@ -103,10 +136,15 @@ def probability_of_improvement(ours: Floats, peer: Floats, n_resamples: int = N_
     :param n_resamples: of the bootstrap
     :return: how probable it is that a run of ours is above one of the peer on the same task; a tie counts one half
     """
-    return estimate(_share_above, ours, peer, n_resamples=n_resamples)
+    return estimate(share_above, ours, peer, n_resamples=n_resamples)
 
 
-def _share_above(ours: Floats, peer: Floats) -> Floats:
-    """What :func:`rliable.metrics.probability_of_improvement` returns, in a hundredth of the time."""
+def share_above(ours: Floats, peer: Floats) -> Floats:
+    """
+    What :func:`rliable.metrics.probability_of_improvement` returns, in a hundredth of the time.
+
+    :param ours: scores, a line for each run and a column for each task
+    :param peer: likewise, of the same tasks
+    """
     difference = ours[:, None] - peer[None]
     return np.array([(0.5 * (np.sign(difference) + 1.0)).mean()])

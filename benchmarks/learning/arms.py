@@ -1,4 +1,4 @@
-"""The arms of the study of old data: DualClipPPO on rollouts that have waited or are reused, and losses in its place."""
+"""The arms of the study of old data: DualClipPPO on old rollouts, waiting or reused, and losses in its place."""
 
 from __future__ import annotations
 

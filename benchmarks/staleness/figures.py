@@ -1,10 +1,11 @@
-"""What a second clip would cut, against the age of the data; colours by Okabe and Ito, and no two lines of one marker."""
+"""What a second clip would cut, against the age of the data: colours by Okabe and Ito, and a marker for each arm."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -12,6 +13,7 @@ from benchmarks.learning import statistics
 from benchmarks.learning.arms import ARMS
 from benchmarks.learning.conditions import Condition
 from benchmarks.learning.figures import Style
+from benchmarks.learning.statistics import Interval
 from benchmarks.staleness.__main__ import ENVS
 from benchmarks.staleness.results import Pair, Study
 
@@ -46,33 +48,42 @@ def activation(study: Study, conditions: Sequence[Condition], label: str, n_resa
         return None
     envs = [env for env in ENVS if any(env in runs for runs in found.values())]
     arms = [arm for arm in ARMS if any(pair.arm == arm for pair in found)]
-    figure = Figure(figsize=(max(2.1 * len(envs), 4.2) + 0.7, 4.4))
+    n_columns = min(len(envs) + 1, len(arms))
+    below = 0.3 + 0.2 * -(-len(arms) // n_columns)  # inches, for the label and the legend
+    figure = Figure(figsize=(max(2.1 * len(envs), 4.2) + 0.7, 3.8 + below))
     axes = figure.subplots(len(_MEASURES), len(envs), squeeze=False, sharex=True, sharey="row")
     for row, (measure, said) in zip(axes, _MEASURES.items(), strict=True):
         for panel, env in zip(row, envs, strict=True):
             for i, arm in enumerate(arms):
-                points = []
-                for x, condition in enumerate(conditions):
-                    runs = found.get(Pair(condition, arm), {}).get(env)
-                    if runs is not None:
-                        mean = statistics.mean(runs.logged[measure], n_resamples).number
-                        points.append((x + 0.07 * (i - (len(arms) - 1) / 2), *mean))
-                if points:
-                    x, point, low, high = np.array(points).T
-                    style = STYLES[arm]
-                    panel.plot(x, point, color=style.color, linestyle=style.dash, marker=style.marker, markersize=4)
-                    panel.vlines(x, low, high, color=style.color, linewidth=1)
+                dodge = 0.07 * (i - (len(arms) - 1) / 2)
+                means = {
+                    x + dodge: statistics.mean(found[pair][env].logged[measure], n_resamples).number
+                    for x, pair in enumerate(Pair(condition, arm) for condition in conditions)
+                    if env in found.get(pair, {})
+                }
+                _draw(panel, STYLES[arm], means)
             panel.set_yscale("symlog", linthresh=_LINEAR_BELOW)
             panel.set_ylim(bottom=0)
             panel.set_xticks(range(len(conditions)), [str(c.reuse or c.lag) for c in conditions])
         row[0].set_ylabel(said)
     for panel, env in zip(axes[0], envs, strict=True):
         panel.set_title(env)
-    handles = [
-        Line2D([], [], color=s.color, linestyle=s.dash, marker=s.marker, markersize=4, label=ARMS[arm].label)
-        for arm, s in ((arm, STYLES[arm]) for arm in arms)
-    ]
-    figure.legend(handles=handles, loc="lower center", ncols=min(len(envs) + 1, 4), frameon=False, handlelength=3.2)
-    figure.supxlabel(label, fontsize=8, y=0.13)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    handles = [_line(STYLES[arm], label=ARMS[arm].label) for arm in arms]
+    figure.legend(handles=handles, loc="lower center", ncols=n_columns, frameon=False, handlelength=3.2)
+    height = figure.get_figheight()
+    figure.supxlabel(label, fontsize=8, y=(below - 0.2) / height)
+    figure.tight_layout(rect=(0, (below - 0.1) / height, 1, 1))
     return figure
+
+
+def _draw(panel: Axes, style: Style, means: Mapping[float, Interval]) -> None:
+    """A line through the means that are there, by where they stand."""
+    x = list(means)
+    panel.add_line(_line(style, x, [mean.point for mean in means.values()], clip_on=False))
+    lows, highs = [mean.low for mean in means.values()], [mean.high for mean in means.values()]
+    panel.vlines(x, lows, highs, color=style.color, linewidth=1)
+    panel.autoscale_view()
+
+
+def _line(style: Style, x: Sequence[float] = (), y: Sequence[float] = (), **kwargs: Any) -> Line2D:
+    return Line2D(x, y, color=style.color, linestyle=style.dash, marker=style.marker, markersize=4, **kwargs)

@@ -17,9 +17,10 @@ from benchmarks.staleness.__main__ import LAGS, RESULTS, REUSED
 from benchmarks.staleness.results import Pair, Runs, Study, comparable, logged, matrix
 
 HOW_DECIDED = """\
-Each is answered from the tasks on which all that it compares have three runs or more. A claim that something is larger,
-better, worse or rarer holds where its interval leaves out no difference; one of "at least", and one with a number of its
-own, where the estimate says so. P(a > b) is the probability that a run of a ends above one of b on the same task."""
+Each is answered from the tasks on which all that it compares have three runs or more. A claim that something is better,
+worse, rarer or of more effect holds where its interval leaves out no difference; one of "at least", and one with a
+number of its own, where the estimate says so. P(a > b) is the probability that a run of a ends above one of b on the
+same task."""
 
 
 class Answer(NamedTuple):
@@ -37,7 +38,7 @@ class Answer(NamedTuple):
         return {True: "**holds**", False: "**does not hold**", None: "not enough runs"}[self.holds]
 
 
-class NotEnoughRuns(Exception):
+class NotEnoughRunsError(Exception):
     """There is no task on which all that is compared have runs enough."""
 
 
@@ -69,7 +70,7 @@ class Evidence:
         :return: the probability of improvement, and in words that with the IQMs
         """
         samples, said = self._samples((pair, on), lambda runs: runs.scores)
-        probability = statistics.probability_of_improvement(*samples, self._n_resamples).number
+        probability = statistics.probability_of_improvement(samples[0], samples[1], self._n_resamples).number
         iqms = [statistics.iqm(sample, self._n_resamples).number for sample in samples]
         return probability, f"{probability:.2f}; IQM {iqms[0]:.2f} and {iqms[1]:.2f} ({said})"
 
@@ -105,7 +106,7 @@ class Evidence:
         """Of each pair a line a run and a column a task; and how many these are."""
         envs = comparable(self._study, pairs)
         if not envs:
-            raise NotEnoughRuns
+            raise NotEnoughRunsError
         samples = [matrix(self._study[pair], envs, what) for pair in pairs]
         counts = sorted({len(sample) for sample in samples})
         of_each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -167,7 +168,7 @@ def _lower_c(evidence: Evidence) -> Answer:
     pairs = [Pair(OLD, "dual_clip_1.5"), Pair(OLD, "dual_clip_3")]
     shares, _ = evidence.means(pairs, "end_cut_share_1.5", _SHARE)
     low, high = _points(shares)
-    as_good = _at_least(evidence, *pairs, "c = 1.5 > c = 3")
+    as_good = _at_least(evidence, pairs[0], pairs[1], "c = 1.5 > c = 3")
     return Answer(f"{low:.2g} and {high:.2g} of the samples; {as_good.numbers}", low >= 10 * high and as_good.holds)
 
 
@@ -226,7 +227,7 @@ def answers(study: Study, n_resamples: int) -> list[list[str]]:
     for number, name in hypotheses().items():
         try:
             answer = ANSWERS[number](evidence)
-        except NotEnoughRuns:
+        except NotEnoughRunsError:
             answer = Answer("-", None)
         rows.append([f"{number}. {name}", answer.numbers, answer.outcome])
     return rows

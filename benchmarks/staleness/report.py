@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib as mpl
@@ -66,14 +67,12 @@ def write_report(folder: Path, n_resamples: int = statistics.N_RESAMPLES) -> Non
 
 
 def _progress(study: Study) -> str:
-    cells = [
-        study.get(Pair(Condition(lag=lag), arm), {}).get(e) for lag in LAGS for arm in _CORE_ARMS for e in _CORE_ENVS
-    ]
+    """How much of the core grid is there."""
+    pairs = [Pair(Condition(lag=lag), arm) for lag, arm in product(LAGS, _CORE_ARMS)]
+    cells = [study.get(pair, {}).get(env) for pair, env in product(pairs, _CORE_ENVS)]
     n_there = sum(min(len(runs.scores), N_SEEDS) for runs in cells if runs is not None)
-    grid = (
-        f"{len(_CORE_ARMS)} arms, lags {', '.join(map(str, LAGS))}, 10 epochs, {len(_CORE_ENVS)} tasks, {N_SEEDS} seeds"
-    )
-    return f"- {n_there} of the {len(cells) * N_SEEDS} runs of the core grid ({grid})"
+    grid = f"{len(_CORE_ARMS)} arms, lags {', '.join(map(str, LAGS))}, {len(_CORE_ENVS)} tasks, {N_SEEDS} seeds"
+    return f"- {n_there} of the {len(cells) * N_SEEDS} runs of the core grid: {grid}"
 
 
 def _figures(study: Study, out: Path, n_resamples: int) -> Iterator[list[str]]:

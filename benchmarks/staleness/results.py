@@ -1,4 +1,4 @@
-"""The runs that are there: by condition, arm and environment, what each has reached and what a second clip would cut."""
+"""The runs that are there: what each has reached, and what a second clip would cut."""
 
 from __future__ import annotations
 

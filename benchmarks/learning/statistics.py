@@ -53,9 +53,15 @@ class Estimate(NamedTuple):
     high: Floats
 
     @property
+    def numbers(self) -> list[Interval]:
+        """One by one."""
+        return [Interval(*map(float, of_one)) for of_one in zip(*map(np.ravel, self), strict=True)]
+
+    @property
     def number(self) -> Interval:
         """Of an estimate of one number."""
-        return Interval(*(np.asarray(part).item() for part in self))
+        (of_one,) = self.numbers
+        return of_one
 
 
 def estimate(statistic: Callable[..., Floats], *samples: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
@@ -85,7 +91,10 @@ def iqm_curve(returns: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
 
 
 def _iqm(sample: Floats) -> Floats:
-    """The interquartile mean of each column, as :func:`rliable.metrics.aggregate_iqm` has it of all numbers."""
+    """
+    The interquartile mean of each column, as :func:`rliable.metrics.aggregate_iqm` has it of all numbers, in a tenth of
+    the time.
+    """
     n_cut = len(sample) // 4
     return np.asarray(np.sort(sample, axis=0)[n_cut : len(sample) - n_cut].mean(axis=0))
 
@@ -102,9 +111,9 @@ def iqm(scores: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
     """
     :param scores: a line for each run and a column for each task
     :param n_resamples: of the bootstrap
-    :return: the interquartile mean
+    :return: the interquartile mean of all
     """
-    return estimate(lambda sample: np.array([metrics.aggregate_iqm(sample)]), scores, n_resamples=n_resamples)
+    return estimate(lambda sample: _iqm(sample.reshape(-1, 1)), scores, n_resamples=n_resamples)
 
 
 def aggregates(scores: Floats, n_resamples: int = N_RESAMPLES) -> dict[str, Estimate]:

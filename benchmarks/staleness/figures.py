@@ -63,9 +63,9 @@ def activation(study: Study, conditions: Sequence[Condition], label: str, n_resa
                 }
                 _draw(panel, STYLES[arm], means)
             panel.set_yscale("symlog", linthresh=_LINEAR_BELOW)
-            panel.set_ylim(bottom=0)
             panel.set_xticks(range(len(conditions)), [str(c.reuse or c.lag) for c in conditions])
         row[0].set_ylabel(said)
+        row[0].set_ylim(bottom=0)  # of the whole row, when all of it is drawn
     for panel, env in zip(axes[0], envs, strict=True):
         panel.set_title(env)
     handles = [_line(STYLES[arm], label=ARMS[arm].label) for arm in arms]

@@ -60,7 +60,7 @@ class Evidence:
         estimates, said = [], ""
         for i, name in enumerate(names if len(names) > 1 else names * len(pairs)):
             samples, said = self._samples(pairs, logged(name))
-            estimates.append(self._estimate(lambda sample: np.array([sample.mean()]), samples[i]))
+            estimates.append(self._estimate(lambda sample: sample.mean(axis=(0, 1)), samples[i]))
         return estimates, said
 
     def improvement(self, pair: Pair, on: Pair) -> tuple[Interval, str]:

@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 
 import matplotlib as mpl
-import numpy as np
 
 from benchmarks.learning import statistics
 from benchmarks.learning.arms import ARMS, BOUNDS
@@ -87,17 +86,13 @@ def _figures(study: Study, out: Path, n_resamples: int) -> Iterator[list[str]]:
 
 def _activation(by_arm: dict[str, dict[str, Runs]], n_resamples: int) -> list[str]:
     """What a second clip would cut."""
-
-    def mean(numbers: Floats) -> str:
-        estimate = statistics.estimate(lambda sample: np.array([sample.mean()]), numbers, n_resamples=n_resamples)
-        return f"{estimate.number:.2g}"
-
     names = [f"end_cut_{what}_{bound:g}" for bound in BOUNDS for what in ("share", "gradient")]
     rows = []
     for tasks, envs, arm in _rows(by_arm):
-        cells = [mean(matrix(by_arm[arm], envs, logged(name))) for name in names]
+        numbers = matrix(by_arm[arm], envs, logged(*names))
+        means = statistics.estimate(lambda sample: sample.mean(axis=(0, 1)), numbers, n_resamples=n_resamples)
         largest = max(by_arm[arm][env].largest_ratio.max() for env in envs)
-        rows.append([tasks, ARMS[arm].label, *cells, f"{largest:.3g}"])
+        rows.append([tasks, ARMS[arm].label, *(f"{mean:.2g}" for mean in means.numbers), f"{largest:.3g}"])
     columns = ["tasks", "arm"]
     for bound in BOUNDS:
         columns += [f"samples with A < 0, r > {bound:g}", "their share of the gradient's norm"]

@@ -95,9 +95,9 @@ def _there(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def logged(name: str) -> Callable[[Runs], Floats]:
-    """:param name: of what the updates measured; what :func:`matrix` takes"""
-    return lambda runs: runs.logged[name]
+def logged(*names: str) -> Callable[[Runs], Floats]:
+    """:param names: of what the updates measured; what :func:`matrix` takes, with a layer for each name"""
+    return lambda runs: np.stack([runs.logged[name] for name in names], axis=-1)
 
 
 def matrix(by_env: dict[str, Runs], envs: Sequence[str], what: Callable[[Runs], Floats]) -> Floats:
@@ -105,7 +105,7 @@ def matrix(by_env: dict[str, Runs], envs: Sequence[str], what: Callable[[Runs], 
     :param by_env: the runs of an arm
     :param envs: the columns
     :param what: of the runs
-    :return: a line for each of the runs that all the environments have
+    :return: a line for each of the runs that all the environments have, a column for each of these
     """
     columns = [what(by_env[env]) for env in envs]
     n = min(len(column) for column in columns)

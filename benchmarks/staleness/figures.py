@@ -72,7 +72,7 @@ def activation(study: Study, conditions: Sequence[Condition], label: str, n_resa
     figure.legend(handles=handles, loc="lower center", ncols=n_columns, frameon=False, handlelength=3.2)
     height = figure.get_figheight()
     figure.supxlabel(label, fontsize=8, y=(below - 0.2) / height)
-    figure.tight_layout(rect=(0, (below - 0.1) / height, 1, 1))
+    figure.tight_layout(rect=(0, (below - 0.25) / height, 1, 1))
     return figure
 
 

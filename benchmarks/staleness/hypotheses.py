@@ -26,16 +26,19 @@ same task."""
 class Answer(NamedTuple):
     """
     :param numbers: that decide it
-    :param holds: None: there are not runs enough
+    :param claims: what it says, and whether that is so
     """
 
     numbers: str
-    holds: bool | None
+    claims: dict[str, bool]
 
     @property
     def outcome(self) -> str:
-        """In words."""
-        return {True: "**holds**", False: "**does not hold**", None: "not enough runs"}[self.holds]
+        """In words; of several claims, also which are not so."""
+        wrong = [claim for claim, is_so in self.claims.items() if not is_so]
+        if not wrong:
+            return "**holds**"
+        return "**does not hold**" + (f": not {', not '.join(wrong)}" if len(self.claims) > 1 else "")
 
 
 class NotEnoughRunsError(Exception):
@@ -123,7 +126,7 @@ _SHARE, _GRADIENT = "end_cut_share_3", "end_cut_gradient_3"
 def _activation_on_fresh_data(evidence: Evidence) -> Answer:
     (share, gradient), said = evidence.means([Pair(FRESH, "ppo")] * 2, _SHARE, _GRADIENT)
     numbers = f"PPO: {share:.2g} of the samples, {gradient:.2g} of the gradient's norm ({said})"
-    return Answer(numbers, share.point < 1e-4 and gradient.point < 0.01)
+    return Answer(numbers, {"below 1 in 10,000": share.point < 1e-4, "below 1 % of the norm": gradient.point < 0.01})
 
 
 def _activation_with_lag(evidence: Evidence) -> Answer:
@@ -131,37 +134,39 @@ def _activation_with_lag(evidence: Evidence) -> Answer:
     shares, said = evidence.means(pairs, _SHARE)
     gradients, _ = evidence.means(pairs, _GRADIENT)
     share, gradient = _points(shares), _points(gradients)
-    grows = bool((np.diff(share) > 0.0).all()) and share[-1] > 1e-3
-    grows_faster = gradient[-1] * share[1] > gradient[1] * share[-1]  # from lag 1 on, as with lag 0 there may be none
+    faster = gradient[-1] * share[1] > gradient[1] * share[-1]  # from lag 1 on, as with lag 0 there may be none
     numbers = f"PPO, lags {_listed(LAGS)}: {_listed(shares)} of the samples, {_listed(gradients)} of the norm ({said})"
-    return Answer(numbers, grows and grows_faster)
+    return Answer(numbers, {**_grows(share), "faster of the norm": faster})
 
 
 def _activation_with_reuse(evidence: Evidence) -> Answer:
     shares, said = evidence.means([Pair(Condition(reuse=k), "ppo") for k in REUSED], _SHARE)
-    share = _points(shares)
     numbers = f"PPO, K = {_listed(REUSED)}: {_listed(shares)} of the samples ({said})"
-    return Answer(numbers, bool((np.diff(share) > 0.0).all()) and share[-1] > 1e-3)
+    return Answer(numbers, _grows(_points(shares)))
+
+
+def _grows(share: list[float]) -> dict[str, bool]:
+    return {"growing at each step": bool((np.diff(share) > 0.0).all()), "above 1 in 1,000": share[-1] > 1e-3}
 
 
 def _no_effect(evidence: Evidence, condition: Condition) -> Answer:
     probability, said = evidence.improvement(Pair(condition, "dual_clip_3"), Pair(condition, "ppo"))
-    return Answer(f"P(c = 3 > PPO) {said}", probability.low <= 0.5 <= probability.high)
+    return Answer(f"P(c = 3 > PPO) {said}", {"no effect": probability.low <= 0.5 <= probability.high})
 
 
 def _improves(evidence: Evidence, pair: Pair, on: Pair, names: str) -> Answer:
     probability, said = evidence.improvement(pair, on)
-    return Answer(f"P({names}) {said}", probability.low > 0.5)
+    return Answer(f"P({names}) {said}", {"better": probability.low > 0.5})
 
 
 def _at_least(evidence: Evidence, pair: Pair, on: Pair, names: str) -> Answer:
     probability, said = evidence.improvement(pair, on)
-    return Answer(f"P({names}) {said}", probability.point >= 0.5)
+    return Answer(f"P({names}) {said}", {"at least as good": probability.point >= 0.5})
 
 
 def _worse(evidence: Evidence, pair: Pair, than: Pair, names: str) -> Answer:
     probability, said = evidence.improvement(pair, than)
-    return Answer(f"P({names}) {said}", probability.high < 0.5)
+    return Answer(f"P({names}) {said}", {"worse": probability.high < 0.5})
 
 
 def _lower_c(evidence: Evidence) -> Answer:
@@ -169,17 +174,18 @@ def _lower_c(evidence: Evidence) -> Answer:
     shares, _ = evidence.means(pairs, "end_cut_share_1.5", _SHARE)
     low, high = _points(shares)
     as_good = _at_least(evidence, pairs[0], pairs[1], "c = 1.5 > c = 3")
-    return Answer(f"{low:.2g} and {high:.2g} of the samples; {as_good.numbers}", low >= 10 * high and as_good.holds)
+    numbers = f"{low:.2g} and {high:.2g} of the samples; {as_good.numbers}"
+    return Answer(numbers, {"ten times as many": low >= 10 * high, **as_good.claims})
 
 
 def _without_clipping_of_the_norm(evidence: Evidence) -> Answer:
     gain, said = evidence.gain_of_improvement("dual_clip_3", OLD, OLD._replace(check="no_gradient_clipping"))
-    return Answer(f"P(c = 3 > PPO) {said}", gain.low > 0.0)
+    return Answer(f"P(c = 3 > PPO) {said}", {"larger": gain.low > 0.0})
 
 
 def _collapse(evidence: Evidence) -> Answer:
     difference, said = evidence.collapse(Pair(OLD, "dual_clip_3"), Pair(OLD, "ppo"))
-    return Answer(f"c = 3 and PPO: {said}", difference.high < 0.0)
+    return Answer(f"c = 3 and PPO: {said}", {"rarer": difference.high < 0.0})
 
 
 def _larger_steps(evidence: Evidence) -> Answer:
@@ -188,7 +194,7 @@ def _larger_steps(evidence: Evidence) -> Answer:
     gain, said = evidence.gain_of_improvement("dual_clip_3", OLD, larger)
     usual, with_larger = _points(shares)
     numbers = f"PPO: {usual:.2g} and {with_larger:.2g} of the samples; P(c = 3 > PPO) {said}"
-    return Answer(numbers, with_larger >= 2 * usual and gain.low > 0.0)
+    return Answer(numbers, {"twice as many": with_larger >= 2 * usual, "of more effect": gain.low > 0.0})
 
 
 ANSWERS: dict[int, Callable[[Evidence], Answer]] = {
@@ -227,9 +233,9 @@ def answers(study: Study, n_resamples: int) -> list[list[str]]:
     for number, name in hypotheses().items():
         try:
             answer = ANSWERS[number](evidence)
+            rows.append([f"{number}. {name}", answer.numbers, answer.outcome])
         except NotEnoughRunsError:
-            answer = Answer("-", None)
-        rows.append([f"{number}. {name}", answer.numbers, answer.outcome])
+            rows.append([f"{number}. {name}", "-", "not enough runs"])
     return rows
 
 

@@ -54,7 +54,9 @@ def write_report(folder: Path, n_resamples: int = statistics.N_RESAMPLES) -> Non
     blocks = [["# The second clip on old data"], ["`python -m benchmarks.staleness`, then `make report`"]]
     blocks += [[*head(records), _progress(study)], [_ABOUT]]
     blocks += [["## What we expected, and what was found"], [HOW_DECIDED]]
-    blocks += [table(["hypothesis", "what decides it", "outcome"], answers(study, n_resamples))]
+    found = table(["hypothesis", "what decides it", "outcome"], answers(study, n_resamples))
+    found[1] = found[1].replace("---:", "---")  # for text
+    blocks += [found]
     with mpl.rc_context(SETTINGS):
         blocks += _figures(study, folder / "figures", n_resamples)
     for condition in dict.fromkeys(pair.condition for pair in study):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from benchmarks.learning.cases import Run, entry
 from benchmarks.learning.conditions import CHECKS, Condition
 from benchmarks.staleness import __main__ as staleness
 from sb3_ppo_ext import DualClipPPO
-from tests.algorithms import assert_close_policies, assert_same_policy, small
+from tests.algorithms import assert_close_policies, assert_same_policy, have_moved, parameters, small
 
 SIZES: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "dual_clip": None}
 
@@ -153,8 +154,15 @@ def test_all_parameters_of_a_run_are_known() -> None:
         reused = entry(Run("reuse-3-epochs-10-learning_rate_x3", "Hopper-v5", arm, 0), {})
         assert (reused["n_reused_rollouts"], reused["learning_rate"]) == (3, 9e-4)
         assert reused.get("reuse") == ({"proximal": "newest"} if arm == "decoupled" else None)
-        assert {*of_run, *reused} - {"policy", "normalize", "n_envs", "n_timesteps"} <= known
-        json.dumps([of_run, reused], allow_nan=False)
+        unclipped = entry(Run("lag-16-epochs-10-no_gradient_clipping", "Hopper-v5", arm, 0), {})
+        assert {*of_run, *reused, *unclipped} - {"policy", "normalize", "n_envs", "n_timesteps"} <= known
+        json.dumps([of_run, reused, unclipped], allow_nan=False)
+
+
+def test_without_clipping_there_is_none() -> None:
+    unclipped = model(Waiting, **CHECKS["no_gradient_clipping"]).learn(64)
+    assert_same_policy(unclipped, model(Waiting, max_grad_norm=math.inf).learn(64))
+    assert have_moved(unclipped, parameters(model(Waiting).learn(64)))  # which is clipped
 
 
 @pytest.mark.parametrize("check", [None, *CHECKS])
@@ -178,7 +186,10 @@ def test_a_folder_says_what_its_runs_have_in_common(check: str | None) -> None:
         (["--arms", "decoupled", "--reuse", "1", "0"], "--arms decoupled is not allowed with --reuse 0: on fresh data"),
     ],
 )
-def test_arguments_that_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(staleness, "alone_in")  # without which no run is begun
     with pytest.raises(SystemExit):
         staleness.main(arguments)
     assert message in capsys.readouterr().err

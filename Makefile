@@ -36,7 +36,7 @@ help:
 	@echo "make lint     run ruff and mypy alone"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make docs     build the documentation in docs/_build/html, with warnings as errors"
-	@echo "make report   make the page and the figures of benchmarks/results/learning from the runs that are there"
+	@echo "make report   make the pages and the figures of benchmarks/results/learning and staleness from their runs"
 	@echo "make sbx-env  make $(SBX), in which the benchmark runs SBX; see benchmarks/README.md"
 	@echo "make rsl-env  make $(RSL), in which the benchmark runs rsl_rl; see benchmarks/README.md"
 	@echo "make clean    remove .venv, .venv-* and what the tools have left; logs/ stays"
@@ -76,6 +76,7 @@ docs: $(DOCS)/installed
 
 report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.learning.report
+	$(BIN)/python -m benchmarks.staleness.report
 
 clean:
 	rm -rf .venv $(SBX) $(RSL) $(LOWEST) $(NEWEST) $(DOCS) docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks.learning.algorithm import Algorithm
 from benchmarks.learning.arms import ARMS
+from benchmarks.learning.conditions import Condition
 from sb3_ppo_ext.zoo import ALGORITHMS as OURS
 from sb3_ppo_ext.zoo import config_path
 
@@ -65,23 +66,11 @@ SEEDS = {"defaults": 10, "tuned": 5}
 _SEEDS_OF_ENV = {"Humanoid-v5": 3}
 
 
-STALE_BUDGET = 300_000
-
-
-def stale_set(lag: int, n_epochs: int) -> str:
-    """
-    :param lag: updates that each rollout waits before it is learnt from
-    :param n_epochs: of an update
-    :return: the name of the set of runs
-    """
-    return f"lag-{lag}-epochs-{n_epochs}"
-
-
 class Run(NamedTuple):
     """
-    :param set: of hyper-parameters, a key of :data:`SUITE`, or what :func:`stale_set` says
+    :param set: of hyper-parameters, a key of :data:`SUITE`, or that of a :class:`Condition` of old data
     :param env: id of the environment
-    :param algo: a key of :data:`ALGORITHMS`, or, of a stale set, of :data:`ARMS`
+    :param algo: a key of :data:`ALGORITHMS`, or, of old data, of :data:`ARMS`
     :param seed: of the training
     """
 
@@ -96,7 +85,7 @@ class Run(NamedTuple):
     @property
     def algorithm(self) -> Algorithm:
         """What it trains with."""
-        return (ARMS if self.set.startswith("lag-") else ALGORITHMS)[self.algo]
+        return (ARMS if Condition.of_set(self.set) else ALGORITHMS)[self.algo]
 
     def path(self, folder: Path) -> Path:
         """:param folder: of the results of one set"""
@@ -137,10 +126,9 @@ def entry(run: Run, overrides: dict[str, Any]) -> dict[str, Any]:
     """
     algorithm = run.algorithm
     values: dict[str, Any] = {"policy": "MlpPolicy", "normalize": True, "n_envs": 1}
-    if run.set.startswith("lag-"):
-        _, lag, _, n_epochs = run.set.split("-")
-        waits = {"lag": int(lag), "n_epochs": int(n_epochs), "n_timesteps": STALE_BUDGET}
-        return {**values, **algorithm.entry, **waits, **overrides}
+    condition = Condition.of_set(run.set)
+    if condition is not None:
+        return {**values, **algorithm.entry, **condition.entry(run.algo), **overrides}
     if run.set == "tuned":
         values |= _tuned_entry(run.env, algorithm.zoo)
     return {**values, "n_timesteps": BUDGETS[run.env], **algorithm.entry, **overrides}

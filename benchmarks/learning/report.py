@@ -10,7 +10,6 @@ the folder of the runs; ``report.md`` and ``figures/`` are written to it.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +83,7 @@ def write_report(folder: Path, n_resamples: int = statistics.N_RESAMPLES) -> Non
     records = {name: found for name, found in records.items() if found}
     if not records:
         raise SystemExit(f"{folder} has no runs: python -m benchmarks.learning makes them")
-    blocks += [_head(found for of_set in records.values() for found in of_set), [_ABOUT]]
+    blocks += [head(found for of_set in records.values() for found in of_set), [_ABOUT]]
     with mpl.rc_context(figures.SETTINGS):
         for name in sorted(records, key=lambda name: (*SUITE, name).index(name)):
             blocks += _section(name, results_of(records[name]), folder / "figures", n_resamples)
@@ -92,8 +91,12 @@ def write_report(folder: Path, n_resamples: int = statistics.N_RESAMPLES) -> Non
     (folder / "report.md").write_text("\n\n".join("\n".join(block) for block in blocks) + "\n")
 
 
-def _head(records: Iterable[dict[str, Any]]) -> list[str]:
-    """What the runs were made on and what they took."""
+def head(records: Iterable[dict[str, Any]]) -> list[str]:
+    """
+    What runs were made on and what they took.
+
+    :param records: what their files hold
+    """
     records = list(records)
     hours = sum(record["total"]["process_seconds"] + record["evaluation"]["seconds"] for record in records) / 3600
     versions = {f"{package} {version}" for record in records for package, version in record["versions"].items()}
@@ -286,8 +289,7 @@ def _reached(curves: Curves, finals: Mapping[tuple[str, str], Estimate]) -> str:
 
 
 def _cell(estimate: Estimate, form: str) -> str:
-    point, low, high = (float(np.ravel(part)[0]) for part in estimate)
-    return format(point, form) if math.isnan(low) else f"{point:{form}} [{low:{form}}, {high:{form}}]"
+    return format(estimate.number, form)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,25 @@ METRICS: dict[str, Callable[[Floats], float]] = {
 }
 
 
+class Interval(NamedTuple):
+    """
+    An estimate of one number; as text it has its interval behind it, if it has one.
+
+    :param point: the estimate
+    :param low: lower end of the interval; NaN where there are fewer than :data:`MIN_RUNS` runs
+    :param high: upper end
+    """
+
+    point: float
+    low: float
+    high: float
+
+    def __format__(self, form: str) -> str:
+        if np.isnan(self.low):
+            return format(self.point, form)
+        return f"{self.point:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
 class Estimate(NamedTuple):
     """
     :param point: the estimate
@@ -32,6 +51,17 @@ class Estimate(NamedTuple):
     point: Floats
     low: Floats
     high: Floats
+
+    @property
+    def numbers(self) -> list[Interval]:
+        """One by one."""
+        return [Interval(*map(float, of_one)) for of_one in zip(*map(np.ravel, self), strict=True)]
+
+    @property
+    def number(self) -> Interval:
+        """Of an estimate of one number."""
+        (of_one,) = self.numbers
+        return of_one
 
 
 def estimate(statistic: Callable[..., Floats], *samples: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
@@ -61,7 +91,10 @@ def iqm_curve(returns: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
 
 
 def _iqm(sample: Floats) -> Floats:
-    """The interquartile mean of each column, as :func:`rliable.metrics.aggregate_iqm` has it of all numbers."""
+    """
+    The interquartile mean of each column, as :func:`rliable.metrics.aggregate_iqm` has it of all numbers, in a tenth of
+    the time.
+    """
     n_cut = len(sample) // 4
     return np.asarray(np.sort(sample, axis=0)[n_cut : len(sample) - n_cut].mean(axis=0))
 
@@ -72,6 +105,15 @@ def mean(sample: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
     :param n_resamples: of the bootstrap
     """
     return estimate(lambda numbers: numbers.mean(axis=0), sample[:, None], n_resamples=n_resamples)
+
+
+def iqm(scores: Floats, n_resamples: int = N_RESAMPLES) -> Estimate:
+    """
+    :param scores: a line for each run and a column for each task
+    :param n_resamples: of the bootstrap
+    :return: the interquartile mean of all
+    """
+    return estimate(lambda sample: _iqm(sample.reshape(-1, 1)), scores, n_resamples=n_resamples)
 
 
 def aggregates(scores: Floats, n_resamples: int = N_RESAMPLES) -> dict[str, Estimate]:
@@ -103,10 +145,15 @@ def probability_of_improvement(ours: Floats, peer: Floats, n_resamples: int = N_
     :param n_resamples: of the bootstrap
     :return: how probable it is that a run of ours is above one of the peer on the same task; a tie counts one half
     """
-    return estimate(_share_above, ours, peer, n_resamples=n_resamples)
+    return estimate(share_above, ours, peer, n_resamples=n_resamples)
 
 
-def _share_above(ours: Floats, peer: Floats) -> Floats:
-    """What :func:`rliable.metrics.probability_of_improvement` returns, in a hundredth of the time."""
+def share_above(ours: Floats, peer: Floats) -> Floats:
+    """
+    What :func:`rliable.metrics.probability_of_improvement` returns, in a hundredth of the time.
+
+    :param ours: scores, a line for each run and a column for each task
+    :param peer: likewise, of the same tasks
+    """
     difference = ours[:, None] - peer[None]
     return np.array([(0.5 * (np.sign(difference) + 1.0)).mean()])

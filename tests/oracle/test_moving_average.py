@@ -113,6 +113,22 @@ class Normalized(FlattenExtractor):
         return normalized
 
 
+class Tied(FlattenExtractor):
+    """Two layers with the same weights."""
+
+    is_pure = True
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space)
+        n = self.features_dim
+        self.layers = th.nn.Sequential(th.nn.Linear(n, n), th.nn.Tanh(), th.nn.Linear(n, n))
+        self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.layers(super().forward(observations))
+        return features
+
+
 @pytest.mark.parametrize(
     ("algorithm", "policy", "make_env", "kwargs"),
     [
@@ -124,8 +140,9 @@ class Normalized(FlattenExtractor):
         (DualClipPPO, "MlpPolicy", scripted, {"use_sde": True, "recompute_advantages": True}),
         (DualClipPPO, "MlpPolicy", scripted, {"policy_kwargs": {"normalize_observations": True}}),
         (DualClipPPO, "MlpPolicy", scripted, {"policy_kwargs": {"features_extractor_class": Normalized}}),
+        (DualClipPPO, "MlpPolicy", scripted, {"policy_kwargs": {"features_extractor_class": Tied}}),
     ],
-    ids=["rows", "old rollouts", "dict", "masks", "memory", "gsde", "running statistics", "batch normalisation"],
+    ids=["rows", "old data", "dict", "masks", "memory", "gsde", "running statistics", "batch norm", "tied layers"],
 )
 def test_an_update_clips_around_the_average_by_its_definition(
     algorithm: Any, policy: str, make_env: Any, kwargs: Any
@@ -223,11 +240,12 @@ def test_the_penalty_is_on_the_kl_from_the_average() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "policy", "kwargs"),
     [
+        (DualClipPPO, "MlpPolicy", {"policy_kwargs": {"features_extractor_class": Tied}}),
         (DualClipPPO, "MlpPolicy", {"policy_kwargs": {"normalize_observations": True}}),
         (AdaptiveKLPPO, "MlpPolicy", {"n_reused_rollouts": 1, "batch_size": 12}),
         (DualClipPPO, "MlpLstmPolicy", {"batch_size": 16, "sequence_length": 2, "policy_kwargs": TINY_LSTM}),
     ],
-    ids=["running statistics", "old rollouts, uneven minibatches", "memory"],
+    ids=["tied layers", "running statistics", "old rollouts, uneven minibatches", "memory"],
 )
 @pytest.mark.usefixtures("without_compiler")
 def test_compiled_equals_eager_with_one_program(

@@ -2,7 +2,8 @@
 What an update minimises: pure functions of what the policy says, of samples and of numbers.
 
 A loss has no ``self``. All its numbers are coefficients, by name; where the gradient step is compiled they are tensors,
-whose values are set anew for each update, so that none of them is kept by the program.
+whose values are set anew for each update, so that none of them is kept by the program. One thing is written into: the
+moving average of the policy that an update may clip around, by the :class:`ActorCriticLoss` that has one.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.compile import cuda, program
 from sb3_ppo_ext.common.rollout.adapters import direct_actor_critic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.saving.checkpoint import resume, save_checkpoint
@@ -22,6 +23,7 @@ from sb3_ppo_ext.common.update.reference import FrozenPolicy
 from tests.algorithms import PROXIMAL, ROLLOUT, assert_close_policies, assert_same_policy, have_moved, parameters, small
 from tests.envs import DICT, limited_walk, scripted
 from tests.oracle.test_old_rollouts import FAST, TINY_LSTM, N, gaussian_kl, masked_noise
+from tests.parity.test_recorded_programs import rerun
 
 EWMA = {"proximal": "ewma"}
 pytestmark = pytest.mark.filterwarnings("ignore:batch_size=")
@@ -155,8 +157,8 @@ def test_an_update_clips_around_the_average_by_its_definition(
     model, states, samples_of_steps = seen_of(
         algorithm, policy, make_env(), reuse={**EWMA, "ewma_decay": decay}, **kwargs
     )
-    model.learn(3 * model.n_steps * model.n_envs)
-    assert len(states) == len(samples_of_steps) >= 3 * 2 * 4
+    model.learn(2 * N)
+    assert len(states) == len(samples_of_steps) >= 2 * 2 * 4
     asked: Any = copy.deepcopy(FrozenPolicy(model.policy)).policy
     learnt = {name for name, _ in model.policy.named_parameters(remove_duplicate=False)}
     far = 0.0
@@ -240,12 +242,19 @@ def test_the_penalty_is_on_the_kl_from_the_average() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "policy", "kwargs"),
     [
-        (DualClipPPO, "MlpPolicy", {"policy_kwargs": {"features_extractor_class": Tied}}),
-        (DualClipPPO, "MlpPolicy", {"policy_kwargs": {"normalize_observations": True}}),
+        (
+            DualClipPPO,
+            "MlpPolicy",
+            {"policy_kwargs": {"normalize_observations": True, "features_extractor_class": Tied}},
+        ),
         (AdaptiveKLPPO, "MlpPolicy", {"n_reused_rollouts": 1, "batch_size": 12}),
-        (DualClipPPO, "MlpLstmPolicy", {"batch_size": 16, "sequence_length": 2, "policy_kwargs": TINY_LSTM}),
+        (
+            DualClipPPO,
+            "MlpLstmPolicy",
+            {"batch_size": 16, "sequence_length": 2, "n_epochs": 1, "policy_kwargs": TINY_LSTM},
+        ),
     ],
-    ids=["tied layers", "running statistics", "old rollouts, uneven minibatches", "memory"],
+    ids=["running statistics and tied layers", "old rollouts, uneven minibatches", "memory"],
 )
 @pytest.mark.usefixtures("without_compiler")
 def test_compiled_equals_eager_with_one_program(
@@ -258,12 +267,25 @@ def test_compiled_equals_eager_with_one_program(
     before = parameters(eager)
     for model in (eager, compiled):
         model.set_random_seed(0)
-        model.learn(3 * N)
+        model.learn(2 * N)
         model.learn(N)
     assert have_moved(eager, before)
     assert_close_policies(eager, compiled, atol=1e-4)
     th.testing.assert_close(compiled._average.state_dict(), eager._average.state_dict(), atol=1e-4, rtol=1e-4)
     assert programs.count("the gradient step") == 1
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_a_recording_moves_the_average_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of events on a GPU: it is run some times before it is recorded, and has places of its own."""
+    monkeypatch.setattr(program, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda, "_recorded", rerun)
+    eager, recorded = (
+        small(DualClipPPO, "MlpPolicy", scripted(), reuse=EWMA, torch_compile=of, **FAST).learn(3 * N)
+        for of in (False, True)
+    )
+    assert_close_policies(eager, recorded, atol=1e-4)
+    th.testing.assert_close(recorded._average.state_dict(), eager._average.state_dict(), atol=1e-4, rtol=1e-4)
 
 
 def test_an_average_is_of_one_training() -> None:

@@ -29,15 +29,21 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     Proximal policy optimisation with an adaptive KL penalty, "Proximal Policy Optimization Algorithms", Schulman et al.
     2017, arXiv 1707.06347, section 4, equation 8.
 
-    Maximises ``E[r A - beta * KL(old || new)]`` with ratio ``r = pi(a|s) / pi_old(a|s)``. The KL divergence is exact,
-    of the whole action, from the parameters of the distributions that drew the actions. After each rollout's update,
-    with d its mean over the *whole* rollout by the *final* parameters, ``beta`` is halved when ``d < target_kl / 1.5``
-    and doubled when ``d > 1.5 * target_kl``.
+    Maximises ``E[min(r A, clip(r, 1 - clip_range, 1 + clip_range) A) - beta * KL(old || new)]`` with ratio
+    ``r = pi(a|s) / pi_old(a|s)``. The KL divergence is exact, of the whole action, from the parameters of the
+    distributions that drew the actions. After each rollout's update, with d its mean over the *whole* rollout by the
+    *final* parameters, ``beta`` is halved when ``d < target_kl / 1.5`` and doubled when ``d > 1.5 * target_kl``.
+
+    The paper's objective is that of ``clip_range=None``, ``E[r A - beta * KL(old || new)]``. It has no bound where
+    actions have many dimensions: to move the mean of the action in one state to the action that was drawn there
+    multiplies its probability by ``exp(|z|^2 / 2)``, z the noise in standard deviations, at a divergence of
+    ``|z|^2 / 2``. A penalty on the mean divergence does not keep the policy from doing that in some states.
 
     The arguments up to ``_init_setup_model`` are those of :class:`stable_baselines3.PPO`, in its order. All but those
     below mean what they mean there.
 
-    :param clip_range: None for the penalty alone; a number or a schedule for penalty and clipping together
+    :param clip_range: how far a ratio may go before its gradient ends, a number or a schedule; None for the penalty
+        alone
     :param target_kl: the KL(old || new) of the whole action that an update aims at, a number or a schedule; None:
         0.01 for each action dimension
     :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
@@ -79,7 +85,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        clip_range: float | str | Schedule | None = None,
+        clip_range: float | str | Schedule | None = 0.5,
         clip_range_vf: float | str | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float | str | Schedule = 0.0,
@@ -156,6 +162,13 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         self.kl_coef_max = kl_coef_max
         if _init_setup_model:
             self._setup_new_model()
+
+    @classmethod
+    def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
+        adapted = super()._adapted(origin, attributes)
+        # SB3's PPO loads these files too and takes no None, so that it stands for itself by not being there.
+        penalty_alone = "kl_coef" in attributes and "clip_range" not in attributes
+        return adapted | {"clip_range": None} if penalty_alone else adapted
 
     def _validate(self) -> None:
         super()._validate()

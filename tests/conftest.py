@@ -52,16 +52,20 @@ def gpu_for_its_tests_alone(request: pytest.FixtureRequest, monkeypatch: pytest.
         monkeypatch.setattr(th.cuda, "is_available", lambda: False)
 
 
-def run_as_traced(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
-    """In place of :func:`cpu.machine_code`."""
-    layouts = [(x.dtype, x.stride(), x.shape) for x in inputs]
+class RunAsTraced:
+    """In place of :func:`cpu.machine_code`, which cannot be copied either."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: list[th.Tensor]) -> None:
+        self._graph = graph
+        self._layouts = [(x.dtype, x.stride(), x.shape) for x in inputs]
 
     @th.no_grad()
-    def run(inputs: list[th.Tensor]) -> list[th.Tensor]:
-        assert layouts == [(x.dtype, x.stride(), x.shape) for x in inputs]
-        return list(graph(*inputs))
+    def __call__(self, inputs: list[th.Tensor]) -> list[th.Tensor]:
+        assert self._layouts == [(x.dtype, x.stride(), x.shape) for x in inputs]
+        return list(self._graph(*inputs))
 
-    return run
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("machine code is not copied")
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     For what does not depend on the machine code: to make it takes seconds a program.
     """
-    monkeypatch.setattr(cpu, "machine_code", run_as_traced)
+    monkeypatch.setattr(cpu, "machine_code", RunAsTraced)
 
 
 @pytest.fixture

@@ -212,6 +212,7 @@ def sample_adaptive_kl_ppo_params(
 
     - ``target_kl``: of the whole action, which an update aims at; the constructor's 0.01 for each action dimension lies
       in this range up to 30 dimensions
+    - ``clip_range``: what keeps single states near where the penalty on the mean does not
     - ``kl_coef``: at first. It adapts by a factor of two a rollout, which is slow where a training has few
 
     The tolerance and the factor of the adaptation are left alone: the paper (Schulman et al. 2017, section 4) finds
@@ -223,6 +224,7 @@ def sample_adaptive_kl_ppo_params(
         {
             **_sample_proximal(trial, n_envs),
             "target_kl": trial.suggest_float("target_kl", 0.003, 0.3, log=True),
+            "clip_range": trial.suggest_float("clip_range", 0.1, 0.4),
             "kl_coef": trial.suggest_float("kl_coef", 0.1, 10.0, log=True),
         },
     )

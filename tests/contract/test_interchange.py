@@ -370,7 +370,7 @@ def test_contribs_trpo_goes_on_with_ours(arguments, tmp_path):
 def test_what_is_none_is_none_again(tmp_path):
     """SB3's and sb3-contrib's algorithms take no None for these, so they are not in the file."""
     for algorithm, names in ((AdaptiveKLPPO, ("clip_range", "target_kl")), (TRPO, ("target_kl", "cg_damping"))):
-        small(algorithm, "MlpPolicy", make()).save(tmp_path / "model")
+        small(algorithm, "MlpPolicy", make(), **dict.fromkeys(names)).save(tmp_path / "model")
         loaded = algorithm.load(tmp_path / "model", device="cpu")
         assert [getattr(loaded, name) for name in names] == [None] * len(names)
         numbers = dict.fromkeys(names, 0.5)

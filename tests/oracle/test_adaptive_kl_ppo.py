@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO, losses
 from tests.envs import BOX, scripted
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0, "device": "cpu"}
@@ -100,6 +101,7 @@ def test_penalised_optimum_in_closed_form() -> None:
         seed=0,
         device="cpu",
         kl_coef=beta,
+        clip_range=None,
     )
     with th.no_grad():
         model.policy.action_net.weight.copy_(th.tensor([[0.3, -0.4], [-0.3, 0.1]]))
@@ -124,6 +126,21 @@ def test_penalised_optimum_in_closed_form() -> None:
         assert q.sum() == pytest.approx(1.0)
         assert abs(q - p).max() > 0.1  # it is somewhere else
         np.testing.assert_allclose(new[state], q, atol=2e-3)
+
+
+def test_what_one_sample_gains_by_being_learnt_by_heart() -> None:
+    """The mean moved to the action that was drawn: r = exp(|z|^2 / 2) at KL = |z|^2 / 2, and a clip ends the gain."""
+    z = th.linspace(-2.0, 2.0, 8)
+    std = th.full((8,), 0.3)
+    old, new = th.distributions.Normal(th.zeros(8), std), th.distributions.Normal(z * std, std)
+    log_prob, old_log_prob = (policy.log_prob(z * std).sum().unsqueeze(0) for policy in (new, old))
+    kl = th.distributions.kl_divergence(old, new).sum().unsqueeze(0)
+    gain = z.square().sum().item() / 2
+    assert kl.item() == pytest.approx(gain, rel=1e-5)
+    one = th.ones(1)
+    alone, _ = losses.kl_penalized_surrogate_loss(log_prob, old_log_prob, one, kl, kl_coef=1.0)
+    assert alone.item() == pytest.approx(gain - math.exp(gain), rel=1e-4)
+    assert losses.clipped_surrogate_loss(log_prob, old_log_prob, one, clip_range=0.5)[0].item() == -1.5
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,6 @@ def test_what_is_kept_does_not_change_with_what_comes_later() -> None:
     assert np.array_equal(old.last_obs, before[0])
     assert np.array_equal(old.buffer.rewards, before[1])
     assert len(old.buffer.final_observations) == before[2] > 0
-    assert old.buffer.final_observations.actor_critic is None
     assert old_rollouts.kept(model.rollout_buffer, obs, old_rollouts.Reuse()).last_obs is None
 
 

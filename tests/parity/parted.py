@@ -13,7 +13,7 @@ import torch as th
 
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.compile import cpu
-from tests.conftest import run_as_traced
+from tests.conftest import RunAsTraced
 from tests.parity.noise import EPISODES, LENGTH, give, model_of, parameters
 
 # REINFORCE's environments run as many episodes, of other lengths.
@@ -78,7 +78,7 @@ def main(scenario: str, folder: Path) -> None:
     :param folder: to read recordings from, and to write the results into
     """
     rank = int(os.environ["RANK"])
-    cpu.machine_code = run_as_traced
+    cpu.machine_code = RunAsTraced
     recordings = th.load(folder / "recordings.pt", weights_only=False)
     results = {name: trained(name, recording, rank) for name, recording in recordings.items()}
     th.save(results, folder / f"{rank}.pt")

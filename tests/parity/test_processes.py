@@ -9,7 +9,7 @@ import torch as th
 
 from sb3_ppo_ext import AdaptiveKLPPO
 from sb3_ppo_ext.common.compile import cpu
-from tests.conftest import run_as_traced
+from tests.conftest import RunAsTraced
 from tests.parity.noise import model_of, parameters, recorded
 from tests.parity.parted import CASES, LENGTHS
 from tests.several import run
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, di
     """Of each case, the model of one process, what it was recorded from, and the results of two."""
     folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cpu, "machine_code", run_as_traced)
+        monkeypatch.setattr(cpu, "machine_code", RunAsTraced)
         ones = {name: trained_by_one(name) for name in CASES}
     th.save({name: recording for name, (_, recording) in ones.items()}, folder / "recordings.pt")
     statuses, said = zip(*run("tests.parity.parted", folder, {"parity": 2})["parity"], strict=True)

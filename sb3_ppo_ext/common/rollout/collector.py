@@ -77,7 +77,7 @@ class Collector:
         self.actor_critic = acting_policy(step_by_step=step_by_step)
         # With a memory, each step is evaluated at once in any case, but not the final observations.
         self._watch = ParameterWatch(algorithm.policy) if self.actor_critic.is_pure else None
-        self._final_values = FinalValues(self.actor_critic)
+        self._final_values = FinalValues()
         self._steps: list[StepEvaluation] = []
         self.last_masks: np.ndarray | None = None
         self.last_state: th.Tensor | None = None
@@ -233,7 +233,7 @@ class Collector:
             inputs = inputs._replace(state=self.last_state, starts=self._starts())
         last_values = self.actor_critic.values(inputs)
         raise_if_rollout_not_finite(buffer, last_values, last_obs)
-        self._final_values.evaluate()
+        self._final_values.evaluate(self.actor_critic)
         self._final_values.write_into(buffer)
         buffer.final_observations = self._final_values
         return last_values
@@ -244,7 +244,7 @@ class Collector:
 
     def _take_policy(self) -> Act:
         """Act and evaluate with the policy as it is now, step by step."""
-        self.actor_critic = self._final_values.actor_critic = self._acting_policy(step_by_step=True)
+        self.actor_critic = self._acting_policy(step_by_step=True)
         return self.actor_critic.act
 
     @th.no_grad()
@@ -253,7 +253,7 @@ class Collector:
         assert self._watch is not None
         with self._watch.as_at_first():
             self._steps = self._steps or self._evaluations_so_far()
-            self._final_values.evaluate()
+            self._final_values.evaluate(self.actor_critic)
         self._watch = None
         self.step_by_step = True
 
@@ -269,6 +269,7 @@ class Collector:
             rows = truncated.nonzero().flatten() if isinstance(truncated, th.Tensor) else truncated.nonzero()[0]
             of_envs = None if state is None else state[rows]
             self._final_values.add_rows(n_steps, rows, rows_of(transition.final_obs, rows), of_envs)
+            self._note_final_values()
 
     def _note_ends_by_infos(
         self, n_steps: int, dones: np.ndarray, infos: list[dict[str, Any]], state: th.Tensor | None
@@ -284,6 +285,12 @@ class Collector:
                 if final_obs is not None and self._keeps_final_values:
                     of_env = None if state is None else state[idx]
                     self._final_values.add(n_steps, int(idx), final_obs, of_env)
+                    self._note_final_values()
+
+    def _note_final_values(self) -> None:
+        """Evaluate a final observation at once where its value may depend on when, as SB3 does."""
+        if not self.actor_critic.is_pure:
+            self._final_values.evaluate(self.actor_critic)
 
     def _note_episodes(self, episodes: Episodes) -> None:
         """Note returns and lengths for the logs."""

@@ -15,14 +15,12 @@ from sb3_ppo_ext.common.rollout.failures import raise_if_final_not_finite
 
 class FinalValues:
     """
-    The values of the final observations of a rollout's truncated episodes.
+    The final observations of a rollout's truncated episodes, and their values.
 
-    :param actor_critic: that collects the rollout. If it is pure, the observations are evaluated together, after the
-        rollout; if not, each when it comes, as SB3 does it
+    It is kept with the rollout, and has no policy: a rollout can be copied, and a compiled policy cannot.
     """
 
-    def __init__(self, actor_critic: ActorCritic) -> None:
-        self.actor_critic = actor_critic
+    def __init__(self) -> None:
         self._states: list[th.Tensor] = []
         self._steps: list[int] = []  # one for each of the following
         self._env_indices: list[Any] = []
@@ -57,18 +55,20 @@ class FinalValues:
         if states is not None:
             self._states.append(states)
         self._final_obs.append(final_obs)
-        if not self.actor_critic.is_pure:
-            self.evaluate()
 
-    def evaluate(self) -> None:
-        """Evaluate the final observations that have not been evaluated yet."""
+    def evaluate(self, actor_critic: ActorCritic) -> None:
+        """
+        Evaluate the final observations that have not been evaluated yet.
+
+        :param actor_critic: the policy
+        """
         all_obs: Any = self._final_obs[self._n_evaluated :]
         if not all_obs:
             return
         first = sum(map(len, self._values))
         all_obs = _joined(all_obs)
-        for rows in chunks(len(self) - first, self.actor_critic.policy.observation_space):
-            self._values.append(self._evaluated(rows_of(all_obs, rows), first + rows.start))
+        for rows in chunks(len(self) - first, actor_critic.policy.observation_space):
+            self._values.append(self._evaluated(actor_critic, rows_of(all_obs, rows), first + rows.start))
         self._n_evaluated = len(self._final_obs)
 
     def evaluate_again(self, actor_critic: ActorCritic) -> None:
@@ -77,9 +77,8 @@ class FinalValues:
 
         :param actor_critic: the policy
         """
-        self.actor_critic = actor_critic
         self._values, self._n_evaluated = [], 0
-        self.evaluate()
+        self.evaluate(actor_critic)
 
     def write_into(self, rollout_buffer: RolloutBuffer) -> None:
         """
@@ -95,8 +94,8 @@ class FinalValues:
         return np.repeat(self._steps, [len(indices) for indices in self._env_indices])
 
     @th.no_grad()
-    def _evaluated(self, final_obs: Any, first: int) -> th.Tensor:
-        policy = self.actor_critic.policy
+    def _evaluated(self, actor_critic: ActorCritic, final_obs: Any, first: int) -> th.Tensor:
+        policy = actor_critic.policy
         if is_tensors(final_obs):
             inputs = PolicyInput(to_tensors(final_obs, policy.device))
         else:
@@ -105,7 +104,7 @@ class FinalValues:
         if self._states:
             states = th.cat(self._states)[first : first + n_rows]
             inputs = inputs._replace(state=states, starts=th.zeros(n_rows, device=policy.device))
-        values = self.actor_critic.values(inputs)
+        values = actor_critic.values(inputs)
         if not bool(values.isfinite().all()):
             env_indices = to_arrays(_joined(self._env_indices))[first:]
             raise_if_final_not_finite(to_arrays(values), to_arrays(final_obs), self._all_steps()[first:], env_indices)

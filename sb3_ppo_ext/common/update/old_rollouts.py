@@ -148,9 +148,6 @@ def kept(buffer: RolloutBuffer, last_obs: Any, reuse: Reuse) -> OldRollout:
     """
     buffer = copy.copy(buffer)
     buffer.forget_flat()
-    if buffer.final_observations is not None:
-        buffer.final_observations = copy.copy(buffer.final_observations)
-        buffer.final_observations.actor_critic = None  # which is another in each update
     if reuse.target == "gae":
         buffer.final_observations = last_obs = None  # V-trace alone asks for their values
     return OldRollout(buffer, copy.deepcopy(last_obs))
@@ -271,7 +268,6 @@ def _vtrace(
     if buffer.final_observations is not None:
         buffer.final_observations.evaluate_again(actor_critic)
         buffer.final_observations.write_into(buffer)
-        buffer.final_observations.actor_critic = None
 
     def by_step(flat: th.Tensor) -> th.Tensor:
         return flat.cpu().view(buffer.n_envs, -1).T

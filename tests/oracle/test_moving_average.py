@@ -116,7 +116,7 @@ class Normalized(FlattenExtractor):
 
 
 class Tied(FlattenExtractor):
-    """Two layers with the same weights."""
+    """Two layers with the same weights, and a number."""
 
     is_pure = True
 
@@ -125,9 +125,10 @@ class Tied(FlattenExtractor):
         n = self.features_dim
         self.layers = th.nn.Sequential(th.nn.Linear(n, n), th.nn.Tanh(), th.nn.Linear(n, n))
         self.layers[2].weight = self.layers[0].weight
+        self.scale = th.nn.Parameter(th.ones(()))
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        features: th.Tensor = self.layers(super().forward(observations))
+        features: th.Tensor = self.scale * self.layers(super().forward(observations))
         return features
 
 

@@ -81,7 +81,7 @@ class MovingAverage(nn.Module):
         :return: the samples, with the average as the policy to clip around
         """
         self.total_weight.copy_(self.total_weight * decay + 1.0)
-        share = self.total_weight.reciprocal()
+        share = self.total_weight.reciprocal().squeeze()
         means, parameters = (_tensors_of(module, nn.Module.parameters) for module in (self.policy, policy))
         # All are computed before any is written, as two modules may share one.
         moved = [th.lerp(mean, p, share.to(mean.dtype)) for mean, p in zip(means, parameters, strict=True)]

@@ -129,6 +129,7 @@ commands study.task
 study.study
 study.candidates study.search
 study.evaluation study.export study.plots
+study.page
 study.report
 study.commands
 cli

@@ -157,7 +157,10 @@ def test_trials_that_always_fail_end_the_search_with_the_reason(command: Command
     assert f"the workers fail: {reason}" in output
     assert "worker-1.log" in output
     assert trial_states() == {"FAIL": 4}
-    output = command("study", "show", code=2)
+    output = command("study", "show")
+    assert f"study {STUDY}: 4 failed. No trial is complete yet." in output
+    assert f"trials 0, 1, 2, 3: {reason}" in output
+    output = command("study", "evaluate", code=2)
     assert f"has no complete trial yet; the last of 4 ended with {reason}" in output
 
 

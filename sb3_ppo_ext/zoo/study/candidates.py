@@ -133,17 +133,49 @@ def evaluated_candidates(study: ZooStudy) -> list[Candidate]:
     return sorted(with_results, key=lambda candidate: candidate.rank, reverse=True)
 
 
-def result_table(candidates: Sequence[Candidate]) -> list[str]:
+TABLE = f"Reward at the end of a training ({N_EPISODES} episodes), mean and std across seeds"
+"""What :func:`result_rows` are."""
+
+
+def result_rows(candidates: Sequence[Candidate]) -> list[list[str]]:
     """
     :param candidates: that were trained again
-    :return: the lines of a table
+    :return: the rows of a table, its head first
     """
-    lines = [f"Reward at the end of a training ({N_EPISODES} episodes), mean and std across seeds:"]
-    lines += [f"  {'':<12} {'in the study':>12} {'mean':>10} {'std':>8}   seeds"]
+    rows = [["", "in the study", "mean", "std", "seeds"]]
     for candidate in candidates:
         value = "-" if candidate.study_value is None else f"{candidate.study_value:.2f}"
         each = " ".join(f"{candidate.results[seed]:.1f}" for seed in sorted(candidate.results))
         mean = f"{candidate.mean:.2f}" if candidate.results else "-"
         std = f"{candidate.std:.2f}" if len(candidate.results) > 1 else "-"
-        lines += [f"  {candidate.name:<12} {value:>12} {mean:>10} {std:>8}   {each}"]
-    return lines
+        rows += [[candidate.name, value, mean, std, each]]
+    return rows
+
+
+def result_table(candidates: Sequence[Candidate]) -> list[str]:
+    """
+    :param candidates: that were trained again
+    :return: the lines of a table
+    """
+    lines = [
+        f"  {name:<12} {value:>12} {mean:>10} {std:>8}   {seeds}"
+        for name, value, mean, std, seeds in result_rows(candidates)
+    ]
+    return [f"{TABLE}:", *lines]
+
+
+def verdict(candidates: Sequence[Candidate]) -> str:
+    """
+    :param candidates: that were trained again
+    :return: which of them is the best, in words
+    """
+    winner = max(candidates, key=lambda candidate: candidate.rank)
+    default = next((candidate for candidate in candidates if candidate.label == DEFAULT), None)
+    if winner is default:
+        said = "The winner is the default: no trial beats the entry that they started from."
+    else:
+        beaten = f", the default {default.describe()}" if default else ""
+        said = f"The winner is trial {winner.label}: {winner.describe()}{beaten}."
+    if any(candidate.results.keys() != winner.results.keys() for candidate in candidates):
+        said += " Not all were trained on the same seeds."
+    return said

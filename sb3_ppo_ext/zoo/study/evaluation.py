@@ -19,6 +19,7 @@ from sb3_ppo_ext.zoo.study.candidates import (
     result_table,
     store_result,
     stored_results,
+    verdict,
 )
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.workers import Workers, last_line
@@ -75,11 +76,10 @@ def evaluate(
     if failures:
         print("\nFailed:", *failures, sep="\n  ")
         return 1
-    default, winner = candidates[0], max(candidates, key=lambda candidate: candidate.rank)
-    if winner is default:
-        print("\nThe winner is the default: no trial beats the entry that they started from.")
+    print(f"\n{verdict(candidates)}")
+    winner = max(candidates, key=lambda candidate: candidate.rank)
+    if winner.label == DEFAULT:
         return 0
-    print(f"\nThe winner is trial {winner.label}: {winner.describe()}, the default {default.describe()}")
     export = [*program, "study", "export", "--trial", winner.label, *study.arguments]
     print(f"\nWrite it as YAML:\n  {shlex.join(export)}")
     return 0

@@ -76,7 +76,7 @@ def study_parser(algorithms: Sequence[str]) -> argparse.ArgumentParser:
     )
     trials.add_argument("--device", default="auto", help="cpu, cuda, ...; default: auto")
 
-    show = command("show", "print the best trials; plot history and importances, as a page and as a picture.")
+    show = command("show", "print the best trials; write a page with plots and a table of all trials, and a picture.")
     show.add_argument("--top", type=_positive, default=10, help="how many trials; default: 10")
 
     evaluate = command("evaluate", "train the best trials again on fresh seeds, and the entry they started from.")

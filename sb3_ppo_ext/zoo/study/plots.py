@@ -1,44 +1,76 @@
-"""Optuna's plots of a study, on one page and in one picture."""
+"""The plots of a study: each as SVG for its page, and all of them in one picture."""
 
 from __future__ import annotations
 
-import copy
-import html
 import io
+import re
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any, NamedTuple
 
-import optuna
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from sb3_ppo_ext.common.saving.files import write_whole
-from sb3_ppo_ext.doctor.page import STYLE
-from sb3_ppo_ext.zoo.errors import StudyError
+from sb3_ppo_ext.plots.style import BLUE, GREEN, PURPLE, SETTINGS, VERMILLION
+from sb3_ppo_ext.zoo.study.candidates import Candidate
 from sb3_ppo_ext.zoo.study.storage import state_name
 from sb3_ppo_ext.zoo.study.study import ZooStudy
-from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, decode_param, format_value
+from sb3_ppo_ext.zoo.study.trials import decode_param, evaluations, format_value, last_value
 
 _FEWEST = 10  # complete trials that importances are computed from
-_PLOTS = {
-    "optimization_history": "History",
-    "param_importances": "Importances",
-    "slice": "Value by hyper-parameter",
-    "intermediate_values": "Evaluations of each trial",
-    "timeline": "When each trial ran",
+_LARGEST = 10  # importances that are drawn
+_SIZE = (3.6, 2.5)  # of a plot, in inches
+_COLUMNS = 3  # of the picture
+
+_INK, _SOFT, _RULE = "#1d2430", "#5c6675", "#dde1e7"
+IN_PAGE = {
+    _INK: "var(--ink)",
+    _SOFT: "var(--soft)",
+    _RULE: "var(--rule)",
+    BLUE.lower(): "var(--blue)",
+    VERMILLION.lower(): "var(--vermillion)",
+    "'DejaVu Sans'": "system-ui, 'Segoe UI', Roboto, 'Liberation Sans'",
 }
-_WIDTH = 1600  # of the picture, in pixels
-# Of the plots in the page, as of the text around them.
-_LAYOUT = {
-    "title": None,  # stands above
-    "showlegend": True,
-    "template": "plotly_white",
-    "font": {"family": "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"},
+"""What stands in a page in place of these colours and this font: the page's own, which may be light on dark."""
+
+_SETTINGS = {
+    **SETTINGS,
+    "text.color": _SOFT, "axes.labelcolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT,
+    "axes.edgecolor": _SOFT, "grid.color": _RULE, "grid.alpha": 1.0,
+    "font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.fontsize": 7.5,
+    "legend.handletextpad": 0.3, "legend.columnspacing": 1.0, "legend.borderaxespad": 0.1,
+    "lines.markersize": 4.5, "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",  # text stays text
+}  # fmt: skip
+
+BEST: dict[str, Any] = {"marker": "*", "color": _INK, "markersize": 9, "linestyle": "", "zorder": 4}
+"""How the best of the complete trials is drawn."""
+
+MARKS: dict[TrialState, dict[str, Any]] = {
+    TrialState.COMPLETE: {"marker": "o", "color": BLUE.lower()},
+    TrialState.PRUNED: {"marker": "x", "color": VERMILLION.lower()},
+    TrialState.RUNNING: {"marker": "s", "color": GREEN, "markerfacecolor": "none"},
+    TrialState.FAIL: {"marker": "v", "color": PURPLE},
 }
+"""How a trial is drawn, by its state."""
+
+
+class Plot(NamedTuple):
+    """
+    :param name: what it shows
+    :param draw: draws it
+    """
+
+    name: str
+    draw: Callable[[Axes], None]
 
 
 def why_no_importances(study: ZooStudy) -> str:
@@ -65,140 +97,201 @@ def importances(study: ZooStudy) -> dict[str, float]:
             return {}
 
 
-def decoded_study(study: ZooStudy) -> optuna.Study:
+def search_plots(study: ZooStudy, explained: dict[str, float], candidates: Sequence[Candidate]) -> list[Plot]:
     """
     :param study: the study
-    :return: a copy in memory for Optuna's plots: with hyper-parameters in place of the numbers that were drawn, and
-        evaluations by the number of steps
+    :param explained: :func:`importances`
+    :param candidates: that were trained again
+    :return: the plots of trials as a whole, those that have something to show
     """
-    decoded = optuna.create_study(direction="maximize", study_name=study.name)
-    trials = [copy.deepcopy(trial) for trial in study.trials()]
-    hyperparams = [study.hyperparams(trial) for trial in trials]
-    choices: dict[str, dict[Any, Any]] = {}  # all that were chosen, by name
-    for trial, values in zip(trials, hyperparams, strict=True):
-        for key, distribution in trial.distributions.items():
-            if isinstance(distribution, CategoricalDistribution):
-                choices.setdefault(key, {})[format_value(values[key][1])] = None
-    for trial, values in zip(trials, hyperparams, strict=True):
-        params: dict[str, Any] = {}
-        distributions: dict[str, BaseDistribution] = {}
-        for key, distribution in trial.distributions.items():
-            if distribution.single():
-                continue
-            name, value = decode_param(key, trial.params[key])
-            if isinstance(distribution, (IntDistribution, FloatDistribution)):
-                low, high = sorted(decode_param(key, bound)[1] for bound in (distribution.low, distribution.high))
-                whole = isinstance(low, int)
-                log = (distribution.log or key.endswith("_pow")) and low > 0 and not key.startswith("one_minus_")
-                distributions[name] = (IntDistribution if whole else FloatDistribution)(low, high, log=log)
-                params[name] = value
-            else:
-                distributions[name] = CategoricalDistribution(tuple(choices[key]))
-                params[name] = format_value(values[key][1])
-        trial.params, trial.distributions = params, distributions
-        n_timesteps, n_evaluations = trial.user_attrs.get(BUDGET, (1, 1))
-        trial.intermediate_values = {
-            step * n_timesteps // n_evaluations: value for step, value in trial.intermediate_values.items()
+    plots = [Plot("The trials, in the order in which they began", lambda axes: _history(axes, study))]
+    if any(len(trial.intermediate_values) > 1 for trial in study.trials()):
+        plots += [Plot("The evaluations of each trial", lambda axes: _evaluations(axes, study))]
+    if candidates:
+        plots += [Plot("Trained again, on fresh seeds", lambda axes: _candidates(axes, candidates))]
+    if explained:
+        plots += [Plot("Which hyper-parameters matter", lambda axes: _importances(axes, explained))]
+    return plots
+
+
+def hyperparam_plots(study: ZooStudy, explained: dict[str, float]) -> list[Plot]:
+    """
+    :param study: the study
+    :param explained: :func:`importances`
+    :return: for each hyper-parameter that was searched, the values of the trials; what explains most comes first
+    """
+    distributions: dict[str, BaseDistribution] = {}
+    for trial in study.trials():
+        if last_value(trial) is not None:
+            distributions |= {key: found for key, found in trial.distributions.items() if not found.single()}
+    keys = sorted(distributions, key=lambda key: -explained.get(key, 0.0))
+    return [Plot(decode_param(key, 0)[0], _hyperparam(study, key, distributions[key])) for key in keys]
+
+
+def as_svg(plot: Plot) -> str:
+    """An SVG element, whose text and lines have the colours of the page that it stands in."""
+    file = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=_SIZE)
+        plot.draw(figure.subplots())
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # other plots of the page have the same names
+    for drawn, of_page in IN_PAGE.items():
+        text = text.replace(drawn, of_page)
+    return re.sub(
+        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{escape(plot.name)}">', text
+    )
+
+
+def as_picture(plots: Sequence[Plot]) -> memoryview:
+    """All plots in one PNG."""
+    rows = -(-len(plots) // _COLUMNS)
+    file = io.BytesIO()
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(_SIZE[0] * _COLUMNS, _SIZE[1] * rows))
+        parts = figure.subfigures(rows, _COLUMNS, squeeze=False).flat  # whose titles stand above the legends
+        for part, plot in zip(parts, plots, strict=False):
+            plot.draw(part.subplots())
+            part.suptitle(plot.name, color=_INK, fontsize="medium")
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return file.getbuffer()
+
+
+def _legend(axes: Axes) -> None:
+    """Above the plot, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4)
+
+
+def _drawn(study: ZooStudy, state: TrialState) -> list[tuple[FrozenTrial, float]]:
+    """The trials in a state that have a value, with it."""
+    values = [(trial, last_value(trial)) for trial in study.trials(state)]
+    return [(trial, value) for trial, value in values if value is not None]
+
+
+def _history(axes: Axes, study: ZooStudy) -> None:
+    complete = _drawn(study, TrialState.COMPLETE)
+    if complete:
+        numbers = [*(trial.number for trial, _ in complete), study.trials()[-1].number]
+        best = np.maximum.accumulate([*(value for _, value in complete), -np.inf])
+        axes.step(numbers, best, where="post", color=_INK, linewidth=1.0, label="best so far")
+    for state, mark in MARKS.items():
+        drawn = _drawn(study, state)
+        if drawn:
+            numbers, values = [trial.number for trial, _ in drawn], [value for _, value in drawn]
+            axes.plot(numbers, values, **mark, linestyle="", label=state_name(state))
+    without = [trial.number for trial in study.trials() if last_value(trial) is None]
+    if without:
+        floor: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(without, [0.0] * len(without), marker="|", color=_SOFT, linestyle="", label="no value", **floor)
+    if len(without) == len(study.trials()):
+        axes.set_yticks([])
+    _star(axes, complete, lambda trial: trial.number)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="trial", ylabel="reward")
+    _legend(axes)
+
+
+def _star(axes: Axes, complete: Sequence[tuple[FrozenTrial, float]], x: Callable[[FrozenTrial], float]) -> None:
+    """Mark the best of the complete trials."""
+    if complete:
+        trial, value = max(complete, key=lambda pair: pair[1])
+        axes.plot([x(trial)], [value], **BEST, label="best")
+
+
+def _evaluations(axes: Axes, study: ZooStudy) -> None:
+    complete = _drawn(study, TrialState.COMPLETE)
+    best = max(complete, key=lambda pair: pair[1])[0].number if complete else None
+    labelled = set()
+    for trial in study.trials():
+        steps, values = list(evaluations(trial)), list(evaluations(trial).values())
+        if trial.number == best:
+            axes.plot(steps, values, **{**BEST, "linestyle": "-", "markersize": 6}, label=f"trial {best}, the best")
+        elif steps:
+            mark, label = MARKS[trial.state], state_name(trial.state)
+            ended: dict[str, Any] = {"markevery": [-1], "linewidth": 0.9, "alpha": 0.6}
+            axes.plot(steps, values, **mark, **ended, label=None if label in labelled else label)
+            labelled.add(label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(xlabel="steps", ylabel="reward")
+    _legend(axes)
+
+
+def _candidates(axes: Axes, candidates: Sequence[Candidate]) -> None:
+    """The best on top."""
+    for height, candidate in enumerate(reversed(candidates)):
+        results = list(candidate.results.values())
+        labels = ("in the study", "each seed", "mean and std") if height == 0 else (None, None, None)
+        value = [] if candidate.study_value is None else [candidate.study_value]
+        axes.plot(value, [height] * len(value), **MARKS[TrialState.COMPLETE], linestyle="", label=labels[0])
+        axes.plot(results, [height] * len(results), "o", color=BLUE, markerfacecolor="none", label=labels[1])
+        spread = candidate.std if len(results) > 1 else 0.0
+        mark: dict[str, Any] = {"fmt": "D", "color": _INK, "markersize": 4.0, "linewidth": 1.0, "capsize": 3.0}
+        axes.errorbar([candidate.mean], [height - 0.2], xerr=[spread], **mark, label=labels[2])
+    axes.set_yticks(range(len(candidates)), [candidate.name for candidate in reversed(candidates)])
+    axes.set_ylim(-0.6, len(candidates) - 0.4)
+    axes.set_xlabel("reward")
+    _legend(axes)
+
+
+def _importances(axes: Axes, explained: dict[str, float]) -> None:
+    largest = list(explained.items())[:_LARGEST][::-1]
+    names, shares = [decode_param(key, 0)[0] for key, _ in largest], [100.0 * share for _, share in largest]
+    axes.barh(names, shares, color=BLUE, height=0.7)
+    axes.set_xlabel("% of the difference that it explains")
+    axes.grid(visible=False, axis="y")
+
+
+def _hyperparam(study: ZooStudy, key: str, distribution: BaseDistribution) -> Callable[[Axes], None]:
+    """Draws the values of trials over one hyper-parameter. The axis has the sampler's scale, and real values at it."""
+
+    def draw(axes: Axes) -> None:
+        drawn = {
+            state: [(trial, value) for trial, value in _drawn(study, state) if key in trial.params] for state in MARKS
         }
-        decoded.add_trial(trial)
-    return decoded
+        if isinstance(distribution, CategoricalDistribution):
+            trials = [trial for pairs in drawn.values() for trial, _ in pairs]
+            labels = {trial.params[key]: format_value(study.hyperparams(trial)[key][1]) for trial in trials}
+            places = {choice: place for place, choice in enumerate(filter(labels.__contains__, distribution.choices))}
+            axes.set_xticks(range(len(places)), [labels[choice] for choice in places])
+            axes.set_xlim(-0.5, len(places) - 0.5)
+        elif isinstance(distribution, (IntDistribution, FloatDistribution)):
+            places = {}
+            _scale(axes, key, distribution)
+
+        def x(trial: FrozenTrial) -> float:
+            beside = 0.3 * (
+                (trial.number * 0.618 + 0.5) % 1.0 - 0.5
+            )  # so that those of one choice do not hide each other
+            return places[trial.params[key]] + beside if places else float(trial.params[key])
+
+        for state, pairs in drawn.items():
+            values = [value for _, value in pairs]
+            axes.plot([x(trial) for trial, _ in pairs], values, **MARKS[state], linestyle="")
+        _star(axes, drawn[TrialState.COMPLETE], x)
+        axes.set_ylabel("reward")
+
+    return draw
 
 
-def write_plots(study: ZooStudy, evaluation: Sequence[str], commands: Mapping[str, str]) -> tuple[Path, Path]:
-    """
-    :param study: the study
-    :param evaluation: the lines of a table of what was trained again
-    :param commands: to go on with, each by what it does
-    :return: the page and the picture with all plots
-    """
-    try:
-        import matplotlib.pyplot as plt
-        import optuna.visualization as interactive
-        import optuna.visualization.matplotlib as still
-        from PIL import Image
-    except ImportError as error:
-        raise StudyError(f"the plots need {error.name}: pip install 'sb3-ppo-ext[zoo]'") from error
-
-    parts = _page_head(study, evaluation, commands)
-    images: list[Image.Image] = []
-    decoded = decoded_study(study)
-    plt.switch_backend("agg")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optuna says of each plot that it is experimental, matplotlib of its layout
-        for name, heading in _PLOTS.items():
-            options = {"evaluator": PedAnovaImportanceEvaluator()} if name == "param_importances" else {}
-            try:
-                if options and not importances(study):
-                    raise ValueError(f"Not shown: {why_no_importances(study)}.")
-                figure = getattr(interactive, f"plot_{name}")(decoded, **options)
-                getattr(still, f"plot_{name}")(decoded, **options)
-            except (ValueError, RuntimeError) as error:
-                parts.append(f"<h2>{heading}</h2><p>{html.escape(str(error))}</p>")
-                continue
-            figure.update_layout(**_LAYOUT)
-            if name == "intermediate_values":
-                figure.update_xaxes(title="Steps")
-                plt.gca().set_xlabel("Steps")
-                if len(decoded.trials) > _FEWEST:
-                    plt.gca().legend().remove()  # names every trial
-            # The library goes into the page, once, so that it needs no network.
-            content = figure.to_html(full_html=False, include_plotlyjs=not images)
-            parts.append(f'<h2>{heading}</h2><div class="wide">{content}</div>')
-            buffer = io.BytesIO()
-            if name != "slice":  # which is as wide as it has hyper-parameters
-                plt.gcf().set_size_inches(14, 5)
-            plt.gcf().savefig(buffer, format="png", dpi=100, bbox_inches="tight")
-            image = Image.open(buffer).convert("RGB")
-            images.append(image.resize((_WIDTH, image.height * _WIDTH // image.width)))
-            plt.close("all")
-    joined = Image.new("RGB", (_WIDTH, sum(image.height for image in images)), "white")
-    top = 0
-    for image in images:
-        joined.paste(image, (0, top))
-        top += image.height
-    png = io.BytesIO()
-    joined.save(png, "png")
-
-    page, picture = study.folder / "report.html", study.folder / "report.png"
-    write_whole(page, memoryview("\n".join([*parts, "</body></html>\n"]).encode()))
-    write_whole(picture, png.getbuffer())
-    return page, picture
-
-
-def _page_head(study: ZooStudy, evaluation: Sequence[str], commands: Mapping[str, str]) -> list[str]:
-    """
-    :param study: the study
-    :param evaluation: the lines of a table of what was trained again
-    :param commands: to go on with, each by what it does
-    :return: what the page has above the plots
-    """
-    title = html.escape(f"Study {study.name}")
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
-    ]
-    parts += [f'<p class="verdict">{html.escape(study.counts())}</p>', "<h2>Go on</h2>"]
-    for what, command in commands.items():
-        parts += [f"<p>{html.escape(what)}:</p><pre>{html.escape(command)}</pre>"]
-    if evaluation:
-        lines = html.escape("\n".join(evaluation))
-        parts += [f"<h2>Trained again, on fresh seeds</h2><pre>{lines}</pre>"]
-    trials = study.trials()
-    hyperparams = [study.hyperparams(trial) for trial in trials]
-    names = {name: label for values in hyperparams for name, (label, _) in values.items()}
-    parts += [
-        '<h2>All trials</h2><div class="wide"><table>',
-        _row("th", ["trial", "state", "value", *names.values(), "reason"]),
-    ]
-    for trial, values in zip(trials, hyperparams, strict=True):
-        last = list(trial.intermediate_values.values())[-1:]
-        value = [f"{value:.2f}" for value in ([trial.value] if trial.value is not None else last)] or [""]
-        cells = [format_value(values[name][1]) if name in values else "" for name in names]
-        reason = trial.user_attrs.get(REASON, "")
-        parts += [_row("td", [str(trial.number), state_name(trial.state), *value, *cells, reason])]
-    return [*parts, "</table></div>"]
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+def _scale(axes: Axes, key: str, distribution: IntDistribution | FloatDistribution) -> None:
+    """Give the axis the range that was searched."""
+    low, high = distribution.low, distribution.high
+    if distribution.log:
+        axes.set_xscale("log")
+        subs = (1.0,) if high > 50.0 * low else (1.0, 2.0, 5.0)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        margin = (high / low) ** 0.05
+        axes.set_xlim(low / margin, high * margin)
+    else:
+        axes.xaxis.set_major_locator(
+            MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=isinstance(distribution, IntDistribution))
+        )
+        margin = 0.05 * (high - low)
+        axes.set_xlim(low - margin, high + margin)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: format_value(decode_param(key, tick)[1])))
+    if key.startswith("one_minus_"):
+        axes.xaxis.set_inverted(True)

@@ -5,49 +5,89 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
+from sb3_ppo_ext.common.saving.files import write_whole
 from sb3_ppo_ext.zoo.errors import StudyError
-from sb3_ppo_ext.zoo.study.candidates import evaluated_candidates, result_table, stored_results
-from sb3_ppo_ext.zoo.study.plots import importances, why_no_importances, write_plots
+from sb3_ppo_ext.zoo.study.candidates import (
+    DEFAULT,
+    Candidate,
+    evaluated_candidates,
+    result_table,
+    verdict,
+)
+from sb3_ppo_ext.zoo.study.page import Missing, page, summary
+from sb3_ppo_ext.zoo.study.plots import as_picture, hyperparam_plots, importances, search_plots, why_no_importances
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.trials import REASON, decode_param, format_value
 
 
 def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
     """
-    Print the best trials and what became of them, and write the plots.
+    Print the best trials and what became of them, and write the page and the picture.
 
     :param study: the study
     :param n_trials: how many of the best are printed
     :param program: how ``sb3-ppo-ext`` was started
+    :raises StudyError: if it has no trial
     """
-    best = study.best_trials()[:n_trials]
+    has_none_complete = study.trials() and not study.trials(TrialState.COMPLETE)
+    best = [] if has_none_complete else study.best_trials()[:n_trials]
     explained = importances(study)
-    print(study.counts())
-    explains = ", and how much of the difference between good trials and others a hyper-parameter explains"
-    print(f"\nThe best trials, of one training each{explains if explained else ''}:\n")
-    for line in _trial_table(study, best, explained):
-        print(line)
-    if not explained:
-        print(f"\nWhich hyper-parameters matter is not shown: {why_no_importances(study)}.")
-    evaluation = _evaluation(study)
-    if evaluation:
-        print("\nTrained again, on fresh seeds.", *evaluation, sep="\n")
+    candidates, no_results = _evaluated(study)
+    no_importances = "" if explained else f"Which hyper-parameters matter is not shown: {why_no_importances(study)}."
+    print(f"study {study.name}: {summary(study)}")
+    if best:
+        explains = ", and how much of the difference between good trials and others a hyper-parameter explains"
+        print(f"\nThe best trials, of one training each{explains if explained else ''}:\n")
+        for line in _trial_table(study, best, explained):
+            print(line)
+    if no_importances:
+        print(f"\n{no_importances}")
+    if candidates:
+        print("\nTrained again, on fresh seeds.", *result_table(candidates), "", verdict(candidates), sep="\n")
+    else:
+        print(f"\n{no_results}")
     errors = _errors(study)
     if errors:
         print("\nEnded early, for a reason that is known:", *(f"  {line}" for line in errors), sep="\n")
-    if evaluation:
-        commands = {"Write the best as YAML": shlex.join([*program, "study", "export", *study.arguments])}
-    else:
-        evaluate = [*program, "study", "evaluate", *study.arguments]
-        commands = {"Train the best again, on fresh seeds": shlex.join(evaluate)}
-    live = f"optuna-dashboard {shlex.quote(study.storage)}"
-    commands["Live, in a browser (pip install optuna-dashboard)"] = live
-    page, picture = write_plots(study, evaluation, commands)
-    print(f"\nPlots:\n  {page}\n  {picture}")
+    commands = _commands(study, candidates, program)
+    missing = Missing(no_results, no_importances)
+    search, hyperparams = search_plots(study, explained, candidates), hyperparam_plots(study, explained)
+    text, picture = study.folder / "report.html", study.folder / "report.png"
+    write_whole(text, memoryview(page(study, candidates, search, hyperparams, missing, commands).encode()))
+    write_whole(picture, as_picture([*search, *hyperparams]))
+    print(f"\nWith plots:\n  {text}\n  {picture}")
     for what, command in commands.items():
         print(f"\n{what}:\n  {command}")
+
+
+def _commands(study: ZooStudy, candidates: Sequence[Candidate], program: Sequence[str]) -> dict[str, str]:
+    """What to do next, each by what it does."""
+    commands: dict[str, list[str]] = {}
+    evaluated = [candidate.label for candidate in candidates if candidate.label != DEFAULT]
+    if study.trials(TrialState.COMPLETE) and str(study.best_trials()[0].number) not in evaluated:
+        commands["Train the best again, on fresh seeds"] = [*program, "study", "evaluate", *study.arguments]
+    if candidates and candidates[0].label == DEFAULT:
+        commands["Train with the entry, which no trial beats"] = [*program, "train", *study.task.arguments()]
+    elif evaluated:
+        commands["Write the winner as YAML"] = [*program, "study", "export", *study.arguments]
+        environment, file = study.task.environment_arguments(), study.folder / f"trial-{evaluated[0]}.yml"
+        commands["Then train with it"] = [*program, "train", *environment, "-conf", str(file)]
+    commands["See the study while it runs, in a browser (pip install optuna-dashboard)"] = [
+        "optuna-dashboard",
+        study.storage,
+    ]
+    return {what: shlex.join(command) for what, command in commands.items()}
+
+
+def _evaluated(study: ZooStudy) -> tuple[list[Candidate], str]:
+    """What was trained again; and if there is nothing to show, why."""
+    try:
+        candidates = evaluated_candidates(study)
+    except StudyError as error:
+        return [], f"There are results of `study evaluate`, which cannot be shown: {error}."
+    return candidates, "" if candidates else "No trial has been trained again yet. The best one is often just lucky."
 
 
 def _trial_table(study: ZooStudy, trials: Sequence[FrozenTrial], explained: dict[str, float]) -> list[str]:
@@ -71,16 +111,6 @@ def _trial_table(study: ZooStudy, trials: Sequence[FrozenTrial], explained: dict
         f"  {label:<{widths[0]}} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
         for label, *cells in rows
     ]
-
-
-def _evaluation(study: ZooStudy) -> list[str]:
-    """The lines of a table of what was trained again; none, if nothing was."""
-    if not stored_results(study):
-        return []
-    try:
-        return result_table(evaluated_candidates(study))
-    except StudyError as error:
-        return [f"There are results, which cannot be shown: {error}"]
 
 
 def _errors(study: ZooStudy) -> list[str]:

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from sb3_ppo_ext.zoo.study.storage import storage_errors
 from sb3_ppo_ext.zoo.study.study import ZooStudy, create_study
 from sb3_ppo_ext.zoo.study.task import Task
 from sb3_ppo_ext.zoo.study.train_arguments import check_train_arguments
-from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, WORKER, failed_with_error
+from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, WORKER, duration, failed_with_error
 from sb3_ppo_ext.zoo.study.workers import Workers, last_line
 
 _COUNTED_STATES = (TrialState.COMPLETE, TrialState.PRUNED)  # what --max-total-trials counts
@@ -102,7 +101,7 @@ class Search:
             return "interrupted or lost; it does not count" if reason is None else f"failed with {reason}"
         end = "pruned" if trial.state is TrialState.PRUNED else f"{trial.value:.2f}"
         end += f" ({reason})" if reason is not None else ""
-        return f"{end} after {_duration(trial)}; {self.n_counted} of {self.goal}{self._describe_best()}"
+        return f"{end} after {duration(trial)}; {self.n_counted} of {self.goal}{self._describe_best()}"
 
     def _describe_best(self) -> str:
         return f"; best {self.best.value:.2f}, trial {self.best.number}" if self.best else ""
@@ -132,7 +131,7 @@ class Search:
             seen, (n_timesteps, n_evaluations) = list(trial.intermediate_values.values()), trial.user_attrs[BUDGET]
             step = f"{n_timesteps * len(seen) // n_evaluations:,} of {n_timesteps:,}"
             last = f"{seen[-1]:.2f} ({len(seen)} of {n_evaluations})" if seen else "-"
-            table.add_row(str(slot), str(trial.number), step, last, _duration(trial))
+            table.add_row(str(slot), str(trial.number), step, last, duration(trial))
         return Group(Text(self.summary()), table)
 
     def live_table(self) -> AbstractContextManager[object]:
@@ -140,12 +139,6 @@ class Search:
         if not self.console.is_terminal:
             return contextlib.nullcontext()
         return Live(self, console=self.console, transient=True)
-
-
-def _duration(trial: FrozenTrial) -> str:
-    """How long a trial took, or has been running."""
-    start, end = trial.datetime_start or datetime.now(), trial.datetime_complete or datetime.now()
-    return f"{(end - start).total_seconds():.0f} s"
 
 
 def search(

@@ -71,7 +71,7 @@ class ZooStudy:
     def counts(self) -> str:
         """How many trials there are in each state, for a person."""
         counts = [(len(self.trials(state)), state_name(state)) for state in TrialState]
-        return f"study {self.name}: {', '.join(f'{count} {name}' for count, name in counts if count)}"
+        return ", ".join(f"{count} {name}" for count, name in counts if count)
 
     def entry(self, trial: FrozenTrial | None) -> dict[str, Any]:
         """

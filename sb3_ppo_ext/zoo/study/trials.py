@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import traceback
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -66,14 +68,33 @@ def decode_param(name: str, value: Any) -> tuple[str, Any]:
 
 def format_value(value: Any) -> str:
     """The value of a hyper-parameter for a person."""
-    if isinstance(value, dict):  # a net_arch, which is often the same for actor and critic
+    if isinstance(value, dict) and value:  # a net_arch, which is often the same for actor and critic
         parts = {name: format_value(part) for name, part in value.items()}
         if len(set(parts.values())) == 1:
             return next(iter(parts.values()))
         return ", ".join(f"{name} {part}" for name, part in parts.items())
     if isinstance(value, float):
         return f"{value:.5g}" if 0.9 < value < 1 else f"{value:.3g}"  # 1 - value matters there
+    if isinstance(value, str):  # of a schedule, whose numbers are as long
+        return re.sub(r"\d+\.\d+(e-?\d+)?", lambda number: format_value(float(number[0])), value)
     return getattr(value, "__name__", str(value))
+
+
+def evaluations(trial: FrozenTrial) -> dict[int, float]:
+    """What a trial was worth, by its steps until then; by the numbers of the evaluations, if another program ran it."""
+    n_timesteps, n_evaluations = trial.user_attrs.get(BUDGET, (1, 1))
+    return {number * n_timesteps // n_evaluations: value for number, value in sorted(trial.intermediate_values.items())}
+
+
+def last_value(trial: FrozenTrial) -> float | None:
+    """The value of a trial; of one that has none, that of its last evaluation, if there was any."""
+    return next(reversed(evaluations(trial).values()), None) if trial.value is None else float(trial.value)
+
+
+def duration(trial: FrozenTrial) -> str:
+    """How long a trial took, or has been running."""
+    start, end = trial.datetime_start or datetime.now(), trial.datetime_complete or datetime.now()
+    return f"{(end - start).total_seconds():.0f} s"
 
 
 class _TrialHyperparams(dict[str, Any]):

@@ -36,7 +36,7 @@ class Reuse:
         rollout, or ``"ewma"``, the moving average of the policies after each gradient step, which needs no old rollouts
     :param max_importance_weight: bound of these weights
     :param ewma_decay: of the moving average, what the weights of all earlier policies are multiplied by after each
-        gradient step; None: see :meth:`decay`
+        gradient step; None: ``(N - 1) / (N + 1)``, where an update has N gradient steps
     :param rho_bar: of V-trace, bound of the ratio with which a TD error counts
     :param c_bar: of V-trace, bound of the ratio with which what follows counts
     """

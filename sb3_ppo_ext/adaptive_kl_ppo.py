@@ -67,7 +67,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     :param reference_kl: where that penalty is, "reward" or "loss", see :class:`DualClipPPO`
     :param n_reused_rollouts: K: an update learns from the newest rollout and the K before it, see :class:`DualClipPPO`
     :param reuse: how the old rollouts are learnt from, see :class:`DualClipPPO`. The penalty is on the KL from the
-        policy that acted, or with ``{"proximal": "newest"}`` from the newest; d is over the newest rollout
+        policy that acted, with ``{"proximal": "newest"}`` from the newest, with ``"ewma"`` from the moving average. d
+        is over the newest rollout
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 

@@ -97,10 +97,11 @@ class DualClipPPO(ProximalAlgorithm):
     :param n_reused_rollouts: K: an update learns from the newest rollout and the K before it, which older policies have
         collected, and has K + 1 times as many steps; the old ones take K times the memory of the rollout buffer
     :param reuse: how the old rollouts are learnt from. A dict of what is to be otherwise than ``{"target": "gae",
-        "proximal": "behaviour", "max_importance_weight": 2.0, "rho_bar": 1.0, "c_bar": 1.0}``: "vtrace" computes
-        their advantages and returns anew for the newest policy, with the bounds ``rho_bar`` and ``c_bar``; "newest"
-        clips around the newest policy in place of the one that acted, with importance weights up to their bound; see
-        :class:`sb3_ppo_ext.common.update.old_rollouts.Reuse`
+        "proximal": "behaviour", "max_importance_weight": 2.0, "ewma_decay": None, "rho_bar": 1.0, "c_bar": 1.0}``:
+        "vtrace" computes their advantages and returns anew for the newest policy, with the bounds ``rho_bar`` and
+        ``c_bar``; "newest" clips around the newest policy in place of the one that acted, with importance weights up
+        to their bound; so does "ewma" around the moving average of the policies after each gradient step, without old
+        rollouts too; see :class:`sb3_ppo_ext.common.update.old_rollouts.Reuse`
     :raises ValueError: for an argument that is out of range or contradicts another
     """
 

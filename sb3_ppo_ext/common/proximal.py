@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from sb3_ppo_ext.common.compile.constants import constants_of
 from sb3_ppo_ext.common.construction import ACTION_SPACES, check_no_memory, check_own_buffer
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.regularized import RegularizedAlgorithm
+from sb3_ppo_ext.common.reusing import ReusingAlgorithm
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, size_to_pad_to, values_and_returns
 from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
@@ -26,22 +26,21 @@ from sb3_ppo_ext.common.update.controllers import KLAdaptiveRate
 from sb3_ppo_ext.common.update.fresh_targets import compute_targets_anew
 from sb3_ppo_ext.common.update.normalization import observations_of, update_normalization
 from sb3_ppo_ext.common.update.objective import ActorCriticLoss, Coefficients, PolicyLoss
-from sb3_ppo_ext.common.update.old_rollouts import OldRollout, Reuse, Rollouts, kept
 from sb3_ppo_ext.common.update.samplers import Epochs, Minibatch
 from sb3_ppo_ext.common.update.snapshot import Snapshot
 from sb3_ppo_ext.common.update.step import MinibatchStep, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
 
-class ProximalAlgorithm(RegularizedAlgorithm):
+class ProximalAlgorithm(ReusingAlgorithm):
     """
     Epochs of minibatches over one rollout, minimising
     ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``.
 
     A child gives its :meth:`policy_loss`, and the numbers in it by :meth:`coefficients`; it may limit an update
     (:meth:`_kl_limit`) and act after it (:meth:`_after_update`). The arguments are those of
-    :class:`stable_baselines3.PPO`, with its defaults, and those of :class:`RegularizedAlgorithm`; the constructor of
-    a child ends with :meth:`_setup_new_model`, unless ``_init_setup_model`` is false.
+    :class:`stable_baselines3.PPO`, with its defaults, and those of :class:`ReusingAlgorithm`; the constructor of a
+    child ends with :meth:`_setup_new_model`, unless ``_init_setup_model`` is false.
     """
 
     _loads_files_of: ClassVar[tuple[str, ...]] = (
@@ -53,9 +52,6 @@ class ProximalAlgorithm(RegularizedAlgorithm):
 
     # Whether an update that ends at the limit of the KL also undoes the steps of the epoch in which it ends.
     rollback: bool = False
-
-    # The newer ones first; of a training that goes on, in a checkpoint too.
-    _old_rollouts: tuple[OldRollout, ...] = ()
 
     def __init__(
         self,
@@ -87,9 +83,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         sequence_length: int | None = None,
         kl_adaptive_lr: dict[str, Any] | None = None,
         recompute_advantages: bool = False,
-        n_reused_rollouts: int = 0,
-        reuse: dict[str, Any] | None = None,
-        **reference: Any,
+        **more: Any,
     ) -> None:
         super().__init__(
             policy,
@@ -113,7 +107,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
             seed=seed,
             _init_setup_model=False,
             supported_action_spaces=ACTION_SPACES,
-            **reference,
+            **more,
         )
         self.batch_size = batch_size
         self.n_epochs = n_epochs
@@ -123,8 +117,6 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         self.sequence_length = sequence_length
         self.kl_adaptive_lr = kl_adaptive_lr
         self.recompute_advantages = recompute_advantages
-        self.n_reused_rollouts = n_reused_rollouts
-        self.reuse = reuse
 
     def _setup_new_model(self) -> None:
         super()._setup_new_model()
@@ -143,18 +135,12 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         if self.recompute_advantages:
             check_own_buffer(self, "recompute_advantages=True is not allowed with")
             check_no_memory(self, "recompute_advantages=True is not allowed with")
-        if self.n_reused_rollouts:
-            check_own_buffer(self, f"n_reused_rollouts={self.n_reused_rollouts} is not allowed with")
-            if Reuse.checked(self.n_reused_rollouts, self.reuse).target == "vtrace":
-                check_no_memory(self, f"reuse={self.reuse!r} is not allowed with")
-
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
-        if args[2] if len(args) > 2 else kwargs.get("reset_num_timesteps", True):
-            self._old_rollouts = ()
-        return super()._setup_learn(*args, **kwargs)
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_old_rollouts"]
+        if self._average is not None and self._kl_limit() is not None:
+            raise ArgumentError(
+                f"target_kl={getattr(self, 'target_kl', None)!r} is not allowed with reuse={self.reuse!r}: the KL is "
+                "that from the average, which follows the policy only as steps are made, so that an update which ends "
+                "early would let all later ones end at once; target_kl must be None, or 'proximal' another"
+            )
 
     def _validate(self) -> None:
         self._needs_old_params = type(self)._needs_old_params or self.kl_adaptive_lr is not None
@@ -173,7 +159,6 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         check_bool("normalize_advantage", self.normalize_advantage)
         check_int("n_epochs", self.n_epochs, minimum=1)
         check_bool("recompute_advantages", self.recompute_advantages)
-        Reuse.checked(self.n_reused_rollouts, self.reuse).check_together(self)
         if self.recompute_advantages and self.n_epochs == 1:
             raise ArgumentError(
                 "recompute_advantages=True is not allowed with n_epochs=1: the first epoch has the advantages of the "
@@ -211,9 +196,11 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         other names, it is another step. To let ``vf_coef`` and ``max_grad_norm`` follow a schedule, a child gives them
         here too.
         """
-        numbers = {"ent_coef": self._current_value(self.ent_coef), **self._reference_coefficients()}
-        if self.n_reused_rollouts and (reuse := Reuse.checked(self.n_reused_rollouts, self.reuse)).proximal == "newest":
-            numbers["max_importance_weight"] = reuse.max_importance_weight
+        numbers = {
+            "ent_coef": self._current_value(self.ent_coef),
+            **self._reference_coefficients(),
+            **self._proximal_coefficients(),
+        }
         if self.clip_range_vf is not None:
             numbers["clip_range_vf"] = self._current_value(self.clip_range_vf)
         return numbers
@@ -270,6 +257,7 @@ class ProximalAlgorithm(RegularizedAlgorithm):
                 self.policy_loss,
                 self.normalize_advantage and self._reducer.is_local,
                 measures_kl=rate is not None,
+                average=self._average,
             ),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
@@ -317,22 +305,6 @@ class ProximalAlgorithm(RegularizedAlgorithm):
         self._after_update()
         if getattr(self.policy, "normalize_observations", False):
             update_normalization(self.policy, observations_of(self.rollout_buffer), self._reducer)
-
-    def _rollouts(self) -> Rollouts:
-        """What the update learns from, if old rollouts are to be reused; the newest is kept for the next ones."""
-        self.policy.set_training_mode(False)  # as it was when the rollout was evaluated
-        buffer = cast(RolloutBuffer, self.rollout_buffer)
-        reuse = Reuse.checked(self.n_reused_rollouts, self.reuse)
-        old = self._old_rollouts[: self.n_reused_rollouts]
-        self._old_rollouts = (kept(buffer, self._last_obs, reuse), *old)[: self.n_reused_rollouts]
-        return Rollouts(
-            buffer,
-            old,
-            reuse,
-            self._actor_critic(),
-            batch_size=self.batch_size,
-            capacity=self.n_reused_rollouts + 1 if self.torch_compile else None,
-        )
 
     def _compute_targets_anew(self) -> None:
         """Let the rollout have the advantages and returns by the present critic."""

@@ -58,7 +58,11 @@ MEANINGS = {
     "train/policy_loss": "The loss of A2C's actor alone. Its value says little: it need not fall.",
     "train/policy_objective": "The surrogate objective of TRPO after the step: the mean of ratio times advantage.",
     "train/loss": "The loss that was minimised, with all its parts. It need not fall: every rollout is a new problem.",
-    "train/max_importance_weight": "The bound of the importance weights of samples from old rollouts, now.",
+    "train/max_importance_weight": "The bound of the importance weights of samples, now.",
+    "train/truncated_weight_fraction": "The share of samples whose importance weight was above "
+    "`max_importance_weight` and was cut to it. What is cut off biases the gradient.",
+    "train/ewma_decay": "The decay of the moving average of policies that an update clips around, for each gradient "
+    "step, now.",
     "train/grad_norm": "The mean norm of the gradients of an update, before they are clipped to `max_grad_norm`.",
     "train/learning_rate": "The learning rate of the optimiser, now.",
     "train/critic_learning_rate": "The learning rate of what the critic alone uses, now.",

@@ -96,6 +96,7 @@ def test_the_page_about_logs_explains_every_key() -> None:
     trainings: list[tuple[Any, dict[str, Any]]] = [
         (DualClipPPO, {**both, "clip_range_high": 0.2, "target_kl": 1e-9}),
         (AdaptiveKLPPO, {**both, "kl_adaptive_lr": {}, "n_reused_rollouts": 1, "reuse": {"proximal": "newest"}}),
+        (DualClipPPO, {"reuse": {"proximal": "ewma"}}),
         (TRPO, {}),
         (REINFORCE, {"reference_policy": "initial"}),
     ]
@@ -103,7 +104,7 @@ def test_the_page_about_logs_explains_every_key() -> None:
     for algorithm, arguments in trainings:
         model = small(algorithm, "MlpPolicy", make_vec_env(Succeeds), **arguments)
         model.set_logger(Logger(None, [keys]))
-        model.learn(100, callback=evaluation if algorithm is DualClipPPO else None)
+        model.learn(100, callback=evaluation if algorithm is TRPO else None)
     page = (ROOT / "docs/guide/logs.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+/\w+)` \| (\S.*\.) \|$", page, flags=re.MULTILINE))
     assert rows.keys() == keys.logged

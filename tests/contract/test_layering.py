@@ -95,6 +95,7 @@ FLOORS: list[set[str]] = [
     {"model"},
     {"algorithm"},
     {"regularized"},
+    {"reusing"},
     {"proximal"},
 ]
 # Where the modules were that older files and configurations name.

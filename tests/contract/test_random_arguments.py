@@ -141,7 +141,14 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "reference_kl": st.sampled_from(["reward", "loss"]),
     "n_reused_rollouts": st.integers(0, 2),
     "reuse": st.sampled_from(
-        [None, None, {}, {"target": "vtrace"}, {"proximal": "newest", "max_importance_weight": 1.5}]
+        [
+            None,
+            None,
+            {},
+            {"target": "vtrace"},
+            {"proximal": "newest", "max_importance_weight": 1.5},
+            {"proximal": "ewma", "ewma_decay": 0.9},
+        ]
     ),
     "sequence_length": st.sampled_from([None, 1, 2, 4]),
 }

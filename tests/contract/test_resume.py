@@ -74,6 +74,7 @@ MORE: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "DualClipPPO, adapting": (DualClipPPO, ADAPTING),
     "DualClipPPO, reference": (DualClipPPO, {**PROXIMAL, **REFERENCE}),
     "AdaptiveKLPPO, reusing": (AdaptiveKLPPO, REUSING),
+    "DualClipPPO, moving average": (DualClipPPO, {**PROXIMAL, "n_reused_rollouts": 1, "reuse": {"proximal": "ewma"}}),
 }
 CASES = [*((name, use_sde) for name in ALGORITHMS for use_sde in (False, True)), *((name, False) for name in MORE)]
 
@@ -118,6 +119,7 @@ def outcome(model: BaseAlgorithm) -> dict[str, Any]:
         "last_obs": model._last_obs,
         "last_episode_starts": model._last_episode_starts,
         "last_state": model._last_state,
+        "average": None if getattr(model, "_average", None) is None else model._average.state_dict(),
         "episodes": [(episode["r"], episode["l"]) for episode in model.ep_info_buffer or ()],
         "statistics": [normalize.obs_rms, normalize.ret_rms, normalize.returns],
         "positions": env.get_attr("position"),

@@ -16,6 +16,7 @@ from sb3_ppo_ext import TRPO, AdaptiveKLPPO, ArrayVecEnv, DualClipPPO, TensorVec
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.saving.checkpoint import resume, save_checkpoint
 from sb3_ppo_ext.common.update import old_rollouts
+from sb3_ppo_ext.common.update.objective import ActorCriticLoss
 from tests.algorithms import PROXIMAL, ROLLOUT, assert_close_policies, assert_same_policy, have_moved, parameters, small
 from tests.custom import EveryStepBuffer
 from tests.envs import DICT, limited_walk, scripted
@@ -86,7 +87,7 @@ def trained(algorithm: Any, env: Any, n_updates: int, policy: str = "MlpPolicy",
 @pytest.mark.parametrize("algorithm", PROXIMAL)
 def test_without_old_rollouts_nothing_of_it_is_done(algorithm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Rollouts", "kept"):
-        monkeypatch.setattr(f"sb3_ppo_ext.common.proximal.{name}", None)
+        monkeypatch.setattr(f"sb3_ppo_ext.common.reusing.{name}", None)
     model = small(algorithm, "MlpPolicy", scripted(), n_reused_rollouts=0).learn(2 * N)
     assert model._old_rollouts == ()
     assert "max_importance_weight" not in model.coefficients()
@@ -246,6 +247,47 @@ def test_what_is_kept_does_not_change_with_what_comes_later() -> None:
     assert old_rollouts.kept(model.rollout_buffer, obs, old_rollouts.Reuse()).last_obs is None
 
 
+def test_the_share_of_truncated_weights_is_of_the_samples_that_count() -> None:
+    """Of each minibatch: where prox / old is above the bound."""
+    model = small(DualClipPPO, "MlpPolicy", scripted(), n_reused_rollouts=1, reuse=NEWEST).learn(N)
+    loss = ActorCriticLoss(model.policy_loss, normalize_advantage=False)
+    samples = model._rollouts()._samples.rows(slice(0, 5))
+    shares = []
+    for counts in (None, [True, True, True, False, True]):
+        ratios = th.tensor([0.5, 1.0, 1.4, 1.6, 30.0])
+        samples = samples._replace(
+            proximal_log_prob=samples.old_log_prob + ratios.log(), mask=None if counts is None else th.tensor(counts)
+        )
+        numbers = {**model.coefficients(), "vf_coef": 0.5, "max_importance_weight": 1.5}
+        shares.append(loss(model._actor_critic(), samples, numbers)[1]["truncated_weight_fraction"].item())
+    assert shares == pytest.approx([2 / 5, 1 / 4])
+    plain = loss(model._actor_critic(), samples._replace(proximal_log_prob=None), numbers)[1]
+    assert "truncated_weight_fraction" not in plain
+
+
+@pytest.mark.parametrize("algorithm", PROXIMAL)
+def test_old_rollouts_are_of_the_present_environments(algorithm: Any) -> None:
+    """Others end them; the same ones, and others that go on where those were, do not."""
+    model = small(algorithm, "MlpPolicy", scripted(), n_reused_rollouts=1).learn(N)
+    (old,) = model._old_rollouts
+    for env, force_reset in ((model.get_env(), True), (scripted(), False)):
+        model.set_env(env, force_reset=force_reset)
+        assert model._old_rollouts == (old,)
+    model.set_env(scripted())
+    assert model._old_rollouts == ()
+    sizes: list[int] = []
+    rollouts = model._rollouts
+
+    def watched() -> Any:
+        result = rollouts()
+        sizes.append(result._n_samples)
+        return result
+
+    model._rollouts = watched
+    model.learn(2 * N, reset_num_timesteps=False)
+    assert sizes == [N, 2 * N]
+
+
 @pytest.mark.parametrize("clip_range", [None, 0.1])
 def test_the_penalised_loss_around_the_newest_policy(clip_range: float | None) -> None:
     """By its definition: w = min(prox / old, bound), and -w min(r A, clip(r) A) + beta KL(prox || new)."""
@@ -329,10 +371,10 @@ def test_a_checkpoint_has_the_old_rollouts_and_a_saved_model_none(reuse: Any, tm
         ({"reuse": "vtrace"}, "reuse='vtrace' is not allowed: it must be None, or a dict of target, proximal, max_imp"),
         ({"reuse": {"targets": "gae"}}, "a key of reuse='targets' is not allowed"),
         ({"reuse": {"target": "td"}}, "reuse['target']='td' is not allowed: it must be one of 'gae', 'vtrace'"),
-        ({"reuse": {"proximal": "ewma"}}, "reuse['proximal']='ewma' is not allowed"),
+        ({"reuse": {"proximal": "oldest"}}, "reuse['proximal']='oldest' is not allowed"),
         ({"reuse": {**NEWEST, "max_importance_weight": 0}}, "reuse['max_importance_weight']=0 is not allowed"),
         ({"reuse": {**VTRACE, "rho_bar": 0.5}}, "reuse['c_bar']=1.0 is not allowed"),
-        ({"reuse": {"max_importance_weight": 3.0}}, "max_importance_weight is read with proximal='newest' alone"),
+        ({"reuse": {"max_importance_weight": 3.0}}, "max_importance_weight is read with proximal='newest' or 'ewma'"),
         ({"reuse": {"c_bar": 0.5}}, "c_bar is read with target='vtrace' alone"),
         ({"recompute_advantages": True}, "recompute_advantages=True is not allowed with n_reused_rollouts=1"),
         ({"kl_adaptive_lr": {}}, "kl_adaptive_lr={} is not allowed with n_reused_rollouts=1"),

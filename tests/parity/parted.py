@@ -31,6 +31,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         DualClipPPO,
         {"n_reused_rollouts": 1, "reuse": {"proximal": "newest"}, "batch_size": 2 * 2 * EPISODES * LENGTH},
     ),
+    "AdaptiveKLPPO with a moving average": (AdaptiveKLPPO, {**LINEAR, "reuse": {"proximal": "ewma"}}),
     "DualClipPPO masked": (DualClipPPO, {"is_masked": True}),
     "DualClipPPO with a memory": (DualClipPPO, {"policy": "MlpLstmPolicy", "sequence_length": 8}),
     "AdaptiveKLPPO": (AdaptiveKLPPO, LINEAR),

@@ -215,11 +215,18 @@ def _lifted(graph: fx.GraphModule, device: th.device) -> list[th.Tensor]:
 
 
 class FunctionalModule(nn.Module):
-    """A function of a policy as a module, so that ``functional_call`` can swap the policy's tensors."""
+    """
+    A function of a policy as a module, so that ``functional_call`` can swap the policy's tensors.
 
-    def __init__(self, policy: nn.Module, function: Callable[..., Any]) -> None:
+    :param policy: whose tensors they are
+    :param function: that reads them, and may write into them
+    :param other: another module of which that is true; None: there is none
+    """
+
+    def __init__(self, policy: nn.Module, function: Callable[..., Any], other: nn.Module | None = None) -> None:
         super().__init__()
         self.policy = policy
+        self.other = other
         self._function = function
 
     def forward(self, *args: Any) -> Any:

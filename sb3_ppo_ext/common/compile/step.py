@@ -14,6 +14,7 @@ from sb3_ppo_ext.common.compile.trees import tensors_in
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
+from sb3_ppo_ext.common.update.moving_average import MovingAverage
 from sb3_ppo_ext.common.update.objective import Coefficients, Loss, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
 from sb3_ppo_ext.common.update.step import n_counted, reached, without_nothing
@@ -77,7 +78,8 @@ class CompiledStep:
         self._loss = loss
         self._reducer = reducer
         self._pad_to = pad_to
-        self._module = FunctionalModule(actor_critic.policy, self._compute_loss)
+        self._average: MovingAverage | None = getattr(loss, "average", None)
+        self._module = FunctionalModule(actor_critic.policy, self._compute_loss, self._average)
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
         self._device = self._candidates[0].device
@@ -148,11 +150,13 @@ class CompiledStep:
         :param coefficients: of the loss
         """
         as_tensors = {name: th.tensor(value, device=self._device) for name, value in coefficients.items()}
-        buffers = list(self._actor_critic.policy.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        written = list(self._actor_critic.policy.buffers())
+        if self._average is not None:
+            written += [*self._average.parameters(), *self._average.buffers()]
+        before = [tensor.clone() for tensor in written]
         with th.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             loss, statistics = self._compute_loss(rollout_data, as_tensors)
-        copied(buffers, before)
+        copied(written, before)
         if not self._reducer.is_local:
             self._message = StepMessage(self._reducer, tuple(statistics), self._device)
         return reached(loss, self._candidates)

@@ -244,6 +244,8 @@ def resume(
         model._old_rollouts = state["old_rollouts"]  # type: ignore[attr-defined]
         for rollout in state["old_rollouts"]:
             rollout.buffer.device = model.device
+    if "average" in state:
+        model._average = state["average"]  # type: ignore[attr-defined]
     return model
 
 
@@ -342,6 +344,8 @@ def _checkpoint_bytes(model: BaseAlgorithm) -> memoryview:
     old_rollouts = getattr(model, "_old_rollouts", ())
     if old_rollouts:
         state["old_rollouts"] = old_rollouts
+    if getattr(model, "_average", None) is not None:
+        state["average"] = model._average  # type: ignore[attr-defined]
     buffer = io.BytesIO()
     model.save(buffer)
     with zipfile.ZipFile(buffer, "a") as archive:

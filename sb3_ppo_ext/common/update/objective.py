@@ -2,7 +2,8 @@
 What an update minimises: pure functions of what the policy says, of samples and of numbers.
 
 A loss has no ``self``. All its numbers are coefficients, by name; where the gradient step is compiled they are tensors,
-whose values are set anew for each update, so that none of them is kept by the program.
+whose values are set anew for each update, so that none of them is kept by the program. One thing is written into: the
+moving average of the policy that an update may clip around, by the :class:`ActorCriticLoss` that has one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sb3_ppo_ext import losses
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
+from sb3_ppo_ext.common.update.moving_average import MovingAverage
 
 Coefficients = Mapping[str, float | th.Tensor]
 """The numbers of a loss, by name: floats, or scalars on the device where the step is compiled."""
@@ -56,17 +58,22 @@ class ActorCriticLoss:
     :param normalize_advantage: whether to normalise the advantages of each minibatch
     :param measures_kl: whether the mean KL(old || present) of the minibatch is wanted, as the statistic
         ``minibatch_kl``
+    :param average: of the policies so far, to clip around, which each call takes the present policy into, by the
+        coefficient ``ewma_decay``; None: there is none
     """
 
     policy_loss: PolicyLossFunction
     normalize_advantage: bool
     measures_kl: bool = False
+    average: MovingAverage | None = None
 
     def __call__(
         self, actor_critic: ActorCritic, samples: RolloutSamples, coefficients: Coefficients
     ) -> tuple[th.Tensor, Statistics]:
         if self.normalize_advantage:
             samples = samples._replace(advantages=losses.masked_whiten(samples.advantages, samples.mask))
+        if self.average is not None:
+            samples = self.average.around(actor_critic.policy, samples, coefficients["ewma_decay"])
         evaluation = actor_critic.evaluate_actions(samples.inputs, samples.actions)
         policy_loss, statistics = _checked(self.policy_loss(evaluation, samples, coefficients), coefficients)
         value_loss = samples.mean(value_losses(evaluation.values, samples, coefficients))
@@ -80,6 +87,10 @@ class ActorCriticLoss:
             loss = loss + coefficients["reference_kl_coef"] * kl
         if self.measures_kl:
             statistics["minibatch_kl"] = samples.mean(evaluation.kl_from(samples.old_params)).detach()
+        if samples.proximal_log_prob is not None:
+            weights = losses.probability_ratio(samples.proximal_log_prob, samples.old_log_prob)
+            is_cut = weights > coefficients["max_importance_weight"]
+            statistics["truncated_weight_fraction"] = samples.mean(is_cut.to(weights.dtype))
         statistics["policy_gradient_loss"] = policy_loss.detach()
         statistics["value_loss"] = value_loss.detach()
         statistics["entropy_loss"] = entropy_loss.detach()

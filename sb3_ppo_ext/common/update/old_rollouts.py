@@ -27,14 +27,16 @@ from sb3_ppo_ext.losses.targets import vtrace
 @dataclass(frozen=True)
 class Reuse:
     """
-    How old rollouts are learnt from.
+    How old rollouts are learnt from, and around which policy an update clips.
 
     :param target: where their advantages and returns come from: ``"gae"``, as they were when they were collected, or
         ``"vtrace"``, computed anew for the newest policy (Espeholt et al. 2018, arXiv 1802.01561)
-    :param proximal: the policy around which an update clips: ``"behaviour"``, of each sample the one that acted, or
-        ``"newest"``, the one that collected the newest rollout, with importance weights (Hilton et al. 2021, arXiv
-        2110.00641)
+    :param proximal: the policy around which an update clips: ``"behaviour"``, of each sample the one that acted; with
+        importance weights (Hilton et al. 2021, arXiv 2110.00641) ``"newest"``, the one that collected the newest
+        rollout, or ``"ewma"``, the moving average of the policies after each gradient step, which needs no old rollouts
     :param max_importance_weight: bound of these weights
+    :param ewma_decay: of the moving average, what the weights of all earlier policies are multiplied by after each
+        gradient step; None: ``(N - 1) / (N + 1)``, where an update has N gradient steps
     :param rho_bar: of V-trace, bound of the ratio with which a TD error counts
     :param c_bar: of V-trace, bound of the ratio with which what follows counts
     """
@@ -42,6 +44,7 @@ class Reuse:
     target: str = "gae"
     proximal: str = "behaviour"
     max_importance_weight: float = 2.0
+    ewma_decay: float | None = None
     rho_bar: float = 1.0
     c_bar: float = 1.0
 
@@ -58,27 +61,46 @@ class Reuse:
         known = [field.name for field in fields(cls)]
         if not isinstance(given, dict):
             raise ArgumentError(f"reuse={given!r} is not allowed: it must be None, or a dict of {', '.join(known)}")
-        if n_reused_rollouts == 0:
+        if n_reused_rollouts == 0 and given.get("proximal") != "ewma":
             raise ArgumentError(
                 f"reuse={given!r} is not allowed with n_reused_rollouts=0, which learns from the newest rollout alone: "
-                "it must be None, or n_reused_rollouts at least 1"
+                "it must be None or have 'proximal': 'ewma', or n_reused_rollouts be at least 1"
             )
         for key in given:
             check_one_of("a key of reuse", key, known)
         reuse = cls(**given)
         check_one_of("reuse['target']", reuse.target, ("gae", "vtrace"))
-        check_one_of("reuse['proximal']", reuse.proximal, ("behaviour", "newest"))
+        check_one_of("reuse['proximal']", reuse.proximal, ("behaviour", "newest", "ewma"))
         check_real("reuse['max_importance_weight']", reuse.max_importance_weight, above=0.0, finite=False)
+        if reuse.ewma_decay is not None:
+            check_real("reuse['ewma_decay']", reuse.ewma_decay, at_least=0.0, below=1.0)
         check_real("reuse['rho_bar']", reuse.rho_bar, at_least=0.0, finite=False)
         check_real("reuse['c_bar']", reuse.c_bar, at_least=0.0, at_most=reuse.rho_bar, finite=False)
         for keys, reader, reads in (
-            (("max_importance_weight",), "proximal='newest'", reuse.proximal == "newest"),
+            (("max_importance_weight",), "proximal='newest' or 'ewma'", reuse.is_decoupled),
+            (("ewma_decay",), "proximal='ewma'", reuse.proximal == "ewma"),
             (("rho_bar", "c_bar"), "target='vtrace'", reuse.target == "vtrace"),
+            (("target",), "n_reused_rollouts at least 1", n_reused_rollouts != 0),
         ):
             for key in keys:
                 if key in given and not reads:
                     raise ArgumentError(f"reuse={given!r} is not allowed: {key} is read with {reader} alone")
         return reuse
+
+    @property
+    def is_decoupled(self) -> bool:
+        """Whether an update clips around another policy than the one that acted, so that samples have weights."""
+        return self.proximal != "behaviour"
+
+    def decay(self, n_steps: int) -> float:
+        """
+        The decay of the moving average. By default it is ``(N - 1) / (N + 1)``, with which the policies in the average
+        are ``(N - 1) / 2`` gradient steps old on average: as old as the policy is that has acted, on average over an
+        update of N steps. So an update clips as far from its policy as PPO does.
+
+        :param n_steps: N, gradient steps in an update
+        """
+        return (n_steps - 1) / (n_steps + 1) if self.ewma_decay is None else self.ewma_decay
 
     def check_together(self, algorithm: Any) -> None:
         """
@@ -91,6 +113,12 @@ class Reuse:
                 f"recompute_advantages=True is not allowed with n_reused_rollouts={n}: the advantages of old rollouts "
                 "are not computed anew in each epoch, but once an update, with reuse={'target': 'vtrace'}; "
                 "recompute_advantages must be False, or n_reused_rollouts 0"
+            )
+        if algorithm.kl_adaptive_lr is not None and self.proximal == "ewma":
+            raise ArgumentError(
+                f"kl_adaptive_lr={algorithm.kl_adaptive_lr!r} is not allowed with reuse={algorithm.reuse!r}: the KL "
+                "from an average that follows the policy does not say how far an update has gone; reuse must have "
+                "'proximal': 'newest' or 'behaviour', or kl_adaptive_lr be None"
             )
         if n and algorithm.kl_adaptive_lr is not None and self.proximal == "behaviour":
             raise ArgumentError(
@@ -190,7 +218,7 @@ def _samples(rollout: OldRollout, reuse: Reuse, actor_critic: ActorCritic) -> Ro
     """Those of an old rollout, as the newest policy learns from them."""
     buffer = rollout.buffer
     samples = buffer.flat()
-    if reuse.target == "gae" and reuse.proximal == "behaviour":
+    if reuse.target == "gae" and reuse.proximal != "newest":
         return samples
     evaluation = _evaluated(buffer, actor_critic)
 

@@ -5,6 +5,11 @@ chooses its step. Each function returns a :class:`matplotlib.figure.Figure`, whi
 Not imported with the package: ``from sb3_ppo_ext import plots``. It needs matplotlib, which ``[plots]`` installs.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("matplotlib") is None:
+    raise ModuleNotFoundError("sb3_ppo_ext.plots needs matplotlib: pip install 'sb3-ppo-ext[plots]'", name="matplotlib")
+
 from sb3_ppo_ext.plots.callback import ObjectiveFigureCallback
 from sb3_ppo_ext.plots.objectives import cases_figure, surrogate_figure
 from sb3_ppo_ext.plots.style import save

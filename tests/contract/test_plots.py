@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import runpy
 from pathlib import Path
@@ -152,8 +154,14 @@ def test_pyplot_is_not_needed() -> None:
         assert "pyplot" not in path.read_text()
 
 
+def test_without_matplotlib_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sb3-ppo-ext\[plots\]'"):
+        importlib.reload(plots)
+
+
 def test_the_documentation_has_the_figures_that_its_script_draws() -> None:
-    assert {path.name for path in (ROOT / "docs/_static").iterdir()} == {f"{name}.svg" for name in FIGURES}
+    assert {path.name for path in (ROOT / "docs/_static").glob("*.svg")} == {f"{name}.svg" for name in FIGURES}
     pages = "".join(path.read_text() for path in (ROOT / "docs/modules").glob("*.md"))
     for name in FIGURES:
         assert f"../_static/{name}.svg" in pages

@@ -350,7 +350,7 @@ def test_sb3s_ppo_goes_on_with_ours(of, tmp_path):
     loaded = PPO.load(tmp_path / "model", env=make(), device="cpu")
     assert_same_policy(loaded, model)
     assert loaded.gamma == 0.9
-    assert loaded.clip_range(1.0) == 0.2
+    assert loaded.clip_range(1.0) == model.clip_range(1.0)
     loaded.learn(2 * ROLLOUT, reset_num_timesteps=False)
     loaded.save(tmp_path / "theirs")
     assert_same_policy(of.load(tmp_path / "theirs", device="cpu"), loaded)

@@ -85,7 +85,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        clip_range: float | str | Schedule | None = 0.5,
+        clip_range: float | str | Schedule | None = 0.3,
         clip_range_vf: float | str | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float | str | Schedule = 0.0,

@@ -205,7 +205,7 @@ def trains_or_says_value_error(algorithm: Any, kwargs: dict[str, Any], action_sp
 def test_any_combination_of_arguments(algorithm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # any string is a folder for TensorBoard
 
-    @settings(max_examples=120, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(kwargs=arguments(algorithm), action_space=st.sampled_from(ACTION_SPACES), n_envs=st.integers(1, 3))
     def check(kwargs: dict[str, Any], action_space: Any, n_envs: int) -> None:
         trains_or_says_value_error(algorithm, kwargs, action_space, n_envs)

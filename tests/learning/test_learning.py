@@ -16,9 +16,9 @@ pytestmark = pytest.mark.learning
 
 GOALS = [
     ("dual_clip_ppo", "CartPole-v1", 475),
-    ("adaptive_kl_ppo", "CartPole-v1", 475),
-    ("trpo_ext", "CartPole-v1", 475),
-    ("reinforce", "CartPole-v1", 475),
+    pytest.param("adaptive_kl_ppo", "CartPole-v1", 475, marks=pytest.mark.slow),
+    pytest.param("trpo_ext", "CartPole-v1", 475, marks=pytest.mark.slow),
+    pytest.param("reinforce", "CartPole-v1", 475, marks=pytest.mark.slow),
     pytest.param("dual_clip_ppo", "Pendulum-v1", -300, marks=pytest.mark.slow),
 ]
 

@@ -55,6 +55,7 @@ def test_what_a_policy_does_to_images_may_change() -> None:
     assert_close_policies(*models, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also where what it finds is not whole. What is of another size is compiled for itself, not found."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

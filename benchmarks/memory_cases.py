@@ -57,7 +57,7 @@ _COMMON: dict[str, Any] = {
 _PROXIMAL: dict[str, Any] = {"n_steps": 64, "batch_size": 128, "n_epochs": 10, "learning_rate": "lin_3e-3"}
 _OF_ALGO: dict[str, dict[str, Any]] = {
     "dual_clip_ppo": {**_PROXIMAL, "sequence_length": 64},
-    "adaptive_kl_ppo": {**_PROXIMAL, "sequence_length": 32, "target_kl": 0.03},
+    "adaptive_kl_ppo": {**_PROXIMAL, "sequence_length": 32, "target_kl": 0.03, "clip_range": None},
     # What a memory is to learn from is a weak signal at first, to which a damped step is blind.
     "trpo_ext": {
         "n_steps": 128,

@@ -20,7 +20,8 @@ HOW_DECIDED = """\
 Each is answered from the tasks on which all that it compares have three runs or more. A claim that something is better,
 worse, rarer or of more effect holds where its interval leaves out no difference; one of "at least", and one with a
 number of its own, where the estimate says so. P(a > b) is the probability that a run of a ends above one of b on the
-same task."""
+same task. Intervals of three runs are narrower than they should be: what they leave out is a first impression, and no
+finding."""
 
 
 class Answer(NamedTuple):

@@ -292,13 +292,22 @@ def _cell(estimate: Estimate, form: str) -> str:
     return format(estimate.number, form)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs")
-    args = parser.parse_args(argv)
-    write_report(args.results)
-    print(args.results / "report.md")
+def report_command(description: str | None, results: Path, write: Callable[[Path], None]) -> None:
+    """
+    Run a command that writes the page of some runs.
+
+    :param description: of the command
+    :param results: folder of the runs, if the command line names no other
+    :param write: writes the page and its figures to the folder that it is given
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=results, help="folder of the runs")
+    folder = parser.parse_args().results
+    if not folder.is_dir():
+        parser.error(f"--results {folder} is not allowed: it must be a folder")
+    write(folder)
+    print(folder / "report.md")
 
 
 if __name__ == "__main__":
-    main()
+    report_command(__doc__, RESULTS, write_report)

@@ -9,7 +9,6 @@ Both are made from the runs that are there, whichever these are. ``--results`` n
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -20,7 +19,7 @@ from benchmarks.learning import statistics
 from benchmarks.learning.arms import ARMS, BOUNDS
 from benchmarks.learning.conditions import Condition
 from benchmarks.learning.figures import SETTINGS, save
-from benchmarks.learning.report import head
+from benchmarks.learning.report import head, report_command
 from benchmarks.learning.results import Floats
 from benchmarks.report import table
 from benchmarks.staleness.__main__ import ENVS, LAGS, N_SEEDS, RESULTS, REUSED
@@ -132,13 +131,5 @@ def _rows(by_arm: dict[str, dict[str, Runs]]) -> Iterator[tuple[str, list[str], 
                 yield tasks, envs, arm
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs")
-    args = parser.parse_args(argv)
-    write_report(args.results)
-    print(args.results / "report.md")
-
-
 if __name__ == "__main__":
-    main()
+    report_command(__doc__, RESULTS, write_report)

@@ -231,12 +231,7 @@ class OnPolicyAlgorithm(Model):
         return is_complete if self._together is None else self._together.end_rollout(self, is_complete)
 
     def _collect(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: RolloutBuffer,
-        n_rollout_steps: int,
-        stop: StopRule,
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, stop: StopRule
     ) -> bool:
         assert self._last_obs is not None, "No previous observation was provided"
         assert self._last_episode_starts is not None
@@ -346,12 +341,14 @@ class OnPolicyAlgorithm(Model):
         parameters: Sequence[nn.Parameter],
         coefficients: Sequence[str] = (),
         pad_to: int | None = None,
+        writes_into: nn.Module | None = None,
     ) -> MinibatchStep:
         """
         :param loss: to be minimised, a pure function
         :param parameters: what is updated, among the policy's
         :param coefficients: the names of those that the loss will be given: a compiled step is for the same ones
         :param pad_to: what a compiled step pads the minibatches to, for a loss that heeds their mask
+        :param writes_into: what the loss writes into, besides the policy's buffers
         :return: what makes a gradient step on a minibatch
         """
         actor_critic, optimizer = self._actor_critic(for_update=True), self.policy.optimizer
@@ -370,6 +367,7 @@ class OnPolicyAlgorithm(Model):
                 loss,
                 self._reducer,
                 pad_to=pad_to,
+                writes_into=writes_into,
                 announce=self.verbose >= 1,
             ),
         )

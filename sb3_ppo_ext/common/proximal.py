@@ -135,7 +135,7 @@ class ProximalAlgorithm(ReusingAlgorithm):
         if self.recompute_advantages:
             check_own_buffer(self, "recompute_advantages=True is not allowed with")
             check_no_memory(self, "recompute_advantages=True is not allowed with")
-        if self._average is not None and self._kl_limit() is not None:
+        if self._reuse.proximal == "ewma" and self._kl_limit() is not None:
             raise ArgumentError(
                 f"target_kl={getattr(self, 'target_kl', None)!r} is not allowed with reuse={self.reuse!r}: the KL is "
                 "that from the average, which follows the policy only as steps are made, so that an update which ends "
@@ -261,6 +261,7 @@ class ProximalAlgorithm(ReusingAlgorithm):
             ),
             [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             coefficients=tuple(coefficients),
+            writes_into=self._average,
             pad_to=rollouts.size_to_pad_to if rollouts else size_to_pad_to(self.rollout_buffer, self.batch_size),
         )
         history: list[th.Tensor] = []

@@ -55,7 +55,14 @@ class ReusingAlgorithm(RegularizedAlgorithm):
             check_own_buffer(self, f"n_reused_rollouts={self.n_reused_rollouts} is not allowed with")
             if reuse.target == "vtrace":
                 check_no_memory(self, f"reuse={self.reuse!r} is not allowed with")
-        if reuse.proximal != "ewma":
+
+    def _setup_new_model(self) -> None:
+        super()._setup_new_model()
+        self._set_average()
+
+    def _set_average(self) -> None:
+        """Have an average that fits the policy, if one is wanted."""
+        if self._reuse.proximal != "ewma":
             self._average = None
         elif self._average is None or not self._average.fits(self.policy):
             self._average = self._new_average()
@@ -75,6 +82,7 @@ class ReusingAlgorithm(RegularizedAlgorithm):
         if is_new:
             self._old_rollouts = ()
         result = super()._setup_learn(*args, **kwargs)
+        self._set_average()
         if self._average is not None:
             self._average.to(self.device)
             self._average.prepare(for_program=self.torch_compile)
@@ -83,6 +91,11 @@ class ReusingAlgorithm(RegularizedAlgorithm):
             if self._together is not None:
                 self._together.group.take_from_first([*self._average.parameters(), *self._average.buffers()])
         return result
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """As SB3: load weights and the optimiser's state. A moving average of policies begins anew with them."""
+        super().set_parameters(*args, **kwargs)
+        self._average = None
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """

@@ -55,6 +55,20 @@ def test_a_limit_of_the_kl_divergence_needs_its_statistic(torch_compile: bool) -
 
 
 @pytest.mark.parametrize("torch_compile", [False, True])
+@pytest.mark.parametrize("reuse", [{"proximal": "ewma"}, {"proximal": "newest", "target": "gae"}])
+def test_a_policy_to_clip_around_must_be_asked_for(reuse: Any, torch_compile: bool) -> None:
+    kwargs = {"reuse": reuse, "n_reused_rollouts": int(reuse["proximal"] == "newest"), "torch_compile": torch_compile}
+
+    def by_other_advantages(evaluation: Any, samples: Any, coefficients: Any) -> PolicyLoss:
+        samples = samples._replace(advantages=-samples.advantages)
+        return DualClipPPO.policy_loss(evaluation, samples, coefficients)
+
+    trained(by_other_advantages, **kwargs)
+    with pytest.raises(ValueError, match=r"policy_loss does not read samples\.proximal_log_prob"):
+        trained(surrogate, **kwargs)
+
+
+@pytest.mark.parametrize("torch_compile", [False, True])
 def test_what_is_no_number_is_named(torch_compile: bool) -> None:
     with pytest.raises(TypeError, match=r"Own.coefficients\(\) gives mine=None, which is no number"):
         trained(surrogate, numbers={"mine": None}, torch_compile=torch_compile)

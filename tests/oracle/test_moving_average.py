@@ -298,6 +298,14 @@ def test_an_average_is_of_one_training() -> None:
     assert weights == pytest.approx([1.9, 1 + 0.9 + 0.81 + 0.729, 1.9])
 
 
+def test_an_average_is_not_of_weights_that_others_have_taken_the_place_of() -> None:
+    model = small(DualClipPPO, "MlpPolicy", scripted(), reuse={**EWMA, "ewma_decay": 0.9}, **FAST, **ONE_STEP)
+    model.learn(2 * N)
+    model.set_parameters(small(DualClipPPO, "MlpPolicy", scripted(), seed=5).get_parameters())
+    model.learn(N, reset_num_timesteps=False)
+    assert model._average.total_weight.item() == 1.0
+
+
 def test_a_checkpoint_has_the_average_and_a_saved_model_none(tmp_path: Any) -> None:
     def made() -> Any:
         return make_vec_env(limited_walk, 2, seed=0)

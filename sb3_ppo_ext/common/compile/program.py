@@ -21,6 +21,9 @@ from sb3_ppo_ext.common.torch_internals import traced
 
 Compiled = TypeVar("Compiled")
 
+# What ``torch.tensor(...)`` within a function becomes: its value is the program's own, wherever it is kept.
+_MAKES_A_CONSTANT = (th.ops.aten.lift_fresh.default, th.ops.aten.lift_fresh_copy.default)
+
 
 class ProgramCache:
     """What a model has compiled, by name. A copy of the model has nothing of it."""
@@ -203,7 +206,7 @@ def _lifted(graph: fx.GraphModule, device: th.device) -> list[th.Tensor]:
     for node in graph.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         kept_on = attrgetter(name)(graph).device
-        if kept_on != device and any("lift_fresh" not in str(user.target) for user in node.users):
+        if kept_on != device and any(user.target not in _MAKES_A_CONSTANT for user in node.users):
             raise TypeError(f"a tensor on the device {kept_on} is read; move it to {device} with the policy")
         if name not in lifted:
             with graph.graph.inserting_after(last_input):

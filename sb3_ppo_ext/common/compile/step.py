@@ -14,7 +14,6 @@ from sb3_ppo_ext.common.compile.trees import tensors_in
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
 from sb3_ppo_ext.common.rollout.data import RolloutSamples
 from sb3_ppo_ext.common.update.flat_adam import FlatAdam, pieces
-from sb3_ppo_ext.common.update.moving_average import MovingAverage
 from sb3_ppo_ext.common.update.objective import Coefficients, Loss, Statistics
 from sb3_ppo_ext.common.update.reduce import Reducer
 from sb3_ppo_ext.common.update.step import n_counted, reached, without_nothing
@@ -57,6 +56,7 @@ class CompiledStep:
     :param reducer: of the gradients, before they are clipped
     :param pad_to: samples that each minibatch is padded to, so that one program is enough where no two have the same
         size; the loss must heed their mask. None: a program is made for each size
+    :param writes_into: a module whose parameters and buffers the loss writes into; None: only the policy's buffers
     :param announce: whether to tell who is waiting that it is being compiled, and how long it took
     """
 
@@ -69,6 +69,7 @@ class CompiledStep:
         reducer: Reducer,
         *,
         pad_to: int | None,
+        writes_into: nn.Module | None,
         announce: bool,
     ) -> None:
         assert isinstance(optimizer, th.optim.Adam)
@@ -78,8 +79,8 @@ class CompiledStep:
         self._loss = loss
         self._reducer = reducer
         self._pad_to = pad_to
-        self._average: MovingAverage | None = getattr(loss, "average", None)
-        self._module = FunctionalModule(actor_critic.policy, self._compute_loss, self._average)
+        self._writes_into = writes_into
+        self._module = FunctionalModule(actor_critic.policy, self._compute_loss, writes_into)
         self._betas = optimizer.param_groups[0]["betas"]
         self._eps = optimizer.param_groups[0]["eps"]
         self._device = self._candidates[0].device
@@ -151,8 +152,8 @@ class CompiledStep:
         """
         as_tensors = {name: th.tensor(value, device=self._device) for name, value in coefficients.items()}
         written = list(self._actor_critic.policy.buffers())
-        if self._average is not None:
-            written += [*self._average.parameters(), *self._average.buffers()]
+        if self._writes_into is not None:
+            written += [*self._writes_into.parameters(), *self._writes_into.buffers()]
         before = [tensor.clone() for tensor in written]
         with th.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             loss, statistics = self._compute_loss(rollout_data, as_tensors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch as th
 
@@ -75,7 +75,8 @@ class ActorCriticLoss:
         if self.average is not None:
             samples = self.average.around(actor_critic.policy, samples, coefficients["ewma_decay"])
         evaluation = actor_critic.evaluate_actions(samples.inputs, samples.actions)
-        policy_loss, statistics = _checked(self.policy_loss(evaluation, samples, coefficients), coefficients)
+        given = samples if samples.proximal_log_prob is None else _Watched.of(samples)
+        policy_loss, statistics = _checked(self.policy_loss(evaluation, given, coefficients), given, coefficients)
         value_loss = samples.mean(value_losses(evaluation.values, samples, coefficients))
         entropy = evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy
         entropy_loss = -samples.mean(entropy)
@@ -98,13 +99,37 @@ class ActorCriticLoss:
         return loss, statistics
 
 
-def _checked(result: Any, coefficients: Coefficients) -> PolicyLoss:
+class _Watched(RolloutSamples):
+    """Samples, also if other ones are made of them, that know whether the policy to clip around has been asked for."""
+
+    _reads: list[str]
+
+    @classmethod
+    def of(cls, samples: RolloutSamples) -> _Watched:
+        watched = cls(*samples)
+        watched._reads = []
+        return watched
+
+    @property
+    def proximal_log_prob(self) -> th.Tensor | None:
+        self._reads.append("proximal_log_prob")
+        return cast("th.Tensor | None", self[self._fields.index("proximal_log_prob")])
+
+    def _replace(self, **fields: Any) -> _Watched:
+        replaced = super()._replace(**fields)
+        replaced._reads = self._reads
+        return replaced
+
+
+def _checked(result: Any, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:
     """
     :param result: of a policy loss, which may be a user's
+    :param samples: that it was given
     :param coefficients: that it was given
     :return: the result
     :raises TypeError: if it is not what it has to be
-    :raises ValueError: if the update is limited by a statistic that is not there
+    :raises ValueError: if the update is limited by a statistic that is not there, or is to clip around a policy that
+        the loss does not ask for
     """
     if not (
         isinstance(result, tuple)
@@ -120,6 +145,12 @@ def _checked(result: Any, coefficients: Coefficients) -> PolicyLoss:
         raise ValueError(
             "The update is to end where approx_kl is above a limit (target_kl), and the statistics that policy_loss "
             f"returns have no approx_kl, but {', '.join(result[1]) or 'none'}"
+        )
+    if isinstance(samples, _Watched) and not samples._reads:
+        raise ValueError(
+            "The update is to clip around another policy than the one that acted (reuse={'proximal': ...}), and "
+            "policy_loss does not read samples.proximal_log_prob, so that this would have no effect. Read it, as "
+            "losses.decoupled_surrogate_loss wants it, or leave 'proximal' at \"behaviour\""
         )
     return PolicyLoss(*result)
 

@@ -1,0 +1,79 @@
+"""The benchmark of what an update does."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+
+from benchmarks import updates
+from benchmarks.updates import SIDES, Side, kl_divergence, measured
+from sb3_ppo_ext import DualClipPPO
+from tests.algorithms import small
+from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
+
+pytestmark = pytest.mark.usefixtures("without_compiler")
+
+_SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+_EPISODES = "ShortCartPole-v0"
+
+
+@pytest.fixture(autouse=True)
+def short_episodes() -> Any:
+    gym.register(_EPISODES, "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=10)
+    yield
+    del gym.registry[_EPISODES]
+
+
+def side(name: str, **kwargs: Any) -> Side:
+    found = next(side for side in SIDES if side.name == name)
+    return found._replace(kwargs={**found.kwargs, **kwargs})
+
+
+def test_the_kl_divergence_of_normal_distributions() -> None:
+    """KL(N(m, s) || N(m, 2 s)) = log 2 + 1/8 - 1/2 in each dimension."""
+    old = small(DualClipPPO, "MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS)).policy
+    new = copy.deepcopy(old)
+    with th.no_grad():
+        new.log_std += math.log(2.0)
+    observations = th.as_tensor(np.stack([BOX.sample() for _ in range(3)]))
+    expected = BOX_ACTIONS.shape[0] * (math.log(2.0) + 1 / 8 - 1 / 2)
+    assert kl_divergence(old, new, observations).tolist() == pytest.approx([expected] * 3)
+
+
+def test_ppo_is_measured_like_sb3s() -> None:
+    ours, theirs = (measured(side(name, **_SMALL), _EPISODES, 128, 0) for name in ("PPO", "SB3 PPO"))
+    assert ours.passes == theirs.passes == [4, 4]
+    assert ours.kl == pytest.approx(theirs.kl, rel=1e-2)
+    assert ours.largest_kl == pytest.approx(theirs.largest_kl, rel=1e-2)
+    assert ours.mean_return == pytest.approx(theirs.mean_return)
+    assert all(kl < largest for kl, largest in zip(ours.kl, ours.largest_kl, strict=True))
+
+
+def test_the_targets_of_both_trpos_are_of_the_whole_action() -> None:
+    kwargs = {"n_steps": 200, "batch_size": 100}
+    ours, theirs = (measured(side(name, **kwargs), "Pendulum-v1", 200, 0) for name in ("TRPO", "sb3-contrib TRPO"))
+    assert ours.target_kl == theirs.target_kl == ours.step_size == 0.01
+    assert ours.passes[0] > 10
+
+
+def test_page_and_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(updates, "in_process_of_its_own", measured)
+    monkeypatch.setattr(updates, "SIDES", [side("PPO", **_SMALL), side("SB3 PPO", **_SMALL)])
+    updates.main(["--env", _EPISODES, "--steps", "256", "--seeds", "1", "--out", str(tmp_path)])
+    with (tmp_path / "updates.csv").open() as file:
+        _, *rows = csv.reader(file)
+    n_of_ours = 4 * len(updates.SCALES)
+    assert [row[0] for row in rows] == ["PPO"] * n_of_ours + ["SB3 PPO"] * 4
+    kl = {scale: [float(row[4]) for row in rows[:n_of_ours] if row[1] == scale] for scale in ("0.3333", "1", "3")}
+    assert sum(kl["0.3333"]) < sum(kl["1"]) < sum(kl["3"])
+    page = (tmp_path / "updates.md").read_text()
+    assert f"`python -m benchmarks.updates --env {_EPISODES} --steps 256" in page
+    assert "| PPO | `learning_rate=0.0003` |" in page

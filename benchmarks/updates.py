@@ -212,7 +212,7 @@ def measured(
         watch.samples,
         float(used),
         target_kl,
-        statistics.fmean(returns[-_N_EPISODES:]),
+        statistics.fmean(returns[-_N_EPISODES:]) if returns else math.nan,
     )
 
 

@@ -75,7 +75,7 @@ def learning_curves(results: Results, estimates: Mapping[tuple[str, str], Estima
     :param by_seconds: of processor time, in place of steps
     """
     envs = list(dict.fromkeys(env for env, _ in results))
-    figure, panels = _panels(len(envs), 3, (2.5, 2.0))
+    figure, panels = _panels(len(envs), 3, (2.5, 2.0) if len(envs) > 1 else (4.5, 2.6))
     for panel, env in zip(panels, envs, strict=True):
         of_env = [curves for (of, _), curves in results.items() if of == env]
         for curves in of_env:

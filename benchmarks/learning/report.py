@@ -41,6 +41,7 @@ _IN_GROUPS = (*_CORE, "adaptive_kl_ppo", "reinforce", "a2c")
 _OURS = ("dual_clip_ppo", "adaptive_kl_ppo", "trpo", "reinforce")
 _PEERS = ("sb3_ppo", "contrib_trpo", "a2c")
 _KL_TOLERANCE = 1.5
+_RACE = (("HalfCheetah-v5", "dual_clip_ppo"), ("HalfCheetah-v5", "sb3_ppo"))  # the figure of the README
 
 _ABOUT = """\
 - A return is the mean of 10 episodes of the deterministic policy, every 2 % of the steps. What a run *reaches* is the
@@ -118,6 +119,10 @@ def _section(name: str, results: Results, out: Path, n_resamples: int) -> Iterat
         figure = figures.learning_curves(results, curves, by_seconds=by_seconds)
         yield [f"![{stem}](figures/{figures.save(figure, out, f'{name}-{stem}')})"]
     finals = {key: statistics.mean(of_key.final, n_resamples) for key, of_key in results.items()}
+    race = {key: of_key for key, of_key in results.items() if key in _RACE}
+    if name == "defaults" and len(race) == len(_RACE):
+        figure = figures.learning_curves(race, curves, by_seconds=True)
+        yield [f"![DualClipPPO and SB3's PPO](figures/{figures.save(figure, out, 'race')})"]
     yield ["### What they reach", "", "Means of the runs."]
     yield _by_environment(results, algos, lambda curves: _reached(curves, finals))
     if name == "defaults":

@@ -15,9 +15,11 @@ set ``WORLD_SIZE`` above 1, it makes one (gloo on the CPU, nccl on GPUs). Then a
   hyper-parameter that it changes is an error, and a rollout it changes is that of the first process alone. Losses are
   logged as means over all processes, and maxima are those of all; so are the episodes; the success rate and the
   explained variance are those of the first.
-- At the start, all get the first one's parameters, state of the optimiser and statistics of ``VecNormalize``; the
-  others draw from seeds of their own, and reset their environments. What differs otherwise is an error that names it.
-- The statistics of ``VecNormalize`` are put together after each rollout.
+- At the start, all get the first one's parameters, state of the optimiser and running statistics of observations and
+  returns; the others draw from seeds of their own, and reset their environments. What differs otherwise is an error
+  that names it.
+- The statistics of ``VecNormalize``, and those of a ``TensorVecEnv`` that normalises rewards, are put together after
+  each rollout.
 - An error in one process ends all: the others raise :class:`~sb3_ppo_ext.common.errors.ProcessError`, which says it.
   A process that ends before they have met is noticed by torchrun alone; otherwise, the others wait for five minutes.
 - Processes of one machine (Linux, x86-64) exchange messages through memory that they share, others by gloo or nccl.
@@ -52,7 +54,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.running_statistics import put_together, running_statistics, write_into
+from sb3_ppo_ext.common.rollout.running_statistics import put_together, running_statistics, set_running_statistics
 
 if TYPE_CHECKING:
     from sb3_ppo_ext.common.update.process_group import ProcessGroup
@@ -129,14 +131,13 @@ class Together:
         parameters, statistics, model._n_updates, seed = self.group.of_first(mine)
         if self.group.rank > 0:
             model.set_parameters(th.load(io.BytesIO(parameters), map_location="cpu", weights_only=False))
-            for place, of_first in zip(running_statistics(model.env), statistics, strict=True):
-                write_into(place, of_first)
+            set_running_statistics(model.env, statistics)
             if self._is_new:
                 _seed_anew(model, (seed, model.num_timesteps, self.group.rank))
             model.set_logger(Logger(folder=None, output_formats=[]))
             model.verbose = 0
         self._is_new = False
-        self._statistics = [some.copy() for some in statistics]
+        self._statistics = statistics
 
     def start_rollout(self, model: OnPolicyAlgorithm) -> None:
         """
@@ -177,8 +178,7 @@ class Together:
         self._statistics = [
             put_together(before, now) for before, now in zip(self._statistics, of_processes, strict=True)
         ]
-        for place, statistics in zip(running_statistics(model.env), self._statistics, strict=True):
-            write_into(place, statistics)
+        set_running_statistics(model.env, self._statistics)
         return all(report.goes_on for report in reports)
 
 

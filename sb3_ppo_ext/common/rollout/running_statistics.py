@@ -1,26 +1,57 @@
-"""The running statistics of ``VecNormalize``, put together where several processes have added to the same ones."""
+"""Running statistics of observations and returns, put together where several processes have added to the same ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+
+from sb3_ppo_ext.common.rollout.normalization import RunningMoments
+from sb3_ppo_ext.common.rollout.tensor_envs import TensorVecEnv
 
 
 def running_statistics(env: VecEnv | None) -> list[RunningMeanStd]:
     """
-    Those of all ``VecNormalize`` around the environments.
+    Copies of those of all ``VecNormalize`` around the environments, and of a ``TensorVecEnv`` that normalises rewards.
 
     :param env: the training environment
     """
-    found: list[RunningMeanStd] = []
+    return [place.copy() if isinstance(place, RunningMeanStd) else _as_sb3s(place) for place in _places(env)]
+
+
+def set_running_statistics(env: VecEnv | None, statistics: Sequence[RunningMeanStd]) -> None:
+    """
+    Give the environments other statistics.
+
+    :param env: the training environment
+    :param statistics: as :func:`running_statistics` gives them; they are copied into the objects that are there
+    """
+    for place, new in zip(_places(env), statistics, strict=True):
+        if isinstance(place, RunningMeanStd):
+            place.mean, place.var, place.count = new.mean.copy(), new.var.copy(), new.count
+        else:
+            for name, buffer in place.named_buffers():
+                buffer.copy_(th.as_tensor(getattr(new, name)))
+
+
+def _as_sb3s(moments: RunningMoments) -> RunningMeanStd:
+    statistics = RunningMeanStd(epsilon=moments.count.item(), shape=tuple(moments.mean.shape))
+    statistics.mean, statistics.var = (tensor.double().cpu().numpy() for tensor in (moments.mean, moments.var))
+    return statistics
+
+
+def _places(env: VecEnv | None) -> list[RunningMeanStd | RunningMoments]:
+    found: list[RunningMeanStd | RunningMoments] = []
     while isinstance(env, VecEnvWrapper):
         if isinstance(env, VecNormalize):
             of_obs = getattr(env, "obs_rms", None) or []
             found += [*(of_obs.values() if isinstance(of_obs, dict) else [of_obs] if of_obs else []), env.ret_rms]
         env = env.venv
+    if isinstance(env, TensorVecEnv) and env.moments_of_returns is not None:
+        found.append(env.moments_of_returns)
     return found
 
 
@@ -56,11 +87,3 @@ def put_together(before: RunningMeanStd, now: Sequence[RunningMeanStd]) -> Runni
         if part is not None:
             total.combine(part)
     return total
-
-
-def write_into(place: RunningMeanStd, statistics: RunningMeanStd) -> None:
-    """
-    :param place: changed, as others hold it
-    :param statistics: that it shall be
-    """
-    place.mean, place.var, place.count = statistics.mean.copy(), statistics.var.copy(), statistics.count

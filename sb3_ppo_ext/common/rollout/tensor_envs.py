@@ -119,6 +119,11 @@ class TensorVecEnv(BatchedVecEnv):
         self._forget_episodes(env.num_envs)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
+    @property
+    def moments_of_returns(self) -> RunningMoments | None:
+        """By which rewards are normalised; None: they are not."""
+        return self._of_returns
+
     def _forget_episodes(self, n_envs: int) -> None:
         # Monitor adds in float64, which MPS lacks.
         wide = th.float32 if self.device.type == "mps" else th.float64

@@ -12,7 +12,7 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import open_path
 
-from sb3_ppo_ext.common.saving.files import ReadableFile, save_whole
+from sb3_ppo_ext.common.saving.files import ReadableFile, name_of_file, save_whole
 from sb3_ppo_ext.common.saving.interchange import (
     ALGORITHM,
     attributes_of,
@@ -73,13 +73,14 @@ def replacements(
     if missing is not None and "rollout_buffer_class" not in replaced:  # only learning needs it
         custom_objects = {**custom_objects, "rollout_buffer_class": None, "rollout_buffer_kwargs": {}}
         warnings.warn(
-            f"The rollout_buffer_class of {path} was left out ({missing}). To train on, give it again: "
+            f"The rollout_buffer_class of {name_of_file(path)} was left out ({missing}). To train on, give it again: "
             "load(..., custom_objects={'rollout_buffer_class': ...})",
             stacklevel=3,
         )
     # A space that is put in the place of the file's is of the same kind.
     kept = attributes.keys() - replaced | {"action_space"}
     adapted = adapt(origin, {name: attributes[name] for name in kept & attributes.keys()})
+    adapted = {name: value for name, value in adapted.items() if name not in custom_objects}
     for name in {"rollout_buffer_class", *optional} & custom_objects.keys() - attributes.keys():
         adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
     return custom_objects, adapted | given

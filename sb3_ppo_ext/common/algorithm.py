@@ -94,7 +94,7 @@ class OnPolicyAlgorithm(Model):
 
         :param total_timesteps: steps to make; the last rollout may exceed them
         :param callback: called at each step, and at the beginning and the end of each rollout
-        :param log_interval: rollouts between two logs
+        :param log_interval: rollouts between two logs; None: nothing is logged
         :param tb_log_name: of the run, for TensorBoard; None: the name of the class
         :param reset_num_timesteps: whether to count from 0; otherwise the steps are added to those made before
         :param progress_bar: whether to show one
@@ -103,6 +103,8 @@ class OnPolicyAlgorithm(Model):
         :raises ValueError: for what cannot be learnt, and for observations and rewards that are not finite
         """
         check_bool("use_masking", use_masking)
+        if log_interval == 0:
+            raise ArgumentError("log_interval=0 is not allowed: it must be an integer of at least 1, or None")
         self._use_masking = use_masking
         compared = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
         with training_together(self, callback, progress_bar, compared) as (callback, progress_bar):

@@ -268,6 +268,14 @@ def trained(algorithm: Any, ent_coef: Any, callback: Any = None) -> Any:
     return model.learn(4 * ROLLOUT, callback=callback, log_interval=1000)
 
 
+def test_an_interval_of_logs_must_not_be_0() -> None:
+    env = DummyVecEnv([lambda: ScriptedEnv(BOX, BOX_ACTIONS, script=((4, True, False),))])
+    model = small(DualClipPPO, "MlpPolicy", env)
+    with pytest.raises(ValueError, match="log_interval=0 is not allowed"):
+        model.learn(ROLLOUT, log_interval=0)
+    assert model.num_timesteps == 0
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_weight_of_the_entropy_may_follow_a_schedule(algorithm: Any) -> None:
     for ent_coef in ("lin_0.04", LinearSchedule(0.04, 0.0, 1.0), lambda progress: 0.04 * progress):

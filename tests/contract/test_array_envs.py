@@ -310,7 +310,7 @@ def obs_of_tuples() -> ScriptedEnv:
     [
         (DualClipPPO, partial(VecFrameStack, n_stack=2), {}, "in a VecFrameStack, which does not pass on"),
         (DualClipPPO, lambda env: env, {"policy": "MlpLstmPolicy"}, "policy=MlpLstmPolicy, which has a memory"),
-        (TRPO, lambda env: env, {"torch_compile": True}, "torch_compile=True .*compiled anew for each rollout"),
+        (TRPO, lambda env: env, {"torch_compile": True}, "torch_compile=True .*compiled again for each rollout"),
     ],
     ids=["wrapper", "memory", "compiled"],
 )

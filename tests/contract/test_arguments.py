@@ -133,9 +133,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
 )
 def test_what_cannot_be_built_is_refused_by_name_and_value(name: str, value: Any) -> None:
     kwargs = {"policy": "MlpPolicy", "env": "CartPole-v1", "device": "cpu", name: value}
-    reason = (
-        r"(: it must be one of 'MlpP|: it has no evaluate|: its keys must be 'pi'| \((?s:.+); it must be what takes)"
-    )
+    reason = r"(: it must be one of 'MlpP|: it has no evaluate|: its keys must be 'pi'| \((?s:.+); it must fit)"
     with pytest.raises(ValueError, match=f"is not allowed{reason}") as error:
         DualClipPPO(**kwargs)
     name, value = ("net_arch", value["net_arch"]) if "its keys" in str(error.value) else (name, value)

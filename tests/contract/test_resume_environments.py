@@ -115,7 +115,7 @@ def test_all_differences_are_named(tmp_path):
         (
             lambda: VecNormalize(VecFrameStack(walks(), 2)),
             lambda: VecFrameStack(VecNormalize(walks()), 2),
-            r"were \['VecNormalize', 'VecFrameStack'\] in the training, and are \['VecFrameStack', 'VecNormalize'\] here",
+            r"\['VecNormalize', 'VecFrameStack'\] in the training, and are \['VecFrameStack', 'VecNormalize'\] here",
         ),
         (lambda: VecMonitor(walks()), walks, r"were \['VecMonitor'\] in the training, and are \[\] here"),
         (
@@ -226,5 +226,7 @@ def test_an_old_checkpoint_is_resumed():
     with pytest.raises(ValueError, match=r"were \['VecNormalize'\] in the training, and are \[\] here"):
         resume(DualClipPPO, FILES / "checkpoint.zip", gym.make("Pendulum-v1"), device="cpu")
     inside = VecNormalize(DummyVecEnv([lambda: NormalizeReward(gym.make("Pendulum-v1"))]), clip_obs=5.0)
-    with pytest.warns(UserWarning, match=r"does not contain the state of a wrapper.*return_rms, discounted_reward.*start again"):
+    with pytest.warns(
+        UserWarning, match=r"does not contain the state of a wrapper.*return_rms, discounted_reward.*start again"
+    ):
         resume(DualClipPPO, FILES / "checkpoint.zip", inside, device="cpu")

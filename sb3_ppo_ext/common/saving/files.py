@@ -29,8 +29,8 @@ _TEMPORARY = re.compile(r"[0-9a-f]{32}\.sb3_ppo_ext\.tmp")
 
 def save_whole(path: str | os.PathLike[str], content: memoryview) -> None:
     """
-    Write a model file, whole or not at all, under the name that SB3's ``save`` would give it: ``.zip`` is added if there
-    is no suffix, ``_2`` if the path is a folder, and a missing parent folder is created.
+    Write a model file, whole or not at all, under the name that SB3's ``save`` would give it: ``.zip`` is added if the
+    path has no suffix, ``_2`` if it is a folder, and a missing parent folder is created.
 
     :param path: path of the file
     :param content: content of the file

@@ -44,8 +44,8 @@ _OF_CONTRIB = {
 
 def name_of(algorithm: type[BaseAlgorithm]) -> str:
     """
-    The name of the algorithm that a class is, or derives from. An algorithm of this package, of SB3 or of sb3-contrib is
-    named as it is imported (``"sb3_ppo_ext.TRPO"``). A user's class that derives only from base classes has its own
+    The name of the algorithm that a class is, or derives from. An algorithm of this package, of SB3 or of sb3-contrib
+    is named as it is imported (``"sb3_ppo_ext.TRPO"``). A user's class that derives only from base classes has its own
     name.
 
     :param algorithm: the class

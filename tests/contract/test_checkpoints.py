@@ -121,7 +121,7 @@ def test_arguments_out_of_range(arguments, tmp_path):
 
 def test_inside_another_callback_it_would_never_write(tmp_path):
     callback = EveryNTimesteps(4, CallbackList([SafeCheckpointCallback(1, tmp_path)]))
-    with pytest.raises(ValueError, match=r"not allowed inside EveryNTimesteps: give it to learn\(\)"):
+    with pytest.raises(ValueError, match=r"not allowed inside EveryNTimesteps: pass it to learn\(\)"):
         make_model().learn(8, callback=callback)
 
 

@@ -41,8 +41,8 @@ def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) 
     if not actor_critic.is_pure:
         raise ValueError(
             f"{REFUSED} with policy={type(policy).__name__}: {impurity(policy)}, and a compiled program would do only "
-            "once what the module does at each call. If the module is pure, set its attribute is_pure = True; otherwise "
-            "use torch_compile=False"
+            "once what the module does at each call. If the module is pure, set its attribute is_pure = True; "
+            "otherwise use torch_compile=False"
         )
     if has_gradient_hooks(policy.parameters()):
         raise ValueError(

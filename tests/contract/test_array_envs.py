@@ -326,7 +326,7 @@ def test_a_buffer_of_ones_own_does_not_go_with_steps_that_only_begin_an_episode(
     class Own(SB3RolloutBuffer):
         pass
 
-    with pytest.raises(ArgumentError, match="rollout_buffer_class=Own, which does not know"):
+    with pytest.raises(ArgumentError, match="rollout_buffer_class=Own, which cannot tell"):
         small(DualClipPPO, "MlpPolicy", NativeVector(ENVS), rollout_buffer_class=Own)
 
 

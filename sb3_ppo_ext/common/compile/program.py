@@ -133,7 +133,9 @@ class Program:
         graph, constants = _traced(flat, leaves, self._decompositions)
         inputs = [*leaves, *constants]
         is_kept = self._device.type == "cpu" and cpu.cache_path(graph, inputs).exists()
-        with announced(self._what, (self._announce or is_bar_shown()) and not is_kept):
+        is_announced = (self._announce or is_bar_shown()) and not is_kept
+        with announced(self._what, is_announced), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's own code, also in the first run, when th.compile compiles
             run = self._built(graph, inputs)
             if constants:
                 run = partial(_run_with, run, constants)
@@ -144,12 +146,10 @@ class Program:
         return result
 
     def _built(self, graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own code
-            if self._device.type == "cpu":
-                return cpu.machine_code(graph, inputs)
-            compiled = th.compile(graph, fullgraph=True, dynamic=False)
-            return th.no_grad()(lambda inputs: compiled(*inputs))
+        if self._device.type == "cpu":
+            return cpu.machine_code(graph, inputs)
+        compiled = th.compile(graph, fullgraph=True, dynamic=False)
+        return th.no_grad()(lambda inputs: compiled(*inputs))
 
 
 def _layouts(tensors: Sequence[th.Tensor]) -> Hashable:

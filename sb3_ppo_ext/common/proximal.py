@@ -337,7 +337,13 @@ class ProximalAlgorithm(ReusingAlgorithm):
         """
         n_before = len(history)
         is_within = True
+        is_masked = getattr(self.rollout_buffer, "action_masks", None) is not None
         for rollout, rows in minibatches:
+            if is_masked and rollout.action_masks is None:
+                raise ArgumentError(
+                    f"rollout_buffer_class={type(self.rollout_buffer).__name__} is not allowed where environments mask "
+                    "actions: its get() must give RolloutSamples with their action_masks"
+                )
             history.append(step(rollout, rows, coefficients))
             if rate is not None and rate.every == "minibatch" and len(history) > 1:
                 self._adapt_learning_rate(rate, history[-1][step.names.index("minibatch_kl")].item())

@@ -1,4 +1,4 @@
-"""The masks of the environments that whoever calls ``predict`` acts in."""
+"""Find the action masks for a call of ``predict`` that passes only observations."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _FRAMES = 8  # how far up the stack the environments are looked for
 
 def masks_where_acting(n: int, action_space: spaces.Space[Any]) -> tuple[np.ndarray | None, bool]:
     """
-    The masks of the environments that are being acted in by whoever called ``predict``: ``evaluate_policy``, callbacks
-    and the RL Zoo's commands give the observations alone, and have the environments in a local variable. The nearest
-    caller that has environments of the right number and actions is the one that acts.
+    Read the action masks of the environments in which the caller of ``predict`` acts. ``evaluate_policy``, callbacks
+    and the RL Zoo's commands pass only observations, but keep the environments in a local variable. They are taken from
+    the nearest caller whose environments have the right number and action space.
 
     :param n: number of observations
     :param action_space: of the policy
-    :return: True where an action is allowed, shape ``(n, n_choices)``, or None if these environments say nothing but in
-        their observations, or none are found; and whether masks are to be heeded, which sb3-contrib's
-        ``evaluate_policy(use_masking=False)`` does not
-    :raises ArgumentError: if the caller has several, and they do not say the same
+    :return: the masks, True where an action is allowed, shape ``(n, n_choices)``, or None if no environments are found
+        or they give masks only in their observations; and whether to apply masks (False within sb3-contrib's
+        ``evaluate_policy(use_masking=False)``)
+    :raises ArgumentError: if the caller has several such environments, and their masks differ
     """
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_FRAMES):
@@ -63,7 +63,7 @@ def _only_masks(envs: list[Any], frame: FrameType) -> Any:
     for env, core in zip(envs, cores, strict=True):
         try:
             masks = _masks_of(env, frame)
-        except AttributeError:  # of one that has not been reset, and is not acted in
+        except AttributeError:  # this environment has not been reset, so nobody acts in it
             if len(said) == 1:
                 raise
             continue
@@ -78,7 +78,7 @@ def _only_masks(envs: list[Any], frame: FrameType) -> Any:
 
 
 def _core(env: Any) -> Any:
-    """What is the same object for an environment in all of its wrappers, in a vector of it alone too."""
+    """The innermost environment, the same for all of its wrappers and for a vector of this environment alone."""
     inner = env.unwrapped
     alone = getattr(inner, "envs", [])
     return alone[0].unwrapped if isinstance(inner, VecEnv) and len(alone) == 1 else inner
@@ -92,13 +92,13 @@ def _are_equal(a: Any, b: Any) -> bool:
 
 def _several() -> ArgumentError:
     return ArgumentError(
-        "action_masks=None is not allowed: the caller has several environments that the observations may be of, and "
-        "they allow different actions. It must be an array of True and False, one for each choice"
+        "action_masks=None is not allowed: the observations may come from several environments of the caller, and these "
+        "allow different actions. It must be an array of True and False, one for each choice"
     )
 
 
 def _masks_of(env: Any, frame: FrameType) -> Any:
-    """One mask an environment; None if it says none, or the observations have it."""
+    """One mask for each environment; None if there are none, or the observations contain them."""
     if not isinstance(env, VecEnv):
         method = _attribute(env, METHOD)
         if callable(method):

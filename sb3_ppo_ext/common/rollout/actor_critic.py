@@ -26,13 +26,13 @@ class ActorCritic(Protocol):
 
     policy: ActorCriticPolicy
     is_pure: bool
-    """Whether a rollout may be evaluated after it is full: nothing that a pass computes depends on other passes."""
+    """Whether a rollout may be evaluated after it is full: the result of a pass does not depend on other passes."""
     n_state: int
     """How many numbers the policy remembers from step to step; 0 if it has no memory."""
 
     @property
     def family(self) -> Family | None:
-        """The formulas of its distributions; None for a distribution of the user's own."""
+        """The formulas of its distributions; None for a custom distribution."""
         ...
 
     def act(self, inputs: PolicyInput) -> tuple[th.Tensor, StepEvaluation | None]:
@@ -40,7 +40,7 @@ class ActorCritic(Protocol):
         Draw an action for each observation, as SB3 draws it; without gradients.
 
         :param inputs: a batch of them
-        :return: actions, shape ``(batch, action_dim)`` or what reshapes to it, and what else the pass yielded
+        :return: actions, shape ``(batch, action_dim)`` or what reshapes to it, and what else the pass computed
         """
         ...
 
@@ -64,7 +64,7 @@ class ActorCritic(Protocol):
         """
         Distribution parameters alone, shape ``(batch, n_params)``.
 
-        :param inputs: a batch of them; observations alone do, where there is nothing else
+        :param inputs: a batch of them, or a batch of observations if the policy needs nothing else
         """
         ...
 
@@ -75,16 +75,15 @@ class ActorCritic(Protocol):
 
 class DirectActorCritic:
     """
-    Runs the networks of an SB3 policy, or of sb3-contrib's that takes masks, directly, and draws actions with the same
+    Runs the networks of an SB3 policy, or of sb3-contrib's maskable policy, directly. It draws actions with the same
     torch calls as SB3, but builds no distribution object and computes only what is asked for: an action costs a pass
     through the actor alone.
 
-    Only for a policy of which :meth:`refusal` says nothing. It owns nothing and is made anew for each rollout and each
-    update, so a layer that a user replaces is seen.
+    Use it only if :meth:`refusal` returns None for the policy. It owns nothing and is created again for each rollout
+    and each update, so it sees layers that a user replaces.
 
     Where a network is not known to be pure (see :mod:`sb3_ppo_ext.common.rollout.purity`), the pass that draws an
-    action also gives the value and the distribution, as in SB3; and the passes through each module are as many as SB3
-    makes.
+    action also gives the value and the distribution, and each module is called as often as in SB3.
 
     :param policy: the policy
     :param with_params: whether :meth:`evaluate_actions` also gives the distribution parameters
@@ -106,7 +105,7 @@ class DirectActorCritic:
         self.policy = policy
         self._with_params = with_params
         family = family_of_policy(policy)
-        assert family is not None, "it is no policy that is supported"
+        assert family is not None, "the policy is not supported"
         self.family: Family = family
         self._like = next(policy.parameters()).new_empty(0)  # dtype and device
         self._action_dist: Any = policy.action_dist  # SB3's types do not say what only gSDE's has
@@ -129,8 +128,8 @@ class DirectActorCritic:
     @classmethod
     def overridden(cls, policy_class: type[BasePolicy]) -> bool:
         """
-        :param policy_class: derived from SB3's, or from sb3-contrib's that takes masks
-        :return: whether it overrides methods that are not called when its networks are
+        :param policy_class: derived from SB3's policy or sb3-contrib's maskable policy
+        :return: whether it overrides methods that are skipped when its networks are called directly
         """
         return any(not cls._knows(name, policy_class) for name in cls._CALLS)
 
@@ -138,7 +137,7 @@ class DirectActorCritic:
     def refusal(cls, policy: BasePolicy) -> str | None:
         """
         :param policy: to be run
-        :return: why the networks must be run by the policy's methods, as the end of a sentence; None if they need not
+        :return: why its networks cannot be called directly, as the end of a sentence; None if they can
         """
         if not isinstance(policy, _BASES):
             return "is no actor-critic policy of Stable-Baselines3"
@@ -155,15 +154,16 @@ class DirectActorCritic:
 
     @classmethod
     def _knows(cls, name: str, policy_class: type[BasePolicy]) -> bool:
-        """Whether a method of a policy is one that calling the networks one by one does the same as."""
+        """Whether the method is the original one, whose result calling the networks one by one reproduces."""
         base = next(base for base in _BASES if issubclass(policy_class, base))
         return getattr(policy_class, name, None) is getattr(base, name, None)
 
     @th.inference_mode()
     def act(self, inputs: PolicyInput) -> tuple[th.Tensor, StepEvaluation | None]:
         """
-        Draw an action for each observation: by the actor alone, or together with values and parameters, where a second
-        pass through the extractor would cost more than it saves, or would not give the same.
+        Draw an action for each observation. Values and distribution parameters are computed in the same pass where a
+        second pass through the extractor would cost more than it saves, or would give other results; otherwise only the
+        actor runs.
         """
         if self.is_pure:
             return self.act_by(inputs, self.noise(inputs.n_rows))
@@ -171,8 +171,8 @@ class DirectActorCritic:
 
     def noise(self, n: int) -> th.Tensor:
         """
-        What :meth:`act_by` makes actions of: random numbers, drawn as SB3 draws them; for gSDE the exploration
-        matrices, drawn before and kept for many steps.
+        Draw the random numbers that :meth:`act_by` turns into actions, as SB3 draws them; for gSDE, return the
+        exploration matrices, which were drawn earlier and serve many steps.
 
         :param n: number of actions
         """
@@ -184,7 +184,7 @@ class DirectActorCritic:
 
     def act_by(self, inputs: PolicyInput, noise: th.Tensor) -> tuple[th.Tensor, StepEvaluation | None]:
         """
-        :meth:`act`, a function of random numbers.
+        :meth:`act` as a function of given random numbers.
 
         :param inputs: a batch of them
         :param noise: from :meth:`noise`
@@ -199,7 +199,7 @@ class DirectActorCritic:
     ) -> tuple[th.Tensor, StepEvaluation]:
         """
         :param inputs: a batch of them
-        :param noise: from :meth:`noise`; None: drawn after the pass, which may draw random numbers too
+        :param noise: from :meth:`noise`; None: draw it after the pass, which may itself draw random numbers
         """
         latent_pi, latent_vf, state = self._latents_of_step(self._preprocess(inputs.obs), inputs)
         out = self._action_out(latent_pi, inputs.mask)
@@ -232,28 +232,28 @@ class DirectActorCritic:
         return self._values(self._latent_vf(self._preprocess_batch(inputs.obs), inputs))
 
     def _latent_pi(self, x: Any, inputs: PolicyInput) -> th.Tensor:
-        """What the action net gets, of preprocessed observations."""
+        """The input of the action net, from preprocessed observations."""
         return apply(self._actor_head, apply(self._actor, x))
 
     def _latent_vf(self, x: Any, inputs: PolicyInput) -> th.Tensor:
-        """What the value net gets, of preprocessed observations."""
+        """The input of the value net, from preprocessed observations."""
         return apply(self._critic_head, apply(self._critic, x))
 
     def _latents(self, x: Any, inputs: PolicyInput) -> tuple[th.Tensor, th.Tensor]:
-        """Both, with one pass through what they share."""
+        """Both inputs, with one pass through shared layers."""
         features = apply(self._actor, x)
         vf_features = features if self.policy.share_features_extractor else apply(self._critic, x)
         return apply(self._actor_head, features), apply(self._critic_head, vf_features)
 
     def _latents_of_step(self, x: Any, inputs: PolicyInput) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Both, and the state after the step where there is a memory."""
+        """Both inputs, and the state after the step if the policy is recurrent."""
         return *self._latents(x, inputs), None
 
     def _values(self, latent_vf: th.Tensor) -> th.Tensor:
         return apply(self._value_net, latent_vf).flatten()
 
     def _action_out(self, latent_pi: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
-        """What the action net gives; of the actions that are not allowed, what gives them probability 0."""
+        """The output of the action net, changed so that actions that are not allowed have probability 0."""
         out = apply(self._action_net, latent_pi)
         return out if mask is None else self.family.masked(out, mask)
 
@@ -277,7 +277,7 @@ class DirectActorCritic:
         return self.family.draw(out, noise)
 
 
-_BASES = (ActorCriticPolicy, MaskableActorCriticPolicy)  # which have the same networks
+_BASES = (ActorCriticPolicy, MaskableActorCriticPolicy)  # both have the same networks
 
 _SB3_DISTRIBUTIONS = (
     sb3.DiagGaussianDistribution,
@@ -293,11 +293,11 @@ _SB3_DISTRIBUTIONS = (
 
 class SB3ActorCritic:
     """
-    Asks a policy by SB3's public methods only, as many times as SB3 does. For a policy of the user's own that overrides
-    some of them, has a distribution of its own or has hooks.
+    Calls only the public methods of an SB3 policy, as often as SB3 does. It is for custom policies that override some
+    of these methods, have their own distribution, or have hooks.
 
     :param policy: the policy
-    :param with_params: whether the distribution parameters are wanted, of the pass that gives the log-probability too
+    :param with_params: whether to return the distribution parameters, from the pass that gives the log-probability
     """
 
     is_pure = False
@@ -327,7 +327,7 @@ class SB3ActorCritic:
         return ActorEvaluation(log_prob, entropy, params)
 
     def _params_of_last_pass(self, log_prob: th.Tensor) -> th.Tensor:
-        # SB3's policies have one distribution object, which each pass sets anew.
+        # SB3's policies have one distribution object, which each pass overwrites.
         return params_of(self.policy.action_dist) if self._with_params else log_prob.new_empty((len(log_prob), 0))
 
     def params(self, inputs: PolicyInput | PyTorchObs) -> th.Tensor:

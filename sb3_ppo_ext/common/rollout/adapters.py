@@ -1,4 +1,4 @@
-"""Which adapter runs the networks of a policy."""
+"""Choose the adapter that runs the networks of a policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sb3_ppo_ext.common.rollout.recurrent_actor_critic import RecurrentActorCrit
 
 def has_memory(policy: BasePolicy) -> bool:
     """
-    Whether a policy is recurrent, as those of sb3-contrib are.
+    Whether a policy is one of sb3-contrib's recurrent policies.
 
     :param policy: of any kind
     """
@@ -21,7 +21,7 @@ def has_memory(policy: BasePolicy) -> bool:
 def refusal(policy: BasePolicy) -> str | None:
     """
     :param policy: to be run
-    :return: why its networks must be run by the policy's methods, as the end of a sentence; None if they need not
+    :return: why its networks cannot be called directly, as the end of a sentence; None if they can
     """
     return (RecurrentActorCritic if has_memory(policy) else DirectActorCritic).refusal(policy)
 
@@ -30,11 +30,11 @@ def direct_actor_critic(
     policy: ActorCriticPolicy, *, with_params: bool = True, for_program: bool = False
 ) -> DirectActorCritic:
     """
-    What runs the networks of a policy that is not refused.
+    Create the adapter that calls the networks of a policy directly; :func:`refusal` must return None for it.
 
     :param policy: to be run
     :param with_params: whether evaluations also give the distribution parameters
-    :param for_program: whether it is to be compiled
+    :param for_program: whether the adapter will be compiled
     """
     if has_memory(policy):
         return RecurrentActorCritic(policy, with_params=with_params, unrolls=for_program)

@@ -1,4 +1,4 @@
-"""A vector of environments of gymnasium, or of EnvPool, as one of SB3's that gives whole arrays."""
+"""Wrap a vector environment of gymnasium or EnvPool as a VecEnv of SB3 that gives whole arrays."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Infos, Transit
 
 class ArrayVecEnv(BatchedVecEnv):
     """
-    A ``VectorEnv`` of gymnasium, or an environment of EnvPool (``envpool.make_gymnasium``), where SB3 takes a
-    ``VecEnv``: ``DualClipPPO("MlpPolicy", gymnasium.make_vec("CartPole-v1", 256))`` makes one by itself, and for
-    ``evaluate_policy`` and ``EvalCallback`` it is made by hand. It counts the episodes as ``Monitor`` does.
+    Lets SB3 use a ``VectorEnv`` of gymnasium, or an environment of EnvPool (``envpool.make_gymnasium``), as a
+    ``VecEnv``. ``DualClipPPO("MlpPolicy", gymnasium.make_vec("CartPole-v1", 256))`` wraps its environment by itself;
+    for ``evaluate_policy`` and ``EvalCallback`` you wrap it. It records returns and lengths of episodes as ``Monitor``
+    does.
 
     An episode ends and the next begins within one step, as in SB3: for ``SyncVectorEnv``, ``AsyncVectorEnv`` with
-    shared memory and EnvPool whatever their ``autoreset_mode``, for others with ``SAME_STEP`` or ``DISABLED``. Any
-    other one spends a step of its own on the new episode. As an environment by itself, it is then one whose episodes
-    have episodes of one step without a reward between them; nothing is learnt from these, and ``Monitor``'s figures are
-    without them.
+    shared memory and EnvPool in every ``autoreset_mode``, for other vectors with ``SAME_STEP`` or ``DISABLED``. A
+    ``NEXT_STEP`` vector of another kind spends a whole step on each reset. These steps have no reward, nothing is
+    learnt from them, and they are not part of the recorded episodes.
 
     :param env: the vector of environments
-    :raises ValueError: if it is none, or one that cannot be stepped all at once
+    :raises ValueError: if it is not such a vector, or its environments cannot all be stepped at once
     """
 
     def __init__(self, env: Any) -> None:
@@ -43,14 +43,14 @@ class ArrayVecEnv(BatchedVecEnv):
         self._is_envpool = is_envpool(self._inner)
         self._begin = way_to_begin(env)
         n_envs = len(env) if is_envpool(env) else env.num_envs
-        # RecordEpisodeStatistics forgets all episodes where some begin by a mask, which the vector takes away from it.
+        # When only some are reset, RecordEpisodeStatistics forgets all: the vector removes the mask it looks for.
         begins_by_mask = self._begin not in (None, within_the_step)
         self._statistics = EpisodeStatistics(n_envs, reads_theirs=not (begins_by_mask and _is_recorded(env)))
         self._begins = np.zeros(n_envs, dtype=bool)  # the environments that begin an episode with the next step
         self._masks: Any = None
         action_space = env.single_action_space
         self._action_dtype = None if isinstance(action_space, spaces.Box) else action_space.dtype
-        self.processes = getattr(self._inner, "processes", [])  # by which is seen why one does not answer
+        self.processes = getattr(self._inner, "processes", [])  # to find out why one does not answer
         self.resets_take_steps = self._begin is None
         self.can_be_restored = type(env) is SyncVectorEnv
         super().__init__(n_envs, env.single_observation_space, action_space)
@@ -104,10 +104,10 @@ class ArrayVecEnv(BatchedVecEnv):
         if ends.any():
             if self._begin is not None:
                 obs, final_obs, final_infos, self._masks = self._begin(obs, ends, infos)
-            else:  # what the next action is does not matter
+            else:  # the next action only begins the episode, so any will do
                 final_obs, obs, self._masks = obs, _with_all_allowed(obs, ends), _all_allowed(self._masks, ends)
         if self._is_envpool and "reward" in infos and "terminated" in infos:
-            # Of Atari: before it was clipped; and the end of the game, where that of a life is an episode's.
+            # Atari: the reward before clipping, and the end of the game where an episode ends with each life.
             ends_game = ends & ((infos["terminated"] != 0) | truncated)
             episodes = self._statistics.after(infos["reward"], counts, ends_game, final_infos)
         else:
@@ -156,7 +156,7 @@ class ArrayVecEnv(BatchedVecEnv):
         frames = self.vector_env.render(np.arange(self.num_envs)) if self._is_envpool else self.vector_env.render()
         return [None] * self.num_envs if frames is None else list(frames)
 
-    # What single environments have can be asked of those that are stepped one by one.
+    # Single environments can be reached only in gymnasium's SyncVectorEnv and, in part, AsyncVectorEnv.
 
     def has_attr(self, attr_name: str) -> bool:
         if isinstance(self._inner, (SyncVectorEnv, AsyncVectorEnv)):
@@ -190,7 +190,7 @@ class ArrayVecEnv(BatchedVecEnv):
         return list(self._inner.call(method_name, *method_args, **method_kwargs))
 
     def _each(self, indices: Any, what: str) -> list[int]:
-        """The environments that are meant, if these can be reached."""
+        """The environments with these indices, if single ones can be reached."""
         chosen = list(self._get_indices(indices))
         if isinstance(self._inner, SyncVectorEnv) or (
             isinstance(self._inner, AsyncVectorEnv) and chosen == list(range(self.num_envs))
@@ -209,19 +209,19 @@ class ArrayVecEnv(BatchedVecEnv):
         return [False] * len(chosen)
 
 
-_OF_ALL = ("metadata", "render_mode", "spec")  # what a vector says of itself is true of its environments
+_OF_ALL = ("metadata", "render_mode", "spec")  # these attributes of a vector hold for each of its environments
 
 
 def _check(env: Any) -> None:
-    """An ArgumentError for what is no vector that can be stepped all at once."""
+    """Raise an ArgumentError unless this is a vector whose environments can all be stepped at once."""
     given = f"env={env!r:.100} is not allowed: "
     if is_envpool(env):
         if not hasattr(env, "single_action_space") and not isinstance(env, gym.Env):
             raise ArgumentError(f"{given}envpool.make_gymnasium makes one that can be taken")
         if env.is_async:
             raise ArgumentError(
-                f"{given}its batch_size={env.config['batch_size']} is not its num_envs={len(env)}, so that a step is "
-                "not one of all environments; leave batch_size out"
+                f"{given}its batch_size={env.config['batch_size']} is not its num_envs={len(env)}, so a step "
+                "does not move all environments; leave batch_size out"
             )
         if env.config.get("max_num_players", 1) != 1:
             raise ArgumentError(f"{given}it has several players, and each environment must have one")

@@ -1,4 +1,4 @@
-"""The ways in which vectors of environments begin new episodes, all brought to SB3's: within the step that ends one."""
+"""Begin new episodes as SB3 does, within the step that ends one, whatever the autoreset mode of the vector."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sb3_ppo_ext.common.rollout.data import MASK_KEY, rows_of
 
 class Begun(NamedTuple):
     """
-    What there is after a step in which episodes have ended.
+    The result of a step in which episodes ended and new ones began.
 
-    :param obs: after the step
-    :param final_obs: what episodes ended with, in the rows of those that did
-    :param final_infos: of the step, in arrays, for the environments whose episodes it ended
-    :param masks: which actions are allowed next; None: the infos do not say
+    :param obs: the observations after the step, the first of a new episode where one began
+    :param final_obs: the final observations, in the rows of the environments whose episodes ended
+    :param final_infos: the infos of the step, as arrays, for the environments whose episodes ended
+    :param masks: which actions are allowed next; None if the infos do not say
     """
 
     obs: Any
@@ -29,7 +29,7 @@ class Begun(NamedTuple):
 
 
 Begin = Callable[[Any, np.ndarray, dict[str, Any]], Begun]
-"""Makes that of what a step gave: the observations, the environments whose episodes it ended, and the infos."""
+"""Takes a step's observations, a bool for each environment whose episode it ended, and the infos."""
 
 
 def is_envpool(env: Any) -> bool:
@@ -41,11 +41,11 @@ def is_envpool(env: Any) -> bool:
 
 def way_to_begin(env: Any) -> Begin | None:
     """
-    How a vector of environments begins new episodes within a step.
+    Choose how to begin new episodes of a vector of environments within a step.
 
     :param env: the vector
-    :return: None for one that needs a step of its own for it (``NEXT_STEP``), from which nothing can be learnt
-    :raises ArgumentError: if it does not say what it does
+    :return: None for a vector that spends a whole step on a reset (``NEXT_STEP``), from which nothing is learnt
+    :raises ArgumentError: if the vector does not state its autoreset mode
     """
     if is_envpool(env):
         return lambda *args: _by_number(env, *args)
@@ -59,7 +59,7 @@ def way_to_begin(env: Any) -> Begin | None:
         ) from None
     if mode is AutoresetMode.SAME_STEP:
         return within_the_step
-    # These two can do it for some of the environments at any time.
+    # These two can reset some of their environments at any time.
     can_be_told = type(env) is SyncVectorEnv or (type(env) is AsyncVectorEnv and bool(env.shared_memory))
     if mode is AutoresetMode.DISABLED or can_be_told:
         return lambda *args: _by_mask(env, *args)
@@ -74,7 +74,7 @@ def _by_number(env: Any, obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> 
 
 
 def _by_mask(env: VectorEnv[Any, Any, Any], obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> Begun:
-    final_obs = copied(obs)  # the vector may write into its own
+    final_obs = copied(obs)  # the vector may reuse its array
     first_obs, first_infos = env.reset(options={"reset_mask": dones.copy()})
     rows = np.flatnonzero(dones)
     masks = first_infos.get(MASK_KEY)
@@ -84,11 +84,11 @@ def _by_mask(env: VectorEnv[Any, Any, Any], obs: Any, dones: np.ndarray, infos: 
 
 def within_the_step(obs: Any, dones: np.ndarray, infos: dict[str, Any]) -> Begun:
     """
-    For a vector that has begun the new episodes already.
+    For a vector that has already begun the new episodes (``SAME_STEP``).
 
     :param obs: the observations
-    :param dones: the environments whose episodes the step has ended
-    :param infos: in which is said what these ended with
+    :param dones: the environments whose episodes the step ended
+    :param infos: the infos of the step, with the final observations
     """
     rows = np.flatnonzero(dones)
     if "final_obs" not in infos:

@@ -1,4 +1,4 @@
-"""The rollout: SB3's buffers, which hold what happened, and later what the policy and the targets say of it."""
+"""Rollout buffers: SB3's, extended by what exact KL divergences, masks, recurrent policies and targets need."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from sb3_ppo_ext.losses.targets import generalized_advantages
 
 class RolloutBuffer(sb3.RolloutBuffer):
     """
-    A rollout buffer that also holds, besides what SB3's does and in arrays of shape ``(n_steps, n_envs, ...)``:
+    SB3's rollout buffer, which also holds, in arrays of shape ``(n_steps, n_envs, ...)``:
 
     - ``distribution_params``: the parameters of the distributions that drew the actions;
-    - ``truncated``, ``terminated``: whether the step ended an episode, by a time limit or by itself;
-    - ``final_values``: where the step was truncated, the value of the observation that the episode ended with; else 0;
+    - ``truncated``, ``terminated``: whether the step ended an episode, by a time limit or otherwise;
+    - ``final_values``: where the step was truncated, the value of the episode's final observation; else 0;
     - ``last_values``, shape ``(n_envs,)``: the values of the observations after the last step;
     - ``action_masks``: which actions were allowed, shape ``(n_steps, n_envs, n_choices)``; None where all are;
-    - ``states``: of a policy with a memory, before each sequence of ``sequence_length`` steps, shape
-      ``(n_sequences, n_envs, n_state)``; None where there is no memory;
-    - ``counts``: False where an environment did nothing but begin a new episode, a step from which nothing is learnt;
-      None where all count.
+    - ``states``: the hidden states of a recurrent policy before each sequence of ``sequence_length`` steps, shape
+      ``(n_sequences, n_envs, n_state)``; None if the policy is not recurrent;
+    - ``counts``: False where a step only reset the environment, so that nothing is learnt from it; None if all steps
+      count.
 
-    ``rewards`` are those of the environments: SB3 adds the discounted values of final observations to them. So it is
-    here too where a derived buffer has an ``add`` or a ``compute_returns_and_advantage`` of its own and is therefore
-    filled by SB3's method; ``truncated`` is then False everywhere, and ``final_values`` are 0.
+    ``rewards`` are the environments' own, while SB3 adds the discounted values of final observations to them. A derived
+    buffer with its own ``add`` or ``compute_returns_and_advantage`` is filled by SB3's method: its rewards are SB3's,
+    ``truncated`` is False everywhere, and ``final_values`` are 0.
 
-    It is filled by :meth:`add_observation` and :meth:`add_transition` at every step and :meth:`set_evaluation` once;
-    advantages and returns are computed from it. :meth:`get` moves a flat copy to the device once, and cuts its
-    minibatches out of that. Takes the arguments of SB3's.
+    :meth:`add_observation` and :meth:`add_transition` fill it at every step, and :meth:`set_evaluation` once at the
+    end; advantages and returns are computed afterwards. :meth:`get` moves a flat copy to the device once and cuts the
+    minibatches from it. The arguments are those of SB3's buffer.
     """
 
     observations: Any  # an array, or for Dict observations a dict of arrays
@@ -47,9 +47,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
     action_masks: np.ndarray | None
     states: np.ndarray | None
     counts: np.ndarray | None
-    final_observations: Any  # those that the final values are of, as FinalValues; None in a rollout of other origin
+    final_observations: Any  # a FinalValues; None if the rollout was not collected by a Collector
     sequence_length: int = 1
-    penalties: Any = None  # taken off the rewards where targets are computed, shape ``(n_steps, n_envs)``
+    penalties: Any = None  # subtracted from the rewards when targets are computed, shape ``(n_steps, n_envs)``
     reference_params: th.Tensor | None = None  # of a reference policy, in the order of :meth:`flat_inputs`
 
     def reset(self) -> None:
@@ -72,15 +72,15 @@ class RolloutBuffer(sb3.RolloutBuffer):
         return np.asarray(ends & ~self.truncated)
 
     def forget_flat(self) -> None:
-        """Let go of what was made of the arrays, as they may have changed."""
+        """Drop the flat copies of the arrays, because the arrays may have changed."""
         self._flat_inputs: tuple[PolicyInput, th.Tensor] | None = None
         self._flat: RolloutSamples | None = None
 
     @property
     def wants_every_step(self) -> bool:
         """
-        Whether a derived buffer is filled as SB3 does it: one that has an :meth:`add` of its own, which is then called
-        at every step, or computes advantages of its own, from the rewards as SB3 puts them.
+        Whether SB3's method fills the buffer. It does for a derived buffer that has its own :meth:`add`, which must be
+        called at every step, or computes its own advantages, which need SB3's rewards.
         """
         return (
             type(self).add not in (sb3.RolloutBuffer.add, sb3.DictRolloutBuffer.add)
@@ -89,7 +89,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def add_observation(self, obs: Any, episode_start: np.ndarray) -> None:
         """
-        Add what all environments are about to act on; :meth:`add_transition` completes the step.
+        Add the observations on which the policy acts next; :meth:`add_transition` completes the step.
 
         :param obs: the observations
         :param episode_start: whether the observation is the first of an episode, shape ``(n_envs,)``
@@ -99,7 +99,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def add_masks(self, masks: np.ndarray) -> None:
         """
-        Add which actions are allowed in the observations that :meth:`add_observation` has added.
+        Add the action masks of the observations that :meth:`add_observation` has added.
 
         :param masks: bool, shape ``(n_envs, n_choices)``
         """
@@ -109,7 +109,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def add_state(self, state: th.Tensor) -> None:
         """
-        Add what the policy remembers before it acts, where a sequence begins; elsewhere it is not kept.
+        Store the hidden state before the step if a sequence begins with it; otherwise do nothing.
 
         :param state: shape ``(n_envs, n_state)``
         """
@@ -122,7 +122,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def add_counts(self, counts: np.ndarray) -> None:
         """
-        Add in which environments the step counts that :meth:`add_transition` completes.
+        Add whether the current step counts, for each environment; call it before :meth:`add_transition`.
 
         :param counts: bool, shape ``(n_envs,)``
         """
@@ -132,7 +132,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def add_transition(self, action: np.ndarray, reward: np.ndarray) -> None:
         """
-        Complete one step of all environments; what the policy says of it follows with :meth:`set_evaluation`.
+        Complete one step of all environments; :meth:`set_evaluation` adds values and log-probabilities later.
 
         :param action: shape ``(n_envs, action_dim)`` or what reshapes to it
         :param reward: shape ``(n_envs,)``
@@ -148,11 +148,11 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor, params: th.Tensor | None) -> None:
         """
-        Set what the policy that collected the rollout says of it.
+        Set values, log-probabilities and distribution parameters under the policy that collected the rollout.
 
         :param values: shape ``(n_envs * n_steps,)``, in the order of :meth:`flat`
         :param log_probs: shape ``(n_envs * n_steps,)``
-        :param params: shape ``(n_envs * n_steps, n_params)``; None if no update will ask for them
+        :param params: shape ``(n_envs * n_steps, n_params)``; None if no update needs them
         """
         self.values = self._unflat(values)
         self.log_probs = self._unflat(log_probs)
@@ -171,9 +171,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
         """
         Set ``advantages`` by GAE(lambda), and ``returns = advantages + values``, the TD(lambda) estimate.
 
-        :param last_values: values of the observations after the last step, one an environment
+        :param last_values: values of the observations after the last step, one for each environment
         :param dones: whether the last step ended an episode, shape ``(n_envs,)``
-        :raises ValueError: if a callback has added steps or environments to the rewards and not to ``truncated``
+        :raises ValueError: if a callback has added steps or environments to the rewards but not to ``truncated``
         """
         if not self.rewards.shape == self.truncated.shape == self.final_values.shape:
             raise ValueError(
@@ -196,8 +196,8 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def flat_inputs(self) -> tuple[PolicyInput, th.Tensor]:
         """
-        What the policy acted on and its actions, of the whole rollout, on the device, in SB3's order: all steps of the
-        first environment, then of the next. They are moved there once.
+        Policy inputs and actions of the whole rollout, on the device, in SB3's order: all steps of the first
+        environment, then of the next. They are moved to the device once.
 
         :return: inputs, and actions of shape ``(n_envs * n_steps, action_dim)``
         """
@@ -224,7 +224,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def inputs_so_far(self) -> tuple[PolicyInput, th.Tensor]:
         """
-        What the policy acted on and its actions, of the steps that have been added, on the device, step by step.
+        Policy inputs and actions of the steps that have been added so far, on the device, one step after the other.
 
         :return: inputs, and actions of shape ``(n_steps * n_envs, action_dim)``
         """
@@ -263,7 +263,9 @@ class RolloutBuffer(sb3.RolloutBuffer):
             self._flat_of("log_probs").flatten(),
             self._flat_of("advantages").flatten(),
             returns,
-            params if len(params) == len(returns) else returns.new_zeros(len(returns), 0),  # a callback's have none
+            params
+            if len(params) == len(returns)
+            else returns.new_zeros(len(returns), 0),  # samples added by a callback have none
             inputs.mask,
             inputs.state,
             inputs.starts,
@@ -272,7 +274,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def stored(self, name: str) -> Any:
         """
-        What holds the values of an attribute, to be written into.
+        The array that holds the values of an attribute and may be written into.
 
         :param name: of the attribute
         """
@@ -293,10 +295,10 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutSamples, None, None]:  # type: ignore[override]
         """
-        Cut the rollout into minibatches at random (by numpy's generator, as SB3 does). Where there is a memory, they
-        are of whole sequences.
+        Cut the rollout into random minibatches (by numpy's generator, as SB3 does), of whole sequences if the policy is
+        recurrent.
 
-        :param batch_size: samples in one; the last may be smaller; ``None``: all of them in one
+        :param batch_size: samples in a minibatch; the last may be smaller; ``None``: one minibatch of all samples
         :return: the minibatches of one epoch
         """
         flat = self.flat()
@@ -305,10 +307,10 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def shuffled_rows(self, batch_size: int) -> tuple[th.Tensor, ...]:
         """
-        The rows of :meth:`flat` that the minibatches of one epoch are made of, drawn anew.
+        Draw which rows of :meth:`flat` form each minibatch of one epoch.
 
         :param batch_size: samples in a minibatch; the last may be smaller
-        :return: for each minibatch, shape ``(batch_size,)``; where there is a memory, numbers of sequences
+        :return: one tensor of row indices for each minibatch; of sequence indices if the policy is recurrent
         """
         flat = self.flat()
         return shuffled_rows(len(flat.returns) // flat.length, max(1, batch_size // flat.length), self.device)
@@ -326,12 +328,12 @@ def minibatches(
     rollout_buffer: sb3.RolloutBuffer, batch_size: int
 ) -> Iterator[tuple[RolloutSamples, th.Tensor | None]]:
     """
-    The minibatches of one epoch, each as samples and which rows of them, so that who computes with them cuts them out.
+    Give the minibatches of one epoch, each as samples and the row indices to select from them, so that the caller (or
+    its compiled program) selects the rows.
 
     :param rollout_buffer: filled
     :param batch_size: samples in a minibatch; the last may be smaller
-    :return: samples and rows; the rows are None, for all of the samples, where a derived buffer has a ``get`` of its
-        own
+    :return: samples and rows; the rows are None, which means all samples, if a derived buffer has its own ``get``
     """
     if isinstance(rollout_buffer, RolloutBuffer) and type(rollout_buffer).get is RolloutBuffer.get:
         flat = rollout_buffer.flat()
@@ -344,14 +346,14 @@ def minibatches(
 
 def size_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> int | None:
     """
-    What a compiled step pads minibatches to where the last one of an epoch is smaller. There is a program for each size
-    else, which would be one in each rollout if steps of it do not count; and of sequences, which are unrolled, a second
-    program takes long to make.
+    The size to which a compiled step pads the smaller last minibatch of an epoch. Without padding, each size needs its
+    own program. If some steps do not count, that could mean a new program in each rollout; and for sequences, which
+    are unrolled, a second program takes long to compile.
 
     :param rollout_buffer: filled
     :param batch_size: samples in a minibatch
-    :return: the number of rows, of sequences where there is a memory; None where all minibatches have it, or one second
-        program will do
+    :return: the number of rows (of sequences if the policy is recurrent); None if all minibatches have the same size,
+        or a second program is cheap enough
     """
     if not isinstance(rollout_buffer, RolloutBuffer):
         return None
@@ -364,7 +366,7 @@ def size_to_pad_to(rollout_buffer: sb3.RolloutBuffer, batch_size: int) -> int | 
 
 def values_and_returns(rollout_buffer: sb3.RolloutBuffer) -> tuple[np.ndarray, np.ndarray]:
     """
-    Those of the steps that count.
+    Values and returns of the steps that count.
 
     :param rollout_buffer: filled, any of SB3's
     """
@@ -374,7 +376,7 @@ def values_and_returns(rollout_buffer: sb3.RolloutBuffer) -> tuple[np.ndarray, n
 
 
 def _of_sb3(samples: RolloutBufferSamples | DictRolloutBufferSamples) -> RolloutSamples:
-    """What one of SB3's buffers gives, which does not know the distributions that acted."""
+    """Convert samples of one of SB3's buffers, which do not have the parameters of the action distributions."""
     return RolloutSamples(
         samples.observations,
         samples.actions,

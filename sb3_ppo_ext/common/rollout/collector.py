@@ -1,4 +1,4 @@
-"""Collecting a rollout with the actor alone, and evaluating it once."""
+"""Collect a rollout with the actor alone, and evaluate it once at its end."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ Act = Callable[[PolicyInput], tuple[th.Tensor, StepEvaluation | None]]
 
 class Collector:
     """
-    Collects one rollout of an algorithm: :meth:`collect` steps the environments, :meth:`evaluate` puts into the buffer
-    what the policy says of it.
+    Collects one rollout of an algorithm: :meth:`collect` steps the environments, :meth:`evaluate` puts values,
+    log-probabilities and distribution parameters into the buffer.
 
-    A policy that is pure acts by its actor alone, and is evaluated when the rollout is complete. If a callback changes
-    it meanwhile, the steps so far are evaluated by the policy that made them, and each later one at once.
+    While a pure policy acts, only its actor runs; the policy evaluates the steps when the rollout is complete. If a
+    callback changes the policy meanwhile, the policy as it was evaluates the steps so far, and each later step is
+    evaluated at once.
 
-    :param algorithm: whose rollout it is; its observations and its count of time steps move on
+    :param algorithm: whose last observations and ``num_timesteps`` are updated
     :param env: the training environment
     :param callback: called at each step
-    :param rollout_buffer: to fill, empty
+    :param rollout_buffer: an empty buffer to fill
     :param stop: when the rollout ends
-    :param masks: reads which actions the environments allow; None: all
-    :param acting_policy: gives the policy as it is now; ``step_by_step=True`` if it must evaluate each step at once
-    :param heeds_masks: whether masks that were not found when the environments were reset are an error
-    :param keeps_final_values: whether the values of the observations are wanted that a time limit ends episodes with
-    :param step_by_step: whether to evaluate each step at once, as a callback is known to change the policy within a
-        rollout; the attribute becomes true when that is seen
+    :param masks: reads which actions the environments allow; None: all actions are allowed
+    :param acting_policy: returns the current policy; ``step_by_step=True`` if it must evaluate each step at once
+    :param heeds_masks: whether to raise an error if masks appear that were not there when the environments were reset
+    :param keeps_final_values: whether to evaluate the final observations of episodes that a time limit ended
+    :param step_by_step: whether to evaluate each step at once, because a callback changes the policy within rollouts;
+        the attribute becomes True when such a change is detected
     """
 
     def __init__(
@@ -86,18 +87,18 @@ class Collector:
         self, n_rollout_steps: int, first_masks: np.ndarray | None = None, first_state: th.Tensor | None = None
     ) -> bool:
         """
-        Step the environments until the rollout is complete. Afterwards ``last_masks`` are those of the environments as
-        they are, and ``last_state`` is what the policy remembers before the algorithm's last observations.
+        Step the environments until the rollout is complete. Afterwards ``last_masks`` and ``last_state`` are the action
+        masks and the hidden state that belong to the algorithm's last observations.
 
-        :param n_rollout_steps: as ``collect_rollouts`` got it, for callbacks to look at
+        :param n_rollout_steps: the argument of ``collect_rollouts``, shown to callbacks
         :param first_masks: which actions are allowed in the first observations
-        :param first_state: what the policy remembers before them, shape ``(n_envs, n_state)``; None: it has no memory
-        :return: False if the callback ended the rollout before
+        :param first_state: hidden state before the first step, shape ``(n_envs, n_state)``; None: no recurrent policy
+        :return: False if the callback ended the rollout early
         """
         algorithm = self._algorithm
         try:
             return self._collect(n_rollout_steps, first_masks, first_state)
-        finally:  # what is kept between rollouts, saved and looked at is numpy's, as SB3 has it
+        finally:  # between rollouts the algorithm keeps numpy arrays, as in SB3
             algorithm._last_obs = to_arrays(algorithm._last_obs)
             algorithm._last_episode_starts = to_arrays(algorithm._last_episode_starts)
 
@@ -110,7 +111,7 @@ class Collector:
         stays_on_device = isinstance(rollout_buffer, TensorRolloutBuffer) and gives_tensors(env)
         all_count = self._stop.counted is None
         copy_infos_quickly(env)
-        # Without a callback nobody changes the policy meanwhile, and it need not be looked at in every step.
+        # Without a callback nothing changes the policy during the rollout, and no step needs to check for it.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self.actor_critic.act
         self.last_masks = masks = first_masks
@@ -121,7 +122,7 @@ class Collector:
         while True:
             if use_sde and algorithm.sde_sample_freq > 0 and n_steps % algorithm.sde_sample_freq == 0:
                 algorithm.policy.reset_noise(env.num_envs)
-            if self.step_by_step:  # what acts now may have other layers
+            if self.step_by_step:  # the policy may have other layers by now
                 policy = algorithm.policy
                 act = self._take_policy()
 
@@ -136,7 +137,7 @@ class Collector:
             actions: Any = action_tensor if stays_on_device else action_tensor.cpu().numpy()
             actions = actions.reshape(action_shape)
             clipped_actions = to_env(actions, policy, action_space)
-            # Before the step, as an environment may write its next observation into the same array.
+            # Before the step, because an environment may write its next observation into the same array.
             rollout_buffer.add_observation(
                 obs_tensor if stays_on_device else algorithm._last_obs,
                 algorithm._last_episode_starts,  # type: ignore[arg-type]
@@ -210,9 +211,9 @@ class Collector:
             self.step_by_step = True
             warnings.warn(
                 "The policy was changed while it collected a rollout, in a way that is seen only at the end of it (by "
-                ".data, by another tensor, layer or hook, or by an environment and no callback). In this one rollout "
-                "the change was not followed as Stable-Baselines3 would follow it; from the next rollout on it is, as "
-                "each step is evaluated at once",
+                ".data, by another tensor, layer or hook, or by an environment instead of a callback). This rollout was "
+                "evaluated as if the change had come after it, unlike in Stable-Baselines3. From the next rollout on, "
+                "each step is evaluated at once, which follows such changes",
                 stacklevel=2,
             )
         return True
@@ -224,7 +225,7 @@ class Collector:
         observations.
 
         :return: the values of the observations after the last step, shape ``(n_envs,)``
-        :raises NonFiniteError: if a reward is not finite, or what follows from an observation
+        :raises NonFiniteError: if a reward is not finite, or an observation leads to a value that is not
         """
         buffer, last_obs = self._buffer, self._algorithm._last_obs
         self._evaluate_steps()
@@ -243,13 +244,13 @@ class Collector:
         return th.as_tensor(self._algorithm._last_episode_starts, dtype=th.float32, device=self._algorithm.device)
 
     def _take_policy(self) -> Act:
-        """Act and evaluate with the policy as it is now, step by step."""
+        """Take the current policy, to act and to evaluate each step at once."""
         self.actor_critic = self._acting_policy(step_by_step=True)
         return self.actor_critic.act
 
     @th.no_grad()
     def _follow_change(self) -> None:
-        """Evaluate the steps so far by the policy that made them, as a callback has changed it."""
+        """After a callback has changed the policy, evaluate the steps so far by the policy as it was."""
         assert self._watch is not None
         with self._watch.as_at_first():
             self._steps = self._steps or self._evaluations_so_far()
@@ -258,7 +259,7 @@ class Collector:
         self.step_by_step = True
 
     def _note_ends(self, n_steps: int, transition: Transition, state: th.Tensor | None) -> None:
-        """Note how a step ended episodes, which is told for all environments at once."""
+        """Record which episodes a step ended, from a transition of all environments."""
         buffer, truncated = self._buffer, transition.truncated
         if transition.episodes is not None:
             self._note_episodes(transition.episodes)
@@ -274,8 +275,8 @@ class Collector:
     def _note_ends_by_infos(
         self, n_steps: int, dones: np.ndarray, infos: list[dict[str, Any]], state: th.Tensor | None
     ) -> None:
-        """Note how a step ended episodes, which each environment tells in its info."""
-        is_as_made = type(self._env) is DummyVecEnv  # a wrapper may change an observation and not the final one
+        """Record which episodes a step ended, from the info of each environment."""
+        is_as_made = type(self._env) is DummyVecEnv  # a wrapper may reshape observations but not final ones
         for idx in dones.nonzero()[0]:
             final_obs = infos[idx].get("terminal_observation")
             if is_as_made:
@@ -288,18 +289,18 @@ class Collector:
                     self._note_final_values()
 
     def _note_final_values(self) -> None:
-        """Evaluate a final observation at once where its value may depend on when, as SB3 does."""
+        """Evaluate final observations at once, as SB3 does, if the time of the pass may change the result."""
         if not self.actor_critic.is_pure:
             self._final_values.evaluate(self.actor_critic)
 
     def _note_episodes(self, episodes: Episodes) -> None:
-        """Note returns and lengths for the logs."""
+        """Record returns and lengths for the logs."""
         of_infos, of_successes = self._algorithm.ep_info_buffer, self._algorithm.ep_success_buffer
         assert of_infos is not None
         assert of_successes is not None
         if self._stop.counted is not None:
             episodes = episodes.some(self._stop.counted[episodes.env_indices])
-        episodes = episodes.some(slice(-(of_infos.maxlen or 0), None))  # of thousands, most would be dropped again
+        episodes = episodes.some(slice(-(of_infos.maxlen or 0), None))  # the deque would drop the others anyway
         of_infos.extend(episodes.infos())
         if episodes.successes is not None:
             of_successes.extend(episodes.successes.tolist())
@@ -311,7 +312,7 @@ class Collector:
         self._algorithm._update_info_buffer(infos, dones[counted])
 
     def _evaluations_so_far(self) -> list[StepEvaluation]:
-        """Values and distribution parameters of the steps that the rollout has so far, for each."""
+        """Values and distribution parameters of each step that the rollout has so far."""
         inputs, actions = self._buffer.inputs_so_far()
         parts = [
             self.actor_critic.evaluate_actions(inputs.rows(rows), actions[rows])
@@ -348,9 +349,9 @@ class Collector:
 
     def _check_params(self, of_params: th.Tensor, log_probs: th.Tensor) -> None:
         """
-        :param of_params: log-probabilities of the actions by the parameters of the policy's distributions
-        :param log_probs: by the policy itself
-        :raises ValueError: if they are not of the same distributions
+        :param of_params: log-probabilities of the actions, computed from the distribution parameters
+        :param log_probs: log-probabilities that the policy returned
+        :raises ValueError: if the two clearly differ
         """
         # Rounding alone makes them differ for single actions, at the end of a squashed range.
         differs = (of_params - log_probs).abs() > 0.01 * (1.0 + log_probs.abs())
@@ -366,11 +367,11 @@ class Collector:
 
 def to_env(actions: Any, policy: Any, action_space: spaces.Space[Any]) -> Any:
     """
-    A copy of the actions as the environment takes them, which may write into it: those of a Box are unscaled if they
-    are squashed, else clipped to the bounds.
+    Copy the actions and bring them into the form that the environment takes: Box actions are unscaled if the policy
+    squashes them, otherwise clipped to the bounds. The environment may write into the copy.
 
     :param actions: as the policy drew them, shape ``(n_envs, *action_shape)``; an array or a tensor
-    :param policy: that drew them
+    :param policy: the policy that drew them
     :param action_space: of the environment
     """
     is_tensor = isinstance(actions, th.Tensor)
@@ -383,15 +384,15 @@ def to_env(actions: Any, policy: Any, action_space: spaces.Space[Any]) -> Any:
         return low + 0.5 * (actions + 1.0) * (high - low) if policy.squash_output else th.clamp(actions, low, high)
     if policy.squash_output:
         return policy.unscale_action(actions)
-    # np.clip does the same in three times the time
+    # np.clip does the same but takes three times as long
     return np.minimum(np.maximum(actions, low), high)
 
 
 def env_by_env(steps: Sequence[th.Tensor | None]) -> th.Tensor | None:
     """
-    What each step gave for all environments, in the order of the flat rollout; None if the steps did not give it.
+    Join the tensors of all steps in the order of the flat rollout; None if the steps have no tensors.
 
-    :param steps: one tensor of shape ``(n_envs, ...)`` a step, or None
+    :param steps: for each step a tensor of shape ``(n_envs, ...)``, or None
     """
     present = [step for step in steps if step is not None]
     return th.stack(present, dim=1).flatten(0, 1) if present else None

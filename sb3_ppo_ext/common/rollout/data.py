@@ -1,4 +1,4 @@
-"""What passes from the environments to the optimiser: inputs of a policy, and samples of a rollout."""
+"""The data types on the way from the environments to the optimiser: policy inputs and samples of a rollout."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ CHUNK_ROWS = 2**14
 
 class PolicyInput(NamedTuple):
     """
-    What a policy computes from. What a policy has no use for is None, and then nothing is computed, stored or compiled
+    The inputs of a policy. A field that the policy does not use is None; then nothing is computed, stored or compiled
     for it.
 
-    A recurrent policy computes from sequences of one length: the batch is one sequence after the other, and each has
-    the state at its beginning.
+    For a recurrent policy the batch consists of sequences of equal length, one after the other, each with the hidden
+    state at its beginning.
 
     :param obs: a batch of observations, shape ``(batch, *obs_shape)``, or a dict of such
     :param mask: which actions are allowed, bool, shape ``(batch, n_actions)``; None: all
     :param state: of a recurrent policy, before the first observation of each sequence, shape
         ``(n_sequences, n_state)``; None: the policy has no memory
-    :param starts: 1 where an observation is the first of its episode, so that what was before is forgotten, else 0;
-        shape ``(batch,)``; None: the policy has no memory
+    :param starts: 1 where an observation is the first of its episode, so that the hidden state is reset, else 0; shape
+        ``(batch,)``; None: the policy has no memory
     """
 
     obs: PyTorchObs
@@ -71,7 +71,7 @@ class PolicyInput(NamedTuple):
 
 class RolloutSamples(NamedTuple):
     """
-    Samples of a rollout: the fields of SB3's ``RolloutBufferSamples``, and what else the updates here ask for.
+    Samples of a rollout: the fields of SB3's ``RolloutBufferSamples``, and further ones that our updates use.
 
     :param observations: shape ``(batch, *obs_shape)``, or a dict of such, in the dtype of the observation space
     :param actions: shape ``(batch, action_dim)``
@@ -81,15 +81,15 @@ class RolloutSamples(NamedTuple):
     :param returns: shape ``(batch,)``
     :param old_params: parameters of the distribution that drew the actions, shape ``(batch, n_params)``
     :param action_masks: which actions were allowed, bool, shape ``(batch, n_actions)``; None: all
-    :param states: of a recurrent policy, at the beginning of each sequence, shape ``(n_sequences, n_state)``, the
-        samples being one sequence after the other; None: the policy has no memory
+    :param states: hidden states of a recurrent policy at the beginning of each sequence, shape
+        ``(n_sequences, n_state)``; the samples are one sequence after the other. None: the policy has no memory
     :param episode_starts: 1 where a sample is the first of its episode, else 0, shape ``(batch,)``; None: the policy
         has no memory
-    :param mask: which samples count, bool, shape ``(batch,)``; None: all. The others fill a minibatch up to its size
+    :param mask: which samples count, bool, shape ``(batch,)``; None: all. The others only pad the minibatch
     :param reference_params: parameters of the reference policy's distributions, shape ``(batch, n_params)``; None:
         there is no such policy
-    :param proximal_log_prob: under the policy around which an update clips, shape ``(batch,)``; ``old_params`` are then
-        of that policy too. None: it is the one that acted
+    :param proximal_log_prob: log-probability under the policy around which an update clips, shape ``(batch,)``;
+        ``old_params`` then belong to that policy too. None: the update clips around the policy that acted
     """
 
     observations: PyTorchObs
@@ -134,10 +134,10 @@ class RolloutSamples(NamedTuple):
 
     def scattered(self, values: th.Tensor, *, elsewhere: float = 0.0) -> th.Tensor:
         """
-        What :meth:`counted` is the inverse of.
+        The inverse of :meth:`counted`.
 
         :param values: one for each sample that counts
-        :param elsewhere: what the others get
+        :param elsewhere: the value of the other samples
         :return: shape ``(batch,)``
         """
         if self.mask is None:
@@ -146,10 +146,10 @@ class RolloutSamples(NamedTuple):
 
     def padded(self, rows: th.Tensor | None, n_rows: int) -> RolloutSamples:
         """
-        Some of the samples and, up to a fixed number, the first one again and again, with a mask of those that count.
+        Select samples and pad them to a fixed number by repeating the first sample; ``mask`` excludes the padding.
 
-        :param rows: indices of them, at most ``n_rows``; None: all. Where there is a memory, all this is of sequences
-        :param n_rows: how many there are to be
+        :param rows: indices of the samples (of sequences if the policy is recurrent), at most ``n_rows``; None: all
+        :param n_rows: number of samples (or sequences) after padding
         """
         if rows is None:
             rows = th.arange(len(self.returns) // self.length, device=self.returns.device)
@@ -170,7 +170,7 @@ class RolloutSamples(NamedTuple):
 
 
 MASK_KEY = "action_mask"
-"""Of Dict observations, as PettingZoo has it, and of infos, as gymnasium's Taxi has it."""
+"""The key of action masks in Dict observations (as in PettingZoo) and in infos (as in gymnasium's Taxi)."""
 
 
 def rows_of(part: Any, rows: slice | th.Tensor | np.ndarray, length: int = 1) -> Any:
@@ -179,7 +179,7 @@ def rows_of(part: Any, rows: slice | th.Tensor | np.ndarray, length: int = 1) ->
 
     :param part: the first dimension of each is the batch
     :param rows: a range or indices
-    :param length: of the sequences that the rows are, each so many samples of the batch
+    :param length: number of samples in a row, if rows are sequences
     """
     if part is None:
         return None
@@ -190,10 +190,10 @@ def rows_of(part: Any, rows: slice | th.Tensor | np.ndarray, length: int = 1) ->
 
 def to_tensors(obs: Any, device: th.device) -> Any:
     """
-    Observations on a device, of which those that are there already are the same tensors.
+    Move observations to a device; tensors that are already there are not copied.
 
     :param obs: an array or a tensor, or a dict of such
-    :param device: where they are to be
+    :param device: the target device
     """
     if isinstance(obs, dict):
         return {key: th.as_tensor(part, device=device) for key, part in obs.items()}
@@ -202,14 +202,14 @@ def to_tensors(obs: Any, device: th.device) -> Any:
 
 def shuffled_rows(n_rows: int, n_in_minibatch: int, device: th.device) -> tuple[th.Tensor, ...]:
     """
-    The rows of the minibatches of one epoch, drawn at random by numpy's generator, as SB3 does it.
+    Draw the row indices of the minibatches of one epoch by numpy's generator, as SB3 does.
 
-    :param n_rows: to draw from
-    :param n_in_minibatch: rows of one; the last may be smaller
-    :param device: where they are to be
+    :param n_rows: number of rows to shuffle
+    :param n_in_minibatch: rows in a minibatch; the last may be smaller
+    :param device: of the indices
     """
     rows = th.from_numpy(np.random.permutation(n_rows))  # noqa: NPY002
-    if device.type == "cuda":  # from where the host need not wait for it
+    if device.type == "cuda":  # the copy from pinned memory does not block the host
         rows = rows.pin_memory()
     return th.split(rows.to(device, non_blocking=True), n_in_minibatch)
 
@@ -223,7 +223,7 @@ def is_tensors(obs: Any) -> bool:
 
 def to_arrays(obs: Any) -> Any:
     """
-    What numpy can read; it is the same memory where that is the CPU's.
+    Convert to numpy arrays, which share the memory of tensors on the CPU.
 
     :param obs: an array or a tensor, or a dict of such
     """
@@ -234,12 +234,12 @@ def to_arrays(obs: Any) -> Any:
 
 def chunks(n_samples: int, observation_space: spaces.Space[Any], length: int = 1) -> Iterator[slice]:
     """
-    Cut a rollout so that the memory a pass through the networks takes is bounded.
+    Cut a rollout into chunks, to bound the memory of a pass through the networks.
 
-    :param n_samples: to be cut
+    :param n_samples: number of samples
     :param observation_space: of their observations
-    :param length: of the sequences that they are
-    :return: ranges of samples, or of sequences where these are longer than 1
+    :param length: samples in a sequence
+    :return: ranges of samples, or of sequences where ``length`` is above 1
     """
     size = max(get_flattened_obs_dim(observation_space), 1)
     n_rows, rows = n_samples // length, max(1, min(CHUNK_ROWS, CHUNK_NUMBERS // size) // length)

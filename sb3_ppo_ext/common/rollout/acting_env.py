@@ -78,7 +78,7 @@ def _only_masks(envs: list[Any], frame: FrameType) -> Any:
 
 
 def _core(env: Any) -> Any:
-    """The innermost environment, the same for all of its wrappers and for a vector of this environment alone."""
+    """The innermost environment: the same for all of its wrappers and for a vector of only this environment."""
     inner = env.unwrapped
     alone = getattr(inner, "envs", [])
     return alone[0].unwrapped if isinstance(inner, VecEnv) and len(alone) == 1 else inner
@@ -92,13 +92,13 @@ def _are_equal(a: Any, b: Any) -> bool:
 
 def _several() -> ArgumentError:
     return ArgumentError(
-        "action_masks=None is not allowed: the observations may come from several environments of the caller, and these "
+        "action_masks=None is not allowed: the observations may come from several environments of the caller, which "
         "allow different actions. It must be an array of True and False, one for each choice"
     )
 
 
 def _masks_of(env: Any, frame: FrameType) -> Any:
-    """One mask for each environment; None if there are none, or the observations contain them."""
+    """One mask for each environment; None if there are none, or if the observations contain them."""
     if not isinstance(env, VecEnv):
         method = _attribute(env, METHOD)
         if callable(method):

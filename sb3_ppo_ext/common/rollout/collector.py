@@ -111,7 +111,7 @@ class Collector:
         stays_on_device = isinstance(rollout_buffer, TensorRolloutBuffer) and gives_tensors(env)
         all_count = self._stop.counted is None
         copy_infos_quickly(env)
-        # Without a callback nothing changes the policy during the rollout, and no step needs to check for it.
+        # Without a callback nothing changes the policy during a rollout, so steps need not check for it.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self.actor_critic.act
         self.last_masks = masks = first_masks
@@ -211,8 +211,8 @@ class Collector:
             self.step_by_step = True
             warnings.warn(
                 "The policy was changed while it collected a rollout, in a way that is seen only at the end of it (by "
-                ".data, by another tensor, layer or hook, or by an environment instead of a callback). This rollout was "
-                "evaluated as if the change had come after it, unlike in Stable-Baselines3. From the next rollout on, "
+                ".data, by another tensor, layer or hook, or by an environment instead of a callback). This rollout "
+                "was evaluated without following the change, unlike in Stable-Baselines3. From the next rollout on, "
                 "each step is evaluated at once, which follows such changes",
                 stacklevel=2,
             )

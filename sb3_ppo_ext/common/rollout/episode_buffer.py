@@ -1,4 +1,4 @@
-"""A rollout of complete episodes, so many from each environment."""
+"""A rollout of complete episodes, the same number from each environment."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class EpisodeIndex(NamedTuple):
 
 class EpisodeBuffer(RolloutBuffer):
     """
-    A rollout buffer that grows until it is told to :meth:`close`. Takes the arguments of SB3's; ``buffer_size`` is
-    where it starts.
+    A rollout buffer that grows until :meth:`close` is called. The arguments are those of SB3's buffer; ``buffer_size``
+    is the initial size.
 
-    An environment may begin in the middle of an episode, and when it is done with its episodes it steps on until the
-    last one is; :meth:`flat` and :meth:`get` leave those steps out.
+    A rollout may begin in the middle of an environment's episode, and an environment that has completed its episodes
+    is stepped until the slowest one has too; :meth:`flat` and :meth:`get` leave these steps out.
     """
 
     def add_observation(self, obs: Any, episode_start: np.ndarray) -> None:
@@ -39,14 +39,14 @@ class EpisodeBuffer(RolloutBuffer):
 
     def close(self, episodes_per_env: int) -> None:
         """
-        End the rollout: the buffer is full, and as long as what it holds.
+        End the rollout: mark the buffer as full and cut it to the steps it holds.
 
         :param episodes_per_env: complete episodes of each environment, from the first that begins in the rollout on;
-            what precedes and what follows them does not count
+            the steps before and after them do not count
         """
         self._resize(self.pos)
         self.full = True
-        # Its number within the environment; -1 of the one that had begun before.
+        # Episode number within the environment; -1 for an episode that began before the rollout.
         starts = self.episode_starts > 0 if self.counts is None else (self.episode_starts > 0) & self.counts
         episode = np.cumsum(starts, axis=0) - 1
         now = np.arange(self.buffer_size)[:, None]
@@ -59,7 +59,7 @@ class EpisodeBuffer(RolloutBuffer):
         )
 
     def _resize(self, n_steps: int) -> None:
-        """Change the length of what :meth:`add_transition` fills; the evaluation sets arrays of its own."""
+        """Change the length of the arrays that are filled at each step; the evaluation replaces the others."""
 
         def resized(array: np.ndarray) -> np.ndarray:
             result = np.zeros((n_steps, *array.shape[1:]), dtype=array.dtype)
@@ -80,7 +80,7 @@ class EpisodeBuffer(RolloutBuffer):
             self.counts = resized(self.counts)
         states, self.states = self.states, None
         self.truncated, self.final_values = resized(self.truncated), resized(self.final_values)
-        self.distribution_params = resized(self.distribution_params)  # a policy of the user's own may not set them
+        self.distribution_params = resized(self.distribution_params)  # a custom policy may not set them
         self.buffer_size = n_steps
         if states is not None:
             n_steps = -(-n_steps // self.sequence_length)
@@ -92,8 +92,8 @@ class EpisodeBuffer(RolloutBuffer):
 
     def flat(self) -> RolloutSamples:
         """
-        The samples that count: those of the complete episodes, one episode after the other. Where there is a memory,
-        all sequences in which some do, with a mask of these; the last of each environment is filled up with its last
+        The samples of the complete episodes, one episode after the other. For a recurrent policy, all sequences that
+        contain some of them, with a mask of these samples; the last sequence of an environment is padded with its last
         sample.
         """
         if self._flat is None:

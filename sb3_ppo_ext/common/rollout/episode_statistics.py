@@ -12,11 +12,11 @@ from sb3_ppo_ext.common.rollout.transitions import Episodes
 
 class EpisodeStatistics:
     """
-    Counts what the environments do, as ``Monitor`` does it for one; where they count themselves (wrapped in
-    ``RecordEpisodeStatistics`` or ``Monitor``), it is theirs that is told.
+    Records returns and lengths of episodes, as ``Monitor`` does for one environment. Statistics of the environments
+    themselves (wrapped in ``RecordEpisodeStatistics`` or ``Monitor``) take precedence.
 
     :param n_envs: number of environments
-    :param reads_theirs: whether theirs can be relied on
+    :param reads_theirs: whether the environments' own statistics can be relied on
     """
 
     def __init__(self, n_envs: int, *, reads_theirs: bool) -> None:
@@ -26,7 +26,7 @@ class EpisodeStatistics:
         self.lengths = np.zeros(n_envs, dtype=np.int64)
 
     def forget(self) -> None:
-        """Begin all episodes anew."""
+        """Start all episodes from zero."""
         self.returns[:] = 0.0
         self.lengths[:] = 0
 
@@ -37,10 +37,10 @@ class EpisodeStatistics:
         Count a step.
 
         :param rewards: shape ``(n_envs,)``
-        :param counts: whether it is a step of an episode, bool, shape ``(n_envs,)``; None: of all
-        :param ends: the environments in which it ended one
-        :param infos: of those, in arrays
-        :return: the episodes that it ended; None if there are none
+        :param counts: False where the step only reset the environment, shape ``(n_envs,)``; None: all steps count
+        :param ends: whether the step ended an episode, bool, shape ``(n_envs,)``
+        :param infos: of the environments whose episodes ended, as arrays
+        :return: the episodes that the step ended; None if there are none
         """
         if counts is None:
             self.returns += rewards

@@ -1,4 +1,4 @@
-"""What a policy says of a batch."""
+"""The results of evaluating a policy on a batch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sb3_ppo_ext.common.distributions import Family
 
 class Evaluation(NamedTuple):
     """
-    What the present policy says of a batch of observations and of the actions that were taken there.
+    The present policy's evaluation of a batch of observations and of the actions that were taken there.
 
     :param values: shape ``(batch,)``
     :param log_prob: log-probability of the actions, shape ``(batch,)``
     :param entropy: shape ``(batch,)``; ``None`` where there is no closed form
     :param params: distribution parameters, shape ``(batch, n_params)``, or ``(batch, 0)`` if nobody wants them
-    :param family: the formulas that read them; None for a distribution of the user's own
+    :param family: the formulas for these parameters; None for a custom distribution
     """
 
     values: th.Tensor
@@ -36,8 +36,8 @@ class Evaluation(NamedTuple):
         """
         if self.family is None or self.params.shape != old_params.shape:
             raise ValueError(
-                "The parameters of the action distributions have not been kept, which an exact KL divergence is "
-                "computed from: the algorithm whose loss asks for it must have the class attribute "
+                "The parameters of the action distributions have not been kept, and an exact KL divergence is "
+                "computed from them: the algorithm whose loss asks for it must have the class attribute "
                 "_needs_old_params = True, and a rollout buffer with a get() of its own must give RolloutSamples"
             )
         return self.family.kl(old_params, self.params)
@@ -55,7 +55,7 @@ class Evaluation(NamedTuple):
 
 class ActorEvaluation(NamedTuple):
     """
-    What the present actor says of a batch of actions.
+    The present actor's evaluation of a batch of actions.
 
     :param log_prob: log-probability of the actions, shape ``(batch,)``
     :param entropy: shape ``(batch,)``; ``None`` where there is no closed form
@@ -69,13 +69,13 @@ class ActorEvaluation(NamedTuple):
 
 class StepEvaluation(NamedTuple):
     """
-    What the pass that drew the actions of one step also says of them, where that would cost more, or would not be the
-    same, if it was computed for the whole rollout at its end.
+    What the pass that drew the actions of one step also computed. It is kept where computing it at the end, for the
+    whole rollout, would cost more or give other results.
 
     :param values: shape ``(n_envs,)``
     :param log_prob: shape ``(n_envs,)``; None if it is computed from the parameters
     :param params: shape ``(n_envs, n_params)``; None if nobody wants them
-    :param state: of a recurrent policy, after the observations, shape ``(n_envs, n_state)``; None: it has none
+    :param state: hidden state after the step, shape ``(n_envs, n_state)``; None: the policy is not recurrent
     """
 
     values: th.Tensor

@@ -1,4 +1,4 @@
-"""What went wrong while a rollout was collected, in words."""
+"""Explain errors that occur while a rollout is collected."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sb3_ppo_ext.common.rollout.tensor_buffer import TensorRolloutBuffer
 
 def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
     """
-    What is known about an error besides its own message. What a callback raises is the user's and is left alone; so is
-    everything of which another reason than the one found here is possible, but for a note.
+    Find the cause of an error. An error that a callback raised is left alone. If the error may have another cause than
+    the one found here, it only gets a note.
 
-    :param error: raised while a rollout was collected, or the environments were reset for it; a note may be added to it
+    :param error: raised while a rollout was collected or the environments were reset for it; a note may be added to it
     :param env: the training environment
-    :param obs: that were acted on; None if there are none yet
-    :return: an error that says more, to be raised from it; None if it is to be raised itself
+    :param obs: the last observations that the policy acted on; None if there are none yet
+    :return: a more informative error to raise from it; None if the original error is to be raised
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     codes = [frame.f_code for frame in frames]
@@ -37,8 +37,8 @@ def explained(error: Exception, env: VecEnv, obs: Any) -> Exception | None:
         if ended:
             return RuntimeError(
                 f"Worker processes of the environment have ended: {ended}. A negative exit code is the signal that "
-                "killed it, -9 often for want of memory. The model is as it was before this rollout: make the "
-                "environment anew, give it to set_env() and go on"
+                "killed it; -9 often means that memory ran out. The model is as it was before this rollout: create "
+                "the environment again, pass it to set_env() and go on"
             )
     misshapen = _refused_observation(error)
     if misshapen:
@@ -72,19 +72,19 @@ def _add_note(error: Exception, note: str) -> None:
 
 def raise_if_rollout_not_finite(rollout_buffer: RolloutBuffer, of_values: Any, last_obs: Any) -> None:
     """
-    A reward must be finite. An observation may be what it likes as long as the policy makes something finite of it.
+    Check that rewards are finite. Observations may hold anything as long as values and log-probabilities are finite.
 
     :param rollout_buffer: filled and evaluated
-    :param of_values: computed from the values, those of the observations after the last step too
-    :param last_obs: those observations
-    :raises NonFiniteError: if a reward is not finite, or where it is a value or log-probability, an observation; saying
-        which is first
+    :param of_values: computed from the values, including those of the observations after the last step
+    :param last_obs: the observations after the last step
+    :raises NonFiniteError: if a reward is not finite, or if a value or log-probability is not finite and an observation
+        is not either, naming the first
     """
     if isinstance(rollout_buffer, TensorRolloutBuffer) and rollout_buffer.is_finite():
         results: tuple[Any, ...] = (to_arrays(of_values),)
     else:
         results = (rollout_buffer.rewards, rollout_buffer.values, rollout_buffer.log_probs, to_arrays(of_values))
-    # A buffer of the user's own may hold them in other ways.
+    # A custom buffer may hold them in other types.
     if all(np.isfinite(result).all() for result in results if isinstance(result, np.ndarray)):
         return
     obs = _not_finite(rollout_buffer.observations, axes=("step", "environment"))
@@ -99,10 +99,10 @@ def raise_if_rollout_not_finite(rollout_buffer: RolloutBuffer, of_values: Any, l
 def raise_if_final_not_finite(values: np.ndarray, final_obs: Any, steps: np.ndarray, env_indices: np.ndarray) -> None:
     """
     :param values: of final observations
-    :param final_obs: these, stacked
-    :param steps: in which each was made
-    :param env_indices: by which environment
-    :raises NonFiniteError: if a value is not finite and its observation is not, saying which
+    :param final_obs: the final observations, stacked
+    :param steps: the step of each
+    :param env_indices: the environment of each
+    :raises NonFiniteError: if a value and its observation are both not finite, naming the observation
     """
     for i in np.flatnonzero(~np.isfinite(values)).tolist():
         one = {key: array[i] for key, array in final_obs.items()} if isinstance(final_obs, dict) else final_obs[i]
@@ -113,7 +113,7 @@ def raise_if_final_not_finite(values: np.ndarray, final_obs: Any, steps: np.ndar
 
 def raise_if_misshapen(obs: Any, space: spaces.Space[Any], env_index: int) -> None:
     """
-    numpy puts one number in the place of four without a word, so SB3's vector of environments does.
+    Check the size of an observation: numpy silently broadcasts one number to four, and so does SB3's ``DummyVecEnv``.
 
     :param obs: as an environment returned it
     :param space: of its observations
@@ -142,7 +142,7 @@ def _misshapen(key: str | None, who: str, shape: tuple[int, ...], expected: tupl
 
 
 def _refused_observation(error: Exception) -> str | None:
-    """If the error is SB3's vectors of environments failing to put observations together: which of them, in words."""
+    """If one of SB3's VecEnvs failed to stack observations: a sentence about the one with the wrong shape."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         local = dict(frame.f_locals)  # no dict in Python 3.13
         if frame.f_code is DummyVecEnv._save_obs.__code__:
@@ -159,7 +159,7 @@ def _refused_observation(error: Exception) -> str | None:
 
 
 def _misshapen_batch(obs: Any, env: VecEnv) -> str | None:
-    """Where all environments return the same wrong shape, other vectors of them take it."""
+    """A sentence about a wrong shape that all environments share, which some VecEnvs do not refuse."""
     for key, shape, expected in _shapes(obs, env.observation_space):
         if math.prod(shape[1:]) != math.prod(expected):
             return _misshapen(key, "Each environment", shape[1:], expected)
@@ -175,7 +175,7 @@ def _not_finite_message(found: dict[str, str | None]) -> str:
 
 
 def _not_finite(obs: Any, axes: tuple[str, ...]) -> str | None:
-    """Where the first number is that is NaN or infinite; None if there is none."""
+    """The place of the first number that is NaN or infinite; None if there is none."""
     for key, array in obs.items() if isinstance(obs, dict) else [(None, obs)]:
         if np.issubdtype(np.asarray(array).dtype, np.floating):
             rows = np.argwhere(~np.isfinite(array))

@@ -1,4 +1,4 @@
-"""The values of the observations that episodes ended with which a time limit has cut."""
+"""The values of the final observations of episodes that a time limit has cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FinalValues:
     """
     The final observations of a rollout's truncated episodes, and their values.
 
-    It is kept with the rollout, and has no policy: a rollout can be copied, and a compiled policy cannot.
+    It is kept with the rollout, which must be copyable. A compiled policy is not, so it holds no policy.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,8 @@ class FinalValues:
         """
         :param step: of the rollout, in which the episode was cut
         :param env_index: number of the environment
-        :param final_obs: as the environment gave it, which may write its next one into the same arrays
-        :param state: what the policy remembers before it, shape ``(n_state,)``; None: it has no memory
+        :param final_obs: it is copied, because the environment may reuse its arrays
+        :param state: hidden state before the final observation, shape ``(n_state,)``; None: no recurrent policy
         """
         is_dict = isinstance(final_obs, dict)
         row = {k: np.array(x)[None] for k, x in final_obs.items()} if is_dict else np.array(final_obs)[None]
@@ -48,7 +48,7 @@ class FinalValues:
         :param env_indices: numbers of the environments, shape ``(n,)``
         :param final_obs: one row for each of them, shape ``(n, *obs_shape)`` or a dict of such, to be kept; arrays or
             tensors
-        :param states: what the policy remembers before them, shape ``(n, n_state)``; None: it has no memory
+        :param states: hidden states before them, shape ``(n, n_state)``; None: the policy is not recurrent
         """
         self._steps.append(step)
         self._env_indices.append(env_indices)

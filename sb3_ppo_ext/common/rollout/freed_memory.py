@@ -1,4 +1,4 @@
-"""Memory that is freed and soon wanted again, where thousands of environments make tensors of megabytes."""
+"""Keep freed memory for reuse, where thousands of environments make tensors of megabytes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD
 
 def keep_freed_memory() -> None:
     """
-    Let the C library keep the memory of tensors that are freed, for the whole process, instead of giving it back to the
-    system and asking for it anew in each minibatch: for those of a few megabytes this costs more than to compute them.
-    On Linux with glibc only, and not where the user has set one of its environment variables (mallopt(3)).
+    Let the C library keep the memory of freed tensors, for the whole process. By default it returns this memory to the
+    system and requests it again in each minibatch, which for tensors of a few megabytes costs more than computing them.
+    Only on Linux with glibc, and not if the user has set one of its environment variables (mallopt(3)).
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _SETTINGS):
         return

@@ -24,8 +24,8 @@ def preprocessor(
     space: spaces.Space[Any], normalize_images: bool, *, for_batches: bool = False
 ) -> Callable[[Any], Any]:
     """
-    What SB3's ``preprocess_obs`` does to the observations of a space. That looks at the space anew each time, which
-    costs more than a small layer and cannot be compiled.
+    SB3's ``preprocess_obs`` for one space. SB3's function inspects the space at each call, which costs more than a
+    small layer and cannot be compiled.
 
     :param space: of the observations
     :param normalize_images: whether bytes are divided by 255
@@ -67,7 +67,7 @@ def apply(layers: list[Layer], x: Any) -> th.Tensor:
 
 def unrolled_extractor(policy: ActorCriticPolicy, extractor: nn.Module) -> list[Layer]:
     """
-    A features extractor as a list of functions: of none, if the preprocessed observations are flat already.
+    A features extractor as a list of functions, which is empty if preprocessed observations are already flat.
 
     :param policy: whose extractor it is
     :param extractor: of the actor, the critic or both
@@ -86,7 +86,7 @@ def unrolled_extractor(policy: ActorCriticPolicy, extractor: nn.Module) -> list[
 def unrolled(module: nn.Module) -> list[Layer]:
     """
     A module as a list of functions. Calling a torch module costs as much as a small layer's arithmetic; a linear layer
-    or an activation without hooks is replaced by the function that it calls, anything else stays the module that it is.
+    or an activation without hooks is replaced by the function that it calls; other modules stay as they are.
     """
     if has_hooks(module):
         return [module]
@@ -105,7 +105,7 @@ def unrolled(module: nn.Module) -> list[Layer]:
 
 
 def _may_overwrite(module: nn.Module, before: nn.Module | None) -> bool:
-    """Whether a module is a ReLU whose input nobody else has: after a large convolution a copy is a matter of time."""
+    """Whether a module is a ReLU whose input nothing else uses: after a large convolution, a copy takes time."""
     is_fresh = before is not None and type(before) in (nn.Conv2d, nn.Linear) and not has_hooks(before)
     return is_fresh and type(module) is nn.ReLU and not has_hooks(module)
 

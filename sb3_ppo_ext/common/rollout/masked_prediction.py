@@ -27,17 +27,17 @@ def predict_masked(
     action_masks: np.ndarray | None,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
     """
-    An allowed action for each observation.
+    Choose an allowed action for each observation.
 
     :param policy: actor and critic
     :param observation: of one environment, or one for each
     :param state: of a policy with a memory, what the last call returned
     :param episode_start: whether each observation is the first of its episode
     :param deterministic: whether to take the most likely action
-    :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``; None: those in
-        the observations, or of the environments that the caller acts in
-    :return: the actions, and the state to be handed over at the next step
-    :raises ArgumentError: if no masks are found, or the policy cannot be asked with them
+    :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``; None: take the
+        masks of the environments in which the caller acts, or from the observations
+    :return: the actions, and the state to pass at the next step
+    :raises ArgumentError: if no masks are found, or the policy cannot use them
     :raises ValueError: if a mask is wrong
     """
     reason = refusal(policy)
@@ -58,8 +58,8 @@ def predict_masked(
         masks = of_newest_frame(obs[MASK_KEY].cpu().numpy(), choices)
     if masks is None:
         raise ArgumentError(
-            "action_masks=None is not allowed: this model was trained with masks of its actions, and no environment "
-            "was found that says which are allowed now. It must be an array of True and False, one for each choice"
+            "action_masks=None is not allowed: this model was trained with action masks, and no environment was found "
+            "that says which actions are allowed now. It must be an array of True and False, one for each choice"
         )
     if n == 1 and action_masks is not None:
         is_one = np.ndim(action_masks[0]) == 0 or flat_mask(action_masks).size == sum(choices)

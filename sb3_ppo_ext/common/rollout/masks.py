@@ -22,8 +22,8 @@ METHOD = "action_masks"  # of the environments, as sb3-contrib has it
 
 def choices_of(action_space: spaces.Space[Any]) -> list[int]:
     """
-    How many choices each dimension of an action has: a mask has one entry for each of them, one dimension after the
-    other. A binary one has two, of which the first is for 0.
+    The number of choices in each dimension of an action. A mask has one entry for each choice, one dimension after the
+    other. A binary dimension has two choices, 0 and 1.
 
     :param action_space: of the environment
     :return: empty where actions cannot be masked
@@ -39,10 +39,10 @@ def choices_of(action_space: spaces.Space[Any]) -> list[int]:
 
 class ActionMasks:
     """
-    Reads the masks of a vector of environments.
+    Reads the action masks of a VecEnv.
 
     :param env: the environments
-    :param convention: where they say which actions are allowed
+    :param convention: where the environments give their masks
     """
 
     def __init__(self, env: VecEnv, convention: Convention) -> None:
@@ -60,7 +60,7 @@ class ActionMasks:
     def of(cls, env: VecEnv) -> ActionMasks | None:
         """
         :param env: environments that have been reset
-        :return: what reads their masks; None if they have none
+        :return: the reader of their masks; None if they have none
         """
         convention = convention_of(env)
         if convention is None:
@@ -70,19 +70,19 @@ class ActionMasks:
 
     def sees_others(self, before: ActionMasks | None) -> bool:
         """
-        Whether :meth:`read` gives the masks of the environments as they are even if someone else has stepped them
-        since the model did, as ``evaluate_policy`` between two calls of ``learn``.
+        Whether :meth:`read` gives the current masks even if other code has stepped the environments since the model
+        did, for example ``evaluate_policy`` between two calls of ``learn``.
 
-        :param before: what read the masks until now
+        :param before: the reader until now
         """
         is_watched = self.convention == "info" and before is not None and before._env is self._env
         return self.convention == "method" or is_watched
 
     def read(self, obs: Any) -> np.ndarray:
         """
-        The masks of the environments as they are now. Where a step ended an episode, these are of the next one.
+        The current masks of the environments. Where a step ended an episode, they belong to the next episode.
 
-        :param obs: the observations that the reset or the last step gave
+        :param obs: the observations from the last step or reset
         :return: True where an action is allowed, shape ``(n_envs, n_choices)``
         """
         masks: Any
@@ -103,9 +103,9 @@ class ActionMasks:
 
 def convention_of(env: VecEnv) -> Convention | None:
     """
-    Where environments say which actions are allowed; None if they do not.
+    Where the environments give action masks; None if they have none.
 
-    :param env: the environments, reset where their infos are to be looked at
+    :param env: the environments; masks in infos are only found after a reset
     """
     if has_masks_method(env):
         return "method"
@@ -118,7 +118,7 @@ def convention_of(env: VecEnv) -> Convention | None:
 
 def checked_masks(masks: Any, choices: list[int], *, step: int | None) -> np.ndarray:
     """
-    :param masks: one an environment, as it was given
+    :param masks: one for each environment, as the environments gave them
     :param choices: of each dimension of an action
     :param step: number of the step, for the message; None if there is none
     :return: True where an action is allowed, shape ``(n_envs, n_choices)``
@@ -144,9 +144,9 @@ def checked_masks(masks: Any, choices: list[int], *, step: int | None) -> np.nda
 
 def of_newest_frame(masks: np.ndarray, choices: list[int]) -> np.ndarray:
     """
-    :param masks: in observations, of which ``VecFrameStack`` may have stacked several, the newest last
+    :param masks: from observations; ``VecFrameStack`` may have stacked several frames, the newest last
     :param choices: of each dimension of an action
-    :return: one frame of them; all, if they are no whole number of frames
+    :return: the masks of the newest frame; all, if their size is not a whole number of frames
     """
     n_frames, rest = divmod(masks[0].size, sum(choices))
     if n_frames < 2 or rest or masks.shape[-1] % n_frames:
@@ -185,7 +185,7 @@ def _checked_mask(mask: Any, choices: list[int], env_index: int, step: int | Non
 def flat_mask(mask: Any) -> np.ndarray:
     """
     :param mask: of one environment; it may be in parts, one for each dimension, as gymnasium's ``MultiDiscrete`` has it
-    :return: in one, shape ``(n_choices,)``
+    :return: the parts joined, shape ``(n_choices,)``
     """
     if mask is None:
         return np.zeros(0)
@@ -202,7 +202,7 @@ def _where(env_index: int, step: int | None) -> str:
 def _check_that_none_has_masks(env: VecEnv) -> None:
     """
     :param env: environments that have no method for their masks
-    :raises ArgumentError: if some of them have it, or something else of its name, as far as can be seen
+    :raises ArgumentError: if some of them have this method, or another attribute of its name
     """
     if not isinstance(env.unwrapped, DummyVecEnv):  # a worker process ends when it is asked for what is not there
         return
@@ -223,14 +223,14 @@ def check_no_masks(infos: list[dict[str, Any]]) -> None:
     if any(MASK_KEY in info for info in infos):
         raise ArgumentError(
             f'env is not allowed: it gives info["{MASK_KEY}"] with a step, and none was found when it was reset, so '
-            "that it is not known which actions were allowed first. It must give one there too, and a VecEnv must keep "
+            "the actions allowed at first are unknown. It must give a mask at the reset too, and a VecEnv must keep "
             "it in reset_infos; learn(..., use_masking=False) ignores it"
         )
 
 
 def keep_from_normalizing(env: VecEnv) -> None:
     """
-    Let ``VecNormalize`` leave the mask in a Dict observation as it is.
+    Stop ``VecNormalize`` from normalising the mask in a Dict observation.
 
     :param env: the environments
     """

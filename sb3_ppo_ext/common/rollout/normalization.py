@@ -1,4 +1,4 @@
-"""Observations that the policy itself normalises by what it has seen, so that the statistics are saved with it."""
+"""Normalise observations inside the policy, so that the running statistics are saved with it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _ALL = "observations"  # the name of the part, where they are not a Dict
 
 class RunningMoments(nn.Module):
     """
-    ``(x - mean) / sqrt(var + 1e-8)``, clipped to +-10: what ``VecNormalize`` does, by the mean and the variance of all
-    x that were added.
+    ``(x - mean) / sqrt(var + 1e-8)``, clipped to +-10, as in ``VecNormalize``, with the mean and the variance of all x
+    that were added.
 
     :param shape: of one x
     """
@@ -41,9 +41,9 @@ class RunningMoments(nn.Module):
         """
         Add a batch (Chan et al. 1979), in place.
 
-        :param mean: of it
-        :param var: of it, divided by n
-        :param n: how many there are in it, a scalar
+        :param mean: of the batch
+        :param var: of the batch, with divisor n
+        :param n: size of the batch, a scalar
         """
         total: th.Tensor = self.count + n
         apart = mean - self.mean
@@ -55,10 +55,9 @@ class RunningMoments(nn.Module):
 
 class NormalizedObservations(BaseFeaturesExtractor):
     """
-    A features extractor that sees normalised observations: those of a ``Box`` of floats, and in a ``Dict`` all such
-    parts.
+    A features extractor that normalises observations of a ``Box`` (not images), and all such parts of a ``Dict``.
 
-    :param extractor: what it gives them to
+    :param extractor: the extractor that gets the normalised observations
     """
 
     def __init__(self, extractor: BaseFeaturesExtractor) -> None:
@@ -93,7 +92,7 @@ class NormalizedObservations(BaseFeaturesExtractor):
 
     def parts(self, observations: Any) -> list[tuple[RunningMoments, th.Tensor]]:
         """
-        What is normalised, and by what.
+        The parts that are normalised, each with its moments.
 
         :param observations: a batch of tensors or a dict of such
         """

@@ -1,4 +1,4 @@
-"""The actor and the critic compute from different parts of Dict observations."""
+"""Let the actor and the critic see different parts of Dict observations."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class ObservationGroup(BaseFeaturesExtractor):
 def groups_of(space: spaces.Space[Any], critic_key: Any) -> tuple[spaces.Dict, spaces.Dict]:
     """
     :param space: of the observations
-    :param critic_key: of what the critic alone sees
-    :return: what the actor sees, all other keys; and what the critic sees, this key alone
+    :param critic_key: the key that only the critic sees
+    :return: the space of the actor, with all other keys, and the space of the critic, with this key alone
     :raises ArgumentError: if it is not one of several keys
     """
     given = f"critic_observation_key={critic_key!r} is not allowed"

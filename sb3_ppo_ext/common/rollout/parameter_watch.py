@@ -1,4 +1,4 @@
-"""Whether somebody changes a policy while it collects a rollout."""
+"""Detect changes of a policy while it collects a rollout."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _structure(policy: nn.Module) -> list[tuple[int, ...]]:
 
 class ParameterWatch:
     """
-    A copy of what a policy computes with, and whether it has been written into since. A rollout may be evaluated after
-    it is full only if it has not.
+    Keeps a copy of a policy's parameters and buffers and detects whether they have changed. Only if they have not may a
+    rollout be evaluated after it is full.
 
     :param policy: whose parameters and buffers are watched
     """
@@ -36,24 +36,24 @@ class ParameterWatch:
         return sum(map(version_of, self._tensors))
 
     def is_touched(self) -> bool:
-        """Whether anything was written since the last call; costs next to nothing, and misses what ``.data`` hides."""
+        """Whether a tensor was written into since the last call. This is cheap, but misses writes through ``.data``."""
         before, self._version = self._version, self._present_version()
         return before != self._version
 
     def has_changed(self) -> bool:
-        """Whether anything has another value than at first."""
+        """Whether a tensor differs from its copy."""
         return not all(map(th.equal, self._tensors, self._copies))
 
     def is_replaced(self, policy: nn.Module) -> bool:
         """
         :param policy: that acts now
-        :return: whether it is another one, or has other tensors, layers, modes or hooks than at first
+        :return: whether it is another policy, or has other tensors, layers, modes or hooks than at first
         """
         return policy is not self._policy or _structure(policy) != self._structure
 
     @contextmanager
     def as_at_first(self) -> Iterator[None]:
-        """Inside of the ``with`` block the policy has the values that it had at first."""
+        """Within the ``with`` block the policy has its first values again."""
         present = [tensor.detach().clone() for tensor in self._tensors]
         self._write(self._copies)
         try:

@@ -1,4 +1,4 @@
-"""What environments said last, of which a vector of them keeps no more than what they said at resets."""
+"""The current info of each environment; a VecEnv itself keeps only the infos of resets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 
 def reset_infos(env: VecEnv) -> list[dict[str, Any]]:
     """
-    What the environments said at their last reset.
+    The infos of the environments' last reset.
 
     :param env: the environments
-    :return: one info an environment; empty if they are a vector of the user's own that does not keep it
+    :return: one info for each environment; empty if a custom VecEnv does not keep them
     """
     infos: list[dict[str, Any]] = getattr(env.unwrapped, "reset_infos", [])
     return infos
@@ -24,12 +24,12 @@ def reset_infos(env: VecEnv) -> list[dict[str, Any]]:
 
 def present_infos(env: VecEnv) -> list[dict[str, Any]]:
     """
-    The infos that belong to the observations that the environments gave last: of the last step, and where that ended an
-    episode, or they have been reset since, of the reset. The first call must follow a reset; from then on the vector is
+    The infos that belong to the environments' current observations: those of the last step, or of the reset if the step
+    ended an episode or a reset came later. The first call must follow a reset; from then on steps and resets are
     watched.
 
     :param env: the environments
-    :return: one info an environment; of those that are stepped all at once, of which actions are allowed alone
+    :return: one info for each environment; for a BatchedVecEnv, with the action mask alone
     """
     venv = env.unwrapped
     if isinstance(venv, BatchedVecEnv):  # it knows by itself
@@ -43,10 +43,10 @@ def present_infos(env: VecEnv) -> list[dict[str, Any]]:
 
 class _Watch:
     """
-    Stands in the place of the methods of a vector that step and reset it, and remembers what they yield. A copy of the
-    vector has its own.
+    Replaces the methods that step and reset a VecEnv, and remembers the infos that they return. A copy of the VecEnv
+    has its own watch.
 
-    :param venv: not wrapped
+    :param venv: without wrappers
     """
 
     def __init__(self, venv: VecEnv) -> None:
@@ -78,10 +78,11 @@ class _Watch:
 
 def present_info(env: gym.Env[Any, Any], info: dict[str, Any]) -> dict[str, Any]:
     """
-    The info that belongs to the observation that an environment gave last. From the first call on it is watched.
+    The info that belongs to an environment's current observation. From the first call on its steps and resets are
+    watched.
 
     :param env: the environment
-    :param info: that its user has kept, who may have passed over what it said at a reset (``obs, _ = env.reset()``)
+    :param info: the info that the caller kept; it may be older than a reset (``obs, _ = env.reset()``)
     """
     watch = getattr(env.step, "__self__", None)
     if not isinstance(watch, _WatchOfOne):
@@ -91,7 +92,7 @@ def present_info(env: gym.Env[Any, Any], info: dict[str, Any]) -> dict[str, Any]
 
 class _WatchOfOne:
     """
-    Stands in the place of two methods of an environment.
+    Replaces ``step`` and ``reset`` of an environment, and remembers their infos.
 
     :param env: it may be wrapped
     """

@@ -1,19 +1,19 @@
 """
 Which networks are pure functions of their parameters and the observations.
 
-The fast way of collecting acts with the actor alone and evaluates the whole rollout once, after it is full. That gives
-what the acting policy would have given only if no pass through the network changes what a later one computes, and if no
-pass draws random numbers. So it is taken for networks that are *known* to be pure: the extractors of Stable-Baselines3
-and plain layers of torch, in evaluation mode, without hooks. Everything else is asked at each step, as
-Stable-Baselines3 asks it.
+The fast way to collect runs only the actor at each step and evaluates the whole rollout once, after it is full. This
+gives the same results only if no pass through the network changes the result of a later pass, and if no pass draws
+random numbers. It is therefore used for networks that are *known* to be pure: the extractors of Stable-Baselines3 and
+plain layers of torch, in evaluation mode, without hooks. Every other network is evaluated at each step, as in
+Stable-Baselines3.
 
-A module of one's own is declared pure by an attribute::
+An attribute declares a custom module pure::
 
     class Extractor(BaseFeaturesExtractor):
         is_pure = True
 
-It stands for the module and all that is in it. It promises that in evaluation mode the outputs depend on nothing but
-the parameters and the inputs, row by row, and that the passes leave no trace.
+It applies to the module and all modules in it. It promises that in evaluation mode each row of the outputs depends
+only on the parameters and the same row of the inputs, and that passes change no state.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ _PURE: frozenset[type[nn.Module]] = frozenset(
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-# What draws random numbers in training mode.
+# Layers that draw random numbers in training mode.
 _NOISY = (
     nn.Dropout,
     nn.Dropout1d,
@@ -118,9 +118,9 @@ _METHODS = frozenset({"forward", "forward_actor", "forward_critic"})
 
 def has_hooks(module: nn.Module) -> bool:
     """
-    Whether calling a module does more than its class says: by hooks, or by methods that were put on it.
+    Whether calling a module does more than its class defines, because of hooks or methods set on the instance.
 
-    :param module: looked at alone, without what is in it
+    :param module: only this module is checked, not its children
     """
     return not _METHODS.isdisjoint(vars(module)) or has_module_hooks(module)
 
@@ -129,14 +129,14 @@ def has_hooks_inside(module: nn.Module) -> bool:
     """
     Whether a module or anything in it has hooks.
 
-    :param module: looked at with all that is in it
+    :param module: checked with all modules in it
     """
     return any(has_hooks(part) for part in module.modules())
 
 
 def keeps_statistics(policy: ActorCriticPolicy) -> bool:
     """
-    Whether a pass in training mode may change what later passes compute, as that of batch normalisation does.
+    Whether a pass in training mode may change the results of later passes, as in batch normalisation.
 
     :param policy: whose modules are looked at
     """
@@ -146,7 +146,7 @@ def keeps_statistics(policy: ActorCriticPolicy) -> bool:
 
 def draws_noise(policy: nn.Module) -> bool:
     """
-    Whether a layer is in training mode that draws random numbers there.
+    Whether a layer that draws random numbers in training mode is in training mode.
 
     :param policy: while it acts
     """
@@ -159,7 +159,7 @@ def _is_noisy(module: nn.Module) -> bool:
 
 def impurity(policy: ActorCriticPolicy) -> str | None:
     """
-    What keeps the networks of a policy from being known as pure.
+    Why the networks of a policy are not known to be pure.
 
     :param policy: one that computes by Stable-Baselines3's own methods
     :return: a sentence about the first module that is not known to be pure; None if all are

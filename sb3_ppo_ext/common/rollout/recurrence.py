@@ -1,13 +1,13 @@
 """
 Recurrent layers over sequences in which episodes may begin.
 
-A *state* is one tensor of shape ``(n_sequences, n_state)``: of each layer the output h and, of an LSTM, the cell c.
-Where an episode begins, the state is 0, so that nothing of the one before is remembered.
+A *state* is one tensor of shape ``(n_sequences, n_state)``: the output h of each layer and, for an LSTM, the cell c.
+Where an episode begins, the state is 0, so that nothing of the previous episode is remembered.
 
-There are three ways to the same numbers. :func:`step_by_step` is the definition. :func:`by_layers` calls torch's own
-layer once for all sequences of a minibatch (twice, if episodes begin within some), which on the CPU is as fast as the
-products in it; cuDNN's cannot be differentiated twice. :func:`unrolled` is for compiled programs, whose shapes are
-fixed.
+Three functions compute the same outputs. :func:`step_by_step` is the definition. :func:`by_layers` calls torch's own
+layer once for all sequences of a minibatch (twice, if episodes begin within some), which on the CPU takes hardly longer
+than its matrix products; on a GPU, cuDNN's layers cannot be differentiated twice. :func:`unrolled` is for compiled
+programs, whose shapes are fixed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sequence after the other, and starts of shape ``(n_sequences * length,)``; outpu
 ``(n_sequences * length, hidden_size)``."""
 
 Cell = Callable[..., tuple[th.Tensor, ...]]
-"""``(of_input, of_output, h, ...) -> (h, ...)``: what a layer does with the two products, element by element."""
+"""``(of_input, of_output, h, ...) -> (h, ...)``: the element-wise part of a layer, after its two matrix products."""
 
 Layer = Callable[..., tuple[th.Tensor, ...]]
 """``(cell, of_inputs, keep, weight, bias, h, ...) -> (outputs, h, ...)``: all steps of one layer."""
@@ -61,7 +61,7 @@ def cell_of(rnn: Rnn) -> Cell:
 
 def n_state(rnn: Rnn) -> int:
     """
-    How many numbers the state of one sequence has.
+    The size of the state of one sequence.
 
     :param rnn: recurrent layers
     """
@@ -70,11 +70,11 @@ def n_state(rnn: Rnn) -> int:
 
 def as_torch(rnn: Rnn, state: th.Tensor) -> Any:
     """
-    A state as torch's own layers take it.
+    Convert a state to the form that torch's own layers take.
 
     :param rnn: recurrent layers
     :param state: shape ``(n_sequences, n_state)``
-    :return: of an LSTM ``(h, c)``, of a GRU ``h``, each of shape ``(num_layers, n_sequences, hidden_size)``
+    :return: ``(h, c)`` for an LSTM, ``h`` for a GRU, each of shape ``(num_layers, n_sequences, hidden_size)``
     """
     parts = state.view(state.shape[0], -1, rnn.num_layers, rnn.hidden_size).permute(1, 2, 0, 3).contiguous()
     return tuple(parts) if isinstance(rnn, nn.LSTM) else parts[0]
@@ -82,7 +82,7 @@ def as_torch(rnn: Rnn, state: th.Tensor) -> Any:
 
 def from_torch(parts: Sequence[th.Tensor]) -> th.Tensor:
     """
-    What :func:`as_torch` is the inverse of.
+    The inverse of :func:`as_torch`.
 
     :param parts: ``(h, c)``, or ``(h,)``, each of shape ``(num_layers, n_sequences, hidden_size)``
     :return: shape ``(n_sequences, n_state)``
@@ -93,10 +93,10 @@ def from_torch(parts: Sequence[th.Tensor]) -> th.Tensor:
 def check_states(rnn: Rnn, n: int, lstm_states: Sequence[th.Tensor], episode_starts: th.Tensor) -> None:
     """
     :param rnn: recurrent layers
-    :param n: number of observations, one an environment
-    :param lstm_states: what is remembered before them
-    :param episode_starts: whether each is the first of its episode
-    :raises ArgumentError: if there is not one of each for each observation
+    :param n: number of observations, one for each environment
+    :param lstm_states: hidden states before the observations
+    :param episode_starts: whether each observation is the first of its episode
+    :raises ArgumentError: if the number of states or episode starts differs from ``n``
     """
     shape = (rnn.num_layers, n, rnn.hidden_size)
     shapes = [tuple(part.shape) for part in lstm_states]
@@ -126,7 +126,7 @@ def step_by_step(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Ten
 
 def one_step(rnn: Rnn, features: th.Tensor, state: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
-    :func:`step_by_step` of one step, by torch's cells.
+    :func:`step_by_step` for one step, with torch's cells.
 
     :param rnn: recurrent layers
     :param features: shape ``(n_sequences, n_features)``
@@ -147,7 +147,7 @@ def one_step(rnn: Rnn, features: th.Tensor, state: th.Tensor) -> tuple[th.Tensor
 
 
 def _weights(rnn: Rnn, layer: int) -> list[Any]:
-    """Of input and output, then their biases; looked up at the call, as torch.func.functional_call swaps them."""
+    """Input and output weights, then their biases; looked up at each call, as functional_call swaps them."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return [getattr(rnn, f"{name}_l{layer}", None) for name in names]
 
@@ -156,8 +156,8 @@ def process_sequence(
     features: th.Tensor, lstm_states: tuple[th.Tensor, ...], episode_starts: th.Tensor, lstm: Rnn
 ) -> tuple[th.Tensor, tuple[th.Tensor, ...]]:
     """
-    :func:`step_by_step` in the terms of sb3-contrib's recurrent policies, whose method of this name it takes the place
-    of: for either kind of layer, and without a branch, so that it can be exported.
+    :func:`step_by_step` with the signature of sb3-contrib's recurrent policies. It replaces their
+    ``_process_sequence``: it takes LSTM and GRU layers, and has no data-dependent branch, so that it can be exported.
 
     :param features: shape ``(n_sequences * length, n_features)``
     :param lstm_states: ``(h, c)``, each of shape ``(num_layers, n_sequences, hidden_size)``; of a GRU, which has no
@@ -175,7 +175,7 @@ def process_sequence(
 
 def unrolled(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor) -> th.Tensor:
     """
-    Outputs, with one product for the gradient of each weight instead of one a step. It can be differentiated once.
+    Outputs, where one matrix product over all steps gives the gradient of each weight. Differentiable only once.
 
     :param rnn: recurrent layers
     :param features: shape ``(n_sequences * length, n_features)``
@@ -188,8 +188,8 @@ def unrolled(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor)
 def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor) -> th.Tensor:
     """
     Outputs, by one call of torch's own layers if no episode begins within a sequence. Otherwise the sequences are cut
-    there, and the long and the short pieces are padded to the length of the longest of each; what the padding gives is
-    left out.
+    where episodes begin; long and short pieces form two groups, each padded to its longest piece, and the outputs of
+    the padding are dropped.
 
     :param rnn: recurrent layers
     :param features: shape ``(n_sequences * length, n_features)``
@@ -221,8 +221,8 @@ def by_layers(rnn: Rnn, features: th.Tensor, state: th.Tensor, starts: th.Tensor
 
 def _by_torch(rnn: Rnn, features: th.Tensor, state: th.Tensor) -> th.Tensor:
     """
-    Outputs of torch's own layers. cuDNN differentiates only what ran in training mode, and all that the mode changes in
-    these layers is whether there is dropout: so they run in training mode, without dropout where they were not in it.
+    Outputs of torch's own layers. cuDNN differentiates only passes in training mode, and in these layers the mode only
+    switches dropout. So they always run in training mode, with dropout set to 0 if they were in evaluation mode.
 
     :param rnn: recurrent layers
     :param features: shape ``(length, n_sequences, n_features)``
@@ -264,7 +264,7 @@ def _steps(
     bias: th.Tensor | None,
     state: tuple[th.Tensor, ...],
 ) -> tuple[list[th.Tensor], list[tuple[th.Tensor, ...]], list[th.Tensor], tuple[th.Tensor, ...]]:
-    """Of one layer, for each step: the output, the state before it and its product; and the state after the last."""
+    """For each step of a layer: output, state before it and product with that state; and the state after the last."""
     outputs, before, of_outputs = [], [], []
     for of_input, kept in zip(of_inputs.unbind(), keep.unbind(), strict=True):
         before.append(tuple(part * kept for part in state))

@@ -1,4 +1,4 @@
-"""How the core talks to a policy with a memory."""
+"""Run the networks of a recurrent policy."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from sb3_ppo_ext.common.rollout.recurrence import unrolled as unrolled_recurrenc
 
 class RecurrentActorCritic(DirectActorCritic):
     """
-    Runs the networks of a recurrent policy of sb3-contrib's, or of this package, directly.
+    Runs the networks of a recurrent policy of sb3-contrib or of this package directly.
 
-    An action is drawn by one step of all recurrent layers, the critic's too: it gives the value and the state after the
-    step, so that nothing is left to be evaluated when the rollout is complete. The state of a policy is that of the
-    actor's layers, followed by that of the critic's, if it has layers of its own.
+    To draw an action, all recurrent layers make one step, the critic's too. This also gives the value and the next
+    state, so nothing is left to evaluate when the rollout is complete. The state of a policy is the state of the
+    actor's layers, followed by that of the critic's recurrent layers if it has its own.
 
     :param policy: the policy
     :param with_params: whether :meth:`evaluate_actions` also gives the distribution parameters
-    :param unrolls: whether sequences are unrolled, for a program; otherwise torch's own layers run them
+    :param unrolls: whether to unroll sequences, for a compiled program; otherwise torch's own layers run them
     """
 
     _CALLS = (*DirectActorCritic._CALLS, "_process_sequence")
@@ -48,7 +48,7 @@ class RecurrentActorCritic(DirectActorCritic):
         self._rnn: Any = policy.lstm_actor
         self._critic_rnn: Any = policy.lstm_critic
         self._shares_rnn = policy.shared_lstm
-        # In place of recurrent layers of the critic's: it may have none.
+        # The layers of a critic without recurrent layers.
         self._critic_layer = [] if policy.critic is None else unrolled(policy.critic)
         self._sizes = [n_state(rnn) for rnn in (self._rnn, self._critic_rnn) if rnn is not None]
         self.n_state = sum(self._sizes)
@@ -107,7 +107,7 @@ class RecurrentActorCritic(DirectActorCritic):
         return apply(self._actor_head, of_actor), apply(self._critic_head, of_critic), th.cat(parts, dim=1)
 
     def _of_critic(self, features: th.Tensor, inputs: PolicyInput) -> th.Tensor:
-        """What a critic that shares no recurrent layers makes of features, in the place of their outputs."""
+        """The features after the layers of a critic that does not share the actor's recurrent layers."""
         if self._critic_rnn is None:
             return apply(self._critic_layer, features)
         return self._outputs(self._critic_rnn, 1, features, inputs)

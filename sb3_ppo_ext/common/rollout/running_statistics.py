@@ -1,4 +1,4 @@
-"""Running statistics of observations and returns, put together where several processes have added to the same ones."""
+"""Running statistics of observations and returns, which several processes can combine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sb3_ppo_ext.common.rollout.tensor_envs import TensorVecEnv
 
 def running_statistics(env: VecEnv | None) -> list[RunningMeanStd]:
     """
-    Copies of those of all ``VecNormalize`` around the environments, and of a ``TensorVecEnv`` that normalises rewards.
+    Copies of the statistics of all ``VecNormalize`` wrappers, and of a ``TensorVecEnv`` that normalises rewards.
 
     :param env: the training environment
     """
@@ -24,7 +24,7 @@ def running_statistics(env: VecEnv | None) -> list[RunningMeanStd]:
 
 def set_running_statistics(env: VecEnv | None, statistics: Sequence[RunningMeanStd]) -> None:
     """
-    Give the environments other statistics.
+    Replace the statistics of the environments.
 
     :param env: the training environment
     :param statistics: as :func:`running_statistics` gives them; they are copied into the objects that are there
@@ -57,11 +57,12 @@ def _places(env: VecEnv | None) -> list[RunningMeanStd | RunningMoments]:
 
 def added(before: RunningMeanStd, now: RunningMeanStd) -> RunningMeanStd | None:
     """
-    The statistics of what was added meanwhile: the formula by which ``RunningMeanStd`` adds, solved for the part.
+    The statistics of the data that was added between two moments: the update formula of ``RunningMeanStd``, solved for
+    the added part.
 
-    :param before: statistics
-    :param now: the same, later
-    :return: None if nothing was
+    :param before: statistics at the first moment
+    :param now: the same statistics later
+    :return: None if nothing was added
     """
     n = now.count - before.count
     if n <= 0.0:
@@ -76,10 +77,10 @@ def added(before: RunningMeanStd, now: RunningMeanStd) -> RunningMeanStd | None:
 
 def put_together(before: RunningMeanStd, now: Sequence[RunningMeanStd]) -> RunningMeanStd:
     """
-    Statistics of all that several processes have seen (Chan et al. 1979).
+    Combine the statistics of several processes (Chan et al. 1979).
 
-    :param before: what all of them had
-    :param now: what each of them has
+    :param before: the common statistics with which all processes began
+    :param now: the statistics of each process
     """
     total = before.copy()
     for of_process in now:

@@ -1,4 +1,4 @@
-"""Collecting a rollout as SB3 does it, for a buffer that wants to be given each step when it is made."""
+"""Collect a rollout by SB3's own method, for a buffer that needs each step at once."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def collect_as_sb3(
     """
     Collect by SB3's own method.
 
-    :param algorithm: whose rollout it is
-    :param collect: SB3's ``collect_rollouts``, of the algorithm
+    :param algorithm: the algorithm that collects
+    :param collect: SB3's ``collect_rollouts`` of the algorithm
     :param env: the training environment
     :param callback: called at each step, and at the beginning and the end of the rollout
     :param rollout_buffer: to fill
     :param n_rollout_steps: steps to collect from each environment
     :param needs_old_params: whether the updates need the parameters of the distributions that drew the actions
     :return: whether the rollout was filled; False if the callback ended it
-    :raises ValueError: if these parameters are needed, and not known for each step
+    :raises ValueError: if these parameters are needed but not known for each step
     """
     steps: list[th.Tensor] = []
     policy = algorithm.policy

@@ -1,4 +1,4 @@
-"""When a rollout ends: after so many steps, or after so many episodes."""
+"""When a rollout ends: after a number of steps, or after a number of episodes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class StopRule(Protocol):
 
     @property
     def counted(self) -> np.ndarray | None:
-        """The environments whose present episode counts, bool, shape ``(n_envs,)``; None: all."""
+        """Whether the current episode of each environment counts, bool, shape ``(n_envs,)``; None: all count."""
         ...
 
     def is_complete(self, n_steps: int, dones: np.ndarray, counts: np.ndarray | None = None) -> bool:
         """
         Whether to end the rollout, asked after each step.
 
-        :param n_steps: steps taken of each environment
-        :param dones: the environments in which the last one ended an episode, shape ``(n_envs,)``
-        :param counts: False where it did nothing but begin an episode, shape ``(n_envs,)``; None: all count
+        :param n_steps: steps taken in each environment
+        :param dones: whether the last step ended an episode, shape ``(n_envs,)``
+        :param counts: False where the step only reset the environment, shape ``(n_envs,)``; None: all steps count
         """
         ...
 
@@ -39,7 +39,7 @@ class StopRule(Protocol):
 
 class AfterSteps:
     """
-    Ends a rollout after a fixed number of steps, in the middle of episodes as a rule.
+    Ends a rollout after a fixed number of steps, usually in the middle of episodes.
 
     :param n_steps: of each environment
     """
@@ -58,14 +58,14 @@ class AfterSteps:
 
 class AfterEpisodes:
     """
-    Ends a rollout when each environment has completed a fixed number of episodes. The rest of an episode that had begun
-    before does not count, nor what an environment does that waits for others.
+    Ends a rollout when each environment has completed a fixed number of episodes. The rest of an episode that began
+    before the rollout does not count, nor do the steps of an environment that waits for others.
 
-    :param episodes_per_env: to be completed
-    :param episode_starts: the environments that are about to begin an episode, bool, shape ``(n_envs,)``
+    :param episodes_per_env: episodes to complete
+    :param episode_starts: whether each environment is about to begin an episode, bool, shape ``(n_envs,)``
     :param episode_lengths: steps so far of each environment's episode, shape ``(n_envs,)``, updated in place
-    :param max_episode_steps: of an episode that is waited for
-    :param limit_in_words: what that limit is, and where it comes from
+    :param max_episode_steps: raise an error if an awaited episode is still running after so many steps
+    :param limit_in_words: the limit and where it comes from, for the error message
     """
 
     is_closed = False
@@ -81,14 +81,14 @@ class AfterEpisodes:
         limit_in_words: str,
     ) -> None:
         self._episodes_per_env = episodes_per_env
-        self._completed = np.where(episode_starts, 0, -1)  # -1: first comes the rest of an episode that had begun
+        self._completed = np.where(episode_starts, 0, -1)  # -1: the rest of an earlier episode comes first
         self._episode_lengths = episode_lengths
         self._max_episode_steps = max_episode_steps
         self._limit_in_words = limit_in_words
 
     @property
     def counted(self) -> np.ndarray:
-        # Episodes that a waiting environment ends are shorter than most, those that a batch's end interrupted longer.
+        # Others would bias the logs: a waiting environment ends short episodes, and interrupted episodes are long.
         counted: np.ndarray = (self._completed >= 0) & (self._completed < self._episodes_per_env)
         return counted
 
@@ -96,8 +96,8 @@ class AfterEpisodes:
         """
         Count a step.
 
-        :param dones: the environments in which it ended an episode, shape ``(n_envs,)``
-        :param counts: False where it did nothing but begin an episode, shape ``(n_envs,)``; None: all count
+        :param dones: whether the step ended an episode, shape ``(n_envs,)``
+        :param counts: False where the step only reset the environment, shape ``(n_envs,)``; None: all steps count
         """
         self._episode_lengths += 1
         self._episode_lengths[dones] = 0

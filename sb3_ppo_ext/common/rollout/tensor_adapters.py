@@ -1,8 +1,8 @@
 """
-The environments of Isaac Lab and mjlab, and of Brax and MuJoCo Playground, as
-:mod:`sb3_ppo_ext.common.rollout.tensor_envs` has them.
+Adapters that give the environments of Isaac Lab, mjlab, Brax and MuJoCo Playground the interface of
+:mod:`sb3_ppo_ext.common.rollout.tensor_envs`.
 
-Neither these libraries nor JAX are imported before an adapter is made.
+Neither these libraries nor JAX are imported before an adapter is created.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sb3_ppo_ext.common.validation import check_int, check_real
 
 class RslRlEnv:
     """
-    An environment as ``rsl_rl`` takes it, which Isaac Lab and mjlab give by their ``RslRlVecEnvWrapper``.
+    Adapts an environment with the interface of ``rsl_rl``, such as the ``RslRlVecEnvWrapper`` of Isaac Lab and mjlab.
 
-    Its observations are groups. A single group is the observation; of several they are a ``Dict``, for
-    ``"MultiInputPolicy"``, and the group ``"critic"`` is for the critic alone with
-    ``policy_kwargs={"critic_observation_key": "critic"}``.
+    Its observations are groups. A single group is the observation itself; several groups form a ``Dict``, for
+    ``"MultiInputPolicy"``. With ``policy_kwargs={"critic_observation_key": "critic"}``, only the critic sees the group
+    ``"critic"``.
 
-    These environments do not tell what an episode ended with, so the value of what a time limit
-    (``extras["time_outs"]``) cuts off is taken to be that of the observation before the last step, as in ``rsl_rl``.
+    These environments do not give the final observation of an episode. If a time limit (``extras["time_outs"]``) cuts
+    it, bootstrapping uses the observation before the last step instead, as in ``rsl_rl``.
 
     :param env: with ``num_envs``, ``num_actions``, ``device``, ``get_observations()``, ``reset()`` and
         ``step(actions)``, which gives observations, rewards, dones and extras
@@ -61,7 +61,7 @@ class RslRlEnv:
         :param actions: shape ``(num_envs, num_actions)``
         :return: observations, rewards, terminated, truncated, and further information
         """
-        before = _clone(self._obs)  # which the simulation may write into
+        before = _clone(self._obs)  # the simulation may write into the original
         obs, rewards, dones, extras = self.env.step(actions)
         self._obs = self._groups(obs)
         dones = dones.bool()
@@ -85,19 +85,20 @@ class RslRlEnv:
 
 class BraxEnv:
     """
-    An environment of Brax or of MuJoCo Playground, stepped by JAX and handed over by dlpack, which copies nothing where
-    both are on one device.
+    Adapts an environment of Brax or of MuJoCo Playground, stepped by JAX. Arrays pass through dlpack, without a copy if
+    JAX and torch use the same device.
 
-    As in their wrappers for training, an episode begins in the state that the environment's first one began in. Unlike
-    there, what an episode ended with is known, and a time limit cuts off its value. Observations that are a dict, as
-    Playground's ``"state"`` and ``"privileged_state"``, are a ``Dict``.
+    As in these libraries' training wrappers, each episode begins in the state in which the environment's first episode
+    began. Unlike there, the final observation of an episode is known and used for bootstrapping when a time limit cuts
+    the episode. A dict of observations, such as Playground's ``"state"`` and ``"privileged_state"``, becomes a
+    ``Dict``.
 
-    :param env: as ``brax.envs.get_environment(name)`` or ``mujoco_playground.registry.load(name)`` gives it: one
-        environment, not wrapped
-    :param num_envs: how many of it
+    :param env: one environment without wrappers, from ``brax.envs.get_environment(name)`` or
+        ``mujoco_playground.registry.load(name)``
+    :param num_envs: number of copies of it
     :param episode_length: steps after which an episode is cut
-    :param action_repeat: steps of the environment in one of these
-    :param device: of the tensors; where JAX has its arrays
+    :param action_repeat: steps of the environment with the same action
+    :param device: of the tensors, the same as that of JAX's arrays
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class BraxEnv:
 
 
 def _compiled(jax: Any, env: Any, num_envs: int, episode_length: int, action_repeat: int) -> tuple[Any, Any]:
-    """What begins episodes in all environments, and what steps them."""
+    """The compiled functions that reset and step all environments."""
     jnp = jax.numpy
 
     def begin(key: Any) -> Any:
@@ -179,7 +180,7 @@ def _compiled(jax: Any, env: Any, num_envs: int, episode_length: int, action_rep
                 return present
             return jnp.where(ends.reshape(-1, *[1] * (present.ndim - 1)), of_first, present)
 
-        # What else a state remembers, such as random numbers and commands, goes on, as in the libraries' own wrappers.
+        # Other parts of a state, such as random keys and commands, are not reset, as in the libraries' own wrappers.
         simulated = "pipeline_state" if hasattr(state, "pipeline_state") else "data"
         begun = {
             name: jax.tree_util.tree_map(anew, getattr(first, name), getattr(state, name))
@@ -193,7 +194,7 @@ def _compiled(jax: Any, env: Any, num_envs: int, episode_length: int, action_rep
 
 
 def _space_of(obs: Any) -> spaces.Space[Any]:
-    """The space of one environment, of the observations of all."""
+    """The space of one environment, from the observations of all."""
     if isinstance(obs, Mapping):
         return spaces.Dict({key: _space_of(part) for key, part in obs.items()})
     return spaces.Box(-np.inf, np.inf, tuple(obs.shape[1:]), np.float32)

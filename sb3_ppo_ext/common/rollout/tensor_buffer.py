@@ -1,4 +1,4 @@
-"""A rollout that stays on the device of the model."""
+"""A rollout buffer that stays on the device of the model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sb3_ppo_ext.losses.targets import generalized_advantages
 
 class _AsArray:
     """
-    An attribute that is a tensor, or a dict of such, and is read and set as numpy's. On the CPU both are the same
-    memory. What is read of another device is a copy that cannot be written into: set the attribute instead.
+    An attribute that holds a tensor, or a dict of tensors, but is read and set as numpy arrays. On the CPU they share
+    memory. From another device you read a read-only copy; to change the tensor, set the attribute.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -34,13 +34,13 @@ class _AsArray:
 
 class TensorRolloutBuffer(RolloutBuffer):
     """
-    :class:`RolloutBuffer` for environments whose observations and rewards are tensors: what it holds stays on the
-    device of the model, in :attr:`tensors`, by the names of the attributes. By these, callbacks read and set it as
-    numpy's arrays. For all observations, Dict ones too.
+    :class:`RolloutBuffer` for environments whose observations and rewards are tensors. Its contents stay on the device
+    of the model, in :attr:`tensors`; the attributes of the same names let callbacks read and set them as numpy arrays.
+    It takes all observation spaces, including Dict.
     """
 
     tensors: dict[str, Any]
-    """What the attributes of these names hold, shape ``(n_steps, n_envs, ...)``."""
+    """The tensors behind the attributes of the same names, shape ``(n_steps, n_envs, ...)``."""
 
     observations: Any = _AsArray()
     actions: Any = _AsArray()
@@ -61,7 +61,7 @@ class TensorRolloutBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         space, action_space = self.observation_space, self.action_space
-        # Integers of a Box would not be the actions that were drawn.
+        # The policy draws floats, so a Box of integers could not store its actions.
         actions_dtype = th.float32 if isinstance(action_space, spaces.Box) else _dtype_of(action_space)
         names = ("rewards", "advantages", "returns", "episode_starts", "values", "log_probs", "final_values")
         self.tensors = {name: self._zeros() for name in names}
@@ -81,7 +81,7 @@ class TensorRolloutBuffer(RolloutBuffer):
         self.forget_flat()
 
     def _zeros(self, *shape: int, dtype: th.dtype = th.float32) -> th.Tensor:
-        # Environment by environment in memory, as the flat rollout is: it need not be copied then.
+        # In memory environment by environment, like the flat rollout, which is then a view instead of a copy.
         zeros = th.zeros(self.n_envs, self.buffer_size, *shape, dtype=dtype, device=self.device)
         return zeros.transpose(0, 1)
 
@@ -103,7 +103,7 @@ class TensorRolloutBuffer(RolloutBuffer):
         return terminated
 
     def is_finite(self) -> bool:
-        """Whether the rewards, and what the policy says of the rollout, are."""
+        """Whether rewards, values and log-probabilities are finite."""
         names = ("rewards", "values", "log_probs")
         return bool(th.stack([self.tensors[name].isfinite().all() for name in names]).all())
 
@@ -168,16 +168,16 @@ class TensorRolloutBuffer(RolloutBuffer):
         if self.device.type == "cpu":
             return super().shuffled_rows(batch_size)
         flat = self.flat()
-        rows = th.randperm(len(flat.returns) // flat.length, device=self.device)  # for which no copy is waited for
+        rows = th.randperm(len(flat.returns) // flat.length, device=self.device)  # drawn on the device: no copy
         return th.split(rows, max(1, batch_size // flat.length))
 
 
 def own_buffer_class(env: VecEnv | None, observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:
     """
-    The buffer for what environments give.
+    The buffer class for an environment.
 
     :param env: the training environment
-    :param observation_space: of it
+    :param observation_space: of the environment
     """
     return TensorRolloutBuffer if gives_tensors(env) else buffer_class_for(observation_space)
 
@@ -196,7 +196,7 @@ def _readable(value: Any) -> Any:
 
 
 def _writable(value: Any, device: th.device) -> Any:
-    # A copy where numpy has it read-only or reversed, which torch refuses.
+    # torch refuses read-only and reversed arrays, so these are copied.
     if isinstance(value, np.ndarray) and (not value.flags.writeable or min(value.strides, default=0) < 0):
         value = value.copy()
     if isinstance(value, dict):

@@ -124,7 +124,7 @@ def test_between_two_environments_nothing_is_guessed() -> None:
     model = trained("method", env)
     obs = other.reset()
     assert not np.array_equal(env.env_method("action_masks"), other.env_method("action_masks"))
-    with pytest.raises(ValueError, match="the caller has several environments"):
+    with pytest.raises(ValueError, match="several environments of the caller"):
         model.predict(obs)
 
 

@@ -12,9 +12,9 @@ any device, if it has (nothing need be derived from):
 ``obs`` is a tensor of shape ``(num_envs, *obs_shape)``, or for a ``Dict`` space a dict of such. ``rewards`` are floats,
 and ``terminated`` and ``truncated`` bools, of shape ``(num_envs,)``. A step that ends an episode begins the next:
 ``obs`` is its first observation, and ``extras["final_obs"]``, of the shape of ``obs``, holds what the episode ended
-with; other rows may hold anything. It is what a time limit cuts off that its value stands for. ``actions`` have the
-shape ``(num_envs, *action_shape)``; those of a ``Box`` are clipped to its bounds, as in SB3. Tensors that were given
-may be written into at the next step.
+with; other rows may hold anything. Its value is used for bootstrapping when a time limit ends the episode. ``actions``
+have the shape ``(num_envs, *action_shape)``; those of a ``Box`` are clipped to its bounds, as in SB3. The environment
+may write into the returned tensors at the next step.
 
 A ``VectorEnv`` of gymnasium is one of these, if it gives tensors, has a ``device``, and its ``autoreset_mode`` is
 ``SAME_STEP``. :mod:`sb3_ppo_ext.common.rollout.tensor_adapters` makes one of those of Isaac Lab, mjlab, Brax and MuJoCo
@@ -52,7 +52,7 @@ from sb3_ppo_ext.common.rollout.normalization import RunningMoments
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, row_of
 from sb3_ppo_ext.common.validation import check_bool, check_real
 
-# What may be asked of the environments besides, as it is the same for all of them.
+# Further attributes that callers may read, because they are the same for all environments.
 _ASKED = ("render_mode", "spec", "state_dict", "load_state_dict")
 
 _PROTOCOL = ("num_envs", "device", "single_observation_space", "single_action_space", "reset", "step")
@@ -69,8 +69,8 @@ def is_tensor_env(env: Any) -> bool:
 
 class TensorVecEnv(BatchedVecEnv):
     """
-    A vector of environments of SB3's, made of one whose tensors stay on their device. Who gives it arrays is answered
-    in arrays, and who gives it tensors in tensors.
+    Wraps environments on a device as a ``VecEnv`` of SB3. For actions that are arrays it returns arrays, for tensors it
+    returns tensors.
 
     :param env: as this module describes it
     :param normalize_rewards: whether rewards are divided by the standard deviation of the discounted returns so far and
@@ -83,7 +83,7 @@ class TensorVecEnv(BatchedVecEnv):
     gives_tensors = True
 
     extras: dict[str, Any]
-    """What the environment said besides, at the last step or reset."""
+    """The ``extras`` of the last step or reset."""
 
     def __init__(self, env: Any, *, normalize_rewards: bool = False, gamma: float = 0.99) -> None:
         check_bool("normalize_rewards", normalize_rewards)
@@ -121,7 +121,7 @@ class TensorVecEnv(BatchedVecEnv):
 
     @property
     def moments_of_returns(self) -> RunningMoments | None:
-        """By which rewards are normalised; None: they are not."""
+        """The moments that normalise rewards; None if rewards are not normalised."""
         return self._of_returns
 
     def _forget_episodes(self, n_envs: int) -> None:

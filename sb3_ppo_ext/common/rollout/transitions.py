@@ -1,4 +1,4 @@
-"""What a step of all environments gave, in whole arrays, without an info for each of them."""
+"""The result of a step of all environments, in whole arrays, without an info for each environment."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Transition(NamedTuple):
 
     @property
     def dones(self) -> Any:
-        """Whether the next observation has nothing to do with this step. A step that does not count is on its own."""
+        """Whether the next observation begins a new episode. A step that does not count is an episode of its own."""
         ends = self.terminated | self.truncated
         return ends if self.counts is None else ends | ~self.counts
 
@@ -98,7 +98,7 @@ class Infos(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             return [self[i] for i in self._numbers[index]]
         number = self._numbers[index]
-        if number not in self._made:  # whoever writes into it, as VecNormalize does, finds it again
+        if number not in self._made:  # keep it, because VecNormalize and others write into it
             self._made[number] = self._make(number)
         return self._made[number]
 
@@ -212,7 +212,7 @@ def whole_steps(env: VecEnv) -> Callable[[Any], Transition] | None:
 
 
 def _stepped(env: BatchedVecEnv, actions: Any) -> Transition:
-    env.step(actions)  # by which whoever watches the environments sees it
+    env.step(actions)  # the public method, which callers may have replaced to watch the environments
     return env.transition
 
 

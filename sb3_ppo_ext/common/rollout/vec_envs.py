@@ -1,4 +1,4 @@
-"""Which environments can be learnt, and what they say of themselves."""
+"""Check which environments can be used for training, and read their properties."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 def as_learnable(env: Any) -> Any:
     """
     :param env: as the user gave it, made if it was an id
-    :return: the same, or a vector of environments that was none of SB3's as one
-    :raises ArgumentError: for what is no environment that SB3 can take, saying what it is and what to do
+    :return: the same environment, or a VecEnv around a vector that is not one of SB3's
+    :raises ArgumentError: if SB3 cannot use it, saying what it is and what to do
     """
     learnable = _as_learnable(env)
     if isinstance(learnable, VecEnv) and isinstance(learnable.unwrapped, BatchedVecEnv):

@@ -29,7 +29,7 @@ def adapted_by_kl(
 
     :param value: the number in the update
     :param kl: mean KL(old || new) after the update; if it is NaN the number stays
-    :param target_kl: the KL that is aimed at
+    :param target_kl: the target of the KL
     :param tolerance: >= 1, half-width of the band around the target, as a factor
     :param factor: > 0, of one change; 1 holds the number fixed
     :param minimum: lower bound of the result
@@ -68,7 +68,7 @@ class KLAdaptiveRate:
     def checked(cls, name: str, given: Any) -> KLAdaptiveRate:
         """
         :param name: of the argument
-        :param given: a dict of what is to be otherwise than by default
+        :param given: a dict of the settings that differ from the defaults
         :raises ArgumentError: if it is none, or something in it is not allowed
         """
         if not isinstance(given, dict):
@@ -87,10 +87,10 @@ class KLAdaptiveRate:
 
     def after(self, kl: float, rate: float, target_kl: float) -> float:
         """
-        :param kl: that was measured
-        :param rate: with which
-        :param target_kl: that is aimed at
-        :return: the rate from now on
+        :param kl: the measured KL
+        :param rate: the learning rate of the update that led to it
+        :param target_kl: the target of the KL
+        :return: the next learning rate
         """
         return adapted_by_kl(
             rate,
@@ -128,7 +128,7 @@ class AdaptiveCoefficient:
     def checked(cls, name: str, given: dict[str, Any]) -> AdaptiveCoefficient:
         """
         :param name: of the argument
-        :param given: the target, and what is to be otherwise than by default
+        :param given: the target, and the settings that differ from the defaults
         :raises ArgumentError: if there is no target, or something is not allowed
         """
         _check_keys(cls, name, given)

@@ -1,4 +1,4 @@
-"""Fitting the critic alone, without touching what the actor depends on."""
+"""Fit the critic alone, without changing anything that the actor depends on."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _modules_of(*networks: nn.Module | None) -> set[nn.Module]:
 @th.no_grad()
 def update_statistics(actor_critic: ActorCritic, inputs: PolicyInput, batch_size: int, reducer: Reducer) -> None:
     """
-    Let the layers of an actor that keep statistics in training mode see a rollout, once, and what normalises
-    observations. For algorithms whose actor makes its step in evaluation mode.
+    Update the running statistics of a policy (batch normalisation, normalised observations) once, by a rollout. For
+    algorithms whose actor makes its step in evaluation mode.
 
     :param actor_critic: the policy
     :param inputs: of the rollout

@@ -1,4 +1,4 @@
-"""Advantages and returns of a rollout by the critic as it is in the midst of an update."""
+"""Recompute advantages and returns of a rollout with the current critic, during an update."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
 @th.no_grad()
 def compute_targets_anew(rollout_buffer: RolloutBuffer, actor_critic: ActorCritic, last_inputs: PolicyInput) -> None:
     """
-    Put in the place of a rollout's ``advantages`` and ``returns`` those by the present values. All else stays: the
-    values, too, are those of the policy that acted.
+    Replace a rollout's ``advantages`` and ``returns`` by those of the current critic. Everything else stays, including
+    ``values``, which remain those of the policy that acted.
 
     :param rollout_buffer: filled
     :param actor_critic: the policy, in evaluation mode, without a memory

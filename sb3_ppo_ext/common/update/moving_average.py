@@ -55,7 +55,7 @@ class MovingAverage(nn.Module):
         return own == others
 
     def begin_anew(self) -> None:
-        """Let the average be of the next policy and those after it."""
+        """Forget all policies so far; the average begins again with the next one."""
         self.total_weight.zero_()
 
     def prepare(self, *, for_program: bool) -> None:
@@ -73,17 +73,17 @@ class MovingAverage(nn.Module):
     @th.no_grad()
     def around(self, policy: nn.Module, samples: RolloutSamples, decay: float | th.Tensor) -> RolloutSamples:
         """
-        Take the present policy into the average, as is due before each gradient step.
+        Add the current policy to the average; call it before each gradient step.
 
-        :param policy: as it is before the step
-        :param samples: of which the step will be made
-        :param decay: what the weights of all policies before are multiplied by
+        :param policy: the policy before the step
+        :param samples: the minibatch of the step
+        :param decay: factor on the weights of all earlier policies
         :return: the samples, with the average as the policy to clip around
         """
         self.total_weight.copy_(self.total_weight * decay + 1.0)
         share = self.total_weight.reciprocal().squeeze()
         means, parameters = (_tensors_of(module, nn.Module.parameters) for module in (self.policy, policy))
-        # All are computed before any is written, as two modules may share one.
+        # Compute all averages before writing any, because two modules may share a parameter.
         moved = [th.lerp(mean, p, share.to(mean.dtype)) for mean, p in zip(means, parameters, strict=True)]
         for mean, value in zip(means, moved, strict=True):
             mean.copy_(value)

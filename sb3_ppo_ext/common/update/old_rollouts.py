@@ -51,8 +51,8 @@ class Reuse:
     @classmethod
     def checked(cls, n_reused_rollouts: object, given: Any) -> Reuse:
         """
-        :param n_reused_rollouts: how many old rollouts there are to be
-        :param given: a dict of what is to be otherwise than by default; None: nothing
+        :param n_reused_rollouts: number of old rollouts
+        :param given: a dict of the settings that differ from the defaults; None: no setting differs
         :raises ArgumentError: if something in it is not allowed, or nothing would read it
         """
         check_int("n_reused_rollouts", n_reused_rollouts, minimum=0)
@@ -181,7 +181,9 @@ class Rollouts:
             first = first._replace(proximal_log_prob=first.old_log_prob)
         parts = [first]
         for rollout in old:
-            if _kinds(rollout.buffer.flat()) == _kinds(newest.flat()):  # as it is not where masks have come or gone
+            if _kinds(rollout.buffer.flat()) == _kinds(
+                newest.flat()
+            ):  # not if action masks have appeared or disappeared
                 parts.append(_samples(rollout, reuse, actor_critic))
             rollout.buffer.forget_flat()
         self._n_samples = sum(len(part.returns) for part in parts)
@@ -191,7 +193,7 @@ class Rollouts:
         self.size_to_pad_to = None if is_cut_evenly else self._n_in_minibatch
         """What a compiled step pads minibatches to, in rows; None: all have one size."""
         if is_cut_evenly and capacity is not None:
-            parts += [first] * (capacity - len(parts))  # which no row is drawn of
+            parts += [first] * (capacity - len(parts))  # padding, from which no row is drawn
         self._samples = RolloutSamples(*(_joined(column) for column in zip(*parts, strict=True)))
 
     def minibatches(self) -> Iterator[tuple[RolloutSamples, th.Tensor]]:

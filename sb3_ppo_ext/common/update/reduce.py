@@ -1,4 +1,4 @@
-"""What several processes that train one model have to put together."""
+"""Combine gradients and statistics of several processes that train one model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class OneProcess:
 @th.no_grad()
 def average(reducer: Reducer, *tensors: th.Tensor, weight: float | th.Tensor = 1.0) -> None:
     """
-    Put in the place of each tensor its mean over the processes. All tensors of one kind go in one message.
+    Replace each tensor by its mean over the processes. All tensors of one dtype and device go in one message.
 
     :param reducer: of the processes
     :param tensors: of the same shapes in each process; written into

@@ -1,4 +1,4 @@
-"""A policy that another one is to stay close to: frozen, asked once a rollout, saved inside of the model."""
+"""A frozen reference policy: evaluated once per rollout and saved within the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking back what an update has done."""
+"""Undo an update."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class MinibatchStep(Protocol):
 
 
 class _Step(NamedTuple):
-    """What a step is made by, of which parameters, and whether their gradients must be clipped in place."""
+    """The optimiser of a step, its parameters, and whether their gradients must be clipped in place."""
 
     optimizer: th.optim.Optimizer
     parameters: Sequence[th.Tensor]
@@ -209,7 +209,7 @@ def n_counted(rollout: RolloutSamples, rows: th.Tensor | None) -> int | th.Tenso
 
 def without_nothing(rollout: RolloutSamples, rows: th.Tensor | None) -> tuple[RolloutSamples, th.Tensor | None]:
     """
-    A minibatch without any rows, which other processes may leave to this one, as one of a sample that does not count.
+    Replace an empty minibatch, which a process with fewer samples may get, by one sample that does not count.
 
     :param rollout: the samples that it is cut out of
     :param rows: which of them; None: all
@@ -234,7 +234,7 @@ def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Pa
 
 def leaves_of(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """
-    :func:`reached`, told by the graph alone, which may have been let go of.
+    Like :func:`reached`, but without a backward pass: the graph's buffers may have been freed.
 
     :param output: with its graph
     :param parameters: candidates

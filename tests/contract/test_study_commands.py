@@ -39,6 +39,8 @@ def test_mistakes_are_named_and_change_nothing(command: Command, tmp_path: Path)
     assert re.search("No such file.*none.yml", none)
     assert "unknown key 'gama'; the nearest is 'gamma'" in mistake(*run, "-params", "gama:0.9")
     assert "study name 'a/b'" in mistake(*run, "--study-name", "a/b")
+    for negative in ((*run, "--seed", "-1"), ("evaluate", "--first-seed", "-1")):  # rl_zoo3 would draw one
+        assert "'-1' is not allowed: it must be a whole number of at least 0" in mistake(*negative)
     assert not (tmp_path / "logs").exists()
 
     storage = journal(tmp_path / "other.log")

@@ -39,7 +39,7 @@ def study_parser(algorithms: Sequence[str]) -> argparse.ArgumentParser:
         help="complete and pruned ones of the study; failed ones do not count",
     )
     run.add_argument("--workers", type=_positive, default=2, help="processes at a time; default: 2")
-    run.add_argument("--seed", type=int, help="of the first trial; all others follow from it")
+    run.add_argument("--seed", type=_not_negative, help="the seeds of all trials are derived from it; default: random")
     run.add_argument("-n", "--n-timesteps", type=_positive, default=0, help="of a trial; default: the entry's")
     run.add_argument("-conf", "--conf-file", default="", help="as for train")
     for flag in ("-params --hyperparams", "--env-kwargs", "--eval-env-kwargs", "--gym-packages"):
@@ -83,7 +83,7 @@ def study_parser(algorithms: Sequence[str]) -> argparse.ArgumentParser:
     evaluate.add_argument("--top", type=_positive, default=3, help="how many trials; default: 3")
     evaluate.add_argument("--trials", type=int, nargs="+", metavar="NUMBER", help="these trials, instead of the best")
     evaluate.add_argument("--seeds", type=_positive, default=5, help="how many for each; default: 5")
-    evaluate.add_argument("--first-seed", type=int, default=1000, help="default: 1000")
+    evaluate.add_argument("--first-seed", type=_not_negative, default=1000, help="default: 1000")
     evaluate.add_argument("-n", "--n-timesteps", type=_positive, default=0, help="default: the study's")
     evaluate.add_argument("--workers", type=_positive, default=2, help="processes at a time; default: 2")
 

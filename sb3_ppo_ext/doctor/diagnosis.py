@@ -93,6 +93,9 @@ def diagnose(run: Run) -> Diagnosis:
             if rule.needs and (not others or any(key in run.series for key in others)):
                 blind.append(rule)
             continue
+        series = _judged(rule, series)
+        if np.count_nonzero(~np.isnan(series.values)) < rule.streak:
+            continue  # too few values to meet the rule
         finding = _finding(rule, series, run, algorithm)
         if finding is None:
             fine.append(rule)
@@ -102,11 +105,15 @@ def diagnose(run: Run) -> Diagnosis:
     return Diagnosis(run, algorithm, findings, fine, blind)
 
 
-def _finding(rule: Rule, series: Series, run: Run, algorithm: Algorithm) -> Finding | None:
+def _judged(rule: Rule, series: Series) -> Series:
+    """The part of a series that is compared with the limits."""
     if rule.after_start:
         n_start = max(FEWEST_ROWS, len(series.values) // 10)
         series = Series(*(array[n_start:] for array in series))
-    series = series.in_parts()
+    return series.in_parts()
+
+
+def _finding(rule: Rule, series: Series, run: Run, algorithm: Algorithm) -> Finding | None:
     limits: list[tuple[Level, float | None]] = [("alarm", rule.alarm), ("watch", rule.watch)]
     for level, limit in limits:
         if limit is None:

@@ -74,8 +74,8 @@ def test_what_the_log_lacks_may_be_given(command: Command, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "a log is wanted, or a folder with logs; or --explain KEY"),
-        (["run", "--explain", "approx_kl"], "a log is wanted"),
+        ([], "give either a log, or a folder with logs, or --explain KEY"),
+        (["run", "--explain", "approx_kl"], "give either a log"),
         (["nowhere"], "nowhere does not exist"),
         (["--explain", "aprox_kl"], "there is no key 'aprox_kl'; the nearest is 'approx_kl'"),
         (["run", "-params", "gama:0.9"], "no rule needs 'gama'; it must be one of gamma, ent_coef"),

@@ -113,7 +113,7 @@ class ZooExperimentManager(ExperimentManager):
         super().create_log_folder()  # type: ignore[no-untyped-call]
 
     def _clean_up(self) -> None:
-        """Remove the folder of a training that does not take place, as `enjoy` expects an agent in the newest folder."""
+        """Remove the folder of a training that does not take place: `enjoy` expects an agent in the newest one."""
         for env in self._envs:
             with contextlib.suppress(Exception):
                 env.close()

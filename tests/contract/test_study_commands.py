@@ -29,7 +29,7 @@ def test_mistakes_are_named_and_change_nothing(command: Command, tmp_path: Path)
     assert "MySQLdb is missing" in mistake("show", "--storage", "mysql://here/there")
     assert "there is no nowhere.log" in mistake("show", "--storage", "nowhere.log")
     assert "there is no nowhere.db" in mistake("show", "--storage", "sqlite:///nowhere.db")
-    assert "no database's URL" in mistake("show", "--storage", "nonsense://here")
+    assert "SQLAlchemy does not know this database URL" in mistake("show", "--storage", "nonsense://here")
     hidden = mistake("show", "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/none")
     assert "refused" in hidden
     assert "secret" not in hidden

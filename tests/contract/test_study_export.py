@@ -72,7 +72,7 @@ hyperparams = {held.ENV: {**held.ENTRY, "clip_range": lambda progress: 0.1, "pol
     assert len(set(Path("marker").read_text().split())) == 3
     output = command("study", "export", "-o", "it.yml", code=2)
     assert not Path("it.yml").exists()
-    assert "YAML cannot say the entry (" in output
+    assert "YAML cannot express the entry (" in output
     train = shlex.split(output.split("train with it by ")[1])
     command(*train[1:], "--eval-freq", "-1", "--device", "cpu", "--seed", "1000")
     files = list((STUDY_FOLDER / "evaluation").glob(f"0_*/**/{held.ENV}.zip"))

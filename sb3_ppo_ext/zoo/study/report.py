@@ -1,4 +1,4 @@
-"""``sb3-ppo-ext study show``: what a study has found, as text; and as a page and a picture, which are written."""
+"""``sb3-ppo-ext study show``: print the results of a study, and write them as a page and a picture."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _WIDTH = 100  # of the table of trials, in characters
 
 def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
     """
-    Print the best trials and what became of them, and write the page and the picture.
+    Print the best trials and their results on fresh seeds, and write the page and the picture.
 
     :param study: the study
-    :param n_trials: how many of the best are printed
-    :param program: how ``sb3-ppo-ext`` was started
+    :param n_trials: how many of the best trials are printed
+    :param program: command that started ``sb3-ppo-ext``
     :raises StudyError: if it has no trial
     """
     has_none_complete = study.trials() and not study.trials(TrialState.COMPLETE)
@@ -42,7 +42,7 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
     no_importances = "" if explained else f"Which hyper-parameters matter is not shown: {why_no_importances(study)}."
     print(f"study {study.name}: {summary(study)}")
     if best:
-        explains = ", and how much of the difference between good trials and others a hyper-parameter explains"
+        explains = ", and how much of the difference between good and other trials each hyper-parameter explains"
         print(f"\nThe best trials, of one training each{explains if explained else ''}:\n")
         for line in trial_table(study, best, explained):
             print(line)
@@ -67,7 +67,7 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
 
 
 def _commands(study: ZooStudy, candidates: Sequence[Candidate], program: Sequence[str]) -> dict[str, str]:
-    """What to do next, each by what it does."""
+    """Commands for the next step, by what they do."""
     commands: dict[str, list[str]] = {}
     evaluated = [candidate.label for candidate in candidates if candidate.label != DEFAULT]
     if study.trials(TrialState.COMPLETE) and str(study.best_trials()[0].number) not in evaluated:
@@ -86,7 +86,7 @@ def _commands(study: ZooStudy, candidates: Sequence[Candidate], program: Sequenc
 
 
 def _evaluated(study: ZooStudy) -> tuple[list[Candidate], str]:
-    """What was trained again; and if there is nothing to show, why."""
+    """The candidates that were trained again; and if there are none to show, why."""
     try:
         candidates = evaluated_candidates(study)
     except StudyError as error:
@@ -142,7 +142,7 @@ def _column(name: str, cells: Sequence[str]) -> list[str]:
 
 
 def _errors(study: ZooStudy) -> list[str]:
-    """For each reason that a trial has failed or was pruned for, a line."""
+    """A line for each reason why trials failed or were pruned."""
     numbers: dict[str, list[str]] = {}
     for trial in study.trials():
         if REASON in trial.user_attrs:

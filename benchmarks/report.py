@@ -34,7 +34,7 @@ class Report:
         self._suite = suite
         self._settings = settings
         self._out = out
-        self._about_run = [_command_line(), *_machine()]
+        self._about_run = [command_line("throughput", sys.argv[1:]), *_machine()]
         if settings.before:
             self._about_run.append(f"the version before: commit {commit(Path(settings.before))}")
         self._results: dict[Workload, dict[Side, Measured]] = {}
@@ -278,13 +278,18 @@ def _rate(m: Measured) -> str:
     return "**failed**" if m.failure else f"{speed.median:,.0f} ({speed.low:,.0f} to {speed.high:,.0f})"
 
 
-def _command_line() -> str:
-    """The command that this process was started with; of absolute paths, only the last part."""
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """
+    A command as it is printed: of absolute paths, only the last part.
+
+    :param module: of this package
+    :param arguments: that it was started with
+    """
     words = []
-    for word in sys.argv[1:]:
+    for word in arguments:
         option, is_joined, value = word.rpartition("=")
         words.append(f"{option}{is_joined}{Path(value).name if Path(value).is_absolute() else value}")
-    return shlex.join(["python", "-m", "benchmarks.throughput", *words])
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *words])
 
 
 def _machine() -> list[str]:

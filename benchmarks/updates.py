@@ -37,7 +37,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks.machine import commit, peak_mib, processor, reset_peak, versions
-from benchmarks.report import table
+from benchmarks.report import command_line, table
 from sb3_ppo_ext import REINFORCE, TRPO, AdaptiveKLPPO, DualClipPPO
 
 SCALES = (1 / 3, 1.0, 3.0)
@@ -333,20 +333,20 @@ def write_page(rows: Sequence[Row], about: Sequence[str], out: Path) -> None:
         [_COSTS],
         table(costs, map(_what_it_costs, rows)),
         ["## How much the step size matters"],
-        [_TUNING, "One training each." if n_seeds == 1 else f"Means of {n_seeds} trainings."],
+        [f"{_TUNING} {n_seeds} trainings of each."],
         table(tuning, map(_tuning, varied)),
     ]
     out.mkdir(parents=True, exist_ok=True)
     (out / "updates.md").write_text("\n\n".join("\n".join(block) for block in blocks) + "\n")
     with (out / "updates.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["side", "scale", "seed", "update", "kl", "largest_kl", "seconds", "mean_return"])
+        writer.writerow(["side", "scale", "seed", "updates", "mean_kl", "max_kl", "median_kl_in_one_state", "return"])
         for row in rows:
             for scale, runs in row.by_scale.items():
                 for seed, run in enumerate(runs):
-                    for i, numbers in enumerate(zip(run.kl, run.largest_kl, run.seconds, strict=True)):
-                        cells = [f"{number:.4g}" for number in (scale, *numbers, run.mean_return)]
-                        writer.writerow([row.side.name, cells[0], seed, i, *cells[1:]])
+                    numbers = np.mean(run.kl), max(run.kl), np.median(run.largest_kl), run.mean_return
+                    cells = [f"{number:.4g}" for number in (scale, *numbers)]
+                    writer.writerow([row.side.name, cells[0], seed, len(run.kl), *cells[1:]])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
     about = [
         f"# What an update does, {args.env}",
         "",
-        f"`python -m benchmarks.updates {' '.join(sys.argv[1:] if arguments is None else arguments)}".rstrip() + "`",
+        f"`{command_line('updates', sys.argv[1:] if arguments is None else arguments)}`",
         "",
         f"{processor()}; {', '.join(' '.join(pair) for pair in packages.items())}; commit "
         f"{commit(Path(__file__).parents[1])}",

@@ -32,6 +32,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from benchmarks.learning.figures import SETTINGS, save
 from benchmarks.machine import commit, processor, versions
+from benchmarks.report import command_line
 from sb3_ppo_ext import REINFORCE, DualClipPPO
 
 _WARM_UP = 20
@@ -193,8 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
     table = "\n".join(f"| {name} | {steps:,.0f} | {low:,.0f} to {high:,.0f} |" for name, steps, low, high in rows)
     (args.out / "variance.md").write_text(
         f"# Variance of the policy gradient, {args.env}\n\n"
-        f"`python -m benchmarks.variance {' '.join(sys.argv[1:] if arguments is None else arguments)}`".rstrip()
-        + f"\n\n{made_on}\n\nSteps of the environment at which noise and signal of the gradient are equal: "
+        f"`{command_line('variance', sys.argv[1:] if arguments is None else arguments)}`"
+        f"\n\n{made_on}\n\nSteps of the environment at which noise and signal of the gradient are equal: "
         "the steps of a batch times\ntrace(Cov[g]) / |E[g]|^2, for one policy that does not change, "
         f"{args.updates} batches. 95 % intervals by the bootstrap.\n\n"
         f"| | steps | interval |\n| --- | ---: | ---: |\n{table}\n\n![]({'variance.png'})\n"

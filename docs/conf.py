@@ -1,6 +1,7 @@
 """How Sphinx builds the documentation; `make docs` calls it."""
 
 import os
+import re
 from typing import Any
 
 from docutils import nodes
@@ -59,7 +60,8 @@ copybutton_line_continuation_character = "\\"
 def setup(app: Sphinx) -> None:
     """
     Formulas become MathML, which browsers show by themselves. Sphinx's own ways need
-    a script from another server, or LaTeX.
+    a script from another server, or LaTeX. Links to pages of benchmark results, which
+    also work on GitHub, become downloads.
     """
 
     def inline(writer: Any, node: nodes.math) -> None:
@@ -70,6 +72,12 @@ def setup(app: Sphinx) -> None:
         writer.body.append(tex2mathml(node.astext(), as_block=True))
         raise nodes.SkipNode
 
+    def link_results(app: Sphinx, docname: str, source: list[str]) -> None:
+        # Without "path:", MyST would look for a page of this documentation.
+        results = r"\]\((\.\./\.\./benchmarks/results/[^)#]+\.md)\)"
+        source[0] = re.sub(results, r"](path:\1)", source[0])
+
+    app.connect("source-read", link_results)
     app.add_html_math_renderer(
         "mathml", inline_renderers=(inline, None), block_renderers=(display, None)
     )

@@ -1,10 +1,10 @@
 """
-A training that is ill, and the doctor's word for it, within 7 seconds.
+A training that goes wrong, and what the doctor says about it. It takes some 7 seconds.
 
     python -m examples.diagnose
 
-The learning rate is 300 times too large. The doctor reads the log while the model learns, and says what it sees, what
-that usually means, and what to change first.
+The learning rate is 300 times the default. The doctor reads the log during training, and prints what it sees, what that
+usually means, and what to change first.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """
-Clone an expert, then fine-tune the clone: with a reference policy it does not forget, without one it does at first.
+Clone an expert, then fine-tune the clone: without a reference policy it forgets at first, with one it does not.
 
     python -m examples.finetune --figure finetune.png
 
-The expert drives MountainCar by a rule: it pushes to the side to which the car rolls. A policy is cloned from its
-actions by supervised learning. Then DualClipPPO trains the clone on, twice: as it is, and with a penalty on the KL
-divergence from the clone. The critic is new, and the learning rate large: the errors of the one lead the first
-updates, and the penalty holds them back.
+The expert drives MountainCar by a rule: it pushes in the direction in which the car rolls. A policy is cloned from its
+actions by supervised learning. Then DualClipPPO fine-tunes the clone twice: without a penalty, and with a penalty on
+the KL divergence from the clone. The critic is untrained and the learning rate is large, so the critic's errors
+dominate the first updates; the penalty limits their effect.
 
 Cloning is ten lines on the policy's own ``evaluate_actions``. The package ``imitation`` does the same and more; its
-newest release, 1.0.1, wants earlier versions of Stable-Baselines3 and gymnasium than this package.
+newest release, 1.0.1, needs earlier versions of Stable-Baselines3 and gymnasium than this package.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KEEPS_TO: dict[str, Any] = {"reference_kl": "loss", "reference_kl_coef": {"targe
 
 def expert(observations: np.ndarray) -> np.ndarray:
     """
-    Push to the side to which the car rolls.
+    Push in the direction in which the car rolls.
 
     :param observations: position and velocity, shape ``(n_envs, 2)``
     :return: actions, shape ``(n_envs,)``
@@ -44,9 +44,9 @@ def expert(observations: np.ndarray) -> np.ndarray:
 
 def demonstrations(n_steps: int, seed: int) -> tuple[th.Tensor, th.Tensor]:
     """
-    What the expert sees and does.
+    Collect observations and actions of the expert.
 
-    :param n_steps: of each environment
+    :param n_steps: steps in each environment
     :param seed: of the environments
     :return: observations and actions
     """
@@ -64,10 +64,10 @@ def clone(policy: ActorCriticPolicy, observations: th.Tensor, actions: th.Tensor
     """
     Behaviour cloning: maximise the log-probability of the expert's actions. The critic learns nothing.
 
-    :param policy: that learns
+    :param policy: is trained
     :param observations: of the expert
     :param actions: of the expert
-    :param n_epochs: passes over them
+    :param n_epochs: passes over the demonstrations
     """
     optimizer = th.optim.Adam(policy.parameters(), lr=1e-3)
     for _ in range(n_epochs):
@@ -79,7 +79,7 @@ def clone(policy: ActorCriticPolicy, observations: th.Tensor, actions: th.Tensor
 
 
 class Returns(BaseCallback):
-    """Notes the mean return of the episodes that end in each rollout."""
+    """Records the mean return of the episodes that end in each rollout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class Returns(BaseCallback):
 
 def fine_tuned(weights: dict[str, Any], total_timesteps: int, seed: int, **reference: Any) -> list[float]:
     """
-    Train a clone on.
+    Fine-tune a clone.
 
-    :param weights: of its policy
-    :param total_timesteps: how long
+    :param weights: of the clone's policy
+    :param total_timesteps: steps of the training
     :param seed: of the training
-    :param reference: arguments of DualClipPPO
-    :return: the mean return of each rollout; the first is the clone's own
+    :param reference: further arguments of DualClipPPO
+    :return: the mean return of each rollout; the first rollout is the clone's
     """
     env = make_vec_env(ENV_ID, n_envs=N_ENVS, seed=seed)
     model = DualClipPPO("MlpPolicy", env, seed=seed, device="cpu", **ROLLOUT, **reference)
@@ -115,7 +115,9 @@ def fine_tuned(weights: dict[str, Any], total_timesteps: int, seed: int, **refer
 
 def draw(curves: dict[str, list[list[float]]], path: str) -> None:
     """
-    :param curves: by name, one a seed
+    Draw the mean and the range over the seeds.
+
+    :param curves: by name, one for each seed
     :param path: of the figure
     """
     import matplotlib as mpl
@@ -138,13 +140,13 @@ def draw(curves: dict[str, list[list[float]]], path: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[float]]]:
     """
-    :param arguments: of the command line; None: those of this program
-    :return: the curves, by name, one a seed
+    :param arguments: command line arguments; None: those of this process
+    :return: the curves by name, one for each seed
     """
     parser = argparse.ArgumentParser(description="Fine-tune a clone, with a reference policy and without.")
-    parser.add_argument("--steps", type=int, default=60_000, help="of each fine-tuning")
+    parser.add_argument("--steps", type=int, default=60_000, help="length of each fine-tuning")
     parser.add_argument("--demonstrations", type=int, default=1000, help="steps of the expert in each environment")
-    parser.add_argument("--epochs", type=int, default=20, help="of cloning")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of cloning")
     parser.add_argument("--seeds", type=int, default=3, help="how many trainings of each kind")
     parser.add_argument("--figure", help="file for a figure, such as finetune.png")
     options = parser.parse_args(arguments)

@@ -1,5 +1,5 @@
 """
-Train, save, load, evaluate: after some 12 seconds one sees the mean return of ten episodes of CartPole.
+Train, save, load, evaluate: after some 12 seconds it prints the mean return of ten episodes of CartPole.
 
     python -m examples.first_run
 """
@@ -13,7 +13,7 @@ from sb3_ppo_ext import DualClipPPO
 
 
 def main(path: str = "cartpole") -> None:
-    """:param path: of the model that is saved"""
+    """:param path: where to save the model"""
     env = make_vec_env("CartPole-v1", n_envs=8, seed=0)
     DualClipPPO("MlpPolicy", env, n_steps=128, batch_size=256, seed=0).learn(100_000).save(path)
 

@@ -1,12 +1,12 @@
 """
-Some actions are forbidden: the environment says which, and neither training nor the trained policy takes one.
+Some actions are forbidden: the environment says which, and neither training nor the trained policy takes them.
 
     python -m examples.masked_actions
 
-A number is hidden among ten, and each guess tells whether the number is higher or lower. What cannot be the number any
-more is forbidden. Guessing at random among the rest takes 3.44 guesses in the mean, and always halving it 2.90, which
-no policy can beat but by chance. After some 8 seconds one sees how many the policy takes that has learnt it. One that
-was never trained does not know of masks yet.
+A number is hidden among ten, and each guess tells whether the number is higher or lower. Numbers that
+have been ruled out are forbidden. Guessing at random among the rest takes 3.44 guesses on average; always halving the
+rest takes 2.90, which no policy can beat except by chance. After some 8 seconds the script prints how many guesses the
+trained policy takes. (A policy that was never trained does not use masks yet.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sb3_ppo_ext import DualClipPPO
 
 
 class HigherOrLower(gym.Env[np.ndarray, np.int64]):
-    """Find the hidden number. ``action_masks`` is all that masks need."""
+    """Find the hidden number. The method ``action_masks`` is all that masks need."""
 
     observation_space = spaces.MultiBinary(10)
     action_space = spaces.Discrete(10)

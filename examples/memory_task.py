@@ -1,10 +1,10 @@
 """
-A task that needs a memory, with one and without: one sees how often each is right, after some 11 seconds.
+A task that needs a memory, with and without one: after some 11 seconds it prints how often each policy is right.
 
     python -m examples.memory_task
 
 A sign is shown once, at the start of a corridor; at its end, three steps later, the action must be the sign. Without a
-memory no policy is right more often than half of the time, but by chance.
+memory, no policy can be right more than half of the time except by chance.
 """
 
 from __future__ import annotations

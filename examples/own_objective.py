@@ -3,8 +3,8 @@ An objective of your own: a static method, in a class that has the rest of PPO. 
 
     python -m examples.own_objective
 
-This one weighs the gradient of log pi with the ratio, but never more than twice (a truncated importance weight), and it
-has no clip. It is saved, loaded and compiled like the four algorithms of the package.
+This objective weights the gradient of log pi by the ratio, but by at most 2 (a truncated importance weight), and has no
+clip. The class can be saved, loaded and compiled like the four algorithms of the package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sb3_ppo_ext.common.update.objective import PolicyLoss
 
 
 class TruncatedWeights(ProximalAlgorithm):
-    """``-sg(min(r, c)) A log pi``, sg for what no gradient goes through."""
+    """``-sg(min(r, c)) A log pi``, where sg stops the gradient and c is ``bound``."""
 
     def __init__(self, policy: Any, env: Any, *, bound: float = 2.0, _init_setup_model: bool = True, **kwargs: Any):
         super().__init__(policy, env, **kwargs)

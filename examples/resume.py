@@ -1,10 +1,10 @@
 """
-A training that goes on after it was killed: start it, stop it by any means, start it again.
+A training that continues after it was killed: start it, stop it by any means, start it again.
 
     python -m examples.resume
 
-It writes a checkpoint every 8 192 steps, whole or not at all, and begins with the newest one. One sees at which step it
-begins. The whole training takes some 20 seconds.
+It writes a checkpoint every 8 192 steps, completely or not at all, and starts from the newest one. It prints the step
+at which it starts. The whole training takes some 20 seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ N_ENVS, TOTAL = 8, 200_000
 def main(folder: str = "resume_checkpoints", total: int = TOTAL) -> DualClipPPO:
     """
     :param folder: of the checkpoints
-    :param total: steps of the training, those made before included
+    :param total: steps of the whole training, including those before a restart
     """
     env = make_vec_env("CartPole-v1", n_envs=N_ENVS, seed=0)
     path = latest_checkpoint(folder)

@@ -1,15 +1,15 @@
 """
-Fine-tuning of a language model by a reward on its texts, small enough to watch: RLHF's shape without the humans.
+Fine-tune a small language model by a reward on its texts: RLHF without human feedback, small enough to watch.
 
     python -m examples.rlhf_tiny
 
-1. A GRU learns to write sentences of a little grammar, such as "the old cat sees the kind dog ."
-2. A text is worth its number of nice words. PPO with the dual clip makes the model write more of them, while a penalty
-   keeps it near the model it began as: its coefficient follows a target for the KL divergence. The texts become nicer,
-   and stay sentences.
-3. The same without the penalty. The reward is hacked: the texts are little but nice words, and no sentences any more.
+1. A GRU learns to write sentences of a small grammar, such as "the old cat sees the kind dog ."
+2. The reward of a text is its number of nice words. PPO with the dual clip makes the model write more of them. A
+   penalty on the KL divergence keeps the model close to its start; the coefficient of the penalty follows a target.
+   The texts become nicer, and are still sentences.
+3. The same without the penalty: the model hacks the reward. Its texts are mostly nice words, and no longer sentences.
 
-The losses are those of :mod:`sb3_ppo_ext.losses`; all the rest is here.
+The losses come from :mod:`sb3_ppo_ext.losses`; everything else is in this file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def sentence(rng: random.Random) -> list[str]:
 
 
 class Texts(NamedTuple):
-    words: th.Tensor  # indices into WORDS, shape (n_texts, MAX_WORDS); what follows the first stop means nothing
+    words: th.Tensor  # indices into WORDS, shape (n_texts, MAX_WORDS); words after the first stop do not count
     mask: th.Tensor  # True up to the first stop, same shape
 
     @classmethod
@@ -66,7 +66,7 @@ class Texts(NamedTuple):
         return [" ".join(WORDS[index] for index in words[:length]) for words, length in rows]
 
     def scores(self) -> th.Tensor:
-        """What is rewarded: the number of nice words in each text."""
+        """The reward of each text: its number of nice words."""
         nice = th.tensor([word in NICE for word in WORDS])
         return (nice[self.words] & self.mask).sum(1).float()
 
@@ -81,7 +81,7 @@ def grammar_book(n_texts: int) -> Texts:
 
 
 class Reader(nn.Module):
-    """Says something before each word of a text: a language model the logits of that word, a critic V."""
+    """A network with an output before each word of a text: the logits of that word (language model) or V (critic)."""
 
     def __init__(self, n_outputs: int, width: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def descend(loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
 
 
 def pretrained(*, width: int = 64, n_steps: int = 500) -> Reader:
-    """A model that has learnt to write sentences, by reading some."""
+    """Train a language model on sentences of the grammar."""
     model, book = Reader(len(WORDS), width), grammar_book(4096)
     optimizer = th.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(n_steps):
@@ -151,9 +151,9 @@ def fine_tuned(
 ) -> tuple[Reader, list[Progress]]:
     """
     :param reference: the model to begin with; it does not change
-    :param kl_coef: of the penalty, at first; 0 stays 0
-    :param target_kl: of a whole text, from the policy to the reference
-    :return: the fine-tuned model, and what each update saw
+    :param kl_coef: first coefficient of the penalty; 0 stays 0
+    :param target_kl: KL divergence of a whole text, from the policy to the reference
+    :return: the fine-tuned model, and the progress at each update
     """
     policy, critic = copy.deepcopy(reference), Reader(1, reference.head.in_features)
     optimizer = th.optim.Adam([*policy.parameters(), *critic.parameters()], lr=learning_rate)

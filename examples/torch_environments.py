@@ -3,7 +3,7 @@ Gymnasium's CartPole and Pendulum as batches of environments whose states are to
 
     python examples/torch_environments.py
 
-They show what an environment must have whose tensors are to stay on its device; see
+They show the interface of an environment whose tensors stay on its device; see
 :mod:`sb3_ppo_ext.common.rollout.tensor_envs`. Dynamics, rewards and limits are gymnasium's ``CartPole-v1`` and
 ``Pendulum-v1``.
 """
@@ -21,7 +21,7 @@ from gymnasium import spaces
 
 class TorchEnv(ABC):
     """
-    Environments side by side that begin a new episode in the step that ends one.
+    A batch of environments. A step that ends an episode also begins the next one.
 
     :param num_envs: number of them
     :param device: of their tensors
@@ -38,9 +38,9 @@ class TorchEnv(ABC):
 
     def reset(self, *, seed: int | None = None) -> tuple[th.Tensor, dict[str, Any]]:
         """
-        Begin an episode everywhere.
+        Begin an episode in every environment.
 
-        :param seed: of all that follows; None: the generator goes on
+        :param seed: for the random generator; None: the generator continues
         :return: observations, shape ``(num_envs, *obs_shape)``, and further information
         """
         if seed is not None:
@@ -53,7 +53,7 @@ class TorchEnv(ABC):
         """
         :param actions: shape ``(num_envs, *action_shape)``
         :return: observations, of the new episode where one has ended; rewards; whether an episode terminated; whether
-            a time limit cut it; and further information: ``final_obs``, in which the episodes' last observations are
+            a time limit cut it; and further information: ``final_obs``, the last observations of ended episodes
         """
         self.state, rewards, terminated = self._advance(self.state, actions)
         self.n_steps = self.n_steps + 1
@@ -65,7 +65,7 @@ class TorchEnv(ABC):
         return self._observe(self.state), rewards, terminated, truncated, {"final_obs": final_obs}
 
     def state_dict(self) -> dict[str, th.Tensor]:
-        """What :meth:`load_state_dict` puts back, so that a checkpoint goes on with the episodes."""
+        """The state that :meth:`load_state_dict` restores, so that a resumed training continues the episodes."""
         return {"state": self.state, "n_steps": self.n_steps, "random": self._random.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, th.Tensor]) -> None:
@@ -74,17 +74,17 @@ class TorchEnv(ABC):
         self._random.set_state(state_dict["random"])
 
     def _uniform(self, bounds: list[float]) -> th.Tensor:
-        """A number from ``-bound`` to ``bound`` for each environment and bound."""
+        """Draw a number from ``-bound`` to ``bound`` for each environment and bound."""
         unit = th.rand(self.num_envs, len(bounds), generator=self._random, device=self.device)
         return (2.0 * unit - 1.0) * th.tensor(bounds, device=self.device)
 
     @abstractmethod
     def _first_states(self) -> th.Tensor:
-        """A state for each environment to begin with, shape ``(num_envs, n)``."""
+        """Draw an initial state for each environment, shape ``(num_envs, n)``."""
 
     @abstractmethod
     def _observe(self, state: th.Tensor) -> th.Tensor:
-        """What is seen of a state."""
+        """The observation of each state."""
 
     @abstractmethod
     def _advance(self, state: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:

@@ -30,46 +30,48 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     2017, arXiv 1707.06347, section 4, equation 8.
 
     Maximises ``E[min(r A, clip(r, 1 - clip_range, 1 + clip_range) A) - beta * KL(old || new)]`` with ratio
-    ``r = pi(a|s) / pi_old(a|s)``. The KL divergence is exact, of the whole action, from the parameters of the
-    distributions that drew the actions. After each rollout's update, with d its mean over the *whole* rollout by the
-    *final* parameters, ``beta`` is halved when ``d < target_kl / 1.5`` and doubled when ``d > 1.5 * target_kl``.
+    ``r = pi(a|s) / pi_old(a|s)``. The KL divergence is that of the whole action, and exact: it is computed from the
+    parameters of the distributions that drew the actions. After each update, let d be the mean KL over the *whole*
+    rollout with the *final* parameters: ``beta`` is halved when ``d < target_kl / 1.5`` and doubled when
+    ``d > 1.5 * target_kl``.
 
-    The paper's objective is that of ``clip_range=None``, ``E[r A - beta * KL(old || new)]``. It has no bound where
-    actions have many dimensions: to move the mean of the action in one state to the action that was drawn there
-    multiplies its probability by ``exp(|z|^2 / 2)``, z the noise in standard deviations, at a divergence of
-    ``|z|^2 / 2``. A penalty on the mean divergence does not keep the policy from doing that in some states.
+    With ``clip_range=None`` the objective is the paper's, ``E[r A - beta * KL(old || new)]``. It does not bound the
+    ratio where actions have many dimensions: if the policy moves its mean action in one state to the action that was
+    drawn there, the ratio becomes ``exp(|z|^2 / 2)``, where z is the drawn noise in standard deviations, at a
+    divergence of only ``|z|^2 / 2``. A penalty on the mean divergence does not prevent such a move in single states.
 
-    The arguments up to ``_init_setup_model`` are those of :class:`stable_baselines3.PPO`, in its order. All but those
-    below mean what they mean there.
+    The arguments up to ``_init_setup_model`` are those of :class:`stable_baselines3.PPO`, in its order. Those that are
+    not listed below have the same meaning.
 
-    :param clip_range: how far a ratio may go before its gradient ends, a number or a schedule; None for the penalty
-        alone
+    :param clip_range: how far the ratio may move from 1 before its gradient ends; a number, a schedule, or None to use
+        the penalty alone
     :param target_kl: the KL(old || new) of the whole action that an update aims at, a number or a schedule; None:
         0.01 for each action dimension
-    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds``, the lowest and the
-        highest logarithm of the standard deviation, and ``layer_norm=True``, normalisation of the layers of
-        ``net_arch``; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
-    :param kl_coef: beta at the beginning; the attribute of this name is the present one, it is saved with the model
+    :param policy_kwargs: arguments for the policy. Besides those of Stable-Baselines3's policies there are
+        ``critic_learning_rate``, a learning rate for the parameters that only the critic uses, ``log_std_bounds``, the
+        lowest and the highest logarithm of the standard deviation, and ``layer_norm=True``, which normalises the layers
+        of ``net_arch``; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+    :param kl_coef: initial beta. The attribute of this name is the current beta, and is saved with the model
     :param kl_tolerance: how far d may be from the target, as a factor, before beta changes
-    :param kl_coef_factor: by which beta changes; 1 holds it fixed
+    :param kl_coef_factor: factor by which beta changes; 1 keeps it fixed
     :param kl_coef_min: lower bound of beta
     :param kl_coef_max: upper bound of beta
     :param torch_compile: whether to compile the gradient step and the rollout, see :class:`DualClipPPO`
-    :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
-        ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
-    :param kl_adaptive_lr: lets the learning rate follow the KL, too, as in :class:`DualClipPPO`; its target is
+    :param sequence_length: for a policy with a memory, the number of steps that gradients go back in time; it must
+        divide ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
+    :param kl_adaptive_lr: adapt the learning rate to the KL as well, as in :class:`DualClipPPO`; its target is
         ``target_kl``
-    :param recompute_advantages: whether each epoch but the first learns from advantages and returns that are computed
-        anew, by the critic as it is then, see :class:`DualClipPPO`
+    :param recompute_advantages: whether to recompute advantages and returns with the current critic before each epoch
+        but the first, see :class:`DualClipPPO`
     :param reference_policy: a frozen policy to stay close to, see :class:`DualClipPPO`
     :param reference_kl_coef: weight of the penalty on KL(pi || pi_ref), see :class:`DualClipPPO`
-    :param reference_kl: where that penalty is, "reward" or "loss", see :class:`DualClipPPO`
-    :param n_reused_rollouts: K: an update learns from the newest rollout and the K before it, see :class:`DualClipPPO`
-    :param reuse: how the old rollouts are learnt from, see :class:`DualClipPPO`. The penalty is on the KL from the
-        policy that acted, with ``{"proximal": "newest"}`` from the newest, with ``"ewma"`` from the moving average. d
-        is over the newest rollout
-    :raises ValueError: for an argument that is out of range or contradicts another
+    :param reference_kl: "reward" or "loss", where that penalty is applied, see :class:`DualClipPPO`
+    :param n_reused_rollouts: K: an update learns from the newest rollout and from the K rollouts before it, see
+        :class:`DualClipPPO`
+    :param reuse: how to learn from old rollouts, see :class:`DualClipPPO`. The KL penalty is measured from the policy
+        that acted, with ``{"proximal": "newest"}`` from the newest policy, and with ``"ewma"`` from the moving average.
+        d is the mean over the newest rollout only
+    :raises ValueError: if an argument is out of range or contradicts another
     """
 
     _needs_old_params = True
@@ -166,7 +168,7 @@ class AdaptiveKLPPO(ProximalAlgorithm):
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
         adapted = super()._adapted(origin, attributes)
-        # SB3's PPO loads these files too and takes no None, so that it stands for itself by not being there.
+        # A clip_range of None is not written to the file, because SB3's PPO loads these files too and accepts no None.
         penalty_alone = "kl_coef" in attributes and "clip_range" not in attributes
         return adapted | {"clip_range": None} if penalty_alone else adapted
 
@@ -178,8 +180,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
             as_schedule("target_kl", self.target_kl)
         if self.kl_adaptive_lr is not None and self.kl_adaptive_lr.get("target_kl") is not None:
             raise ArgumentError(
-                f"kl_adaptive_lr={self.kl_adaptive_lr!r} is not allowed: the learning rate of AdaptiveKLPPO has "
-                "the target of its penalty, the argument target_kl; there must not be another"
+                f"kl_adaptive_lr={self.kl_adaptive_lr!r} is not allowed: in AdaptiveKLPPO the learning rate and the "
+                "penalty have the same target, the argument target_kl; leave target_kl out of kl_adaptive_lr"
             )
         check_real("kl_tolerance", self.kl_tolerance, at_least=1.0)
         check_real("kl_coef_factor", self.kl_coef_factor, at_least=1.0)
@@ -192,15 +194,15 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         """
         The surrogate with the KL penalty; see :meth:`ProximalAlgorithm.policy_loss`.
 
-        :param evaluation: of a minibatch by the present policy
+        :param evaluation: evaluation of a minibatch by the current policy
         :param samples: the minibatch
-        :param coefficients: ``kl_coef``, and ``clip_range`` where it is not None; ``max_importance_weight`` where the
-            samples have a proximal policy
+        :param coefficients: ``kl_coef``; ``clip_range`` unless it is None; ``max_importance_weight`` if the samples
+            have a proximal policy
         """
         kl, kl_coef = evaluation.kl_from(samples.old_params), coefficients["kl_coef"]
         old_log_prob, advantages = samples.old_log_prob, samples.advantages
         if samples.proximal_log_prob is not None:
-            # All weights are positive, so that to weight the advantages is to weight the surrogate, clipped or not.
+            # All weights are positive, so weighting the advantages weights the surrogate, clipped or not.
             maximum = coefficients["max_importance_weight"]
             weights = losses.truncated_importance_weights(samples.proximal_log_prob, old_log_prob, maximum=maximum)
             old_log_prob, advantages = samples.proximal_log_prob, advantages * weights
@@ -253,8 +255,8 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         self.logger.record("train/target_kl", target_kl)
 
     def _measured_kl(self) -> float:
-        """Mean KL(old || new) over the whole rollout, by the present parameters."""
-        self.policy.set_training_mode(False)  # as it was when the rollout was collected
+        """Mean KL(old || new) over the whole rollout, with the current parameters."""
+        self.policy.set_training_mode(False)  # as during the collection of the rollout
         actor_critic = self._actor_critic()
         family = cast(Family, actor_critic.family)
         rollout = cast(RolloutBuffer, self.rollout_buffer).flat()

@@ -26,83 +26,87 @@ class DualClipPPO(ProximalAlgorithm):
     Learning", Ye et al. 2020, arXiv 1912.09729, equation 5.
 
     With ratio ``r = pi(a|s) / pi_old(a|s)`` and advantage ``A``, PPO maximises
-    ``min(r A, clip(r, 1 - low, 1 + high) A)``. Where ``A < 0`` that falls without bound as ``r`` grows, and one sample
-    may rule a whole minibatch. The second clip bounds it: where ``A < 0``, and only there, the objective is
-    ``max(min(r A, clip(r, 1 - low, 1 + high) A), c A)`` with ``c = dual_clip``.
+    ``min(r A, clip(r, 1 - low, 1 + high) A)``. Where ``A < 0``, this objective falls without bound as ``r`` grows, and
+    one sample may dominate a whole minibatch. The second clip bounds it: where ``A < 0``, and only there, the objective
+    is ``max(min(r A, clip(r, 1 - low, 1 + high) A), c A)`` with ``c = dual_clip``.
 
     The arguments up to ``_init_setup_model`` are those of :class:`stable_baselines3.PPO`, in its order and with its
-    defaults. ``dual_clip=None`` is that algorithm.
+    defaults. With ``dual_clip=None``, the algorithm is SB3's PPO.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
-        "MultiInputLstmPolicy", or a class
-    :param env: an environment, a vector of them, or the id of a registered one
-    :param learning_rate: a number or a schedule. A schedule is a function of the remaining progress (from 1 to 0), or
-        in words: "lin_3e-4", linearly to 0; "cos_3e-4_1e-5", by a cosine to 1e-5; "exp_3e-4_1e-5", by equal factors;
-        "const_3e-4". Each may begin with a warm-up, "cos_3e-4_warmup_0.1": a linear rise from 0 in the first tenth
-    :param n_steps: steps of each environment in a rollout
+    :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"; "MlpLstmPolicy", "CnnLstmPolicy" or
+        "MultiInputLstmPolicy" for a policy with a memory; or a class
+    :param env: an environment, a vector of environments, or the id of a registered environment
+    :param learning_rate: a number or a schedule. A schedule is a function of the remaining progress (from 1 to 0), or a
+        string: "lin_3e-4" falls linearly to 0, "cos_3e-4_1e-5" by a cosine to 1e-5, "exp_3e-4_1e-5" exponentially, and
+        "const_3e-4" is constant. Each may have a warm-up: "cos_3e-4_warmup_0.1" first rises linearly from 0, during a
+        tenth of the training
+    :param n_steps: steps per environment in a rollout
     :param batch_size: samples in a minibatch
     :param n_epochs: passes over a rollout
     :param gamma: discount factor
     :param gae_lambda: trade-off between bias and variance of the advantages
     :param clip_range: how far the ratio may fall below 1 (and, if ``clip_range_high`` is None, rise above it) before
         its gradient ends; a number or a schedule
-    :param clip_range_vf: clip range of the value function, as SB3 clips; a number, a schedule, or None for no clipping
+    :param clip_range_vf: clip range of the value function, as in SB3; a number, a schedule, or None for no clipping
     :param normalize_advantage: whether to normalise the advantages of each minibatch
     :param ent_coef: weight of the entropy in the loss; a number or a schedule
     :param vf_coef: weight of the value loss
-    :param max_grad_norm: largest norm of a gradient
-    :param use_sde: whether to explore by gSDE (Box actions only)
-    :param sde_sample_freq: steps between two noise matrices of gSDE; -1: one a rollout
-    :param rollout_buffer_class: a buffer of your own; it is then filled SB3's way, step by step
-    :param rollout_buffer_kwargs: further arguments for it
-    :param target_kl: if the estimated KL divergence (k3) of a minibatch is above 1.5 times this, the update ends
-        before the step that the minibatch would make; None: never
+    :param max_grad_norm: largest norm of a gradient; a larger one is scaled down to it
+    :param use_sde: whether to explore with gSDE (Box actions only)
+    :param sde_sample_freq: steps after which gSDE draws a new noise matrix; -1: only at the start of each rollout
+    :param rollout_buffer_class: your own buffer class. Unless it derives from
+        :class:`sb3_ppo_ext.common.buffers.RolloutBuffer` and keeps its ``add()`` and its computation of advantages, the
+        buffer is filled step by step, as in SB3, which is slower
+    :param rollout_buffer_kwargs: further arguments for the buffer
+    :param target_kl: end the update before a gradient step whose minibatch has an estimated KL divergence (k3) above
+        1.5 times this number; None: never
     :param stats_window_size: episodes over which the rollout statistics are averaged
-    :param tensorboard_log: where to log for TensorBoard; None: nowhere
-    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds``, the lowest and the
-        highest logarithm of the standard deviation, and ``layer_norm=True``, normalisation of the layers of
-        ``net_arch``; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
-    :param verbose: 0 silent, 1 information, 2 details
-    :param seed: of all random generators
+    :param tensorboard_log: folder of the TensorBoard logs; None: no such logs
+    :param policy_kwargs: arguments for the policy. Besides those of Stable-Baselines3's policies there are
+        ``critic_learning_rate``, a learning rate for the parameters that only the critic uses, ``log_std_bounds``, the
+        lowest and the highest logarithm of the standard deviation, and ``layer_norm=True``, which normalises the layers
+        of ``net_arch``; see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+    :param verbose: 0: print nothing, 1: print information, 2: print details
+    :param seed: seed of all random generators
     :param device: "cpu", "cuda" or "auto"
     :param _init_setup_model: whether to build the networks
     :param dual_clip: c, the lower bound of the objective in units of ``A`` where ``A < 0``: a number above
         ``1 + clip_range_high``, a schedule, or None for PPO
     :param clip_range_high: how far the ratio may rise above 1; a number, a schedule, or None for ``clip_range``
     :param torch_compile: whether to compile the whole gradient step, the evaluation of a rollout and, on the CPU, the
-        actor, which takes a while once and then a fraction of the time; with the Adam optimiser and a policy that
-        overrides none of SB3's methods
-    :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
-        ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
-    :param kl_adaptive_lr: lets the learning rate follow the exact KL(old || present) of the minibatches: below
-        ``target_kl / tolerance`` it is multiplied by ``factor``, above ``target_kl * tolerance`` divided by it. A dict
-        of what is to be otherwise than ``{"target_kl": None, "tolerance": 2.0, "factor": 1.5, "minimum": 1e-6,
-        "maximum": 1e-2, "every": "minibatch"}``; a target of None is 0.01 for each action dimension, ``every`` may be
-        ``"epoch"``, for the mean over one. ``learning_rate`` is then the number that it begins with, and the attribute
-        the present one. None: the learning rate follows no KL
-    :param recompute_advantages: whether each epoch but the first learns from advantages and returns that are computed
-        anew, by the critic as it is then (Andrychowicz et al. 2021, arXiv 2006.05990)
-    :param rollback: whether an update that ``target_kl`` ends also undoes the steps of the epoch in which it ends:
-        parameters, buffers and the optimiser's moments are what they were before that epoch
+        actor. The first compilation takes a while; then training is much faster. It needs the Adam optimiser and a
+        policy that overrides none of SB3's methods
+    :param sequence_length: for a policy with a memory, the number of steps that gradients go back in time; it must
+        divide ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
+    :param kl_adaptive_lr: adapt the learning rate to the exact KL(old || new) of the minibatches: it is multiplied by
+        ``factor`` when the KL is below ``target_kl / tolerance``, and divided by it when the KL is above
+        ``target_kl * tolerance``. A dict of the settings that differ from ``{"target_kl": None, "tolerance": 2.0,
+        "factor": 1.5, "minimum": 1e-6, "maximum": 1e-2, "every": "minibatch"}``. A ``target_kl`` of None means 0.01 for
+        each action dimension; ``"every": "epoch"`` uses the mean KL of each epoch. Then the argument ``learning_rate``
+        is the initial learning rate, and the attribute is the current one. None: no adaptation
+    :param recompute_advantages: whether to recompute advantages and returns with the current critic before each epoch
+        but the first (Andrychowicz et al. 2021, arXiv 2006.05990)
+    :param rollback: whether an update that ``target_kl`` ends early also undoes the steps of its last epoch:
+        parameters, buffers and the optimiser's moments become what they were before that epoch
     :param reference_policy: a frozen policy to stay close to, by a penalty on KL(pi || pi_ref): a policy, which is
         copied; the path of a saved model; or "initial", the policy with which the model begins to learn. It is saved
-        inside of the model. None: there is none
-    :param reference_kl_coef: weight of that penalty; a number, a schedule, or a dict with the KL that it is to keep to,
-        ``{"target_kl": 0.05}``, and what is to be otherwise than ``{"coef": 0.1, "tolerance": 1.5, "factor": 2.0,
-        "minimum": 1e-4, "maximum": 1e4}``: after each update ``coef`` is multiplied by ``factor`` if the KL was above
-        ``target_kl * tolerance``, and divided by it if below ``target_kl / tolerance``
-    :param reference_kl: where the penalty is: "reward", ``coef * (log pi(a|s) - log pi_ref(a|s))`` is taken off the
-        reward of each step; "loss", ``coef`` times the exact KL is added to the loss
-    :param n_reused_rollouts: K: an update learns from the newest rollout and the K before it, which older policies have
-        collected, and has K + 1 times as many steps; the old ones take K times the memory of the rollout buffer
-    :param reuse: how the old rollouts are learnt from. A dict of what is to be otherwise than ``{"target": "gae",
-        "proximal": "behaviour", "max_importance_weight": 2.0, "ewma_decay": None, "rho_bar": 1.0, "c_bar": 1.0}``:
-        "vtrace" computes their advantages and returns anew for the newest policy, with the bounds ``rho_bar`` and
-        ``c_bar``; "newest" clips around the newest policy in place of the one that acted, with importance weights up
-        to their bound; so does "ewma" around the moving average of the policies after each gradient step, without old
-        rollouts too; see :class:`sb3_ppo_ext.common.update.old_rollouts.Reuse`
-    :raises ValueError: for an argument that is out of range or contradicts another
+        with the model. None: no penalty
+    :param reference_kl_coef: weight of that penalty: a number, a schedule, or a dict with the KL to aim at, such as
+        ``{"target_kl": 0.05}``, and the settings that differ from ``{"coef": 0.1, "tolerance": 1.5, "factor": 2.0,
+        "minimum": 1e-4, "maximum": 1e4}``. After each update, ``coef`` is multiplied by ``factor`` if the KL was above
+        ``target_kl * tolerance``, and divided by it if the KL was below ``target_kl / tolerance``
+    :param reference_kl: "reward": subtract ``coef * (log pi(a|s) - log pi_ref(a|s))`` from the reward of each step;
+        "loss": add ``coef`` times the exact KL to the loss
+    :param n_reused_rollouts: K: an update learns from the newest rollout and from the K rollouts before it, which older
+        policies collected. It makes K + 1 times as many gradient steps, and the old rollouts take K times the memory of
+        the rollout buffer
+    :param reuse: how to learn from old rollouts. A dict of the settings that differ from ``{"target": "gae",
+        "proximal": "behaviour", "max_importance_weight": 2.0, "ewma_decay": None, "rho_bar": 1.0, "c_bar": 1.0}``.
+        ``"target": "vtrace"`` recomputes their advantages and returns for the newest policy, with the bounds
+        ``rho_bar`` and ``c_bar``. ``"proximal": "newest"`` clips around the newest policy instead of the policy that
+        acted, with truncated importance weights; ``"ewma"`` clips around the moving average of the policies after each
+        gradient step, and needs no old rollouts. See :class:`sb3_ppo_ext.common.update.old_rollouts.Reuse`
+    :raises ValueError: if an argument is out of range or contradicts another
     """
 
     def __init__(
@@ -200,14 +204,14 @@ class DualClipPPO(ProximalAlgorithm):
                 if dual_clip(progress) <= 1.0 + high(progress):
                     raise ArgumentError(
                         f"dual_clip={dual_clip(progress):g} with {name}={high(progress):g} (at progress "
-                        f"{progress:g}) is not allowed: it must be above 1 + {name}, or the lower bound would "
-                        "take the gradient of samples that the first clip still lets through; None turns it off"
+                        f"{progress:g}) is not allowed: it must be above 1 + {name}, or the lower bound would remove "
+                        "the gradient of samples that the first clip leaves alone; None turns the bound off"
                     )
         check_bool("rollback", self.rollback)
         if self.rollback and self.target_kl is None:
             raise ArgumentError(
-                "rollback=True is not allowed with target_kl=None, by which no update ends early: target_kl must be a "
-                "number, or rollback False"
+                "rollback=True is not allowed with target_kl=None, which never ends an update early: target_kl must be "
+                "a number, or rollback must be False"
             )
         if self.target_kl is not None:
             check_real("target_kl", self.target_kl, above=0.0)
@@ -217,8 +221,8 @@ class DualClipPPO(ProximalAlgorithm):
                 if 1.5 * self.target_kl <= low:
                     raise ArgumentError(
                         f"target_kl={self.target_kl:g} is not allowed with kl_adaptive_lr={self.kl_adaptive_lr!r}: an "
-                        f"update ends at a KL of {1.5 * self.target_kl:g}, and the learning rate rises as long as it "
-                        f"is below {low:g}, so it would rise for ever; target_kl must be above {low / 1.5:g}"
+                        f"update ends at a KL of {1.5 * self.target_kl:g}, and the learning rate rises while the KL is "
+                        f"below {low:g}, so it would always rise; target_kl must be above {low / 1.5:g}"
                     )
 
     @staticmethod
@@ -226,10 +230,10 @@ class DualClipPPO(ProximalAlgorithm):
         """
         The dual-clip surrogate; see :meth:`ProximalAlgorithm.policy_loss`.
 
-        :param evaluation: of a minibatch by the present policy
+        :param evaluation: evaluation of a minibatch by the current policy
         :param samples: the minibatch
-        :param coefficients: ``clip_range``, and ``clip_range_high`` and ``dual_clip`` where they are not None;
-            ``max_importance_weight`` where the samples have a proximal policy
+        :param coefficients: ``clip_range``; ``clip_range_high`` and ``dual_clip`` unless they are None;
+            ``max_importance_weight`` if the samples have a proximal policy
         """
         clips: dict[str, Any] = {
             "dual_clip": coefficients.get("dual_clip"),

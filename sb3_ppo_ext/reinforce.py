@@ -1,4 +1,4 @@
-"""REINFORCE (Williams 1992), with the baselines of the field."""
+"""REINFORCE (Williams 1992), with a choice of baselines."""
 
 from __future__ import annotations
 
@@ -49,72 +49,71 @@ class REINFORCE(RegularizedAlgorithm):
 
         gradient = 1/n sum over n episodes, sum over their steps t, of grad log pi(a_t|s_t) (G_t - b_t)
 
-    One gradient step for each batch of complete episodes. Their number is fixed *before* they are run: with a fixed
-    number of steps whose unfinished tail is dropped, short episodes would be over-represented. An environment that is
-    done with its episodes waits for the others, stepping on. No environment is reset in the middle of an episode: one
-    that stands there when a batch is complete plays it to its end, and then the first episode that counts for the next
-    batch begins. What it plays to its end cannot count, as the old policy had begun it, and as the episodes that a
-    batch's end interrupts are longer than most; each episode that counts is drawn by one policy from first to last,
-    whatever its length, so that the gradient is unbiased. The steps of waiting and of playing to the end count as time
-    steps, and are neither learnt from nor in the statistics of the episodes. The fewer environments, the fewer of them;
-    with one there are none.
+    Each batch of complete episodes gives one gradient step. The number of episodes is fixed *before* they run: with a
+    fixed number of steps whose unfinished episodes are dropped, short episodes would be over-represented. An
+    environment that has completed its episodes goes on stepping until the others have theirs. No environment is reset
+    in the middle of an episode: if a batch ends there, the environment first plays this episode to its end, under the
+    next policy. Such an episode does not count, because two policies have acted in it, and because the episodes that
+    the end of a batch interrupts are longer than most. So one policy acts in all of each episode that counts, and the
+    gradient is unbiased. The steps that do not count are added to ``num_timesteps``, but nothing is learnt from them
+    and they are not in the episode statistics. Fewer environments make fewer such steps; one environment makes none.
 
-    **Baselines.** ``b_t`` must not depend on the episode it is subtracted in, or the estimate is biased. So "mean",
-    "optimal" and "leave_one_out" are computed for each episode from the *other* episodes of the batch, which must have
-    at least two; "value" comes from a critic that was fitted to earlier batches. (It is fitted without touching what
-    the actor depends on: of a shared features extractor it takes what the actor makes of it.)
+    **Baselines.** ``b_t`` must not depend on the episode that it is subtracted in, or the estimate is biased. So
+    "mean", "optimal" and "leave_one_out" are computed for each episode from the *other* episodes of the batch, which
+    must have at least two; "value" comes from a critic that was fitted to earlier batches. (Fitting it does not change
+    parameters that the actor depends on, such as a shared features extractor.)
 
-    **Time limits.** An episode that a time limit ends counts as complete: what it would have earned after the limit
-    counts as nothing, which makes the objective the return *within* the limit. With ``baseline="value"`` and
-    ``bootstrap_timeouts=True`` the critic's value of the final observation is added instead, as SB3's algorithms do.
+    **Time limits.** An episode that a time limit ends counts as complete, and rewards after the limit count as 0. So
+    the objective is the return *within* the limit. With ``baseline="value"`` and ``bootstrap_timeouts=True``, the
+    critic's value of the final observation is added instead, as in SB3's algorithms.
 
-    **gSDE** keeps its noise for many steps, which makes their actions depend on each other; as in SB3's algorithms,
-    they are taken for independent draws, which is exact with ``sde_sample_freq=1`` only.
+    **gSDE** keeps its noise for many steps, so the actions of these steps depend on each other. As in SB3's algorithms,
+    they are treated as independent draws, which is exact only with ``sde_sample_freq=1``.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
-        "MultiInputLstmPolicy", or a class
-    :param env: an environment, a vector of them, or the id of a registered one
+    :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"; "MlpLstmPolicy", "CnnLstmPolicy" or
+        "MultiInputLstmPolicy" for a policy with a memory; or a class
+    :param env: an environment, a vector of environments, or the id of a registered environment
     :param learning_rate: a number or a schedule, such as "lin_1e-3"; see :class:`DualClipPPO`
-    :param episodes_per_env: episodes of each environment in a batch
+    :param episodes_per_env: episodes per environment in a batch
     :param gamma: discount factor
     :param ent_coef: weight of the entropy of the policy, summed over the states of an episode; a number or a schedule
-    :param max_grad_norm: largest norm of a gradient. It is a sum over the steps of an episode, so that long episodes
-        exceed this as a rule; ``float("inf")`` lets everything through, which leaves the estimate unbiased
-    :param use_sde: whether to explore by gSDE (Box actions only)
-    :param sde_sample_freq: steps between two noise matrices of gSDE; -1: one a batch
+    :param max_grad_norm: largest norm of a gradient; a larger one is scaled down to it. The gradient is a sum over the
+        steps of an episode, so long episodes usually exceed it; ``float("inf")`` keeps the estimate unbiased
+    :param use_sde: whether to explore with gSDE (Box actions only)
+    :param sde_sample_freq: steps after which gSDE draws a new noise matrix; -1: only at the start of each batch
     :param normalize_advantage: whether to normalise ``G_t - b_t`` over the samples of a batch (no longer unbiased)
     :param stats_window_size: episodes over which the rollout statistics are averaged
-    :param tensorboard_log: where to log for TensorBoard; None: nowhere
-    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds`` and ``layer_norm``;
-        see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
-    :param verbose: 0 silent, 1 information, 2 details
-    :param seed: of all random generators
+    :param tensorboard_log: folder of the TensorBoard logs; None: no such logs
+    :param policy_kwargs: arguments for the policy. Besides those of Stable-Baselines3's policies there are
+        ``critic_learning_rate``, ``log_std_bounds`` and ``layer_norm``; see
+        :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+    :param verbose: 0: print nothing, 1: print information, 2: print details
+    :param seed: seed of all random generators
     :param device: "cpu", "cuda" or "auto"
     :param _init_setup_model: whether to build the networks
-    :param returns: "reward_to_go": G_t is what is earned from step t on; "total": in the whole episode
+    :param returns: "reward_to_go": G_t is the return from step t on; "total": G_t is the return of the whole episode
     :param baseline: "none"; "mean": mean of the returns at all steps of the other episodes; "optimal": the constant of
         least variance, estimated from the other episodes; "leave_one_out": mean over the other episodes of their return
         at the same step, or of their total return; "value": a learned value function
-    :param discount_from: "present": the reward-to-go of step t is discounted from t on, as practice has it; "start":
-        the term of step t is discounted by ``gamma**t`` too, as the derivation for the discounted return has it. A
-        total return is discounted from the start.
+    :param discount_from: "present": the reward-to-go of step t is discounted from step t on, as is usual in practice;
+        "start": the term of step t is also multiplied by ``gamma**t``, as in the derivation for the discounted return.
+        A total return is always discounted from the start
     :param bootstrap_timeouts: see above; only with ``baseline="value"``
     :param n_critic_updates: passes of the critic over a batch, with ``baseline="value"``
     :param batch_size: samples in a minibatch of the critic, with ``baseline="value"``
-    :param max_episode_steps: an episode that is longer is taken for one that never ends, which is an error. None: as
-        many as ``total_timesteps`` of the present ``learn`` allows each environment, as a longer one could not be
-        completed within them; but at least 10,000, for those who call ``learn`` for a few steps at a time, and never
-        less than the time limit that an environment was registered or made with
+    :param max_episode_steps: a longer episode is an error, because it seems never to end. None: as many steps as
+        ``total_timesteps`` of ``learn`` gives each environment, because a longer episode could not be completed within
+        them; but at least 10,000, for scripts that call ``learn`` for a few steps at a time, and at least the time
+        limit that an environment was registered or made with
     :param torch_compile: whether to compile the actor, the evaluation of a batch and, with ``baseline="value"``, the
-        gradient step of the critic, whose minibatches are padded to ``batch_size``; with the Adam optimiser and a
+        gradient step of the critic, whose minibatches are padded to ``batch_size``. It needs the Adam optimiser and a
         policy that overrides none of SB3's methods
-    :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
-        ``batch_size``. None: its largest divisor up to 16
+    :param sequence_length: for a policy with a memory, the number of steps that gradients go back in time; it must
+        divide ``batch_size``. None: its largest divisor up to 16
     :param reference_policy: a frozen policy to stay close to, see :class:`DualClipPPO`
     :param reference_kl_coef: weight of the penalty on KL(pi || pi_ref), see :class:`DualClipPPO`
-    :param reference_kl: where that penalty is, "reward" or "loss", see :class:`DualClipPPO`
-    :raises ValueError: for an argument that is out of range or contradicts another, and for an episode that never ends
+    :param reference_kl: "reward" or "loss", where that penalty is applied, see :class:`DualClipPPO`
+    :raises ValueError: if an argument is out of range or contradicts another, or if an episode never ends
     """
 
     _rollouts_vary: ClassVar[bool] = True
@@ -192,7 +191,7 @@ class REINFORCE(RegularizedAlgorithm):
 
     @property
     def _n_episodes(self) -> int:
-        """Episodes of a batch."""
+        """Number of episodes in a batch."""
         return self.n_envs * self.episodes_per_env
 
     def _validate(self) -> None:
@@ -211,7 +210,7 @@ class REINFORCE(RegularizedAlgorithm):
         if self.bootstrap_timeouts and self.baseline != "value":
             raise ValueError(
                 f"bootstrap_timeouts=True with baseline={self.baseline!r} is not allowed: only baseline='value' learns "
-                "a value to bootstrap with"
+                "values to bootstrap with"
             )
 
     def _check_can_learn(self) -> None:
@@ -220,7 +219,7 @@ class REINFORCE(RegularizedAlgorithm):
         if of_others and self._n_episodes * n_processes() < 2:
             raise ValueError(
                 f"episodes_per_env={self.episodes_per_env} with {self.n_envs} environment(s) is not allowed with "
-                f"baseline={self.baseline!r}: it is computed from the other episodes, so a batch needs at least two"
+                f"baseline={self.baseline!r}, which is computed from the other episodes: a batch needs at least two"
             )
 
     def _setup_model(self) -> None:
@@ -252,9 +251,9 @@ class REINFORCE(RegularizedAlgorithm):
 
         :param env: the training environment
         :param callback: called at each step, and at the beginning and the end of the rollout
-        :param rollout_buffer: to fill
-        :param n_rollout_steps: not looked at: the episodes decide
-        :param stop: None; the rule is this algorithm's own
+        :param rollout_buffer: the buffer to fill
+        :param n_rollout_steps: ignored, because the number of episodes is fixed
+        :param stop: None; this algorithm has its own rule
         :return: whether all episodes were run; False if the callback ended the rollout
         """
         starts = cast(np.ndarray, self._last_episode_starts)
@@ -273,12 +272,12 @@ class REINFORCE(RegularizedAlgorithm):
             is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, stop=stop)
             is_stopped = not (is_complete or stop.is_closed)
         finally:
-            if is_stopped:  # by the callback, after a step: learn() goes on from what followed it
+            if is_stopped:  # by the callback, after a step: the next learn() goes on after that step
                 dones, state = callback.locals["dones"], callback.locals["next_state"]
                 self._last_obs, self._last_episode_starts = callback.locals["new_obs"], dones
                 self._last_state = None if state is None else state.cpu().numpy()
                 stop.count(dones)
-            elif not is_complete:  # the environments are in whatever state: learn() is to reset them
+            elif not is_complete:  # the state of the environments is unknown: the next learn() resets them
                 self._last_obs = None
         return is_complete
 
@@ -286,13 +285,13 @@ class REINFORCE(RegularizedAlgorithm):
         if self.max_episode_steps is not None:
             return f"max_episode_steps={self.max_episode_steps} steps"
         return (
-            f"{self._episode_limit} steps, the limit that max_episode_steps=None makes of total_timesteps="
+            f"{self._episode_limit} steps, the limit of max_episode_steps=None with total_timesteps="
             f"{self._total_timesteps - self._num_timesteps_at_start} and {self.n_envs} environment(s)"
         )
 
     def train(self) -> None:
         """Update the policy from the episodes in the buffer: one step of the actor, then epochs of the critic."""
-        self.policy.set_training_mode(False)  # the probabilities are those that the actions were drawn with
+        self.policy.set_training_mode(False)  # as during the rollout, so that the probabilities are the same
         self._update_learning_rate(self.policy.optimizer)
         use_fused_adam(self.policy.optimizer)
         actor_critic = self._actor_critic()
@@ -305,10 +304,10 @@ class REINFORCE(RegularizedAlgorithm):
                 of_actor = [(p, p.grad) for p in self.policy.parameters() if p.grad is not None]
                 self._fit_critic(actor_critic, buffer)
                 for parameter, gradient in of_actor:
-                    parameter.grad = gradient  # for whoever logs it; the next update does not read it
+                    parameter.grad = gradient  # for logging by the user; the next update does not read it
             update_statistics(actor_critic, rollout.inputs, self.batch_size, self._reducer)
         else:
-            warnings.warn("REINFORCE left the policy as it was in this update: not a finite gradient", stacklevel=2)
+            warnings.warn("REINFORCE left the policy as it was in this update: non-finite gradient", stacklevel=2)
         self._follow_reference()
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -317,10 +316,10 @@ class REINFORCE(RegularizedAlgorithm):
 
     def _weights(self, actor_critic: ActorCritic, rollout: RolloutSamples, index: EpisodeIndex) -> th.Tensor:
         """
-        What the score of each sample is multiplied by: the return less the baseline, normalised and discounted if asked
-        for; 0 of those that do not count. The baselines are computed from the episodes of all processes.
+        Weights of the samples' scores: the return minus the baseline, normalised and discounted if the user asks for
+        it; 0 for samples that do not count. The baselines are computed from the episodes of all processes.
 
-        :param index: where in its episode each is that counts
+        :param index: episode, and step in it, of each sample that counts
         """
         n_episodes = self._n_episodes * self._reducer.n_processes
         returns, values, episode, step, is_own = AllEpisodes.of(rollout, index, self._n_episodes, self._reducer)
@@ -347,7 +346,7 @@ class REINFORCE(RegularizedAlgorithm):
                 chunks=self._chunks,
             )
             baseline = baselines.optimal_of_other_episodes(*concatenated(self._reducer, *statistics))[episode]
-        elif self.baseline == "leave_one_out" and self.returns == "total":  # one return an episode, whenever it ends
+        elif self.baseline == "leave_one_out" and self.returns == "total":  # one return per episode, whenever it ends
             baseline = ((totals.sum() - totals) / (n_episodes - 1))[episode]
         elif self.baseline == "leave_one_out":
             baseline = baselines.leave_one_out(returns, episode, step, n_episodes)
@@ -360,7 +359,7 @@ class REINFORCE(RegularizedAlgorithm):
         """
         One gradient step of the actor.
 
-        :return: whether the gradient was finite; if it was not, nothing has changed
+        :return: whether the gradient was finite; if not, the policy is unchanged
         """
         self.policy.optimizer.zero_grad()
         totals = add_up_gradients(

@@ -45,65 +45,66 @@ class TRPO(RegularizedAlgorithm):
     """
     Trust region policy optimisation, Schulman et al. 2015, arXiv 1502.05477, section 6 and appendix C.
 
-    Maximises the surrogate ``L(theta) = E[r A]``, ``r = pi(a|s) / pi_old(a|s)``, subject to
-    ``E[KL(old || new)] <= target_kl``. With g its gradient and F the Fisher information of the policy, conjugate
-    gradient solves ``(F + cg_damping I) x = g``; the step is ``sqrt(2 target_kl / x'g) x``, shortened by a line search
+    Maximises the surrogate ``L(theta) = E[r A]`` with ``r = pi(a|s) / pi_old(a|s)``, subject to
+    ``E[KL(old || new)] <= target_kl``. Let g be the gradient of L and F the Fisher information of the policy. Conjugate
+    gradient solves ``(F + cg_damping I) x = g``. The step is ``sqrt(2 target_kl / x'g) x``; a line search shortens it
     until the constraint holds and L improves by at least ``accept_ratio`` of what g predicts for that length. Then the
-    critic is fitted to the returns; parameters that the actor depends on are not touched by that.
+    critic is fitted to the returns, without changing parameters that the actor depends on.
 
-    ``target_kl`` is the KL divergence of the whole action and ``cg_damping`` is added to the true Fisher matrix.
-    sb3-contrib averages both over the action dimensions (but not over those of MultiDiscrete): its numbers, times the
-    number of dimensions, are these. :meth:`load` does that for a model of sb3-contrib's.
+    ``target_kl`` is the KL divergence of the whole action, and ``cg_damping`` is added to the true Fisher matrix.
+    sb3-contrib averages both over the action dimensions (except for MultiDiscrete). To convert its numbers, multiply
+    them by the number of dimensions; :meth:`load` does so for a model of sb3-contrib.
 
-    The policy's step is made in evaluation mode (dropout off, batch statistics fixed): the trust region is around the
-    policy that collected the rollout. Layers that keep statistics in training mode (batch normalisation, a running
-    normaliser) see the rollout once, after the step.
+    The policy's step is made in evaluation mode (dropout off, batch statistics fixed), because the trust region is
+    around the policy that collected the rollout. Layers that update statistics in training mode (batch normalisation, a
+    running normaliser) see the rollout once, after the step.
 
     The arguments up to ``_init_setup_model`` are in the order of :class:`sb3_contrib.TRPO`.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", with a memory "MlpLstmPolicy", "CnnLstmPolicy",
-        "MultiInputLstmPolicy", or a class
-    :param env: an environment, a vector of them, or the id of a registered one
-    :param learning_rate: of the critic; a number or a schedule, such as "lin_1e-3"; see :class:`DualClipPPO`
-    :param n_steps: steps of each environment in a rollout
+    :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"; "MlpLstmPolicy", "CnnLstmPolicy" or
+        "MultiInputLstmPolicy" for a policy with a memory; or a class
+    :param env: an environment, a vector of environments, or the id of a registered environment
+    :param learning_rate: learning rate of the critic; a number or a schedule, such as "lin_1e-3"; see
+        :class:`DualClipPPO`
+    :param n_steps: steps per environment in a rollout
     :param batch_size: samples in a minibatch of the critic
     :param gamma: discount factor
     :param cg_max_steps: largest number of steps of conjugate gradient
     :param cg_damping: multiple of the identity that is added to F; None: 0.1 for each action dimension
-    :param line_search_shrinking_factor: ratio of two successive lengths that the line search tries
-    :param line_search_max_iter: lengths that it tries
+    :param line_search_shrinking_factor: factor by which the line search shortens the step after each failed try
+    :param line_search_max_iter: largest number of step lengths that the line search tries
     :param n_critic_updates: passes of the critic over a rollout
     :param gae_lambda: trade-off between bias and variance of the advantages
-    :param use_sde: whether to explore by gSDE (Box actions only)
-    :param sde_sample_freq: steps between two noise matrices of gSDE; -1: one a rollout
+    :param use_sde: whether to explore with gSDE (Box actions only)
+    :param sde_sample_freq: steps after which gSDE draws a new noise matrix; -1: only at the start of each rollout
     :param rollout_buffer_class: a subclass of :class:`sb3_ppo_ext.common.buffers.RolloutBuffer`
-    :param rollout_buffer_kwargs: further arguments for it
+    :param rollout_buffer_kwargs: further arguments for the buffer
     :param normalize_advantage: whether to normalise the advantages of a rollout
     :param target_kl: largest mean KL(old || new) of the whole action; a number or a schedule; None: 0.01 for each
         action dimension
-    :param sub_sampling_factor: use each so-many-th sample in the products with F; the gradient and the line search use
-        all, where sb3-contrib's use the same part
+    :param sub_sampling_factor: n: use every n-th sample in the products with F. The gradient and the line search use
+        all samples; in sb3-contrib, they use every n-th sample too
     :param stats_window_size: episodes over which the rollout statistics are averaged
-    :param tensorboard_log: where to log for TensorBoard; None: nowhere
-    :param policy_kwargs: arguments for the policy. To those of Stable-Baselines3's policies come
-        ``critic_learning_rate``, a learning rate for what only the critic uses, ``log_std_bounds`` and ``layer_norm``;
-        see :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
-    :param verbose: 0 silent, 1 information, 2 details
-    :param seed: of all random generators
+    :param tensorboard_log: folder of the TensorBoard logs; None: no such logs
+    :param policy_kwargs: arguments for the policy. Besides those of Stable-Baselines3's policies there are
+        ``critic_learning_rate``, ``log_std_bounds`` and ``layer_norm``; see
+        :class:`sb3_ppo_ext.common.policies.ActorCriticPolicy`
+    :param verbose: 0: print nothing, 1: print information, 2: print details
+    :param seed: seed of all random generators
     :param device: "cpu", "cuda" or "auto"
     :param _init_setup_model: whether to build the networks
     :param cg_residual_tol: relative residual ``|g - (F + cg_damping I) x| / |g|`` at which conjugate gradient stops
-    :param accept_ratio: part of the predicted improvement that a step must make
+    :param accept_ratio: smallest share of the predicted improvement that a step must make
     :param ent_coef: weight of the entropy in the objective; a number or a schedule
     :param torch_compile: whether to compile the products with F, the gradient step of the critic, the actor and the
         evaluation of a rollout, see :class:`DualClipPPO`
-    :param sequence_length: of a policy with a memory: steps that gradients go back through; it must divide
-        ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
+    :param sequence_length: for a policy with a memory, the number of steps that gradients go back in time; it must
+        divide ``n_steps`` and ``batch_size``. None: their largest common divisor up to 16
     :param fvp_subsampling: the old name of ``sub_sampling_factor``
     :param reference_policy: a frozen policy to stay close to, see :class:`DualClipPPO`
     :param reference_kl_coef: weight of the penalty on KL(pi || pi_ref), see :class:`DualClipPPO`
-    :param reference_kl: where that penalty is, "reward" or "loss", see :class:`DualClipPPO`
-    :raises ValueError: for an argument that is out of range or contradicts another
+    :param reference_kl: "reward" or "loss", where that penalty is applied, see :class:`DualClipPPO`
+    :raises ValueError: if an argument is out of range or contradicts another
     """
 
     _needs_old_params = True
@@ -153,7 +154,7 @@ class TRPO(RegularizedAlgorithm):
             if sub_sampling_factor != 1:
                 raise ArgumentError(
                     f"fvp_subsampling={fvp_subsampling!r} with sub_sampling_factor={sub_sampling_factor!r} is not "
-                    "allowed: they are one argument, which must be given once, as sub_sampling_factor"
+                    "allowed: the first is the old name of the second; give only sub_sampling_factor"
                 )
             warnings.warn("fvp_subsampling is an old name: write sub_sampling_factor", FutureWarning, stacklevel=2)
             sub_sampling_factor = fvp_subsampling
@@ -200,7 +201,7 @@ class TRPO(RegularizedAlgorithm):
             self._setup_new_model()
 
     def _validate(self) -> None:
-        if "fvp_subsampling" in vars(self):  # of an older file
+        if "fvp_subsampling" in vars(self):  # from an older file
             self.sub_sampling_factor = vars(self).pop("fvp_subsampling")
         super()._validate()
         check_int("batch_size", self.batch_size, minimum=1)
@@ -224,7 +225,7 @@ class TRPO(RegularizedAlgorithm):
             target_kl = self._whole_action_value(self.target_kl, TARGET_KL_PER_DIMENSION)
             cg_damping = self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION)
             print(
-                f"target_kl={target_kl:g}, cg_damping={cg_damping:g}: of the whole action, which has "
+                f"target_kl={target_kl:g}, cg_damping={cg_damping:g}, for the whole action of "
                 f"{n_action_dims(self.action_space)} dimension(s)"
             )
 
@@ -237,8 +238,8 @@ class TRPO(RegularizedAlgorithm):
         super()._check_can_learn()
         if self.torch_compile and self.env is not None and resets_take_steps(self.env):
             raise ArgumentError(
-                f"torch_compile=True is not allowed with env={self.env.unwrapped!r:.100}, of whose steps some do not "
-                "count (autoreset_mode NEXT_STEP): the Fisher product would be compiled anew for each rollout"
+                f"torch_compile=True is not allowed with env={self.env.unwrapped!r:.100}, some of whose steps do not "
+                "count (autoreset_mode NEXT_STEP): the Fisher product would be compiled again for each rollout"
             )
 
     def train(self) -> None:
@@ -273,7 +274,7 @@ class TRPO(RegularizedAlgorithm):
             self.logger.record("train/value_loss", value_loss)
         update_statistics(actor_critic, rollout.inputs, self.batch_size, self._reducer)
         for parameter, gradient in zip(actor_parameters, step.gradients, strict=True):
-            parameter.grad = gradient  # of the loss, for whoever logs it; the next update does not read it
+            parameter.grad = gradient  # of the loss, for logging by the user; the next update does not read it
         self._n_updates += 1
         self._log_update(step)
         self._follow_reference()
@@ -283,8 +284,8 @@ class TRPO(RegularizedAlgorithm):
         One natural-gradient step of the actor.
 
         :param actor_critic: the policy
-        :param rollout: all samples, their advantages normalised if asked for
-        :return: what became of it, and the parameters that the actor depends on
+        :param rollout: all samples; their advantages are normalised if the user asks for it
+        :return: the result of the step, and the parameters that the actor depends on
         """
         surrogate = Surrogate(
             actor_critic,
@@ -320,7 +321,7 @@ class TRPO(RegularizedAlgorithm):
 
         def evaluate() -> tuple[th.Tensor, th.Tensor]:
             nonlocal reverse_kl
-            self._project()  # parameters that have bounds, back within them
+            self._project()  # puts log_std back within its bounds
             objective, kl, reverse_kl = surrogate.value_and_kls()
             return objective, kl
 
@@ -368,11 +369,11 @@ class TRPO(RegularizedAlgorithm):
 
     def _log_update(self, step: PolicyStep) -> None:
         accepted = step.status == "accepted"
-        if self.verbose >= 1 and step.status in ("constraint", "improvement"):  # of the others there is a warning
+        if self.verbose >= 1 and step.status in ("constraint", "improvement"):  # the others have a warning
             print(f"TRPO left the policy as it was in this update: the line search failed by the {step.status}")
         record = self.logger.record
-        # The next three are what sb3-contrib logs. Its KL divergence is KL(new || old), and a mean over the dimensions
-        # of an action too, except for MultiDiscrete.
+        # The next three are also logged by sb3-contrib. Its KL divergence is KL(new || old), averaged over the action
+        # dimensions, except for MultiDiscrete.
         is_mean = not isinstance(self.action_space, spaces.MultiDiscrete)
         record("train/policy_objective", step.objective + (step.actual_improvement if accepted else 0.0))
         record("train/kl_divergence_loss", step.reverse_kl / (n_action_dims(self.action_space) if is_mean else 1))
@@ -387,7 +388,7 @@ class TRPO(RegularizedAlgorithm):
         record("train/cg_residual", step.cg_residual)
         record("train/cg_damping", self._whole_action_value(self.cg_damping, CG_DAMPING_PER_DIMENSION))
         buffer = cast(RolloutBuffer, self.rollout_buffer)
-        # Of the policy that collected the rollout; by its actions if there is no formula.
+        # Entropy of the policy that collected the rollout; estimated from its actions if there is no formula.
         entropy = cast(Family, self._family).entropy(buffer.flat().old_params)
         entropy_loss = buffer.flat().old_log_prob if entropy is None else -entropy
         record("train/entropy_loss", entropy_loss.mean().item())

@@ -1,4 +1,4 @@
-"""SB3's base of on-policy algorithms, with phases of our own: collect, evaluate, targets, update."""
+"""The base class of the four algorithms: collect a rollout, evaluate it, compute the targets, update the policy."""
 
 from __future__ import annotations
 
@@ -45,36 +45,36 @@ if TYPE_CHECKING:
 
 class OnPolicyAlgorithm(Model):
     """
-    SB3's base of on-policy algorithms, with a faster rollout.
+    SB3's base class of on-policy algorithms, with a faster rollout.
 
-    SB3 computes the value and the log-probability at every step, for a handful of observations at a time; nothing
-    needs them before the rollout is full. Here a step runs the actor only, and one batched pass at the end gives the
+    SB3 computes the value and the log-probability at every step, for a few observations at a time, although they are
+    only needed when the rollout is full. Here a step runs the actor only, and one batched pass at the end computes the
     values, the log-probabilities and the parameters of the action distributions. Actions are drawn by the same torch
-    calls as SB3 draws them, so a seed gives the trajectory that it gives SB3's PPO.
+    calls as in SB3, so a seed gives the same trajectory as with SB3's PPO.
 
-    Callbacks see SB3's protocol; only ``values`` and ``log_probs`` are missing in ``locals``: they are not known yet.
+    Callbacks are called as in SB3; only ``values`` and ``log_probs``, not known yet, are missing in ``locals``.
 
-    That is right for networks that are known to be pure (:mod:`sb3_ppo_ext.common.rollout.purity`). Any other network,
-    a policy that overrides SB3's methods and a policy that a callback changes within a rollout are evaluated at each
-    step, and a rollout buffer that is not :class:`RolloutBuffer` is filled SB3's way.
+    This needs networks that are known to be pure (:mod:`sb3_ppo_ext.common.rollout.purity`). Any other network, a
+    policy that overrides SB3's methods, and a policy that a callback changes within a rollout are evaluated at each
+    step. A rollout buffer that is not a :class:`RolloutBuffer` is filled as in SB3.
 
     Takes the arguments of :class:`stable_baselines3.common.on_policy_algorithm.OnPolicyAlgorithm`.
 
-    :raises ValueError: for what cannot be used or cannot be used together, before anything is trained
+    :raises ValueError: if an argument cannot be used or contradicts another, before training starts
     """
 
-    # Whether the value of what would have followed is added where a time limit ends an episode.
+    # Whether the value of the final observation is added where a time limit ends an episode.
     bootstrap_timeouts: bool = True
 
-    # What reads the masks of the environments; None if they have none, or these are not to be heeded.
+    # Reads the action masks of the environments; None if they have none, or if masks are not used.
     _masks: ActionMasks | None = None
-    _last_masks: np.ndarray | None = None  # which actions the environments allow next
+    _last_masks: np.ndarray | None = None  # which actions the environments allow in the next step
     _use_masking: bool = True
-    _last_state: np.ndarray | None = None  # what a policy with a memory remembers of each environment
+    _last_state: np.ndarray | None = None  # the memory of a recurrent policy, for each environment
 
-    # Puts gradients and statistics of several processes together.
+    # Combines gradients and statistics of several processes.
     _reducer: Reducer = OneProcess()
-    _together: Together | None = None  # this process's part, where there are several
+    _together: Together | None = None  # this process's part in training with several processes
 
     def learn(
         self,
@@ -88,21 +88,23 @@ class OnPolicyAlgorithm(Model):
         use_masking: bool = True,
     ) -> Self:
         """
-        As SB3: train. Where the environments say which actions are allowed, no other is taken; see
+        Train, as SB3 does. If the environments say which actions are allowed, only those are taken; see
         :mod:`sb3_ppo_ext.common.rollout.masks`. Under ``torchrun``, all processes train one model; see
         :mod:`sb3_ppo_ext.common.processes`.
 
         :param total_timesteps: steps to make; the last rollout may exceed them
         :param callback: called at each step, and at the beginning and the end of each rollout
-        :param log_interval: rollouts between two logs
-        :param tb_log_name: of the run, for TensorBoard; None: the name of the class
+        :param log_interval: rollouts between two logs; None: nothing is logged
+        :param tb_log_name: name of the run in TensorBoard; None: the name of the class
         :param reset_num_timesteps: whether to count from 0; otherwise the steps are added to those made before
-        :param progress_bar: whether to show one
-        :param use_masking: whether to heed the masks of the environments
+        :param progress_bar: whether to show a progress bar
+        :param use_masking: whether to use the action masks of the environments
         :return: the model
-        :raises ValueError: for what cannot be learnt, and for observations and rewards that are not finite
+        :raises ValueError: if the model cannot learn in these environments, or an observation or reward is not finite
         """
         check_bool("use_masking", use_masking)
+        if log_interval == 0:
+            raise ArgumentError("log_interval=0 is not allowed: it must be an integer of at least 1, or None")
         self._use_masking = use_masking
         compared = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
         with training_together(self, callback, progress_bar, compared) as (callback, progress_bar):
@@ -116,7 +118,7 @@ class OnPolicyAlgorithm(Model):
             )
 
     def _setup_new_model(self) -> None:
-        """Build what a new model consists of, and check what one that is loaded to be watched need not keep to."""
+        """Build a new model, and check what only learning needs: a model that is loaded for evaluation skips this."""
         self._setup_model()
         self._check_can_learn()
         if self.sequence_length is None and has_memory(self.policy):
@@ -124,11 +126,11 @@ class OnPolicyAlgorithm(Model):
 
     def _check_can_learn(self) -> None:
         """
-        For a new model, and when one is to learn: to be watched, it may be loaded where nothing can be compiled, and
-        with environments that it could not learn.
+        Check what only learning needs, for a new model and in ``learn``. A model for evaluation may be loaded on a
+        machine without a compiler, and with environments that it could not learn.
 
-        :raises ValueError: if ``torch_compile=True``, sequences of such a length or an environment's way to begin
-            episodes cannot be had, saying what to change
+        :raises ValueError: if ``torch_compile=True``, the sequence length or the environments' way to begin episodes
+            is not possible here; the message says what to change
         """
         construction.check_steps_that_do_not_count(self)
         construction.set_sequence_length(self)
@@ -151,7 +153,7 @@ class OnPolicyAlgorithm(Model):
                 raise
             raise more from error
         if self.env is not None and convention_of(self.env) == "info":
-            present_infos(self.env)  # watches them from now on, masks or not
+            present_infos(self.env)  # observes the infos from now on, with or without masks
         before, self._masks = self._masks, None
         if self.env is not None and self._use_masking:
             self._masks = ActionMasks.of(self.env)
@@ -165,7 +167,7 @@ class OnPolicyAlgorithm(Model):
         return result
 
     def _start_masking(self, masks: ActionMasks) -> None:
-        """Find out which actions are allowed now; an ArgumentError if the policy cannot heed that."""
+        """Find out which actions are allowed now; an ArgumentError if the policy cannot use masks."""
         buffer = self.rollout_buffer
         if not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step:
             raise ArgumentError(
@@ -176,14 +178,14 @@ class OnPolicyAlgorithm(Model):
         if reason is not None:
             raise self._cannot_mask(reason)
         if not self._is_masked and self.verbose >= 1:
-            print(f"Actions are masked as the environments say ({masks.convention}); use_masking=False turns it off")
+            print(f"Using the action masks of the environments ({masks.convention}); use_masking=False turns this off")
         if self._last_masks is None:
             self._last_masks = masks.read(self._last_obs)
 
     def _cannot_mask(self, reason: str) -> ArgumentError:
         return ArgumentError(
             f"env is not allowed with policy={type(self.policy).__name__}: the environments mask actions, and the "
-            f"policy {reason}. Use one of Stable-Baselines3's as it is, or learn(..., use_masking=False)"
+            f"policy {reason}. Use an unchanged Stable-Baselines3 policy, or learn(..., use_masking=False)"
         )
 
     def collect_rollouts(
@@ -200,7 +202,7 @@ class OnPolicyAlgorithm(Model):
 
         :param env: the training environment
         :param callback: called at each step, and at the beginning and the end of the rollout
-        :param rollout_buffer: to fill
+        :param rollout_buffer: the buffer to fill
         :param n_rollout_steps: steps to collect from each environment
         :param stop: when the rollout ends; None: after ``n_rollout_steps``
         :return: whether the rollout was filled; False if the callback ended it
@@ -223,7 +225,7 @@ class OnPolicyAlgorithm(Model):
                 stop = stop or AfterSteps(n_rollout_steps)
                 is_complete = self._collect(env, callback, rollout_buffer, n_rollout_steps, stop)
         except Exception as error:
-            obs, self._last_obs = self._last_obs, None  # in whatever state the environments are, learn() resets them
+            obs, self._last_obs = self._last_obs, None  # the next learn() resets the environments
             more = explained(error, env, obs)
             if more is None:
                 raise
@@ -238,7 +240,7 @@ class OnPolicyAlgorithm(Model):
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         callback.on_rollout_start()
-        if self.use_sde:  # after the callback, so that one that saves the random state saves it before this draw
+        if self.use_sde:  # after the callback, so that a checkpoint has the random state before this draw
             self.policy.reset_noise(env.num_envs)
         collector = Collector(
             self,
@@ -254,7 +256,7 @@ class OnPolicyAlgorithm(Model):
         )
         try:
             is_complete = collector.collect(n_rollout_steps, self._last_masks, self._state_of(collector))
-        finally:  # even if it is interrupted: learn() may go on with the environments as they are
+        finally:  # also after an interrupt: the next learn() may go on with the environments as they are
             self._last_masks = collector.last_masks
             self._last_state = None if collector.last_state is None else collector.last_state.cpu().numpy()
         self._policy_changes_in_rollouts = collector.step_by_step
@@ -268,7 +270,7 @@ class OnPolicyAlgorithm(Model):
         return True
 
     def _state_of(self, collector: Collector) -> th.Tensor | None:
-        """What the policy remembers when a rollout begins; nothing is 0."""
+        """The memory of the policy when a rollout begins; zeros if it is empty."""
         n_state = collector.actor_critic.n_state
         if not n_state:
             return None
@@ -280,7 +282,7 @@ class OnPolicyAlgorithm(Model):
         """
         Compute advantages and returns of a rollout that has been evaluated.
 
-        :param rollout_buffer: that holds it
+        :param rollout_buffer: the buffer that holds the rollout
         :param last_values: values of the observations after the last step, shape ``(n_envs,)``
         """
         assert self._last_episode_starts is not None
@@ -288,15 +290,15 @@ class OnPolicyAlgorithm(Model):
 
     def _acting_policy(self, *, step_by_step: bool = False) -> ActorCritic:
         """
-        The policy as it acts, and evaluates the rollout.
+        The policy that acts and evaluates the rollout, compiled if possible.
 
-        :param step_by_step: whether each step must be evaluated at once
+        :param step_by_step: whether each step must be evaluated when it is made
         """
         actor_critic = self._actor_critic()
         if isinstance(actor_critic, DirectActorCritic) and not actor_critic.is_pure:
             self._say_why_slow(
-                f"{impurity(self.policy)}: each step computes values and distributions too. If a module is pure, say "
-                "so by its attribute is_pure = True; if not, this is needed"
+                f"{impurity(self.policy)}: set is_pure = True on a module that is pure. Otherwise each step must "
+                "compute values and distributions too"
             )
         if self.torch_compile:
             check_can_compile(actor_critic, self.policy.optimizer)
@@ -310,9 +312,10 @@ class OnPolicyAlgorithm(Model):
 
     def _actor_critic(self, *, for_update: bool = False) -> ActorCritic:
         """
-        The policy as the core sees it. Made anew for each rollout and each update: a user may have replaced it.
+        The policy behind the interface that rollouts and updates use. It is made for each rollout and each update,
+        because a user may have replaced the policy.
 
-        :param for_update: whether distribution parameters are needed only if the algorithm's updates need them
+        :param for_update: whether it is for an update, which may need no distribution parameters
         """
         self._check_family()
         reason = refusal(self.policy)
@@ -322,7 +325,7 @@ class OnPolicyAlgorithm(Model):
                 with_params=self._needs_old_params or not for_update,
                 for_program=for_update and self.torch_compile,
             )
-        if self._masks is not None:  # a callback has changed the policy, which could heed them before
+        if self._masks is not None:  # a callback has changed the policy, which could use masks before
             raise self._cannot_mask(reason)
         if has_memory(self.policy):
             raise construction.cannot_remember(self, reason)
@@ -330,7 +333,7 @@ class OnPolicyAlgorithm(Model):
         return SB3ActorCritic(self.policy, with_params=self._needs_old_params)
 
     def _say_why_slow(self, reason: str) -> None:
-        """Say once why the fast way is not taken, to those who want to be told."""
+        """With ``verbose``, print once why a slower way is taken."""
         if self.verbose >= 1 and not self._has_said_why_slow:
             print(f"{reason}, which is slower")
         self._has_said_why_slow = True
@@ -344,12 +347,12 @@ class OnPolicyAlgorithm(Model):
         writes_into: nn.Module | None = None,
     ) -> MinibatchStep:
         """
-        :param loss: to be minimised, a pure function
-        :param parameters: what is updated, among the policy's
-        :param coefficients: the names of those that the loss will be given: a compiled step is for the same ones
-        :param pad_to: what a compiled step pads the minibatches to, for a loss that heeds their mask
-        :param writes_into: what the loss writes into, besides the policy's buffers
-        :return: what makes a gradient step on a minibatch
+        :param loss: a pure function to minimise
+        :param parameters: the parameters of the policy to update
+        :param coefficients: names of the coefficients of the loss; a compiled step is only for these names
+        :param pad_to: size to which a compiled step pads the minibatches, for a loss that uses their mask
+        :param writes_into: a module that the loss writes into, besides the policy's buffers
+        :return: an object that makes a gradient step on a minibatch
         """
         actor_critic, optimizer = self._actor_critic(for_update=True), self.policy.optimizer
         if not self.torch_compile:
@@ -374,10 +377,10 @@ class OnPolicyAlgorithm(Model):
 
     def _chunks(self, n_samples: int, length: int = 1) -> Iterator[slice]:
         """
-        Cut a batch so that the memory a pass through the networks takes is bounded.
+        Split a batch, to bound the memory that a pass through the networks takes.
 
-        :param n_samples: in it
-        :param length: of the sequences that they are
+        :param n_samples: number of samples in the batch
+        :param length: length of its sequences
         """
         return chunks(n_samples, self.observation_space, length)
 
@@ -389,10 +392,9 @@ class OnPolicyAlgorithm(Model):
             self.logger.record("train/critic_learning_rate", learning_rate)
 
     def _project(self) -> None:
-        """Put what has bounds back within them; for :meth:`train`, when it has changed the actor."""
+        """Put ``log_std`` back within its bounds; :meth:`train` calls this when it has changed the actor."""
         if isinstance(self.policy, ActorCriticPolicy):
             self.policy.project()
 
     def _log_ent_coef(self) -> None:
-        """Log the weight of the entropy."""
         self.logger.record("train/ent_coef", self._current_value(self.ent_coef))

@@ -1,4 +1,4 @@
-"""The rollout buffers and what they give, where Stable-Baselines3 has its own."""
+"""The rollout buffers and their samples, under a module name like that of Stable-Baselines3."""
 
 from sb3_ppo_ext.common.rollout.buffers import DictRolloutBuffer, RolloutBuffer
 from sb3_ppo_ext.common.rollout.data import RolloutSamples

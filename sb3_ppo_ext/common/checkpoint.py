@@ -1,4 +1,4 @@
-"""Checkpoints, under the name that scripts and configurations of the first edition import."""
+"""Checkpoints, under the module name that scripts and configurations of the first edition import."""
 
 from sb3_ppo_ext.common.saving.checkpoint import (
     SafeCheckpointCallback,

@@ -1,4 +1,4 @@
-"""Making the buffer and the policy of an algorithm; an error is put down to the arguments that it comes from."""
+"""Construct the buffer and the policy of an algorithm, with errors that name the arguments that cause them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def set_seed(algorithm: OnPolicyAlgorithm) -> None:
     """
     Seed everything that draws random numbers.
 
-    :param algorithm: whose ``seed`` it is
+    :param algorithm: has the attribute ``seed``
     :raises ArgumentError: if the environments cannot be seeded
     """
     try:
@@ -44,10 +44,10 @@ def set_seed(algorithm: OnPolicyAlgorithm) -> None:
 
 def make_rollout_buffer(algorithm: OnPolicyAlgorithm) -> SB3RolloutBuffer:
     """
-    The buffer that the arguments of an algorithm describe.
+    Construct the rollout buffer of an algorithm.
 
-    :param algorithm: whose ``rollout_buffer_class`` and ``rollout_buffer_kwargs`` are read
-    :raises ArgumentError: if the class refuses its arguments, whatever it says it by: SB3 asserts, or stumbles
+    :param algorithm: has ``rollout_buffer_class`` and ``rollout_buffer_kwargs``
+    :raises ArgumentError: if the class refuses its arguments, with any kind of error
     """
     buffer_class: Any = algorithm.rollout_buffer_class
     kwargs = algorithm.rollout_buffer_kwargs
@@ -72,16 +72,16 @@ def make_rollout_buffer(algorithm: OnPolicyAlgorithm) -> SB3RolloutBuffer:
 
 def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
     """
-    The policy that the arguments of an algorithm describe, on its device.
+    Construct the policy of an algorithm, on its device.
 
-    :param algorithm: whose ``policy_class`` and ``policy_kwargs`` are read
-    :raises ArgumentError: if it is no policy, or refuses its arguments
+    :param algorithm: has ``policy_class`` and ``policy_kwargs``
+    :raises ArgumentError: if the class is no policy, or refuses its arguments
     """
     policy_class: Any = algorithm.policy_class
     kwargs = algorithm.policy_kwargs
     given = f"policy={policy_name(algorithm)}"
     check_policy_class(policy_class, given)
-    # sb3-contrib's policies that take masks have no gSDE, as no Box of actions can be masked.
+    # sb3-contrib's policies with action masks have no gSDE, because Box actions cannot be masked.
     is_maskable = isinstance(policy_class, type) and issubclass(policy_class, MaskableActorCriticPolicy)
     with _refusal(
         algorithm,
@@ -96,68 +96,67 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
             **({} if is_maskable else {"use_sde": algorithm.use_sde}),
             **kwargs,
         ).to(algorithm.device)
-        check_policy_class(type(policy), given)  # of a function in a class's place, what it returns
+        check_policy_class(type(policy), given)  # policy_class may be a function that returns a policy
         is_dict = isinstance(algorithm.observation_space, spaces.Dict)
         if is_dict and type(getattr(policy, "features_extractor", None)) is FlattenExtractor:
-            raise TypeError("its features extractor takes one array, and the observations are several")
+            raise TypeError("its features extractor takes one array, and Dict observations are several")
     return policy
 
 
 def check_steps_that_do_not_count(algorithm: OnPolicyAlgorithm) -> None:
     """
-    :param algorithm: with its environments, if it has some
-    :raises ArgumentError: if these spend steps of their own on beginning episodes, and the algorithm or a wrapper
-        cannot tell these from others
+    :param algorithm: with its environments, if it has any
+    :raises ArgumentError: if the environments spend whole steps on beginning episodes, and a wrapper, the policy or the
+        buffer cannot skip such steps
     """
     if algorithm.env is None or not resets_take_steps(algorithm.env):
         return
     buffer = algorithm.rollout_buffer
     if whole_steps(algorithm.env) is None:
-        reason = f"in a {type(algorithm.env).__name__}, which does not pass on which steps these are"
+        reason = f"in a {type(algorithm.env).__name__}, which does not pass on which steps begin an episode"
     elif has_memory(algorithm.policy):
         reason = f"with policy={policy_name(algorithm)}, which has a memory"
-    elif not _is_read_as_made(buffer):
-        reason = f"with rollout_buffer_class={type(buffer).__name__}, which does not know which steps these are"
+    elif not _uses_own_methods(buffer):
+        reason = f"with rollout_buffer_class={type(buffer).__name__}, which cannot tell which steps begin an episode"
     else:
         return
     raise ArgumentError(
-        f"env={algorithm.env.unwrapped!r:.100} is not allowed {reason}: each environment spends a step of its own on "
-        "beginning an episode, from which nothing can be learnt (autoreset_mode NEXT_STEP). Take one with SAME_STEP or "
-        "DISABLED, or gymnasium's SyncVectorEnv or AsyncVectorEnv without a vector wrapper"
+        f"env={algorithm.env.unwrapped!r:.100} is not allowed {reason}: each environment spends a whole step on "
+        "beginning an episode, and nothing can be learnt from that step (autoreset_mode NEXT_STEP). Use autoreset_mode "
+        "SAME_STEP or DISABLED, or gymnasium's SyncVectorEnv or AsyncVectorEnv without a vector wrapper"
     )
 
 
-def _is_read_as_made(buffer: SB3RolloutBuffer) -> bool:
-    """Whether samples are taken from a rollout buffer in this package's way."""
+def _uses_own_methods(buffer: SB3RolloutBuffer) -> bool:
+    """Whether a rollout buffer is filled and read by this package's own methods."""
     return isinstance(buffer, RolloutBuffer) and not buffer.wants_every_step and type(buffer).get is RolloutBuffer.get
 
 
-# A sequence that is not chosen by the user is at most as long.
-_LONGEST_SEQUENCE = 16
-_SHORT_SEQUENCE = 8
+_LONGEST_SEQUENCE = 16  # the largest default of sequence_length
+_SHORT_SEQUENCE = 8  # a shorter default is a warning
 
 
 def set_sequence_length(algorithm: Any) -> None:
     """
-    Tell the rollout buffer through how many steps gradients go back in time, if the policy has a memory.
+    Set the sequence length of the rollout buffer, if the policy has a memory.
 
     :param algorithm: with its policy and its rollout buffer
-    :raises ArgumentError: if ``sequence_length`` does not fit the policy, or the rollout and the minibatches; or if the
-        policy has a memory and cannot be trained with it
+    :raises ArgumentError: if ``sequence_length`` does not fit the policy, the rollout or the minibatches; or if the
+        policy has a memory that cannot be trained
     """
     given = algorithm.sequence_length
     if not has_memory(algorithm.policy):
         if given is not None:
             raise ArgumentError(
                 f"sequence_length={given!r} is not allowed with policy={policy_name(algorithm)}, which has no memory: "
-                "it must be None, or the policy MlpLstmPolicy, CnnLstmPolicy or MultiInputLstmPolicy"
+                "it must be None, or the policy must be MlpLstmPolicy, CnnLstmPolicy or MultiInputLstmPolicy"
             )
         return
     reason = refusal(algorithm.policy)
     if reason is not None:
         raise cannot_remember(algorithm, reason)
     buffer = algorithm.rollout_buffer
-    if not _is_read_as_made(buffer):
+    if not _uses_own_methods(buffer):
         raise ArgumentError(
             f"rollout_buffer_class={type(buffer).__name__} is not allowed with policy={policy_name(algorithm)}, which "
             "has a memory: it must be a subclass of sb3_ppo_ext.common.buffers.RolloutBuffer without an add(), a get() "
@@ -171,33 +170,34 @@ def set_sequence_length(algorithm: Any) -> None:
         given = max(n for n in range(1, _LONGEST_SEQUENCE + 1) if common % n == 0)
     for name, size in sizes.items():
         if size % given:
-            raise ArgumentError(f"sequence_length={given!r} is not allowed with {name}={size}: it must divide it")
+            raise ArgumentError(f"sequence_length={given!r} is not allowed with {name}={size}: it must divide {name}")
     buffer.sequence_length = int(given)
 
 
 def cannot_remember(algorithm: OnPolicyAlgorithm, reason: str) -> ArgumentError:
     """
-    :param algorithm: whose policy has a memory and cannot be run
-    :param reason: why, as :func:`refusal` gives it
+    :param algorithm: its policy has a memory and cannot be run
+    :param reason: why not, as :func:`refusal` gives it
+    :return: the error to raise
     """
     return ArgumentError(
-        f"policy={policy_name(algorithm)} is not allowed: it has a memory, and {reason}. It must be one of "
-        "sb3_contrib's recurrent policies or of this package as it is"
+        f"policy={policy_name(algorithm)} is not allowed: it has a memory, and {reason}. It must be an unchanged "
+        "recurrent policy of sb3_contrib or of this package"
     )
 
 
 def say_sequence_length(algorithm: Any) -> None:
     """
-    Say how long sequences are, where the user has not; and warn if they are short.
+    Print the default sequence length, with ``verbose``; warn if it is short.
 
-    :param algorithm: whose policy has a memory
+    :param algorithm: its policy has a memory
     """
     length = algorithm.rollout_buffer.sequence_length
     chosen = f"sequence_length={length}: gradients go back through {length} step(s)"
     if length < min(_SHORT_SEQUENCE, algorithm.n_steps):
         warnings.warn(
-            f"{chosen}, the most up to {_LONGEST_SEQUENCE} that divides n_steps={algorithm.n_steps} and "
-            f"batch_size={algorithm.batch_size}. Choose multiples of {_LONGEST_SEQUENCE} for both, or say "
+            f"{chosen}, the largest number up to {_LONGEST_SEQUENCE} that divides n_steps={algorithm.n_steps} and "
+            f"batch_size={algorithm.batch_size}. Choose multiples of {_LONGEST_SEQUENCE} for both, or set "
             "sequence_length",
             stacklevel=2,
         )
@@ -210,11 +210,13 @@ def _refusal(
     algorithm: OnPolicyAlgorithm, given: str, allowed: str, keywords: Callable[[], set[str]]
 ) -> Iterator[None]:
     """
-    :param algorithm: whose spaces it is for
-    :param given: what is being made, as the user gave it
-    :param allowed: what is as a rule
-    :param keywords: gives the names of the arguments that there are
-    :raises ArgumentError: in place of an error by which a constructor shows that it cannot take its arguments
+    Replace an error of a constructor that cannot take its arguments by an error that names them.
+
+    :param algorithm: has the spaces that the constructor must fit
+    :param given: the class and its arguments, as the user gave them
+    :param allowed: an example of what is allowed
+    :param keywords: returns the names of the arguments that the class has
+    :raises ArgumentError: for an error in the ``with`` block
     """
     try:
         yield
@@ -224,7 +226,7 @@ def _refusal(
         if isinstance(error, (th.OutOfMemoryError, th.AcceleratorError)):
             raise
         raise ArgumentError(
-            f"{given} is not allowed ({type(error).__name__}: {error}); it must be what takes "
+            f"{given} is not allowed ({type(error).__name__}: {error}); it must fit "
             f"observation_space={algorithm.observation_space} and action_space={algorithm.action_space}, such as "
             f"{allowed}{did_you_mean(error, keywords)}"
         ) from error
@@ -232,13 +234,12 @@ def _refusal(
 
 def check_own_buffer(algorithm: OnPolicyAlgorithm, given: str) -> None:
     """
-    :param algorithm: that wants to read more of its rollouts than SB3's buffers keep
-    :param given: which argument is not allowed otherwise
-    :raises ArgumentError: if a derived buffer does some of it in its own way
+    :param algorithm: it needs more of its rollouts than SB3's buffers keep
+    :param given: beginning of the message, which names the argument that needs it
+    :raises ArgumentError: if its rollout buffer is not filled and read by this package's own methods
     """
-    buffer: Any = algorithm.rollout_buffer
-    is_ours = isinstance(buffer, RolloutBuffer) and type(buffer).get is RolloutBuffer.get
-    if not is_ours or buffer.wants_every_step:
+    buffer = algorithm.rollout_buffer
+    if not _uses_own_methods(buffer):
         raise ArgumentError(
             f"{given} rollout_buffer_class={type(buffer).__name__}: it must be a subclass of "
             "sb3_ppo_ext.common.buffers.RolloutBuffer without an add(), a get() or a "
@@ -248,22 +249,22 @@ def check_own_buffer(algorithm: OnPolicyAlgorithm, given: str) -> None:
 
 def check_no_memory(algorithm: OnPolicyAlgorithm, given: str) -> None:
     """
-    :param algorithm: that wants values of a rollout by other parameters
-    :param given: which argument is not allowed otherwise
+    :param algorithm: it needs the values of a rollout by other parameters than those that collected it
+    :param given: beginning of the message, which names the argument that needs them
     :raises ArgumentError: if the policy has a memory
     """
     if has_memory(algorithm.policy):
         raise ArgumentError(
-            f"{given} policy={policy_name(algorithm)}: what it remembers in the midst of a rollout is known of the "
-            "parameters alone that it was collected with, so that there are no values of others"
+            f"{given} policy={policy_name(algorithm)}, which has a memory: within a rollout, the memory is known only "
+            "for the parameters that collected it, so values by other parameters cannot be computed"
         )
 
 
 def policy_name(algorithm: OnPolicyAlgorithm) -> str:
     """
-    The policy of an algorithm as its user names it.
+    The policy of an algorithm by the name that the user would give.
 
-    :param algorithm: whose ``policy_class`` it is
+    :param algorithm: has ``policy_class`` and ``policy_aliases``
     """
     policy_class: Any = algorithm.policy_class
     aliases = (alias for alias, aliased in algorithm.policy_aliases.items() if aliased is policy_class)
@@ -272,9 +273,9 @@ def policy_name(algorithm: OnPolicyAlgorithm) -> str:
 
 def name_of(factory: Any) -> str:
     """
-    The name of a class, or of what a user has put in a class's place.
+    The name of a class, or of a function in its place.
 
-    :param factory: what makes objects
+    :param factory: makes the objects
     """
     return getattr(factory, "__name__", repr(factory))
 

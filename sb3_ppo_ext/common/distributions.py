@@ -3,10 +3,10 @@
 SB3's ``Distribution`` objects are mutable and a policy owns one of them, so two calls of ``get_distribution()`` return
 the same object and the KL between "both" is zero. Here a distribution is a tensor of parameters, shape
 ``(batch, n_params)``, that can be stored in a rollout buffer, and a *family* is the set of formulas that read it.
-All quantities are of the whole action: summed over its independent dimensions.
+All quantities are for the whole action: they are summed over its independent dimensions.
 
-The formulas are written out, since ``torch.distributions`` builds objects that cost more than the arithmetic when
-a batch has 64 rows; the tests hold them against ``torch.distributions``, SB3, sampling and enumeration.
+The formulas are written out, because ``torch.distributions`` builds objects that cost more than the arithmetic when
+a batch has 64 rows. The tests compare them with ``torch.distributions``, SB3, sampling and enumeration.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @dataclass(frozen=True)
 class Family(ABC):
     """
-    A family of action distributions, its members given by ``params`` of shape ``(batch, n_params)``.
+    A family of action distributions. ``params`` of shape ``(batch, n_params)`` are the parameters of its members.
 
-    Actions have the shape ``(batch, action_dim)``, as SB3's rollout buffer holds them, in any dtype.
+    Actions have the shape ``(batch, action_dim)``, as in SB3's rollout buffer, and any dtype.
     """
 
     @property
@@ -46,18 +46,18 @@ class Family(ABC):
     @abstractmethod
     def noise(self, n: int, like: th.Tensor) -> th.Tensor:
         """
-        What :meth:`draw` makes actions of: the random numbers that SB3 draws, in its order, so that a seed gives the
-        actions that it gives SB3.
+        The random numbers for :meth:`draw`. They are the same numbers that SB3 draws, in the same order, so that a seed
+        gives the same actions as in SB3.
 
         :param n: number of actions
-        :param like: dtype and device of the numbers
+        :param like: a tensor with the dtype and device of the numbers
         :return: shape ``(n, n_numbers)``
         """
 
     @abstractmethod
     def draw(self, params: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
-        One action from each distribution, a function of random numbers.
+        Compute one action from each distribution, as a function of random numbers.
 
         :param params: shape ``(batch, n_params)``
         :param noise: from :meth:`noise`, shape ``(batch, n_numbers)``
@@ -75,11 +75,11 @@ class Family(ABC):
 
     def masked(self, params: th.Tensor, mask: th.Tensor) -> th.Tensor:
         """
-        The distributions without the actions that are not allowed: these have probability and gradient 0.
+        Mask the distributions: actions that are not allowed get probability 0 and gradient 0.
 
         :param params: shape ``(batch, n_params)``
-        :param mask: True where a choice is allowed, shape ``(batch, n_choices)``, one dimension of the action after the
-            other
+        :param mask: True where a choice is allowed, shape ``(batch, n_choices)``; the choices of all action dimensions
+            are concatenated
         :return: shape ``(batch, n_params)``
         """
         raise NotImplementedError("actions of a Box cannot be masked")
@@ -117,7 +117,7 @@ class Family(ABC):
         """
         Exact KL divergence KL(params || other) of the whole action: the sum over its independent dimensions.
 
-        :param params: shape ``(batch, n_params)``; the distribution the expectation is under, the old policy
+        :param params: shape ``(batch, n_params)``; the distribution of the expectation, usually the old policy
         :param other: shape ``(batch, n_params)``
         :return: shape ``(batch,)``, in nats
         """
@@ -137,8 +137,8 @@ class Family(ABC):
 @dataclass(frozen=True)
 class Gaussian(Family):
     """
-    Diagonal Gaussian; ``params`` is the mean, then the standard deviation. Serves gSDE too: given the features, its
-    actions are Gaussian with a standard deviation that depends on the state.
+    Diagonal Gaussian; ``params`` are the mean, then the standard deviation. It is also the family of gSDE: given the
+    features, its actions are Gaussian with a standard deviation that depends on the state.
 
     :param dim: number of action dimensions
     """
@@ -175,7 +175,7 @@ class Gaussian(Family):
         self, mean: th.Tensor, log_std: th.Tensor, actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
-        :meth:`log_prob` and :meth:`entropy` where all rows have one standard deviation, in half as many operations.
+        :meth:`log_prob` and :meth:`entropy` in half as many operations, if all rows have the same standard deviation.
 
         :param mean: shape ``(batch, dim)``
         :param log_std: shape ``(dim,)``
@@ -203,7 +203,7 @@ class Gaussian(Family):
 class SquashedGaussian(Gaussian):
     """
     ``tanh`` of a diagonal Gaussian; ``params`` are those of the Gaussian. KL and Fisher information are the Gaussian's,
-    as both are unchanged by a bijection of the action. As in SB3, an action within float precision of +-1 is moved
+    because a bijection of the action changes neither. As in SB3, an action within float precision of +-1 is moved
     inside before ``tanh`` is inverted, and 1e-6 keeps the logarithm of the Jacobian finite.
     """
 
@@ -224,24 +224,24 @@ class SquashedGaussian(Gaussian):
 
 class _Discrete(Family):
     """
-    Independent variables of finitely many choices each. A logit of minus infinity forbids a choice: its probability and
-    its gradient are exactly 0, and it adds nothing to the entropy (0 log 0 = 0). The KL divergence is infinite where
-    ``other`` forbids what ``params`` allow.
+    Independent variables with finitely many choices each. A logit of minus infinity forbids a choice: its probability
+    and its gradient are exactly 0, and it adds nothing to the entropy (0 log 0 = 0). The KL divergence is infinite if
+    ``other`` forbids a choice that ``params`` allow.
     """
 
     @abstractmethod
     def _log_probs(self, params: th.Tensor) -> th.Tensor:
-        """Log-probabilities of all choices of all variables, one row a distribution."""
+        """Log-probabilities of all choices of all variables, one row per distribution."""
 
     def entropy(self, params: th.Tensor) -> th.Tensor | None:
         log_probs = self._log_probs(params)
-        # 0 times the smallest number is 0 and 0 times infinity is NaN, in the gradient too.
+        # 0 times infinity would be NaN, 0 times the lowest finite number is 0; so it is in the gradient.
         return -(log_probs.exp() * log_probs.clamp(min=th.finfo(log_probs.dtype).min)).sum(dim=1)
 
     def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
         log_probs = self._log_probs(params)
         probs = log_probs.exp()
-        # Filled before the product: filled afterwards, the gradient would be 0 times infinity.
+        # Fill before the product: if filled afterwards, the gradient would be 0 times infinity.
         log_ratios = (log_probs - self._log_probs(other)).masked_fill(probs == 0.0, 0.0)
         return (probs * log_ratios).sum(dim=1)
 
@@ -249,8 +249,8 @@ class _Discrete(Family):
 @dataclass(frozen=True)
 class Categorical(_Discrete):
     """
-    Independent categorical variables (a single one for ``Discrete``); ``params`` are the logits of all of them, one
-    after the other, not normalised.
+    Independent categorical variables (a single one for ``Discrete``); ``params`` are the concatenated logits of all of
+    them, not normalised.
 
     :param sizes: number of choices of each variable
     """
@@ -281,9 +281,9 @@ class Categorical(_Discrete):
         return draws[0] if len(draws) == 1 else th.cat(draws, dim=1)
 
     def draw(self, params: th.Tensor, noise: th.Tensor) -> th.Tensor:
-        # The first of exponential clocks, of rates p, to ring: as torch.multinomial draws one of each row, without its
-        # look at whether all of them are probabilities. SB3's Categorical(logits=...) subtracts the logsumexp first:
-        # kept, so that the draws agree to the bit.
+        # An exponential race: of exponential clocks with rates p, choice i rings first with probability p_i. This is
+        # how torch.multinomial draws, without its check that the inputs are probabilities. Categorical(logits=...), as
+        # SB3 uses it, subtracts the logsumexp first; so does this code, so that the draws agree to the bit.
         draws = [
             ((logits - logits.logsumexp(dim=1, keepdim=True)).softmax(dim=1) / clocks).argmax(dim=1, keepdim=True)
             for logits, clocks in zip(self._split(params), self._split(noise), strict=True)
@@ -313,7 +313,7 @@ class Categorical(_Discrete):
 @dataclass(frozen=True)
 class Bernoulli(_Discrete):
     """
-    Independent binary variables; ``params`` are the logits of a one: plus infinity forbids the zero.
+    Independent binary variables; ``params`` are the logits of 1, so a logit of plus infinity forbids 0.
 
     :param dim: number of binary variables
     """
@@ -342,7 +342,7 @@ class Bernoulli(_Discrete):
         return params.sigmoid().round()
 
     def _log_probs(self, params: th.Tensor) -> th.Tensor:
-        return F.logsigmoid(th.cat((params, -params), dim=1))  # of the ones, then of the zeros
+        return F.logsigmoid(th.cat((params, -params), dim=1))  # of 1, then of 0
 
     def log_prob(self, params: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return F.logsigmoid(params * (2.0 * actions - 1.0)).sum(dim=1)

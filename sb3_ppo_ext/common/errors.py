@@ -5,21 +5,21 @@ from __future__ import annotations
 
 class ArgumentError(ValueError, AssertionError):
     """
-    An argument that cannot be used. It is a ``ValueError``, and an ``AssertionError`` as well: Stable-Baselines3 raises
-    the one for some arguments and the other for others, and code that was written for it may catch either.
+    An argument that cannot be used. It is both a ``ValueError`` and an ``AssertionError``, because Stable-Baselines3
+    raises either, depending on the argument, and code that was written for it may catch either.
     """
 
 
 class UnsupportedSpaceError(ArgumentError, NotImplementedError):
-    """Observations that cannot be learnt from: a ``NotImplementedError`` as well, as Stable-Baselines3 raises it."""
+    """An unsupported observation space. It is also a ``NotImplementedError``, which Stable-Baselines3 raises."""
 
 
 class NonFiniteError(ValueError):
     """
-    A reward, an observation, a loss or a gradient is NaN or infinite. No step was made along a gradient that is; the
-    message says whether other steps of the same update were made.
+    A reward, an observation, a loss or a gradient is NaN or infinite. No gradient step was made with such a gradient;
+    the message says whether other steps of the same update were made.
     """
 
 
 class ProcessError(RuntimeError):
-    """Another of the processes that train one model has failed; the message says with what error."""
+    """Another of the processes that train one model has failed; the message contains its error."""

@@ -1,4 +1,4 @@
-"""An SB3 algorithm as it is made, checked, saved and loaded."""
+"""How an SB3 algorithm is constructed, checked, saved and loaded."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 
 class Model(SB3OnPolicyAlgorithm):
     """
-    SB3's base of on-policy algorithms: arguments are checked before anything is built, files are written whole and
-    loaded by the algorithms that they fit. How it learns is :class:`sb3_ppo_ext.common.algorithm.OnPolicyAlgorithm`'s.
+    SB3's base class of on-policy algorithms, which checks arguments before it builds anything, writes files whole or
+    not at all, and loads only files that fit. :class:`sb3_ppo_ext.common.algorithm.OnPolicyAlgorithm` adds learning.
 
     Takes the arguments of :class:`stable_baselines3.common.on_policy_algorithm.OnPolicyAlgorithm`.
 
-    :raises ValueError: for what cannot be used or cannot be used together, before anything is trained
+    :raises ValueError: if an argument cannot be used or contradicts another, before training starts
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**POLICY_ALIASES, **RECURRENT_POLICY_ALIASES}
@@ -65,19 +65,19 @@ class Model(SB3OnPolicyAlgorithm):
     sequence_length: int | None = None
     kl_adaptive_lr: dict[str, Any] | None = None
 
-    # Whether the policy was last trained with masks, and is to be asked with them.
+    # Whether the policy was last trained with action masks, and predicts with them.
     _is_masked: bool = False
 
-    # Other algorithms whose files are loaded, by the names that are imported.
+    # Other algorithms whose files can be loaded, by the names under which they are imported.
     _loads_files_of: ClassVar[tuple[str, ...]] = ()
 
-    # Arguments that may be None here, and may not in SB3's or sb3-contrib's algorithm that takes them.
+    # Arguments that may be None here, but not in the algorithm of SB3 or sb3-contrib that has them.
     _none_is_default: ClassVar[tuple[str, ...]] = ()
 
-    # Whether the updates need the parameters of the distributions that drew the actions (an exact KL divergence does).
+    # Whether the updates need the parameters of the distributions that drew the actions, as an exact KL does.
     _needs_old_params: bool = False
 
-    # Whether one rollout has more samples than another.
+    # Whether rollouts differ in size.
     _rollouts_vary: ClassVar[bool] = False
 
     def __init__(
@@ -111,11 +111,11 @@ class Model(SB3OnPolicyAlgorithm):
 
     def _validate(self) -> None:
         """
-        Check the hyper-parameters. Called before anything is built, for a new model and for one that is loaded.
+        Check the hyper-parameters, before anything is built, for a new model and for one that is loaded.
 
-        An attribute keeps what the user gave, be it a number, a function or a schedule in words;
-        :meth:`_current_value` reads it. Only the learning rate has a schedule beside it, ``lr_schedule``, and only the
-        clip ranges become schedules themselves, because SB3 has it so.
+        An attribute keeps what the user gave: a number, a function or a schedule in words. :meth:`_current_value` gives
+        its current value. There are two exceptions, as in SB3: the learning rate also has the schedule ``lr_schedule``,
+        and the clip ranges are converted to schedules.
 
         :raises ValueError: naming the argument, its value and what is allowed
         """
@@ -151,18 +151,18 @@ class Model(SB3OnPolicyAlgorithm):
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        As SB3: an action for each observation. A policy that was last trained with masks takes none that is not
-        allowed: masks that are not given are those in the observations, or of the environments that the caller acts in
-        and has in a local variable, as ``evaluate_policy`` has.
+        Choose an action for each observation, as SB3 does. A policy that was last trained with action masks takes only
+        allowed actions. Without ``action_masks``, it uses the masks in the observations, or those of the environments
+        that the caller has in a local variable, as ``evaluate_policy`` has.
 
-        :param observation: of one environment, or one for each
-        :param state: of a policy with a memory, what the last call returned; None: it remembers nothing yet
-        :param episode_start: whether each observation is the first of its episode, so that what was before is
-            forgotten, shape ``(n_envs,)``; None: none is
+        :param observation: one observation, or one for each environment
+        :param state: for a policy with a memory, the state that the last call returned; None: an empty memory
+        :param episode_start: whether each observation is the first of its episode, so that the memory is cleared, shape
+            ``(n_envs,)``; None: none is
         :param deterministic: whether to take the most likely action
         :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``
-        :return: the actions, and the state to be handed over at the next step; without a memory, ``state``
-        :raises ValueError: if the policy needs masks and there are none, or one is wrong
+        :return: the actions, and the state to pass to the next call; without a memory, ``state``
+        :raises ValueError: if the policy needs masks and finds none, or if a mask is wrong
         """
         if action_masks is None and not self._is_masked:
             return super().predict(observation, state, episode_start, deterministic)
@@ -177,10 +177,10 @@ class Model(SB3OnPolicyAlgorithm):
 
     def _check_rollout_size(self, batch_size: int, normalize_advantage: bool) -> None:
         """
-        For a new model only: one that is loaded to be watched may have any number of environments.
+        Check a new model; a model that is loaded for evaluation may have any number of environments.
 
         :param batch_size: samples in a minibatch
-        :param normalize_advantage: whether the advantages are to be normalised
+        :param normalize_advantage: whether the advantages are normalised
         :raises ValueError: if a rollout is too small for that
         """
         if self.env is None:
@@ -194,17 +194,14 @@ class Model(SB3OnPolicyAlgorithm):
         if n_samples % batch_size:
             warnings.warn(
                 f"batch_size={batch_size} does not divide n_steps * n_envs = {n_samples}: at the end of each epoch "
-                f"there will be a truncated mini-batch of size {n_samples % batch_size}. A factor of {n_samples} is "
-                "recommended "
-                f"(n_steps={self.n_steps}, n_envs={self.n_envs}).",
+                f"there will be a truncated minibatch of size {n_samples % batch_size}. A factor of {n_samples} is "
+                f"recommended (n_steps={self.n_steps}, n_envs={self.n_envs}).",
                 stacklevel=2,
             )
 
     def _setup_model(self) -> None:
-        if not hasattr(self, "observation_space"):  # what a loaded model has from its file
-            raise ArgumentError(
-                "env=None is not allowed: it must be an environment, a vector of them, or the id of one"
-            )
+        if not hasattr(self, "observation_space"):  # a loaded model has it from its file
+            raise ArgumentError("env=None is not allowed: it must be an environment, a vector of them, or an id")
         if self.rollout_buffer_class in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
             self.rollout_buffer_class = own_buffer_class(self.env, self.observation_space)  # which derives from SB3's
         self._validate()
@@ -220,10 +217,10 @@ class Model(SB3OnPolicyAlgorithm):
         self._policy_changes_in_rollouts = False
         buffer = self.rollout_buffer
         if self.verbose >= 1 and (not isinstance(buffer, RolloutBuffer) or buffer.wants_every_step):
-            print(f"{type(buffer).__name__} is filled as Stable-Baselines3 does it, which is slower")
+            print(f"{type(buffer).__name__} is filled step by step, as in Stable-Baselines3, which is slower")
 
     def _set_masked(self, is_masked: bool) -> None:
-        """Note whether the policy is to be asked with masks: here for the file, and where it is asked itself."""
+        """Note whether the policy predicts with action masks: in the model, for its file, and in the policy."""
         self._is_masked = is_masked
         if isinstance(self.policy, ActorCriticPolicy):
             self.policy.is_masked = is_masked
@@ -241,11 +238,11 @@ class Model(SB3OnPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
-        As SB3: put another training environment in place of the present one.
+        Replace the training environment, as SB3 does.
 
-        :param env: an environment, its id, or a vector of them
+        :param env: an environment, its id, or a vector of environments
         :param force_reset: whether ``learn`` resets it first
-        :raises ValueError: for what is neither
+        :raises ValueError: if ``env`` is none of these
         """
         is_own = self.rollout_buffer_class is own_buffer_class(self.env, self.observation_space)
         super().set_env(env, force_reset)
@@ -260,13 +257,13 @@ class Model(SB3OnPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        As SB3, but a file is written whole or not at all (what was there before stays until then), and names the
-        algorithm, so that no other takes it for its own.
+        Save the model, as SB3 does, but whole or not at all: an existing file stays until the new one replaces it. The
+        file names the algorithm, so that another algorithm does not load it by mistake.
 
-        :param path: of the file, or an open file
-        :param exclude: attributes to leave out, besides those that always are
-        :param include: attributes to put in, of those that would be left out
-        :raises OSError: if it cannot be written
+        :param path: path of the file, or an open file
+        :param exclude: attributes to leave out, besides those that are always left out
+        :param include: attributes to save although they would be left out
+        :raises OSError: if the file cannot be written
         """
         content = io.BytesIO()
         super().save(content, exclude=exclude, include=include)
@@ -284,24 +281,23 @@ class Model(SB3OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> Self:
         """
-        As SB3: the model of a file, made anew. Nothing is checked that only learning needs.
+        Load a model from a file, as SB3 does. What only learning needs is checked by ``learn``.
 
-        A model of another algorithm is refused. A class and those that derive from it are one algorithm; files of SB3
-        and sb3-contrib are taken where the algorithms are of one kind: of ``PPO``, ``A2C`` and ``MaskablePPO`` by
-        ``DualClipPPO`` and ``AdaptiveKLPPO``, which have defaults of their own for what such a file lacks, and of
-        sb3-contrib's ``TRPO`` by ``TRPO``.
+        A model of another algorithm is refused; a class and the classes that derive from it count as one algorithm.
+        Files of similar algorithms of SB3 and sb3-contrib can be loaded too: ``DualClipPPO`` and ``AdaptiveKLPPO`` load
+        those of ``PPO``, ``A2C``, ``MaskablePPO`` and ``RecurrentPPO``, with defaults for what such a file lacks, and
+        ``TRPO`` loads those of sb3-contrib's ``TRPO``.
 
-        :param path: of the file, ``.zip`` may be left out; or an open file
-        :param env: to train on in, or its id; None if it is to be watched only
+        :param path: path of the file, ``.zip`` may be left out; or an open file
+        :param env: the environment to train in, or its id; None for evaluation only
         :param device: "cpu", "cuda" or "auto"
-        :param custom_objects: attributes to put in place of those in the file, by name
-        :param print_system_info: whether to print on what the model was saved, and what this is
+        :param custom_objects: attributes that replace those in the file, by name
+        :param print_system_info: whether to print the system on which the model was saved, and the current one
         :param force_reset: whether ``learn`` resets the environments first
         :param kwargs: attributes to change
         :return: the model
         :raises OSError: if the file cannot be read
-        :raises ValueError: if it is truncated, damaged or no model of this algorithm, or for an attribute that is out
-            of range
+        :raises ValueError: if it is truncated, damaged or no model of this algorithm, or an attribute is out of range
         """
         check_device(device)
         with opened(path) as file:
@@ -320,54 +316,54 @@ class Model(SB3OnPolicyAlgorithm):
     @classmethod
     def _adapted(cls, origin: str, attributes: dict[str, Any]) -> dict[str, Any]:
         """
-        What has to be put in place of the attributes in a file.
+        Attributes that must replace those in a file.
 
-        :param origin: the algorithm whose model it is
-        :param attributes: in the file, as :func:`attributes_of` gives them, without those that the user replaces
+        :param origin: name of the algorithm that saved the file
+        :param attributes: those in the file, as :func:`attributes_of` gives them, without those that the user replaces
         """
         buffer_class = attributes.get("rollout_buffer_class")
         if isinstance(buffer_class, dict) and str(buffer_class.get("__module__")).startswith("sb3_contrib."):
-            return {"rollout_buffer_class": None}  # it is filled by an algorithm of its own
+            return {"rollout_buffer_class": None}  # only sb3-contrib's own algorithm can fill it
         return {}
 
     def _excluded_save_params(self) -> list[str]:
         excluded = [*super()._excluded_save_params(), "_compiled", "_masks", "_use_masking"]
         excluded += ["_has_said_why_slow", "_policy_changes_in_rollouts", "_reducer", "_together", "_needs_old_params"]
-        # What is left out is the default of the class that loads the file, be it SB3's or sb3-contrib's.
+        # The class that loads the file, which may be SB3's or sb3-contrib's, uses its own default instead.
         excluded += [name for name in self._none_is_default if getattr(self, name, 0) is None]
         if self.rollout_buffer_class is own_buffer_class(self.env, self.observation_space) or self._rollouts_vary:
             excluded.append("rollout_buffer_class")
         return excluded
 
     def _current_value(self, schedule: float | str | Schedule) -> float:
-        """The present value of a hyper-parameter: of what the user gave, or a callback has put in its place."""
+        """The current value of a hyper-parameter, which may be a number, a function or a schedule in words."""
         return value_at(schedule, self._current_progress_remaining)
 
     @property
     def _family(self) -> Family | None:
-        """The formulas of the policy's distributions; None for a distribution of the user's own."""
+        """The formulas of the policy's distributions; None for a user's own distribution."""
         return family_of_policy(self.policy)
 
     @property
     def _who_needs_kl(self) -> str:
-        """What needs the parameters of the distributions that acted, for a message."""
+        """For a message: the algorithm or argument that needs the parameters of the distributions that acted."""
         return type(self).__name__ if type(self)._needs_old_params else f"{type(self).__name__} with kl_adaptive_lr"
 
     def _check_family(self) -> None:
         """
-        :raises ValueError: if the updates need the KL divergence of a distribution that has no formula for it
+        :raises ValueError: if the updates need an exact KL divergence, and the distribution has no formula for it
         """
         if self._needs_old_params and self._family is None:
             raise ValueError(
                 f"policy={construction.policy_name(self)} is not allowed: {self._who_needs_kl} needs the exact KL "
                 f"divergence of its distributions, and {type(self.policy.action_dist).__name__} has formulas of its "
-                "own; it must be one of stable_baselines3.common.distributions, or derive from one without overriding "
-                "its formulas. DualClipPPO and REINFORCE learn with any distribution"
+                "own; the distribution must be one of stable_baselines3.common.distributions, or derive from one "
+                "without overriding its formulas. DualClipPPO and REINFORCE learn with any distribution"
             )
 
     def _check_old_params(self) -> None:
         """
-        :raises ValueError: if the updates need the distributions that acted, and samples in the buffer have none
+        :raises ValueError: if the updates need the distributions that acted, and samples in the buffer lack them
         """
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         if self._needs_old_params and buffer.flat().old_params.shape[1] == 0:
@@ -377,7 +373,7 @@ class Model(SB3OnPolicyAlgorithm):
             )
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # They are read at the end of the rollout, when an environment may have written the next one into the same dict.
+        # The infos are read at the end of the rollout, when an environment may have overwritten the same dict.
         copied = [
             {**info, "episode": dict(info["episode"])} if isinstance(info.get("episode"), dict) else info
             for info in infos
@@ -385,15 +381,15 @@ class Model(SB3OnPolicyAlgorithm):
         super()._update_info_buffer(copied, dones)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        # The last rollout overshoots, and a linear schedule that goes to zero must not go below it.
+        # The last rollout may exceed total_timesteps, and a schedule that falls to zero must not become negative.
         super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
 
     def _whole_action_value(self, value: float | str | Schedule | None, per_dimension: float) -> float:
         """
-        The current value of a quantity of the whole action.
+        The current value of a setting that is for the whole action.
 
-        :param value: as the user gave it; None for the default
-        :param per_dimension: the default, for each action dimension
+        :param value: the user's value; None for the default
+        :param per_dimension: the default for each action dimension
         """
         if value is None:
             return per_dimension * n_action_dims(self.action_space)

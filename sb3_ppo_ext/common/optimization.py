@@ -1,4 +1,4 @@
-"""The error of numbers that are not finite, under the name that scripts of the first edition import."""
+"""``NonFiniteError``, under the module name that scripts of the first edition import."""
 
 from sb3_ppo_ext.common.errors import NonFiniteError
 

@@ -1,4 +1,4 @@
-"""The policies that the names ``"MlpPolicy"``, ``"CnnPolicy"`` and ``"MultiInputPolicy"`` stand for."""
+"""The policies named ``"MlpPolicy"``, ``"CnnPolicy"`` and ``"MultiInputPolicy"``."""
 
 from __future__ import annotations
 
@@ -31,47 +31,47 @@ from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_real
 
 class ActorCriticPolicy(sb3.ActorCriticPolicy):
     """
-    SB3's actor and critic, with a learning rate of the critic's own, bounds on the standard deviation, observations for
-    the critic alone, normalised observations and layer normalisation. Without these five it is SB3's, and either loads
-    what the other saved.
+    SB3's actor-critic policy with five additions: a separate learning rate for the critic, bounds on the standard
+    deviation, observations for the critic alone, normalised observations and layer normalisation. Without them it is
+    SB3's policy, and each loads files of the other.
 
-    **The critic's learning rate** is for the parameters that the values depend on and the actions do not: they form a
-    second group of the optimiser. What both depend on, such as a shared features extractor, follows the main rate;
-    ``share_features_extractor=False`` gives the critic an extractor of its own, and thereby its rate.
+    **The critic's learning rate** applies to parameters that only the critic uses; they form a second parameter group
+    of the optimiser. Shared parameters, such as those of a shared features extractor, follow the main learning rate.
+    With ``share_features_extractor=False`` the critic has its own extractor, which then follows the critic's rate.
 
-    **The bounds** hold wherever actions are drawn: after each update of the actor, a component of ``log_std`` that is
-    out of them is put on the nearest bound. (Within an update of several steps it may be out of them: nothing is drawn
-    there, and putting it back would not fit into the optimiser's own kernel.)
+    **The bounds** hold whenever actions are drawn: after each update of the actor, a component of ``log_std`` outside
+    of its bounds is set to the nearest bound. (Between the gradient steps of an update it may be outside: no actions
+    are drawn there, and the optimiser's fused kernel cannot clip it.)
 
     **Observations for the critic** (Pinto et al. 2018, arXiv 1710.06542) help where a simulator knows more than the
-    actor will: of Dict observations the critic sees one key, and the actor all others, each by an extractor of its own.
-    After training, ``predict`` needs the actor's part only.
+    actor will: the critic sees one key of Dict observations, and the actor all others, each with its own extractor.
+    After training, ``predict`` needs only the actor's part.
 
-    **Normalised observations** change with each rollout that the policy was updated from, are saved with it, and are
-    the same for whoever asks it: ``predict`` takes observations as the environment gives them.
+    **Normalised observations**: their statistics are updated with each rollout that the policy learns from, and are
+    saved with the policy. ``predict`` takes observations as the environment gives them.
 
-    **Layer normalisation** (Ba et al. 2016, arXiv 1607.06450) stands in ``net_arch`` between each linear layer and its
-    activation, in the actor and in the critic.
+    **Layer normalisation** (Ba et al. 2016, arXiv 1607.06450) is inserted in ``net_arch`` between each linear layer and
+    its activation, in the actor and in the critic.
 
     :param observation_space: of the environment
     :param action_space: of the environment
     :param lr_schedule: the main learning rate
-    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or words such as
-        "lin_1e-3"), or None for the main one
-    :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: none
-    :param critic_observation_key: key of Dict observations that the critic sees, and the actor does not; the critic
-        sees no other. None: both see all observations
-    :param normalize_observations: whether the policy normalises observations by the mean and the variance of those that
-        it has been trained with, and clips them to +-10, as ``VecNormalize`` does
-    :param layer_norm: whether the layers of ``net_arch`` are normalised
-    :param kwargs: the further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
-    :raises ArgumentError: for an argument that is out of range or contradicts another
+    :param critic_learning_rate: a number, a schedule (a function of the remaining progress, or a string such as
+        "lin_1e-3"), or None for the main learning rate
+    :param log_std_bounds: lowest and highest value of each component of ``log_std``, with Box actions; None: no bounds
+    :param critic_observation_key: key of Dict observations that only the critic sees; the critic sees no other key.
+        None: both see all observations
+    :param normalize_observations: whether the policy normalises observations by the mean and the variance of its
+        training observations, and clips them to +-10, as ``VecNormalize`` does
+    :param layer_norm: whether to normalise the layers of ``net_arch``
+    :param kwargs: further arguments of :class:`stable_baselines3.common.policies.ActorCriticPolicy`
+    :raises ArgumentError: if an argument is out of range or contradicts another
     """
 
-    # Whether it was last trained with masks, and is to be asked with them. A policy's own file does not say.
+    # Whether the policy was last trained with action masks, and predicts with them. policy.save() does not store this.
     is_masked = False
 
-    # SB3's arguments are passed on, not repeated: its classes differ in their defaults, and the next in line has them.
+    # SB3's arguments are passed on, not repeated, because the defaults differ between SB3's classes.
     def __init__(
         self,
         observation_space: spaces.Space[Any],
@@ -100,7 +100,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
                 )
         if kwargs.get("squash_output") and not kwargs.get("use_sde"):
             raise ArgumentError(
-                "squash_output=True is not allowed without gSDE: it must be False, or use_sde=True be given"
+                "squash_output=True is not allowed without gSDE: it must be False, or use_sde must be True"
             )
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
         arch = self.net_arch
@@ -111,7 +111,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         if layer_norm and not any(isinstance(module, nn.LayerNorm) for module in self.mlp_extractor.modules()):
             raise ArgumentError(
                 f"layer_norm=True is not allowed with net_arch={arch!r} of {type(self).__name__}, which has no layer "
-                "to normalise: net_arch must have one (for images it has none by default), or layer_norm be False"
+                "to normalise: net_arch must have one (for images it has none by default), or layer_norm must be False"
             )
         self.critic_learning_rate = critic_learning_rate
         if critic_learning_rate is not None:
@@ -128,16 +128,16 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        As SB3: an action for each observation. One that was last trained with masks finds them as the model's
-        ``predict`` does.
+        Choose an action for each observation, as SB3 does. A policy that was last trained with action masks finds them
+        as the model's ``predict`` does.
 
-        :param observation: of one environment, or one for each
-        :param state: of a policy with a memory, what the last call returned
+        :param observation: one observation, or one for each environment
+        :param state: for a policy with a memory, the state that the last call returned
         :param episode_start: whether each observation is the first of its episode
         :param deterministic: whether to take the most likely action
         :param action_masks: which actions are allowed, shape ``(n_choices,)`` or ``(n_envs, n_choices)``
-        :return: the actions, and the state to be handed over at the next step
-        :raises ValueError: if masks are needed and there are none, or one is wrong
+        :return: the actions, and the state to pass to the next call
+        :raises ValueError: if the policy needs masks and finds none, or if a mask is wrong
         """
         if action_masks is None and not self.is_masked:
             return super().predict(observation, state, episode_start, deterministic)
@@ -158,7 +158,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
 
     def _build_mlp_extractor(self) -> None:
         super()._build_mlp_extractor()
-        if self.critic_observation_key is not None and not has_memory(self):  # whose features are of another size
+        if self.critic_observation_key is not None and not has_memory(self):  # the critic's features have another size
             of_critic = MlpExtractor(
                 self.vf_features_extractor.features_dim, self.net_arch, self.activation_fn, self.device
             )
@@ -169,7 +169,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             extractor.policy_net, extractor.value_net = map(_normalized, (extractor.policy_net, extractor.value_net))
 
     def _split_optimizer(self, learning_rate: float) -> None:
-        """Move what the critic alone depends on to a group of its own, also of an optimiser that a child has built."""
+        """Move the parameters that only the critic uses to a second group of the optimiser."""
         reason = refusal(self)
         if reason is not None and has_memory(self):
             raise ArgumentError(f"critic_learning_rate is not allowed with {type(self).__name__}, which {reason}")
@@ -180,7 +180,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         if actor_critic.n_state:
             inputs = inputs._replace(state=th.zeros(1, actor_critic.n_state), starts=th.zeros(1))
         was_training = self.training
-        self.set_training_mode(False)  # one sample would be no batch to normalise
+        self.set_training_mode(False)  # batch normalisation cannot train on one sample
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         of_actor = set(reached(actor_critic.params(inputs), parameters))
         of_critic = [p for p in reached(actor_critic.values(inputs), parameters) if p not in of_actor]
@@ -191,14 +191,14 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
 
     def set_critic_learning_rate(self, learning_rate: float) -> None:
         """
-        :param learning_rate: of the parameters that the critic alone depends on, until the next call
-        :raises ArgumentError: if the optimiser was replaced by one that has no group for them
+        :param learning_rate: learning rate of the parameters that only the critic uses, until the next call
+        :raises ArgumentError: if the optimiser was replaced by another without a group for them
         """
         groups = [group for group in self.optimizer.param_groups if group.get("of_critic")]
         if not groups:
             raise ArgumentError(
-                "critic_learning_rate is not allowed with an optimiser that was put in place of the policy's own: "
-                'it must have a parameter group of the critic, marked by the key "of_critic"'
+                "critic_learning_rate is not allowed with an optimiser that replaced the policy's own, unless it has a "
+                'parameter group for the critic, marked by the key "of_critic"'
             )
         for group in groups:
             group["lr"] = learning_rate
@@ -211,7 +211,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
             )
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
             raise ArgumentError(
-                f"log_std_bounds={bounds!r} is not allowed: it must be a pair, the lowest and the highest"
+                f"log_std_bounds={bounds!r} is not allowed: it must be a pair, the lowest and the highest value"
             )
         low, high = bounds
         check_real("log_std_bounds[0]", low, finite=False)
@@ -225,7 +225,7 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
 
     @th.no_grad()
     def project(self) -> None:
-        """Put ``log_std`` back within its bounds, with a warning the first time that there was need to."""
+        """Put ``log_std`` back within its bounds, with a warning the first time that it was outside."""
         if self.log_std_bounds is None:
             return
         low, high = self.log_std_bounds
@@ -234,14 +234,14 @@ class ActorCriticPolicy(sb3.ActorCriticPolicy):
         if outside:
             self._log_std_was_bound = True
             warnings.warn(
-                f"log_std has reached its bounds, log_std_bounds={self.log_std_bounds}, and is kept there. This is "
-                "said once",
+                f"log_std has reached its bounds, log_std_bounds={self.log_std_bounds}, and is kept there. This "
+                "warning is not repeated",
                 stacklevel=2,
             )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         parameters = super()._get_constructor_parameters()
-        parameters["share_features_extractor"] = self.share_features_extractor  # which SB3 forgets
+        parameters["share_features_extractor"] = self.share_features_extractor  # SB3 does not store it
         if self.critic_learning_rate is not None:
             parameters["critic_learning_rate"] = _picklable(self.critic_learning_rate)
         if self.log_std_bounds is not None:
@@ -271,7 +271,7 @@ POLICY_ALIASES: dict[str, type[sb3.BasePolicy]] = {
 
 
 def _normalized(layers: nn.Sequential) -> nn.Sequential:
-    """The layers, with a normalisation behind each that is linear."""
+    """The layers, with a layer normalisation after each linear layer."""
     with_norms: list[nn.Module] = []
     for layer in layers:
         with_norms.append(layer)
@@ -281,14 +281,14 @@ def _normalized(layers: nn.Sequential) -> nn.Sequential:
 
 
 def _zeros(space: spaces.Space[Any]) -> Any:
-    """An observation in which all is zero. A sample would take a random number."""
+    """An observation of zeros. Sampling one would change the state of a random generator."""
     if isinstance(space, spaces.Dict):
         return {key: _zeros(subspace) for key, subspace in space.spaces.items()}
     return np.zeros(space.shape or (), space.dtype)
 
 
 def _picklable(schedule: float | str | Schedule) -> float | str | Schedule:
-    """What was given, or where it is a lambda or the like, which no policy file can hold, the number it begins with."""
+    """The schedule itself, or its first value if it cannot be pickled into a policy file, such as a lambda."""
     try:
         pickle.dumps(schedule)
     except (pickle.PicklingError, AttributeError, TypeError):
@@ -297,16 +297,16 @@ def _picklable(schedule: float | str | Schedule) -> float | str | Schedule:
     return schedule
 
 
-# What the algorithms ask of a policy, and what they give it.
+# The methods that the algorithms call on a policy, and the arguments that they pass.
 _ASKED = {"forward": ("obs",), "evaluate_actions": ("obs", "actions"), "predict_values": ("obs",)}
 
 
 def check_policy_class(policy_class: Any, given: str) -> None:
     """
-    :param policy_class: what is to act and to be trained; of what is no class it cannot be told yet
-    :param given: how the user gave it, for the error
-    :raises ArgumentError: for one that takes masks, or has a memory, in another way than sb3-contrib's policies, or is
-        no actor and critic
+    :param policy_class: class of the policy; a function in its place is not checked
+    :param given: the argument as the user gave it, for the message
+    :raises ArgumentError: if the class is no actor-critic policy, or takes masks or has a memory in another way than
+        sb3-contrib's policies
     """
     if not isinstance(policy_class, type) or issubclass(policy_class, contrib.RecurrentActorCriticPolicy):
         return
@@ -316,30 +316,30 @@ def check_policy_class(policy_class: Any, given: str) -> None:
         method = getattr(policy_class, name, None)
         if method is None:
             raise ArgumentError(
-                f"{given} is not allowed: it has no {name}(); it must be an actor and a critic as Stable-Baselines3's "
-                "ActorCriticPolicy is"
+                f"{given} is not allowed: it has no {name}(); it must be an actor-critic policy, such as "
+                "Stable-Baselines3's ActorCriticPolicy"
             )
         parameters = list(inspect.signature(method).parameters.values())[1 + len(arguments) :]
         if any(parameter.name == "action_masks" for parameter in parameters):
             raise ArgumentError(
                 f"{given} is not allowed: its {name}() takes action_masks, which this algorithm does not pass on, so "
-                "that no action would be masked; it must be a policy without masks, or one of sb3-contrib's with no "
-                "method of its own, or sb3_contrib.MaskablePPO train it"
+                "no action would be masked. Use a policy without masks, an unchanged policy of sb3-contrib, or train "
+                "it with sb3_contrib.MaskablePPO"
             )
         more = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if more:
             raise ArgumentError(
                 f"{given} is not allowed: its {name}() needs {' and '.join(more)} besides {' and '.join(arguments)}, "
-                "which this algorithm does not know how to give; a policy with a memory must derive from "
-                "sb3_contrib's RecurrentActorCriticPolicy"
+                "which this algorithm does not pass; a policy with a memory must derive from sb3_contrib's "
+                "RecurrentActorCriticPolicy"
             )
 
 
 def keywords_of(*factories: Any) -> set[str]:
     """
-    :param factories: classes or functions; anything else is passed over
-    :return: the names of the arguments that they take or pass on to their base classes, and of those that the classes
-        take which are the defaults of some
+    :param factories: classes or functions; anything else is ignored
+    :return: the names of their arguments and of their base classes' arguments; and of the arguments of each class that
+        is the default of one of these, such as a features extractor
     """
     names: set[str] = set()
     for parameter in _parameters_of(*factories):

@@ -1,4 +1,4 @@
-"""The distributions of SB3's policies and sb3-contrib's: which family they are of, and their parameters."""
+"""The families and parameters of the distributions in SB3's and sb3-contrib's policies."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def family_of_policy(policy: ActorCriticPolicy | MaskableActorCriticPolicy) -> F
     """
     The family of the distributions that a policy makes.
 
-    :param policy: of SB3 or sb3-contrib, or of the user's own
-    :return: the family; None if the class of its distribution is none of theirs, nor derived from one without
-        overriding the formulas
+    :param policy: a policy of SB3, of sb3-contrib or of the user
+    :return: the family; None if its distribution overrides formulas of SB3 or sb3-contrib, or derives from none of
+        their classes
     """
     space, kind = policy.action_space, type(policy.action_dist)
     base = next((c for c in kind.__mro__ if c in _SB3_DISTRIBUTIONS), None)
@@ -28,7 +28,7 @@ def family_of_policy(policy: ActorCriticPolicy | MaskableActorCriticPolicy) -> F
         or any(name in vars(c) for c in kind.__mro__[: kind.__mro__.index(base)] for name in _FORMULAS)
     ):
         return None
-    if base is maskable.MaskableBernoulliDistribution:  # which has a logit for each of 0 and 1
+    if base is maskable.MaskableBernoulliDistribution:  # it has two logits per bit: for 0 and for 1
         return Categorical((2,) * get_action_dim(space))
     squashes = base is sb3.SquashedDiagGaussianDistribution or getattr(policy.action_dist, "bijector", None) is not None
     family = family_of_space(space, squash_output=squashes)
@@ -47,7 +47,7 @@ _SB3_DISTRIBUTIONS: dict[type[sb3.Distribution], type[Family]] = {
     maskable.MaskableMultiCategoricalDistribution: Categorical,
 }
 
-# Where a derived class has one of these of its own, it is another distribution.
+# A derived class that overrides one of these is another distribution.
 _FORMULAS = (
     "proba_distribution",
     "log_prob",
@@ -63,11 +63,11 @@ _FORMULAS = (
 
 def params_of(distribution: sb3.Distribution) -> th.Tensor:
     """
-    Parameters of one of SB3's or sb3-contrib's distribution objects, as its family reads them.
+    Parameters of a distribution object of SB3 or sb3-contrib, in the layout of its family.
 
     :param distribution: what ``policy.get_distribution(obs)`` returns
     :return: shape ``(batch, n_params)``, part of the same autograd graph
-    :raises ValueError: for a class that they do not have
+    :raises ValueError: for any other class
     """
     if isinstance(distribution, (sb3.DiagGaussianDistribution, sb3.StateDependentNoiseDistribution)):
         normal = distribution.distribution

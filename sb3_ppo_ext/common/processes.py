@@ -1,31 +1,32 @@
 """
-Training one model by several processes: ``torchrun --nproc-per-node 4 train.py``, with a script for one process.
+Train one model with several processes: ``torchrun --nproc-per-node 4 train.py``, with a script for one process.
 
-``learn`` takes part in the process group of ``torch.distributed`` that is there; if there is none and ``torchrun`` has
-set ``WORLD_SIZE`` above 1, it makes one (gloo on the CPU, nccl on GPUs). Then all processes train one model:
+``learn`` joins the process group of ``torch.distributed`` if there is one. If there is none and ``torchrun`` has set
+``WORLD_SIZE`` above 1, ``learn`` creates one (gloo on the CPU, nccl on GPUs). Then all processes train one model:
 
-- **All arguments are of each process**: ``n_envs``, ``n_steps``, ``episodes_per_env``, ``batch_size``. N processes are
-  one process with N times as many environments and N times the batch size: gradients, the normalisation of
-  advantages, KL divergences, ``target_kl``, the products and the line search of TRPO and the baselines of REINFORCE are
-  computed over all of them. Only the shuffling differs: each process shuffles its own samples.
-- ``total_timesteps`` and ``num_timesteps`` count the steps of all processes. During a rollout a process adds its own;
-  those of the others are added at its end.
-- The first process (rank 0) logs, shows the progress bar and has the callbacks. One that ends the training ends it for
-  all, when they have completed their rollouts. Parameters that it changes are those of all from the next rollout on; a
-  hyper-parameter that it changes is an error, and a rollout it changes is that of the first process alone. Losses are
-  logged as means over all processes, and maxima are those of all; so are the episodes; the success rate and the
-  explained variance are those of the first.
-- At the start, all get the first one's parameters, state of the optimiser and running statistics of observations and
-  returns; the others draw from seeds of their own, and reset their environments. What differs otherwise is an error
-  that names it.
-- The statistics of ``VecNormalize``, and those of a ``TensorVecEnv`` that normalises rewards, are put together after
-  each rollout.
-- An error in one process ends all: the others raise :class:`~sb3_ppo_ext.common.errors.ProcessError`, which says it.
-  A process that ends before they have met is noticed by torchrun alone; otherwise, the others wait for five minutes.
-- Processes of one machine (Linux, x86-64) exchange messages through memory that they share, others by gloo or nccl.
+- **All arguments are per process**: ``n_envs``, ``n_steps``, ``episodes_per_env``, ``batch_size``. N processes are
+  equivalent to one process with N times as many environments and N times the batch size: gradients, the normalisation
+  of advantages, KL divergences, ``target_kl``, the Fisher products and the line search of TRPO, and the baselines of
+  REINFORCE are computed over all processes. Only the shuffling differs: each process shuffles its own samples.
+- ``total_timesteps`` and ``num_timesteps`` count the steps of all processes. During a rollout a process counts its own
+  steps; those of the others are added at the end of the rollout.
+- The first process (rank 0) logs, shows the progress bar and runs the callbacks. If a callback ends the training, all
+  processes stop when they have completed their rollouts. If it changes parameters, all processes have them from the
+  next rollout on. If it changes a hyper-parameter, that is an error. If it changes the rollout, only the rollout of the
+  first process is changed. Logged losses are means over all processes, maxima are over all processes, and the episode
+  statistics contain the episodes of all. The success rate and the explained variance are those of the first process.
+- At the start, all processes get the first one's parameters, optimiser state and running statistics of observations
+  and returns. The others use their own seeds and reset their environments. Any other difference between processes is
+  an error that names it.
+- The statistics of ``VecNormalize``, and those of a ``TensorVecEnv`` that normalises rewards, are merged after each
+  rollout.
+- An error in one process ends all: the others raise :class:`~sb3_ppo_ext.common.errors.ProcessError` with its message.
+  If a process ends before all have joined the group, only torchrun notices; later, the others wait for five minutes.
+- Processes on one machine (Linux, x86-64) exchange messages through shared memory, others through gloo or nccl.
 
-``save`` works in each process; a checkpoint of the first can be resumed by another number of processes, each with as
-many environments. On GPUs, the script says ``torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))`` first.
+``save`` works in each process. A checkpoint of the first process can be resumed by another number of processes with
+the same ``n_envs`` each. On GPUs, the script must first call
+``torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))``.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from sb3_ppo_ext.common.rollout.running_statistics import put_together, running_
 if TYPE_CHECKING:
     from sb3_ppo_ext.common.update.process_group import ProcessGroup
 
-# What may differ, or is compared or shared in another way.
+# Attributes that may differ between processes, or are compared or shared in another way.
 _OF_EACH = {"seed", "verbose", "tensorboard_log", "device", "start_time", "n_envs", "num_timesteps", "policy"}
 
 
@@ -73,7 +74,7 @@ def are_several() -> bool:
 
 
 def n_processes() -> int:
-    """How many train one model; before a group is made, as torchrun says."""
+    """The number of processes that train one model; before a group is created, torchrun's number."""
     if not are_several():
         return 1
     dist = sys.modules.get("torch.distributed")
@@ -83,7 +84,7 @@ def n_processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one of them that logs and saves; before a group is made, as torchrun says."""
+    """Whether this process, rank 0, logs and saves; before a group is created, torchrun's rank counts."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         return bool(dist.get_rank() == 0)
@@ -91,7 +92,7 @@ def is_first() -> bool:
 
 
 class _OfRollout(NamedTuple):
-    """What a process tells the others at the end of a rollout."""
+    """The message that a process sends to the others at the end of a rollout."""
 
     goes_on: bool
     n_steps: int
@@ -102,9 +103,9 @@ class _OfRollout(NamedTuple):
 
 class Together:
     """
-    The part of one process in training a model.
+    One process's part in training a model with several processes.
 
-    :param group: the processes
+    :param group: the group of all processes
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -116,11 +117,11 @@ class Together:
 
     def start(self, model: OnPolicyAlgorithm, arguments: dict[str, Any]) -> None:
         """
-        Check that all processes are about to do the same, and let them have the first one's model.
+        Check that all processes have the same settings, and give them the first one's model.
 
-        :param model: before ``learn`` sets itself up
-        :param arguments: of ``learn``
-        :raises ArgumentError: if they are not
+        :param model: the model, before ``learn`` sets it up
+        :param arguments: arguments of ``learn``
+        :raises ArgumentError: if the processes differ
         """
         _check_alike(self.group.gathered({**arguments, **_settings(model), **_surroundings(model)}))
         content = io.BytesIO()
@@ -141,10 +142,10 @@ class Together:
 
     def start_rollout(self, model: OnPolicyAlgorithm) -> None:
         """
-        Let all have the first one's parameters and buffers (those of batch normalisation follow its own samples), and
-        note what has been told already.
+        Give all processes the first one's parameters and buffers (those of batch normalisation depend on its samples
+        only), and note which steps and episodes the other processes already know.
 
-        :param model: about to collect
+        :param model: the model, about to collect a rollout
         """
         self.group.take_from_first([*model.policy.parameters(), *model.policy.buffers()])
         self._n_steps = model.num_timesteps
@@ -152,12 +153,12 @@ class Together:
 
     def end_rollout(self, model: OnPolicyAlgorithm, is_complete: bool) -> bool:
         """
-        Put together what all have seen in a rollout.
+        Exchange steps, episodes and running statistics at the end of a rollout.
 
-        :param model: that has collected
-        :param is_complete: whether its rollout is; not, if a callback has ended it
-        :return: whether the rollouts of all are
-        :raises ArgumentError: if a callback has changed a hyper-parameter in the first process alone
+        :param model: the model that has collected the rollout
+        :param is_complete: whether its rollout is complete; False if a callback has ended it
+        :return: whether the rollouts of all processes are complete
+        :raises ArgumentError: if a callback has changed a hyper-parameter, which only the first process knows
         """
         assert model.ep_info_buffer is not None
         told = set(map(id, self._episodes))
@@ -187,14 +188,14 @@ def training_together(
     model: Any, callback: MaybeCallback, progress_bar: bool, arguments: dict[str, Any]
 ) -> Iterator[tuple[MaybeCallback, bool]]:
     """
-    Take part in the training of one model by several processes, if this is one of several.
+    Join the other processes for the training in the ``with`` block, if there are several.
 
-    :param model: that ``learn`` is called of
-    :param callback: given to ``learn``
-    :param progress_bar: given to ``learn``
-    :param arguments: the others
-    :return: which callbacks and whether a bar this process has
-    :raises ArgumentError: if the processes do not do the same
+    :param model: the model that learns
+    :param callback: argument of ``learn``
+    :param progress_bar: argument of ``learn``
+    :param arguments: the other arguments of ``learn``
+    :return: the callback of this process, and whether it shows SB3's progress bar
+    :raises ArgumentError: if the processes differ
     """
     if not are_several():
         yield callback, progress_bar
@@ -213,7 +214,7 @@ def training_together(
             yield CallbackList([_as_callback(callback), _ProgressBar()]), False
         else:
             yield callback, False
-        group.gathered(None)  # what the first one's callbacks do at the end is done when any process goes on
+        group.gathered(None)  # no process goes on before the first one's callbacks have finished
     except BaseException as error:
         group.fail(error)
         raise
@@ -226,7 +227,7 @@ def _as_callback(callback: MaybeCallback) -> BaseCallback:
 
 
 class _ProgressBar(ProgressBarCallback):
-    """SB3's, which counts the steps that it sees; those of the other processes come to it at the end of a rollout."""
+    """SB3's progress bar, which also shows the steps of the other processes, at the end of each rollout."""
 
     def _on_training_start(self) -> None:
         super()._on_training_start()
@@ -244,7 +245,7 @@ class _ProgressBar(ProgressBarCallback):
 
 
 def _seed_anew(model: OnPolicyAlgorithm, numbers: tuple[int, ...]) -> None:
-    """Let a process draw other numbers than the first, and begin other episodes: both may come from one file."""
+    """Give a process other random numbers and episodes than the first: both may have been loaded from one file."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     with contextlib.suppress(AttributeError, NotImplementedError):  # environments that cannot be seeded
         model.set_random_seed(seed)
@@ -252,7 +253,7 @@ def _seed_anew(model: OnPolicyAlgorithm, numbers: tuple[int, ...]) -> None:
 
 
 def _settings(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """The hyper-parameters, which have to be the same in all processes, in words."""
+    """The hyper-parameters, which must be the same in all processes, as strings."""
     return {
         name: _in_words(value)
         for name, value in vars(model).items()
@@ -261,7 +262,7 @@ def _settings(model: OnPolicyAlgorithm) -> dict[str, Any]:
 
 
 def _surroundings(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """What else has to be the same."""
+    """Everything else that must be the same in all processes."""
     wrappers, env = [], model.env
     while isinstance(env, VecEnvWrapper):
         wrappers.append(type(env).__name__)
@@ -298,7 +299,7 @@ def _in_words(value: Any) -> str:
 def _ids(env: Any) -> list[str]:
     try:
         return sorted({str(getattr(spec, "id", None)) for spec in env.get_attr("spec")})
-    except Exception:  # not every vector of environments can tell
+    except Exception:  # not every vector of environments has get_attr
         return []
 
 
@@ -331,6 +332,6 @@ def _check_alike(descriptions: list[dict[str, Any]]) -> None:
         if differing:
             raise ArgumentError(
                 f"The processes cannot train one model: in process {rank}, {'; '.join(differing)}. All must run the "
-                "same script with the same arguments; and a callback, which the first process alone has, must not "
-                "change any"
+                "same script with the same arguments; and a callback, which only the first process runs, must not "
+                "change hyper-parameters"
             )

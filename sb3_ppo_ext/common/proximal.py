@@ -1,4 +1,4 @@
-"""The update that the proximal policy optimisations share: epochs of minibatches over one rollout."""
+"""The update that DualClipPPO and AdaptiveKLPPO share: epochs of minibatches over a rollout."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, ch
 
 class ProximalAlgorithm(ReusingAlgorithm):
     """
-    Epochs of minibatches over one rollout, minimising
+    Epochs of minibatches over a rollout, minimising
     ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``.
 
-    A child gives its :meth:`policy_loss`, and the numbers in it by :meth:`coefficients`; it may limit an update
+    A subclass defines :meth:`policy_loss`, and the numbers in it by :meth:`coefficients`. It may limit an update
     (:meth:`_kl_limit`) and act after it (:meth:`_after_update`). The arguments are those of
-    :class:`stable_baselines3.PPO`, with its defaults, and those of :class:`ReusingAlgorithm`; the constructor of a
-    child ends with :meth:`_setup_new_model`, unless ``_init_setup_model`` is false.
+    :class:`stable_baselines3.PPO`, with its defaults, and those of :class:`ReusingAlgorithm`. The constructor of a
+    subclass ends with :meth:`_setup_new_model`, unless ``_init_setup_model`` is False.
     """
 
     _loads_files_of: ClassVar[tuple[str, ...]] = (
@@ -50,7 +50,7 @@ class ProximalAlgorithm(ReusingAlgorithm):
         RECURRENT_PPO,
     )
 
-    # Whether an update that ends at the limit of the KL also undoes the steps of the epoch in which it ends.
+    # Whether an update that ends early, at the KL limit, also undoes the steps of its last epoch.
     rollback: bool = False
 
     def __init__(
@@ -124,8 +124,9 @@ class ProximalAlgorithm(ReusingAlgorithm):
         if self.kl_adaptive_lr is not None and self.n_epochs == 1 and self.batch_size >= self.n_steps * self.n_envs:
             raise ArgumentError(
                 f"kl_adaptive_lr={self.kl_adaptive_lr!r} is not allowed with n_epochs=1 and "
-                f"batch_size={self.batch_size}, which is a whole rollout: an update is one step then, and the KL is "
-                "measured before a step, where it is 0. It must be None, or an update have several steps"
+                f"batch_size={self.batch_size}, which is a whole rollout: then an update is one gradient step, and the "
+                "KL is measured before this step, where it is 0. kl_adaptive_lr must be None, or an update must have "
+                "several steps"
             )
 
     def _check_can_learn(self) -> None:
@@ -138,8 +139,9 @@ class ProximalAlgorithm(ReusingAlgorithm):
         if self._reuse.proximal == "ewma" and self._kl_limit() is not None:
             raise ArgumentError(
                 f"target_kl={getattr(self, 'target_kl', None)!r} is not allowed with reuse={self.reuse!r}: the KL is "
-                "that from the average, which follows the policy only as steps are made, so that an update which ends "
-                "early would let all later ones end at once; target_kl must be None, or 'proximal' another"
+                "measured from the moving average, which follows the policy only through gradient steps, so after one "
+                "update that ends early all later ones would end at once; target_kl must be None, or 'proximal' must "
+                "be another"
             )
 
     def _validate(self) -> None:
@@ -150,9 +152,9 @@ class ProximalAlgorithm(ReusingAlgorithm):
             if callable(self.learning_rate) or isinstance(self.learning_rate, str):
                 raise ArgumentError(
                     f"learning_rate={self.learning_rate!r} is not allowed with kl_adaptive_lr: it must be a number, "
-                    "which the learning rate begins with, as it follows the KL and no schedule"
+                    "the initial learning rate, because the learning rate follows the KL and no schedule"
                 )
-            if self.learning_rate != 0.0:  # as it is where a model is loaded to be watched
+            if self.learning_rate != 0.0:  # the RL Zoo loads a trained agent with a learning rate of 0
                 check_real("learning_rate", self.learning_rate, at_least=rate.minimum, at_most=rate.maximum)
         check_real("vf_coef", self.vf_coef, at_least=0.0)
         check_real("max_grad_norm", self.max_grad_norm, above=0.0, finite=False)
@@ -161,8 +163,8 @@ class ProximalAlgorithm(ReusingAlgorithm):
         check_bool("recompute_advantages", self.recompute_advantages)
         if self.recompute_advantages and self.n_epochs == 1:
             raise ArgumentError(
-                "recompute_advantages=True is not allowed with n_epochs=1: the first epoch has the advantages of the "
-                "rollout, and there is no other; n_epochs must be at least 2"
+                "recompute_advantages=True is not allowed with n_epochs=1: the first epoch uses the advantages of the "
+                "rollout, and there is no later one; n_epochs must be at least 2"
             )
         check_int("batch_size", self.batch_size, minimum=2 if self.normalize_advantage else 1)
         if self.clip_range_vf is not None:
@@ -176,25 +178,25 @@ class ProximalAlgorithm(ReusingAlgorithm):
         super().__init_subclass__(**kwargs)
         for old in ("_policy_loss", "_coefficients"):
             if old in vars(cls):  # it would never be called
-                raise TypeError(f"{cls.__name__} defines {old}, which is called {old[1:]} now; policy_loss is static")
+                raise TypeError(f"{cls.__name__} defines {old}, which is now named {old[1:]}; policy_loss is static")
 
     @staticmethod
     @abstractmethod
     def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:
         """
-        The algorithm's own part of the loss, a pure function: a static method, which has no ``self``.
+        The algorithm's own part of the loss: a pure function, so a static method without ``self``.
 
-        :param evaluation: of the minibatch by the present policy
-        :param samples: the minibatch, its advantages normalised if asked for
-        :param coefficients: what :meth:`coefficients` gave for this update
-        :return: the loss of the minibatch, to be minimised, and what to log of it
+        :param evaluation: evaluation of the minibatch by the current policy
+        :param samples: the minibatch; its advantages are normalised if ``normalize_advantage`` is True
+        :param coefficients: the result of :meth:`coefficients` for this update
+        :return: the loss of the minibatch, to be minimised, and the statistics to log
         """
 
     def coefficients(self) -> dict[str, float]:
         """
-        The numbers in the loss, now. They are logged by these names, and a compiled step sees each of them change; with
-        other names, it is another step. To let ``vf_coef`` and ``max_grad_norm`` follow a schedule, a child gives them
-        here too.
+        The current values of the numbers in the loss, by name. They are logged under these names. New values need no
+        new compilation, new names do. A subclass may add ``vf_coef`` and ``max_grad_norm`` here, to let them follow a
+        schedule.
         """
         numbers = {
             "ent_coef": self._current_value(self.ent_coef),
@@ -219,18 +221,18 @@ class ProximalAlgorithm(ReusingAlgorithm):
 
     def _learning_rate_target_kl(self, rate: KLAdaptiveRate) -> float:
         """
-        The KL that a learning rate aims at which follows it.
+        The KL that the adaptive learning rate aims at.
 
-        :param rate: what the user wants
+        :param rate: the user's settings
         """
         return self._whole_action_value(rate.target_kl, TARGET_KL_PER_DIMENSION)
 
     def _adapt_learning_rate(self, rate: KLAdaptiveRate, kl: float) -> None:
         """
-        Change the learning rate by the KL that it has led to, from the next gradient step on.
+        Adapt the learning rate of the next gradient steps to the KL.
 
-        :param rate: what the user wants
-        :param kl: KL(old || present), the same in all processes
+        :param rate: the user's settings
+        :param kl: KL(old || new), the same in all processes
         """
         present = self.lr_schedule(self._current_progress_remaining)
         self.learning_rate = rate.after(kl, present, self._learning_rate_target_kl(rate))
@@ -238,7 +240,7 @@ class ProximalAlgorithm(ReusingAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
 
     def _after_update(self) -> None:
-        """What follows an update."""
+        """Called after each update; a subclass may override it."""
 
     def train(self) -> None:
         """Update the policy from the rollout in the buffer."""
@@ -251,7 +253,7 @@ class ProximalAlgorithm(ReusingAlgorithm):
         rate = None if self.kl_adaptive_lr is None else KLAdaptiveRate.checked("kl_adaptive_lr", self.kl_adaptive_lr)
         kl_limit = self._kl_limit()
         if kl_limit is not None:
-            coefficients["kl_limit"] = float(np.float32(kl_limit))  # as what it is compared with
+            coefficients["kl_limit"] = float(np.float32(kl_limit))  # float32, as the KL that it is compared with
         step = self._minibatch_step(
             ActorCriticLoss(
                 self.policy_loss,
@@ -267,7 +269,7 @@ class ProximalAlgorithm(ReusingAlgorithm):
         history: list[th.Tensor] = []
         stopped_at: int | None = None
 
-        # The step owns the parameters for all epochs, unless somebody else wants to have them in between.
+        # The step owns the parameters for all epochs, unless they are read or restored between two epochs.
         at_once = 1 if self.rollback or self.recompute_advantages else self.n_epochs
         targets = self.rollout_buffer.advantages, self.rollout_buffer.returns
         for first in range(0, self.n_epochs, at_once):
@@ -294,13 +296,13 @@ class ProximalAlgorithm(ReusingAlgorithm):
                     before.restore()
                 break
         self._project()
-        if self.recompute_advantages:  # the rollout stays what it was
+        if self.recompute_advantages:  # put the original targets back into the rollout
             self.rollout_buffer.advantages, self.rollout_buffer.returns = targets
             cast(RolloutBuffer, self.rollout_buffer).forget_flat()
 
         series = dict(zip(step.names, th.stack(history, dim=1).tolist(), strict=True))
         if stopped_at is not None:
-            series["grad_norm"].pop()  # of a step that was not made
+            series["grad_norm"].pop()  # the last one belongs to a step that was not made
         self._log_update(series, numbers, stopped_at)
         self._follow_reference()
         self._after_update()
@@ -308,9 +310,9 @@ class ProximalAlgorithm(ReusingAlgorithm):
             update_normalization(self.policy, observations_of(self.rollout_buffer), self._reducer)
 
     def _compute_targets_anew(self) -> None:
-        """Let the rollout have the advantages and returns by the present critic."""
+        """Recompute the advantages and returns of the rollout with the current critic."""
         buffer = cast(RolloutBuffer, self.rollout_buffer)
-        self.policy.set_training_mode(False)  # as it was when the rollout was evaluated
+        self.policy.set_training_mode(False)  # as when the rollout was evaluated
         last_inputs = PolicyInput(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
         compute_targets_anew(buffer, self._actor_critic(), last_inputs)
         self.policy.set_training_mode(True)
@@ -324,18 +326,24 @@ class ProximalAlgorithm(ReusingAlgorithm):
         rate: KLAdaptiveRate | None,
     ) -> bool:
         """
-        Make the steps of one epoch.
+        Make the gradient steps of one epoch.
 
-        :param step: that is made on a minibatch, inside of its ``with``
-        :param minibatches: of the epoch
-        :param coefficients: of the loss
-        :param history: the statistics of each step of the update; those of the epoch are added
-        :param rate: by which the learning rate follows the KL; None: it does not
-        :return: False if a minibatch was beyond the limit of the KL, so that its step and all others were not made
+        :param step: makes a gradient step on a minibatch; called inside its ``with`` block
+        :param minibatches: minibatches of the epoch
+        :param coefficients: coefficients of the loss
+        :param history: statistics of each step of the update; those of this epoch are added
+        :param rate: settings of the adaptive learning rate; None: it is not adaptive
+        :return: False if a minibatch exceeded the KL limit, so that its step and all later ones were not made
         """
         n_before = len(history)
         is_within = True
+        is_masked = getattr(self.rollout_buffer, "action_masks", None) is not None
         for rollout, rows in minibatches:
+            if is_masked and rollout.action_masks is None:
+                raise ArgumentError(
+                    f"rollout_buffer_class={type(self.rollout_buffer).__name__} is not allowed where environments mask "
+                    "actions: its get() must give RolloutSamples with their action_masks"
+                )
             history.append(step(rollout, rows, coefficients))
             if rate is not None and rate.every == "minibatch" and len(history) > 1:
                 self._adapt_learning_rate(rate, history[-1][step.names.index("minibatch_kl")].item())
@@ -350,7 +358,7 @@ class ProximalAlgorithm(ReusingAlgorithm):
         return is_within
 
     def _log_update(self, series: dict[str, list[float]], numbers: dict[str, float], stopped_at: int | None) -> None:
-        """Log the mean of each statistic over all minibatches (of one that is called a maximum, the maximum)."""
+        """Log the mean of each statistic over all minibatches; for a name that ends with ``_max``, the maximum."""
         for name, values in series.items():
             if not values:
                 continue

@@ -1,4 +1,4 @@
-"""The policies that the names ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"`` and ``"MultiInputLstmPolicy"`` stand for."""
+"""The policies named ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"`` and ``"MultiInputLstmPolicy"``."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
         for name in _REFUSED:
             if lstm_kwargs.get(name):
                 raise ArgumentError(
-                    f"lstm_kwargs={lstm_kwargs!r} is not allowed: the memory goes forward in time, its outputs are its "
-                    f"state, and it computes in the dtype of the other layers; {name} must be left out"
+                    f"lstm_kwargs={lstm_kwargs!r} is not allowed: {name} must be left out, because the memory goes "
+                    "forward in time, its outputs are its state, and it computes in the dtype of the other layers"
                 )
         super().__init__(*args, **kwargs)
         self.rnn_type = rnn_type
@@ -62,7 +62,7 @@ class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
             self.optimizer = optimizer_class(self.parameters(), lr=learning_rate, **self.optimizer_kwargs)
 
     def _resize_critic(self, n_features: int) -> None:
-        """Make the critic's first layers anew, for observations that the critic alone sees."""
+        """Replace the critic's first layers, for the size of the observations that only the critic sees."""
         n_layers, _, hidden_size = self.lstm_hidden_state_shape
         if self.lstm_critic is not None:
             self.lstm_critic = nn.LSTM(n_features, hidden_size, num_layers=n_layers, **self.lstm_kwargs)
@@ -95,25 +95,26 @@ class _ContribPolicy(contrib.RecurrentActorCriticPolicy):
 
 class RecurrentActorCriticPolicy(ActorCriticPolicy, _ContribPolicy):
     """
-    An actor and a critic with a memory: sb3-contrib's policy, with what :class:`ActorCriticPolicy` adds to
-    Stable-Baselines3's. Either loads what the other saved, where ``rnn_type`` is ``"lstm"``.
+    An actor and a critic with a memory: sb3-contrib's recurrent policy, with the additions of
+    :class:`ActorCriticPolicy`. With ``rnn_type="lstm"``, each of the two loads files of the other.
 
     Features go through recurrent layers, and their outputs through the networks of ``net_arch``. By default the critic
-    has recurrent layers of its own. Where an episode begins, the memory is empty.
+    has its own recurrent layers. The memory is empty when an episode begins.
 
-    ``predict(observation, state, episode_start)`` returns the actions and the new state, to be handed over at the next
-    step: a tuple ``(h, c)`` of arrays of shape ``(n_lstm_layers, n_envs, lstm_hidden_size)``. A GRU has no cell: both
-    are h.
+    ``predict(observation, state, episode_start)`` returns the actions and the new state, to pass to the next call: a
+    tuple ``(h, c)`` of arrays of shape ``(n_lstm_layers, n_envs, lstm_hidden_size)``. A GRU has no cell state: both
+    arrays are h.
 
     :param observation_space: of the environment
     :param action_space: of the environment
     :param lr_schedule: the main learning rate
-    :param rnn_type: of the layers: ``"lstm"`` (Hochreiter & Schmidhuber 1997) or ``"gru"`` (Cho et al. 2014)
-    :param kwargs: the further arguments of :class:`ActorCriticPolicy` and of sb3-contrib's policy: ``lstm_hidden_size``
-        (256), ``n_lstm_layers`` (1), ``enable_critic_lstm`` (True: the critic has layers of its own), ``shared_lstm``
-        (True: it uses the actor's, which do not learn from it; then ``enable_critic_lstm`` must be False; if both are
-        False, the critic has a linear layer in their place and no memory) and ``lstm_kwargs`` (for the layers)
-    :raises ArgumentError: for an argument that is out of range or contradicts another
+    :param rnn_type: ``"lstm"`` (Hochreiter & Schmidhuber 1997) or ``"gru"`` (Cho et al. 2014)
+    :param kwargs: further arguments of :class:`ActorCriticPolicy` and of sb3-contrib's policy: ``lstm_hidden_size``
+        (256), ``n_lstm_layers`` (1), ``enable_critic_lstm`` (True: the critic has its own recurrent layers),
+        ``shared_lstm`` (True: the critic uses the actor's layers without training them; then ``enable_critic_lstm``
+        must be False) and ``lstm_kwargs`` (for the layers). If ``enable_critic_lstm`` and ``shared_lstm`` are both
+        False, the critic has a linear layer instead, and no memory
+    :raises ArgumentError: if an argument is out of range or contradicts another
     """
 
 

@@ -1,4 +1,4 @@
-"""Staying close to a reference policy: what the four algorithms share of it."""
+"""Staying close to a reference policy, for all four algorithms."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _REWARD, _LOSS = "reward", "loss"
 
 class RegularizedAlgorithm(OnPolicyAlgorithm):
     """
-    An algorithm whose policy pi may be kept close to a frozen one, the reference: by a penalty on ``KL(pi || pi_ref)``.
+    An algorithm that may keep its policy pi close to a frozen reference policy, by a penalty on ``KL(pi || pi_ref)``.
 
     The expectation is under pi. So ``log pi(a|s) - log pi_ref(a|s)`` of the actions that pi has taken is an unbiased
-    estimate of it, both forms of the penalty are of one quantity, and where one step is all that there is the optimum
-    is ``pi* ~ pi_ref exp(r / coef)``. An action that the reference never takes costs infinitely much; one that the
-    policy has given up costs little.
+    estimate of the KL, and both forms of the penalty are for the same quantity. In episodes of one step the optimum is
+    ``pi* ~ pi_ref exp(r / coef)``. The KL is infinite if pi takes an action that the reference never takes, and changes
+    little if pi gives up an action of the reference.
 
-    :param args: of :class:`OnPolicyAlgorithm`
-    :param reference_policy: the reference; None: there is none, and nothing is computed
+    :param args: arguments of :class:`OnPolicyAlgorithm`
+    :param reference_policy: the reference policy; None: no penalty, and nothing is computed
     :param reference_kl_coef: weight of the penalty
     :param reference_kl: "reward" or "loss"
-    :param kwargs: of :class:`OnPolicyAlgorithm`
+    :param kwargs: arguments of :class:`OnPolicyAlgorithm`
     """
 
     reference_policy: Any = None
     reference_kl_coef: float | str | Schedule | dict[str, Any] = _COEF
     reference_kl: str = _REWARD
 
-    _used_reference_kl_coef: float = 0.0  # in the rewards of the present rollout
+    _used_reference_kl_coef: float = 0.0  # the weight in the current rollout
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class RegularizedAlgorithm(OnPolicyAlgorithm):
             if self.reference_policy is None and getattr(self, name) != default:
                 raise ArgumentError(
                     f"{name}={getattr(self, name)!r} is not allowed with reference_policy=None: there is no policy to "
-                    "stay close to. Give one, or leave it out"
+                    f"stay close to. Give a reference_policy, or leave {name} out"
                 )
 
     @property
@@ -101,7 +101,7 @@ class RegularizedAlgorithm(OnPolicyAlgorithm):
         result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         if self.reference_policy is None:
             return result
-        if not isinstance(self.reference_policy, FrozenPolicy):  # the policy as it is now
+        if not isinstance(self.reference_policy, FrozenPolicy):  # "initial": the current policy
             self.reference_policy = frozen(self.policy)
             self.reference_policy.policy.to(self.device)
         policy = self.reference_policy.policy
@@ -109,7 +109,7 @@ class RegularizedAlgorithm(OnPolicyAlgorithm):
         if self._masks is not None and reason is not None:
             raise ArgumentError(
                 f"reference_policy={type(policy).__name__}(...) is not allowed where environments mask actions: it "
-                f"{reason}. Use one of Stable-Baselines3's as it is, or learn(..., use_masking=False)"
+                f"{reason}. Use an unchanged Stable-Baselines3 policy, or learn(..., use_masking=False)"
             )
         if self._together is not None:
             self._together.group.take_from_first([*policy.parameters(), *policy.buffers()])
@@ -122,7 +122,7 @@ class RegularizedAlgorithm(OnPolicyAlgorithm):
         return self._current_value(given)
 
     def _reference_coefficients(self) -> dict[str, float]:
-        """The weight of ``KL(pi || pi_ref)`` in the loss, by its name; nothing where there is none."""
+        """The weight of ``KL(pi || pi_ref)`` in the loss, by name; empty without such a term."""
         if self.reference_policy is None or self.reference_kl != _LOSS:
             return {}
         return {"reference_kl_coef": self._present_reference_kl_coef()}
@@ -143,12 +143,12 @@ class RegularizedAlgorithm(OnPolicyAlgorithm):
             params = buffer.reference_params
             if params is None or len(params) != len(buffer.flat_inputs()[1]):
                 raise ValueError(
-                    "A callback adds samples to the rollout buffer, and what the reference policy says of them is not "
-                    "known: a model with a reference_policy learns from the steps that it has made"
+                    "A callback adds samples to the rollout buffer, and their distributions under the reference policy "
+                    "are not known: a model with a reference_policy can only learn from its own steps"
                 )
 
     def _follow_reference(self) -> None:
-        """Log how far from the reference the policy was that acted, and let the coefficient follow it."""
+        """Log the KL between the policy that acted and the reference, and adapt the coefficient to it."""
         if self.reference_policy is None:
             return
         buffer = cast(RolloutBuffer, self.rollout_buffer)

@@ -1,4 +1,4 @@
-"""Old rollouts, and clipping around another policy than the one that acted: what the proximal algorithms share."""
+"""Learning from old rollouts, and clipping around another policy than the one that acted."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sb3_ppo_ext.common.update.reference import FrozenPolicy
 
 class ReusingAlgorithm(RegularizedAlgorithm):
     """
-    An algorithm that may also learn from the rollouts before the newest, and keep the policy close to another one than
-    the one that acted.
+    An algorithm that may also learn from older rollouts than the newest, and clip around another policy than the one
+    that acted.
 
-    :param args: of :class:`RegularizedAlgorithm`
-    :param n_reused_rollouts: how many old rollouts there are to be
-    :param reuse: how they are learnt from, a dict of what is to be otherwise than :class:`Reuse` has it
-    :param kwargs: of :class:`RegularizedAlgorithm`
+    :param args: arguments of :class:`RegularizedAlgorithm`
+    :param n_reused_rollouts: number of old rollouts to learn from
+    :param reuse: how to learn from them, a dict of settings that differ from the defaults of :class:`Reuse`
+    :param kwargs: arguments of :class:`RegularizedAlgorithm`
     """
 
     batch_size: int
     n_epochs: int
 
-    # The newer ones first; of a training that goes on, in a checkpoint too. So is the average.
+    # Newest first. Checkpoints contain the old rollouts and the moving average, model files do not.
     _old_rollouts: tuple[OldRollout, ...] = ()
     _average: MovingAverage | None = None
 
@@ -61,7 +61,7 @@ class ReusingAlgorithm(RegularizedAlgorithm):
         self._set_average()
 
     def _set_average(self) -> None:
-        """Have an average that fits the policy, if one is wanted."""
+        """Create a moving average that fits the policy, if the user wants one and there is none."""
         if self._reuse.proximal != "ewma":
             self._average = None
         elif self._average is None or not self._average.fits(self.policy):
@@ -70,11 +70,10 @@ class ReusingAlgorithm(RegularizedAlgorithm):
     def _new_average(self) -> MovingAverage:
         try:
             return MovingAverage(FrozenPolicy(self.policy))
-        except Exception as error:  # of a class of the user's own
+        except Exception as error:  # from a user's own class
             raise ArgumentError(
                 f"reuse={self.reuse!r} is not allowed with policy={type(self.policy).__name__}: it cannot be copied "
-                f"({type(error).__name__}: {error}); it must be a policy that its class can make anew, as "
-                "policy.save() and policy.load() do"
+                f"({type(error).__name__}: {error}); it must be a policy that policy.save() and policy.load() can copy"
             ) from error
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,18 +92,18 @@ class ReusingAlgorithm(RegularizedAlgorithm):
         return result
 
     def set_parameters(self, *args: Any, **kwargs: Any) -> None:
-        """As SB3: load weights and the optimiser's state. A moving average of policies begins anew with them."""
+        """Load weights and the optimiser's state, as SB3 does. A moving average of policies restarts from them."""
         super().set_parameters(*args, **kwargs)
         self._average = None
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
-        As SB3: put another training environment in place of the present one. With ``force_reset``, old rollouts, which
-        are of the present one, are not learnt from any more.
+        Replace the training environment, as SB3 does. With ``force_reset``, the old rollouts, which come from the
+        previous environment, are dropped.
 
-        :param env: an environment, its id, or a vector of them
-        :param force_reset: whether ``learn`` resets it first; otherwise all goes on as if it were the present one
-        :raises ValueError: for what is neither
+        :param env: an environment, its id, or a vector of environments
+        :param force_reset: whether ``learn`` resets it first; otherwise training goes on as if it were the previous one
+        :raises ValueError: if ``env`` is none of these
         """
         before = self.env
         super().set_env(env, force_reset)
@@ -115,7 +114,7 @@ class ReusingAlgorithm(RegularizedAlgorithm):
         return [*super()._excluded_save_params(), "_old_rollouts", "_average"]
 
     def _proximal_coefficients(self) -> dict[str, float]:
-        """The numbers of clipping around another policy, by their names; nothing where an update does not."""
+        """The coefficients of clipping around another policy, by name; empty if updates do not do so."""
         reuse = self._reuse
         numbers = {"max_importance_weight": reuse.max_importance_weight} if reuse.is_decoupled else {}
         if reuse.proximal == "ewma":
@@ -124,8 +123,8 @@ class ReusingAlgorithm(RegularizedAlgorithm):
         return numbers
 
     def _rollouts(self) -> Rollouts:
-        """What the update learns from, if old rollouts are to be reused; the newest is kept for the next ones."""
-        self.policy.set_training_mode(False)  # as it was when the rollout was evaluated
+        """The newest rollout and the old ones, to learn from; the newest is kept for later updates."""
+        self.policy.set_training_mode(False)  # as when the rollout was evaluated
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         old = self._old_rollouts[: self.n_reused_rollouts]
         self._old_rollouts = (kept(buffer, self._last_obs, self._reuse), *old)[: self.n_reused_rollouts]

@@ -1,8 +1,9 @@
 """
 Schedules in words: ``"lin_3e-4"``, ``"cos_3e-4_1e-5"``, ``"exp_3e-4_1e-5"``, ``"const_3e-4_warmup_0.1"``.
 
-The first number is what a schedule begins with, the second what it ends with: 0 if there is none. A warm-up is a share
-of the training: meanwhile the value rises from 0 to the first number, and the schedule takes the rest of the training.
+The first number is the value at the beginning of training, the second the value at its end (0 if it is left out). The
+number after "warmup" is the share of the training in which the value first rises linearly from 0 to the first number;
+the schedule then takes the rest of the training.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ class CosineSchedule:
 @dataclass(frozen=True)
 class ExponentialSchedule:
     """
-    Changes by the same factor in equal times: ``start * (end / start) ** t``, where t is the share of the training that
-    is done.
+    Exponential decay or growth: ``start * (end / start) ** t``, where t is the share of the training that is done.
 
     :param start: value at the beginning of training, > 0
     :param end: value at its end, > 0
@@ -56,10 +56,10 @@ class ExponentialSchedule:
 @dataclass(frozen=True)
 class WarmUp:
     """
-    Rises linearly from 0 to the first value of a schedule, which is then followed in the rest of the training.
+    A linear rise from 0 to the first value of a schedule, which then takes the rest of the training.
 
-    :param schedule: that is followed
-    :param share: of the training, for which it rises, above 0 and below 1
+    :param schedule: the schedule after the warm-up
+    :param share: share of the training in which the value rises, above 0 and below 1
     """
 
     schedule: Schedule
@@ -75,7 +75,7 @@ class WarmUp:
 def schedule_in_words(text: str) -> Schedule | None:
     """
     :param text: a schedule in words
-    :return: the schedule; None if the words say none
+    :return: the schedule; None if the text is not a valid one
     """
     match = _WORDS.fullmatch(text)
     if match is None:

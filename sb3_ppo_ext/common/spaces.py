@@ -1,4 +1,4 @@
-"""The spaces of observations and actions that can be learnt."""
+"""The supported observation and action spaces."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from sb3_ppo_ext.common.errors import ArgumentError, UnsupportedSpaceError
 
 TARGET_KL_PER_DIMENSION = 0.01
 
-_MIN_IMAGE = 36  # pixels that the three convolutions of SB3's NatureCNN leave something of
+_MIN_IMAGE = 36  # smallest width and height for the three convolutions of SB3's NatureCNN
 
 
 def check_spaces(env: gym.Env[Any, Any] | VecEnv, *, use_sde: bool) -> None:
     """
-    :param env: to learn
-    :param use_sde: whether gSDE is to be used
-    :raises ArgumentError: if SB3's policies and buffers cannot take one of the spaces, saying what they can take
+    :param env: the training environment
+    :param use_sde: whether to explore with gSDE
+    :raises ArgumentError: if SB3's policies and buffers do not support one of the spaces; the message says which spaces
+        they support
     """
     observation_space, action_space = (getattr(env, name, None) for name in ("observation_space", "action_space"))
     parts: Any = [(None, observation_space)]
@@ -33,10 +34,10 @@ def check_spaces(env: gym.Env[Any, Any] | VecEnv, *, use_sde: bool) -> None:
             name = "observation_space" if key is None else f"observation_space[{key!r}]"
             raise UnsupportedSpaceError(
                 f"{name}={space} is not supported: it must be Box, Discrete, MultiDiscrete of one axis or MultiBinary, "
-                f"counting from 0, or one Dict of such, not nested{_how_to_flatten(observation_space)}"
+                f"counting from 0, or one Dict of these, not nested{_how_to_flatten(observation_space)}"
             )
     try:
-        family_of_space(action_space)  # type: ignore[arg-type]  # refuses what is none
+        family_of_space(action_space)  # type: ignore[arg-type]  # raises if it is no supported space
     except ValueError as error:
         raise ArgumentError(str(error)) from None
     if isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(action_space.start):
@@ -60,7 +61,7 @@ def check_spaces(env: gym.Env[Any, Any] | VecEnv, *, use_sde: bool) -> None:
 
 def _can_be_observed(space: object) -> bool:
     if isinstance(space, spaces.Discrete):
-        return bool(space.start == 0)  # SB3 encodes by one-hot vectors of n elements
+        return bool(space.start == 0)  # SB3 encodes it as a one-hot vector of n elements
     if isinstance(space, spaces.MultiDiscrete):
         return space.nvec.ndim == 1 and not np.any(space.start)
     return isinstance(space, (spaces.Box, spaces.MultiBinary))
@@ -78,15 +79,15 @@ def _plain(numbers: Any) -> Any:
 
 def fitting_policies(observation_space: spaces.Space[Any]) -> str:
     """
-    :param observation_space: of the environment, the channels of its images first, as SB3 puts them
-    :return: the policies that take such observations, in words
+    :param observation_space: of the environment; images have their channels first, as in SB3
+    :return: for a message: the policies that take such observations
     """
     parts = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
     sides = [side for space in parts if is_image_space(space) for side in (space.shape or ())[1:]]
     if min(sides, default=_MIN_IMAGE) < _MIN_IMAGE:
         return (
-            "one with a features_extractor_class of your own or, for an image alone, MlpPolicy, which flattens it. The "
-            f"NatureCNN that CnnPolicy and MultiInputPolicy have needs at least {_MIN_IMAGE} x {_MIN_IMAGE} pixels; "
+            "one with your own features_extractor_class or, for a single image, MlpPolicy, which flattens it. The "
+            f"NatureCNN of CnnPolicy and MultiInputPolicy needs at least {_MIN_IMAGE} x {_MIN_IMAGE} pixels; "
             "gymnasium.wrappers.ResizeObservation enlarges an image"
         )
     return "MlpPolicy for vectors, CnnPolicy for images, MultiInputPolicy for Dict observations"
@@ -94,7 +95,7 @@ def fitting_policies(observation_space: spaces.Space[Any]) -> str:
 
 def n_action_dims(action_space: spaces.Space[Any]) -> int:
     """
-    How many independent dimensions an action has: the components of a Box, 1 for Discrete, the length of a
+    The number of independent dimensions of an action: the components of a Box, 1 for Discrete, the length of a
     MultiDiscrete, the bits of a MultiBinary. KL divergence and Fisher information are sums over them.
 
     :param action_space: of the environment

@@ -1,9 +1,9 @@
 """
-What this package uses of torch without torch's promise to keep it.
+All uses of torch that are not part of its public API.
 
-Everything of that kind stands here, with the reason and with the public thing that would take its place, so that a new
-release of torch can break this file alone. All of it is there in torch 2.10 to 2.14, and
-``tests/contract/test_torch_internals.py`` checks what it does.
+They are collected here, each with its reason and with the public API that would replace it, so that a new release of
+torch can break only this file. All of them work in torch 2.10 to 2.14, and ``tests/contract/test_torch_internals.py``
+checks what they do.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as torch_module
 
-# How often a tensor, or a view of it, has been written into. It shows that a callback has changed the policy during a
-# rollout, and how many parameters a backward pass has reached, without reading a number of them. Torch has nothing
-# public that says so.
+# The number of in-place changes of a tensor and its views. It shows whether a callback has changed the policy during a
+# rollout, and which parameters a backward pass has reached, without reading their values. Torch has no public API for
+# it.
 version_of: Callable[[th.Tensor], int] = attrgetter("_version")
 
 
 def has_module_hooks(module: nn.Module) -> bool:
     """
-    Whether a hook runs when a module is called, its own or one of all modules. The networks are run by functions
-    instead of modules, and compiled, only where none would be left out. Torch registers hooks and does not list them.
+    Whether a hook runs when a module is called, be it the module's own hook or a global one. Networks with hooks are
+    neither compiled nor run as plain functions, because that would skip the hooks. Torch has no public list of hooks.
 
-    :param module: looked at alone, without what is in it
+    :param module: checked without its submodules
     """
     return bool(
         module._forward_hooks
@@ -47,8 +47,8 @@ def has_module_hooks(module: nn.Module) -> bool:
 
 def has_gradient_hooks(parameters: Iterable[th.Tensor]) -> bool:
     """
-    Whether a hook runs when one of the parameters gets its gradient. A flat step would run it twice, a compiled one
-    never. Torch registers hooks and does not list them.
+    Whether a hook runs when one of the parameters gets its gradient. A step over flat parameters would run it twice, a
+    compiled step never. Torch has no public list of hooks.
 
     :param parameters: leaves of the autograd graph
     """
@@ -57,23 +57,23 @@ def has_gradient_hooks(parameters: Iterable[th.Tensor]) -> bool:
 
 def has_step_hooks(optimizer: th.optim.Optimizer) -> bool:
     """
-    Whether a hook runs at the optimiser's steps, which the step of another optimiser in its place would leave out.
-    Torch registers hooks and does not list them.
+    Whether a hook runs at the optimiser's steps. Another optimiser in its place would skip the hook. Torch has no
+    public list of hooks.
 
-    :param optimizer: looked at alone, without the hooks of all optimisers
+    :param optimizer: checked without global hooks
     """
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def fused_step(optimizer: th.optim.Optimizer, *, grad_scale: th.Tensor, found_inf: th.Tensor | None = None) -> None:
     """
-    A step of an optimiser with ``fused=True`` whose kernel divides the gradients first, which clips them without a pass
-    of its own. ``torch.amp.GradScaler`` hands over its scale by the same two attributes; a public argument of ``step``
-    would take their place.
+    Make a step of an optimiser with ``fused=True`` whose kernel first divides the gradients. This clips them without a
+    separate pass. ``torch.amp.GradScaler`` sets the same two attributes; a public argument of ``step`` would replace
+    them.
 
     :param optimizer: Adam or AdamW
-    :param grad_scale: what the gradients are divided by, a scalar on their device; they stay divided
-    :param found_inf: a scalar on their device, 1.0 where the step is not to be made; None: it is to be made
+    :param grad_scale: divisor of the gradients, a scalar on their device; they stay divided
+    :param found_inf: a scalar on their device, 1.0 to skip the step; None: never skip it
     """
     handed_over: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": found_inf}
     vars(optimizer).update(handed_over)
@@ -88,13 +88,13 @@ def traced(
     decompositions: Mapping[Any, Callable[..., Any]],
 ) -> fx.GraphModule:
     """
-    The operations that a function does, those of ``torch.autograd.grad`` and writes into its inputs among them. A
-    tensor that it finds elsewhere is an attribute of the graph. ``torch.export`` would take its place if it traced
-    functions that differentiate.
+    Trace the operations of a function, including ``torch.autograd.grad`` and writes into its inputs. Tensors that are
+    not inputs become attributes of the graph. ``torch.export`` would replace it if it traced functions that
+    differentiate.
 
-    :param function: to be run once, without computing
-    :param inputs: an example of what it is given
-    :param decompositions: other ways of doing some of the operations
+    :param function: run once, on fake tensors
+    :param inputs: example inputs
+    :param decompositions: replacements of some of the operations
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own code
@@ -105,12 +105,12 @@ def traced(
 
 def compile_ahead_of_time(graph: fx.GraphModule, inputs: Sequence[th.Tensor], path: Path) -> None:
     """
-    Compile a graph for the CPU into a file. Torch documents this function of a private module (AOTInductor) as the way
-    to do so.
+    Compile a graph for the CPU into a file. Torch documents this function of a private module (AOTInductor) for that
+    purpose.
 
-    :param graph: its operations
-    :param inputs: an example of them
-    :param path: of the file, which ends in .pt2
+    :param graph: the operations
+    :param inputs: example inputs
+    :param path: path of the file, which ends in .pt2
     """
     program = th.export.export(graph, tuple(inputs), strict=False)
     th._inductor.aoti_compile_and_package(program, package_path=str(path))
@@ -118,10 +118,10 @@ def compile_ahead_of_time(graph: fx.GraphModule, inputs: Sequence[th.Tensor], pa
 
 def load_compiled(path: Path) -> Callable[[list[th.Tensor]], list[th.Tensor]]:
     """
-    What :func:`compile_ahead_of_time` has made. Torch documents how to load and call it; this is what the call ends in,
-    as the call itself takes twice as long as a small network.
+    Load a file of :func:`compile_ahead_of_time`. Torch documents how to load it and how to call it. This function
+    returns the inner function of that call, because the outer one takes twice as long as a small network.
 
-    :param path: of the file
+    :param path: path of the file
     """
     package = th._inductor.aoti_load_package(str(path), run_single_threaded=True)
     run: Callable[[list[th.Tensor]], list[th.Tensor]] = package.loader.run
@@ -130,17 +130,15 @@ def load_compiled(path: Path) -> Callable[[list[th.Tensor]], list[th.Tensor]]:
 
 def compiler_cache_folder() -> Path:
     """
-    Where torch keeps what it has compiled: ``TORCHINDUCTOR_CACHE_DIR`` or a default, which only a private function
-    tells.
+    Torch's folder of compiled code: ``TORCHINDUCTOR_CACHE_DIR`` or a default, which only a private function returns.
     """
     return Path(th._inductor.runtime.cache_dir_utils.cache_dir())
 
 
 def default_store() -> Any:
     """
-    What the processes of the default group of ``torch.distributed`` met by: one of them writes a value, and the others
-    read it whenever they want, without waiting for each other. The group does not give it away, and a store of our own
-    would need a port of its own.
+    The key-value store of the default group of ``torch.distributed``: one process writes a value, and the others read
+    it at any time, without waiting. The group has no public access to it, and a second store would need another port.
     """
     from torch.distributed.distributed_c10d import _get_default_store
 
@@ -149,11 +147,11 @@ def default_store() -> Any:
 
 def set_patience(patience: timedelta) -> None:
     """
-    How long the processes of the default group of ``torch.distributed`` wait for each other from now on. What the group
-    is made with says it for that too, and there it must not be long. A second group (``new_group``) would take the
-    place of this, with connections of its own.
+    Set how long the processes of the default group of ``torch.distributed`` wait for each other from now on. The
+    timeout that the group is created with also limits its creation, and must be short there. A second group
+    (``new_group``) would replace this, with its own connections.
 
-    :param patience: in place of what the group was made with
+    :param patience: the new timeout
     """
     from torch.distributed.distributed_c10d import _set_pg_timeout
 

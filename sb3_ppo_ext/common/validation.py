@@ -1,4 +1,4 @@
-"""Bad input is answered before training starts: an error that names the argument, the value and what is allowed."""
+"""Check arguments before training starts, with errors that name the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -90,16 +90,16 @@ def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
 def check_device(device: object) -> None:
     """
     :param device: given
-    :raises ArgumentError: unless it is "auto", or names a device that torch can use. "cuda" is the CPU where there is
-        no GPU, as everywhere in SB3
+    :raises ArgumentError: unless it is "auto", or names a device that torch can use. As in SB3, "cuda" means the CPU
+        where there is no GPU
     """
     try:
         th.zeros(1, device=get_device(device)).item()  # type: ignore[arg-type]
-    except (AssertionError, RuntimeError, TypeError) as error:  # torch raises one or another, by device and build
+    except (AssertionError, RuntimeError, TypeError) as error:  # which one depends on device and build
         reason = str(error).partition("\n")[0]
         raise ArgumentError(
-            f"device={device!r} is not allowed: it must be 'auto', 'cpu', 'cuda', or another that torch can use here "
-            f"({reason})"
+            f"device={device!r} is not allowed: it must be 'auto', 'cpu', 'cuda' or another device that torch can use "
+            f"here ({reason})"
         ) from None
 
 
@@ -119,12 +119,12 @@ def check_output(verbose: object, tensorboard_log: object) -> None:
 
 def as_schedule(name: str, value: float | str | Schedule, *, may_be_zero: bool = False) -> FloatSchedule:
     """
-    A schedule from what a user may give for it.
+    Convert an argument to a schedule.
 
     :param name: of the argument
     :param value: a positive number, a schedule in words (:mod:`sb3_ppo_ext.common.schedules`), or a function of the
         remaining progress (1 at the beginning of training, 0 at its end)
-    :param may_be_zero: whether a number may be 0, as a function's values always may
+    :param may_be_zero: whether a number may be 0; the values of a function always may
     :return: the schedule
     :raises ArgumentError: for anything else, and for a function that does not return finite numbers of at least 0
     """
@@ -167,9 +167,7 @@ def _check_function(name: str, schedule: Schedule) -> None:
         try:
             result = schedule(progress)
             what = f"returns {result!r}"
-            check_real(
-                name, float(result), at_least=0.0
-            )  # SB3 takes what float() takes, such as a tensor of one number
+            check_real(name, float(result), at_least=0.0)  # as in SB3, which accepts a tensor of one number
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise ArgumentError(
                 f"{name}={schedule!r} is not allowed: at progress {progress:g} it {what}, and a schedule must return a "
@@ -179,9 +177,9 @@ def _check_function(name: str, schedule: Schedule) -> None:
 
 def did_you_mean(error: Exception, keywords: Callable[[], set[str]]) -> str:
     """
-    :param error: that a constructor has raised
-    :param keywords: gives the names of the arguments that there are
-    :return: if it is about an argument that there is not, a sentence that names one that resembles it; else nothing
+    :param error: raised by a constructor
+    :param keywords: returns the names of the arguments that the constructor has
+    :return: if the error is about an unknown argument, a sentence that suggests a similar name; else an empty string
     """
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     nearest = difflib.get_close_matches(unknown[1], keywords(), n=1) if unknown else []

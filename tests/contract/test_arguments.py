@@ -133,9 +133,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
 )
 def test_what_cannot_be_built_is_refused_by_name_and_value(name: str, value: Any) -> None:
     kwargs = {"policy": "MlpPolicy", "env": "CartPole-v1", "device": "cpu", name: value}
-    reason = (
-        r"(: it must be one of 'MlpP|: it has no evaluate|: its keys must be 'pi'| \((?s:.+); it must be what takes)"
-    )
+    reason = r"(: it must be one of 'MlpP|: it has no evaluate|: its keys must be 'pi'| \((?s:.+); it must fit)"
     with pytest.raises(ValueError, match=f"is not allowed{reason}") as error:
         DualClipPPO(**kwargs)
     name, value = ("net_arch", value["net_arch"]) if "its keys" in str(error.value) else (name, value)
@@ -266,6 +264,14 @@ def trained(algorithm: Any, ent_coef: Any, callback: Any = None) -> Any:
     env = DummyVecEnv([lambda: ScriptedEnv(BOX, BOX_ACTIONS, script=((4, True, False),))])
     model = small(algorithm, "MlpPolicy", env, ent_coef=ent_coef, learning_rate=1e-2)
     return model.learn(4 * ROLLOUT, callback=callback, log_interval=1000)
+
+
+def test_an_interval_of_logs_must_not_be_0() -> None:
+    env = DummyVecEnv([lambda: ScriptedEnv(BOX, BOX_ACTIONS, script=((4, True, False),))])
+    model = small(DualClipPPO, "MlpPolicy", env)
+    with pytest.raises(ValueError, match="log_interval=0 is not allowed"):
+        model.learn(ROLLOUT, log_interval=0)
+    assert model.num_timesteps == 0
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -310,7 +310,7 @@ def obs_of_tuples() -> ScriptedEnv:
     [
         (DualClipPPO, partial(VecFrameStack, n_stack=2), {}, "in a VecFrameStack, which does not pass on"),
         (DualClipPPO, lambda env: env, {"policy": "MlpLstmPolicy"}, "policy=MlpLstmPolicy, which has a memory"),
-        (TRPO, lambda env: env, {"torch_compile": True}, "torch_compile=True .*compiled anew for each rollout"),
+        (TRPO, lambda env: env, {"torch_compile": True}, "torch_compile=True .*compiled again for each rollout"),
     ],
     ids=["wrapper", "memory", "compiled"],
 )
@@ -326,7 +326,7 @@ def test_a_buffer_of_ones_own_does_not_go_with_steps_that_only_begin_an_episode(
     class Own(SB3RolloutBuffer):
         pass
 
-    with pytest.raises(ArgumentError, match="rollout_buffer_class=Own, which does not know"):
+    with pytest.raises(ArgumentError, match="rollout_buffer_class=Own, which cannot tell"):
         small(DualClipPPO, "MlpPolicy", NativeVector(ENVS), rollout_buffer_class=Own)
 
 

@@ -121,13 +121,13 @@ def test_arguments_out_of_range(arguments, tmp_path):
 
 def test_inside_another_callback_it_would_never_write(tmp_path):
     callback = EveryNTimesteps(4, CallbackList([SafeCheckpointCallback(1, tmp_path)]))
-    with pytest.raises(ValueError, match=r"not allowed inside EveryNTimesteps: give it to learn\(\)"):
+    with pytest.raises(ValueError, match=r"not allowed inside EveryNTimesteps: pass it to learn\(\)"):
         make_model().learn(8, callback=callback)
 
 
 def test_another_run_is_not_written_over(written):
     content = (written / "rl_model_8_steps.zip").read_bytes()
-    with pytest.raises(ValueError, match=r"save_path=.*0 steps, and rl_model_8_steps.zip is ahead.*Resume"):
+    with pytest.raises(ValueError, match=r"save_path=.*0 steps, and rl_model_8_steps.zip has more.*Resume"):
         make_model().learn(8, callback=SafeCheckpointCallback(1, written))
     assert (written / "rl_model_8_steps.zip").read_bytes() == content
 
@@ -338,7 +338,7 @@ def test_a_truncated_file_is_passed_over_and_named(written):
     truncated = written / "rl_model_16_steps.zip"
     for size in [0, 1, 100, *range(5_000, len(whole), 10_000), len(whole) - 1]:
         truncated.write_bytes(whole[:size])
-        with pytest.warns(UserWarning, match=r"rl_model_16_steps.zip was passed over: .* truncated or damaged"):
+        with pytest.warns(UserWarning, match=r"rl_model_16_steps.zip was skipped: .* truncated or damaged"):
             assert latest_checkpoint(written) == path
         with pytest.raises(ValueError, match=r"rl_model_16_steps.zip cannot be resumed: .* truncated or damaged"):
             resumed(truncated)
@@ -360,7 +360,7 @@ def test_a_flipped_bit_is_found(written):
             warnings.simplefilter("always")
             latest = latest_checkpoint(written)
         if latest == path:
-            assert "rl_model_16_steps.zip was passed over" in str(caught[-1].message)
+            assert "rl_model_16_steps.zip was skipped" in str(caught[-1].message)
             found += 1
         else:  # it was in what nothing depends on, such as the time of day
             with zipfile.ZipFile(flipped) as archive:
@@ -373,7 +373,7 @@ def test_what_cannot_be_read_is_named(written):
     with pytest.raises(ValueError, match=r"nothing.zip cannot be resumed: .*No such file"):
         resumed(written / "nothing.zip")
     (written / "rl_model_9_steps.zip").mkdir()
-    with pytest.warns(UserWarning, match=r"rl_model_9_steps.zip was passed over: .*directory"):
+    with pytest.warns(UserWarning, match=r"rl_model_9_steps.zip was skipped: .*directory"):
         assert latest_checkpoint(written) == written / "rl_model_8_steps.zip"
 
 
@@ -383,7 +383,7 @@ def test_training_goes_on_past_a_damaged_file(written):
     model = resumed(written / "rl_model_8_steps.zip")
     model.learn(8, callback=SafeCheckpointCallback(1, written, keep_last=1), reset_num_timesteps=False)
     assert names(written) == {"rl_model_16_steps.zip", "rl_model_1000_steps.zip"}
-    with pytest.warns(UserWarning, match=r"rl_model_1000_steps.zip was passed over"):
+    with pytest.warns(UserWarning, match=r"rl_model_1000_steps.zip was skipped"):
         assert latest_checkpoint(written) == written / "rl_model_16_steps.zip"
 
 

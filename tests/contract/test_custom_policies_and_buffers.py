@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import PPO
 from stable_baselines3.common import buffers as sb3_buffers
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
 from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DualClipPPO
 from sb3_ppo_ext.common.rollout.actor_critic import DirectActorCritic
@@ -256,3 +258,28 @@ def test_a_derived_buffer_with_its_own_add_gets_every_step(algorithm: Any) -> No
     ]
     assert models[1].rollout_buffer.n_added == 2 * ROLLOUT
     assert_close_policies(*models, atol=1e-5)
+
+
+class OwnGet(RolloutBuffer):
+    def get(self, batch_size: int | None = None) -> Any:
+        return super().get(batch_size)
+
+
+class GivesSB3Samples(RolloutBuffer):
+    """Its minibatches do not say which actions were allowed."""
+
+    def get(self, batch_size: int | None = None) -> Any:
+        for samples in super().get(batch_size):
+            yield RolloutBufferSamples(*samples[: len(RolloutBufferSamples._fields)])
+
+
+def test_a_derived_buffer_must_not_lose_the_action_masks() -> None:
+    env = InvalidActionEnvDiscrete(dim=6, n_invalid_actions=4)
+    whole = small(DualClipPPO, "MlpPolicy", env).learn(ROLLOUT)
+    assert_same_policy(whole, small(DualClipPPO, "MlpPolicy", env, rollout_buffer_class=OwnGet).learn(ROLLOUT))
+    model = small(DualClipPPO, "MlpPolicy", env, rollout_buffer_class=GivesSB3Samples)
+    before = parameters(model)
+    with pytest.raises(ValueError, match="rollout_buffer_class=GivesSB3Samples is not allowed where environments mask"):
+        model.learn(ROLLOUT)
+    assert not have_moved(model, before)
+    model.learn(ROLLOUT, use_masking=False)

@@ -186,7 +186,9 @@ def test_contribs_trpo(action_space, factor, tmp_path):
         return TRPO.load(tmp_path / "model", env=make(action_space), device="cpu", **arguments)
 
     if factor > 1:
-        with pytest.warns(UserWarning, match=r"3 dimensions.*target_kl=0.02 became 0.06, cg_damping=0.05 became 0.15"):
+        with pytest.warns(
+            UserWarning, match=r"3 action dimensions.*target_kl=0.02 became 0.06, cg_damping=0.05 became 0.15"
+        ):
             loaded = load()
     else:
         loaded = load()

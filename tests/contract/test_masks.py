@@ -300,7 +300,7 @@ def test_it_is_said_once_and_can_be_turned_off(capsys: pytest.CaptureFixture[str
     env = make_vec_env(lambda: Forbids("discrete", "info"), seed=0)
     model = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", verbose=1, **ALGORITHMS[DualClipPPO])
     model.learn(16).learn(16)
-    assert capsys.readouterr().out.count("Actions are masked as the environments say (info)") == 1
+    assert capsys.readouterr().out.count("Using the action masks of the environments (info)") == 1
     with pytest.raises(AssertionError, match="is not allowed"):
         model.learn(160, use_masking=False)
     with pytest.raises(ValueError, match="use_masking=1 is not allowed"):

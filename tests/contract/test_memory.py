@@ -152,7 +152,7 @@ def test_the_length_of_sequences_that_is_not_given_divides_all(
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"sequence_length": 3}, "sequence_length=3 is not allowed with .*_?s.*=.*: it must divide it"),
+        ({"sequence_length": 3}, "sequence_length=3 is not allowed with .*_?s.*=.*: it must divide"),
         ({"sequence_length": 0}, "sequence_length=0"),
         ({"policy_kwargs": {"rnn_type": "rnn"}}, "rnn_type='rnn'.*'lstm', 'gru'"),
         ({"policy_kwargs": {"shared_lstm": True}}, "shared_lstm=True.*enable_critic_lstm=True"),

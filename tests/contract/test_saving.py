@@ -244,6 +244,13 @@ def test_load_takes_custom_objects_and_arguments(algorithm: Any, tmp_path: Path)
         algorithm.load(tmp_path / "model", env=scripted(), device="cpu", gamma=7)
 
 
+@pytest.mark.parametrize("saved", [0.3, None])
+def test_a_custom_clip_range_takes_the_place_of_the_files(saved: float | None, tmp_path: Path) -> None:
+    small(AdaptiveKLPPO, "MlpPolicy", scripted(), clip_range=saved).save(tmp_path / "model")
+    loaded: Any = AdaptiveKLPPO.load(tmp_path / "model", device="cpu", custom_objects={"clip_range": 0.1})
+    assert loaded.clip_range(1.0) == 0.1
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_file_is_small(algorithm: Any, tmp_path: Path) -> None:
     """Parameters and at most two moments of each, and a little: no rollout, no second copy of the policy."""

@@ -176,7 +176,7 @@ class OwnGet(RolloutBuffer):
         ({"n_epochs": 1}, "recompute_advantages=True is not allowed with n_epochs=1"),
         (
             {"policy": "MlpLstmPolicy"},
-            "recompute_advantages=True is not allowed with policy=MlpLstmPolicy: what it rem",
+            "recompute_advantages=True is not allowed with policy=MlpLstmPolicy, which has a memory",
         ),
         (
             {"rollout_buffer_class": EveryStepBuffer},

@@ -193,7 +193,7 @@ class Refused(BaseFeaturesExtractor):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("if", "the same ones for all values of these"),
+        ("if", "the same operations for all values"),
         ("replaced", "mean is replaced by another tensor"),
     ],
 )

@@ -315,5 +315,5 @@ def test_what_may_change_unseen_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["_policy_loss", "_coefficients"])
 def test_the_names_of_the_first_edition_are_not_ignored(name: str) -> None:
-    with pytest.raises(TypeError, match=rf"Old defines {name}, which is called {name[1:]} now"):
+    with pytest.raises(TypeError, match=rf"Old defines {name}, which is now named {name[1:]}"):
         type("Old", (DualClipPPO,), {name: lambda self, *args: None})

@@ -1,4 +1,4 @@
-"""What ``torch_compile=True`` makes of the actor, the evaluation of rollouts, the gradient step and TRPO's products."""
+"""``torch_compile=True``: compiled actors, evaluations of rollouts, gradient steps and Fisher products."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from collections.abc import Callable
 import torch as th
 
 Run = Callable[[list[th.Tensor]], list[th.Tensor]]
-"""A compiled program: flat tensors in, flat tensors out; it may write into what it is given."""
+"""A compiled program: a function of a list of tensors that returns a list of tensors; it may write into its inputs."""

@@ -1,4 +1,4 @@
-"""Telling who is waiting that something is being compiled."""
+"""Messages about a compilation, for users who wait for it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def announced(what: str, announce: bool) -> Iterator[None]:
     """
-    :param what: is compiled inside of the ``with`` block
-    :param announce: whether to say so, and how long it took
+    :param what: name of what the ``with`` block compiles
+    :param announce: whether to print a message, and how long it took
     """
     if announce:
         _say(f"Compiling {what}, for this run and later ones; this may take up to a minute")
@@ -23,7 +23,7 @@ def announced(what: str, announce: bool) -> Iterator[None]:
 
 
 def is_bar_shown() -> bool:
-    """Whether a progress bar stands still meanwhile, which needs to be explained whatever ``verbose`` is."""
+    """Whether there is a progress bar. Then a message explains why it stands still, even with ``verbose=0``."""
     tqdm = sys.modules.get("tqdm")
     return tqdm is not None and len(getattr(tqdm.tqdm, "_instances", ())) > 0
 

@@ -1,4 +1,4 @@
-"""What a loss reads besides its arguments. A program of the loss would keep it as it is when it is compiled."""
+"""Values that a loss reads besides its arguments: a compiled program of the loss would keep them as constants."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from torch import nn
 
 from sb3_ppo_ext.common.compile.support import REFUSED
 
-# What is read of these libraries is theirs, and does not change.
+# The contents of these libraries are assumed not to change.
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "stable_baselines3", "sb3_ppo_ext"}
 
 
 def constants_of(loss: Callable[..., Any]) -> Hashable:
     """
-    What a program of a loss depends on besides the arguments of the loss: its code, numbers and settings in its
-    defaults, its closure and its module, what it reads of other modules and of classes there, and all of that for the
-    functions that it calls. When one of these has changed, it is another loss.
+    Everything that a compiled loss depends on besides its arguments: its code; the numbers and settings that it reads
+    in its defaults, its closure, its module, other modules and classes; and the same for the functions that it calls.
+    If any of these changes, the loss must be compiled again.
 
-    What it reads through a variable of its own (``c = config; c.x``) or by ``getattr`` is not seen.
+    Values that it reads through a local variable (``c = config; c.x``) or by ``getattr`` are not seen.
 
     :param loss: a function, or an :class:`ActorCriticLoss` of one
-    :raises ValueError: for what may change without being seen: a method or an object, and what holds other things
+    :return: a key for the cache of compiled programs
+    :raises ValueError: if it reads something that may change without being seen: a method, an object or a container
     """
     found: list[Hashable] = []
     _note_function(getattr(loss, "policy_loss", loss), found, set())
@@ -37,7 +38,7 @@ def constants_of(loss: Callable[..., Any]) -> Hashable:
 
 
 class _Same:
-    """Equal to itself alone. A tensor's values may change, as a program is given the tensor; another tensor may not."""
+    """Equal only for the same object. A tensor's values may change, because it is an input of the program."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -56,9 +57,9 @@ def _note_function(function: Any, found: list[Hashable], seen: set[int]) -> None
         function = function.func
     if not isinstance(function, types.FunctionType):
         raise ValueError(
-            f"{REFUSED} with a policy_loss that is no plain function ({function!r:.100}): what it reads of its object "
-            "would be kept as it is when it is compiled. Make it a @staticmethod, and give its numbers by "
-            "coefficients(); or torch_compile=False"
+            f"{REFUSED} with a policy_loss that is no plain function ({function!r:.100}): the attributes that it reads "
+            "would become constants when it is compiled. Make it a @staticmethod, and give its numbers by "
+            "coefficients(); or use torch_compile=False"
         )
     if id(function) in seen or _is_of_library(function):
         return
@@ -73,7 +74,7 @@ def _note_function(function: Any, found: list[Hashable], seen: set[int]) -> None
         first, *rest = path
         try:
             value = closure[first].cell_contents if first in closure else function.__globals__[first]
-        except (KeyError, ValueError):  # a builtin, a variable of its own, or not there yet
+        except (KeyError, ValueError):  # a builtin, a local variable, or not defined yet
             continue
         name = first
         while rest and isinstance(value, (type, types.ModuleType)) and not _is_of_library(value):
@@ -85,10 +86,10 @@ def _note_function(function: Any, found: list[Hashable], seen: set[int]) -> None
 
 def _note(name: str, value: Any, found: list[Hashable], seen: set[int]) -> None:
     """
-    :param name: by which it is read
-    :param value: what is read
-    :param found: what is known so far; added to
-    :param seen: the functions that have been looked at
+    :param name: name under which the loss reads the value
+    :param value: the value
+    :param found: the result so far; the value is added to it
+    :param seen: ids of the functions that have been visited
     """
     if isinstance(value, (types.FunctionType, functools.partial)):
         _note_function(value, found, seen)
@@ -101,12 +102,12 @@ def _note(name: str, value: Any, found: list[Hashable], seen: set[int]) -> None:
     else:
         raise ValueError(
             f"{REFUSED} with a loss that reads {name}, a {type(value).__name__}: a change of it would not be seen. "
-            "Give the numbers that it holds by coefficients(), or torch_compile=False"
+            "Give its numbers by coefficients(), or use torch_compile=False"
         )
 
 
 def _paths(code: types.CodeType) -> Iterator[tuple[str, ...]]:
-    """The names that a function reads outside of itself, with attributes: ``config.x`` is ``("config", "x")``."""
+    """The global and closure names that a function reads, with attributes: ``config.x`` is ``("config", "x")``."""
     path: tuple[str, ...] = ()
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and path:
@@ -115,7 +116,7 @@ def _paths(code: types.CodeType) -> Iterator[tuple[str, ...]]:
             if path:
                 yield path
             path = (instruction.argval,) if instruction.opname in ("LOAD_GLOBAL", "LOAD_DEREF") else ()
-    for part in code.co_consts:  # functions inside of it
+    for part in code.co_consts:  # nested functions
         if isinstance(part, types.CodeType):
             yield from _paths(part)
 
@@ -127,7 +128,7 @@ def _is_constant(value: object) -> bool:
 
 
 def _is_of_library(value: Any) -> bool:
-    """Whether a module, class or function is a library's, or an object or a method is of a library's class."""
+    """Whether a module, class or function, or the class of an object or method, belongs to a library."""
     if isinstance(value, types.MethodType):
         return _is_of_library(value.__self__)
     if isinstance(value, types.ModuleType):

@@ -1,4 +1,4 @@
-"""Machine code for the CPU, without any Python around it, kept for later runs."""
+"""Machine code for the CPU, which runs without Python and is cached on the disk for later runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sb3_ppo_ext.common.torch_internals import compile_ahead_of_time, compiler_c
 
 def machine_code(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
     """
-    Compile a graph for the CPU, or take it from what was compiled before.
+    Compile a graph for the CPU, or load it if it was compiled before.
 
-    :param graph: its operations
-    :param inputs: an example of them
+    :param graph: the operations
+    :param inputs: example inputs
     """
     path = cache_path(graph, inputs)
     if not _is_whole(path):
@@ -34,7 +34,7 @@ def machine_code(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
 
 
 def cache_path(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Path:
-    """Where the machine code of a graph is kept."""
+    """The file in which the machine code of a graph is cached."""
     return compiler_cache_folder() / "sb3_ppo_ext" / f"{_fingerprint(graph, inputs)}.pt2"
 
 
@@ -47,7 +47,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _fingerprint(graph: fx.GraphModule, inputs: list[th.Tensor]) -> str:
-    """Of all that the machine code depends on."""
+    """A hash of everything that the machine code depends on."""
     layouts = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
     cpu = Path("/proc/cpuinfo")
     flags = (

@@ -1,4 +1,4 @@
-"""CUDA graphs."""
+"""Programs that are recorded as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Recording:
     A CUDA graph of a program.
 
     :param run: the program
-    :param inputs: to record it with
-    :param n_fixed: how many of these, the first, it may write into
-    :param n_bound: how many stay where they are; the others are copied at each call
+    :param inputs: inputs with which it is recorded
+    :param n_fixed: the program may write into the first ``n_fixed`` inputs
+    :param n_bound: the first ``n_bound`` inputs stay in their memory; the others are copied at each call
     """
 
     def __init__(self, run: Run, inputs: list[th.Tensor], n_fixed: int, n_bound: int) -> None:
-        self._run = run  # and with it what only the recording would not keep
+        self._run = run  # keeps tensors alive that the recording uses
         self._n_bound = n_bound
         self._places = [leaf.clone() for leaf in inputs[n_bound:]]
         inputs = [*inputs[:n_bound], *self._places]
@@ -28,7 +28,7 @@ class Recording:
         try:
             self._outputs, self._replay = _recorded(run, inputs)
         finally:
-            copied(inputs[:n_fixed], before)  # the program was run, for its own sake
+            copied(inputs[:n_fixed], before)  # undo what recording has written
 
     def __call__(self, inputs: list[th.Tensor]) -> list[th.Tensor]:
         copied(self._places, inputs[self._n_bound :])
@@ -42,16 +42,16 @@ def can_record(device: th.device) -> bool:
 
 def _recorded(run: Run, inputs: list[th.Tensor]) -> tuple[list[th.Tensor], Callable[[], None]]:
     """
-    Run a program some times, and record one.
+    Run a program some times, then record it.
 
     :param run: the program
-    :param inputs: that it reads and writes, then and in each replay
-    :return: what each replay writes its results into, and what replays it
+    :param inputs: tensors that it reads and writes, now and in each replay
+    :return: the tensors into which each replay writes its results, and the function that replays it
     """
     with th.cuda.device(inputs[0].device):
         stream = th.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(th.cuda.current_stream())
-        with th.cuda.stream(stream):  # what is set up at the first runs cannot be recorded
+        with th.cuda.stream(stream):  # the set-up in the first runs cannot be recorded
             for _ in range(3):
                 run(inputs)
         th.cuda.current_stream().wait_stream(stream)
@@ -63,7 +63,7 @@ def _recorded(run: Run, inputs: list[th.Tensor]) -> tuple[list[th.Tensor], Calla
 
 @th.no_grad()
 def copied(places: list[th.Tensor], tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
-    """The places, holding what the tensors hold."""
+    """Copy the tensors into the places, and return the places."""
     for place, tensor in zip(places, tensors, strict=True):
         if place is not tensor:
             place.copy_(tensor)

@@ -1,4 +1,4 @@
-"""A policy whose actor, evaluation of rollouts and products with the Fisher matrix are one program each."""
+"""Compile the actor, the evaluation of rollouts and the Fisher product, one program each."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput
 from sb3_ppo_ext.common.rollout.evaluation import ActorEvaluation, Evaluation, StepEvaluation
 from sb3_ppo_ext.numerics import FisherVectorProduct
 
-# Where no two rollouts have the same size, so many rows are evaluated at a time.
+# Rows that are evaluated at a time if rollouts differ in size.
 _CHUNK_SIZE = 256
 
 
 class _PolicyProgram:
-    """A method of a :class:`DirectActorCritic` as a program of the policy's tensors."""
+    """A compiled method of a :class:`DirectActorCritic`, as a function of the policy's tensors."""
 
     def __init__(self, policy: ActorCriticPolicy, method: Callable[..., Any], *, what: str, announce: bool) -> None:
         self._module = FunctionalModule(policy, method)
@@ -49,7 +49,7 @@ class CompiledActor(_PolicyProgram):
     ``act`` as one program.
 
     :param actor_critic: the policy
-    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    :param announce: whether to print that it is being compiled, and how long this took
     """
 
     def __init__(self, actor_critic: DirectActorCritic, *, announce: bool) -> None:
@@ -74,9 +74,9 @@ class CompiledEvaluation(_PolicyProgram):
     ``evaluate_actions`` without gradients and entropy, as one program.
 
     :param actor_critic: the policy
-    :param chunk_size: samples that are evaluated at a time, so that one program is enough where no two rollouts have
-        the same size; None: all, and a program is made for each size
-    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    :param chunk_size: samples that are evaluated at a time, so that one program is enough for rollouts of all sizes;
+        None: all, with a program for each size
+    :param announce: whether to print that it is being compiled, and how long this took
     """
 
     def __init__(self, actor_critic: DirectActorCritic, *, chunk_size: int | None, announce: bool) -> None:
@@ -94,7 +94,7 @@ class CompiledEvaluation(_PolicyProgram):
             values, log_prob, params = self._program(inputs, actions)
             return Evaluation(values, log_prob, None, params, self._family)
         n = len(actions)
-        # The last chunk is padded with the last sample; what comes of that is cut off.
+        # The last chunk is padded with the last sample; the results of the padding are dropped.
         rows = th.arange(n + -n % self._chunk_size, device=actions.device).clamp(max=n - 1)
         chunks = [self._program(inputs.rows(chunk), actions[chunk]) for chunk in th.split(rows, self._chunk_size)]
         values, log_prob, params = (th.cat(parts)[:n] for parts in zip(*chunks, strict=True))
@@ -109,12 +109,12 @@ class CompiledEvaluation(_PolicyProgram):
 
 class CompiledActorCritic:
     """
-    A policy that acts and evaluates rollouts by programs. For the rest it is the one that it is made of.
+    A policy that acts and evaluates rollouts by compiled programs, and otherwise behaves as the given one.
 
-    :param actor_critic: the policy, pure
-    :param programs: what has been compiled of it
-    :param rollouts_vary: whether no two rollouts have the same size
-    :param announce: whether to tell who is waiting that something is being compiled, and how long it took
+    :param actor_critic: the policy, which must be pure
+    :param programs: cache of the compiled programs
+    :param rollouts_vary: whether rollouts differ in size
+    :param announce: whether to print that something is being compiled, and how long this took
     """
 
     is_pure = True
@@ -135,7 +135,7 @@ class CompiledActorCritic:
         self.evaluate_actions: Callable[[PolicyInput, th.Tensor], Evaluation] = actor_critic.evaluate_actions
         self.params = actor_critic.params
         self.values: Callable[[PolicyInput], th.Tensor] = actor_critic.values
-        if self.n_state:  # each step has been evaluated when it was made
+        if self.n_state:  # with a memory, each step was evaluated when it was made
             return
         chunk_size = _CHUNK_SIZE if rollouts_vary else None
         evaluation = programs.get_or_make(
@@ -147,12 +147,12 @@ class CompiledActorCritic:
 
 class CompiledFisherVectorProduct:
     """
-    :class:`~sb3_ppo_ext.numerics.FisherVectorProduct` of the actor as one program. It builds the graph in each product
-    anew, which takes less time than the products of a graph that is kept.
+    :class:`~sb3_ppo_ext.numerics.FisherVectorProduct` of the actor as one program. Each product repeats the forward
+    pass, which is still faster than eager products with a graph that is kept.
 
     :param actor_critic: the policy
-    :param parameters: theta, among the policy's
-    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    :param parameters: theta, some of the policy's parameters
+    :param announce: whether to print that it is being compiled, and how long this took
     """
 
     def __init__(self, actor_critic: DirectActorCritic, parameters: Sequence[nn.Parameter], *, announce: bool) -> None:
@@ -163,10 +163,10 @@ class CompiledFisherVectorProduct:
 
     def at(self, inputs: PolicyInput, chunks: Sequence[slice], *, damping: float) -> Callable[[th.Tensor], th.Tensor]:
         """
-        By the present parameters.
+        The product with the Fisher information for the current parameters.
 
-        :param inputs: whose distributions it is the Fisher information of
-        :param chunks: ranges of them, to be multiplied one after the other
+        :param inputs: inputs of the policy; F is the mean over their distributions
+        :param chunks: ranges of the inputs, which are processed one after the other
         :param damping: multiple of the identity that is added
         :return: ``v -> F v + damping * v``, v of shape ``(n,)``
         """

@@ -21,22 +21,22 @@ from sb3_ppo_ext.common.torch_internals import traced
 
 Compiled = TypeVar("Compiled")
 
-# What ``torch.tensor(...)`` within a function becomes: its value is the program's own, wherever it is kept.
+# Operations that ``torch.tensor(...)`` in a traced function becomes. Such a constant may be kept on any device.
 _MAKES_A_CONSTANT = (th.ops.aten.lift_fresh.default, th.ops.aten.lift_fresh_copy.default)
 
 
 class ProgramCache:
-    """What a model has compiled, by name. A copy of the model has nothing of it."""
+    """The compiled programs of a model, by name. A copy of the model starts with an empty cache."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[Hashable, Any]] = {}
 
     def get_or_make(self, name: str, key: Hashable, make: Callable[[], Compiled]) -> Compiled:
         """
-        :param name: of something compiled
-        :param key: what it depends on, besides the values of tensors
-        :param make: makes it
-        :return: what was made for this key, if that was the last one, or is made now
+        :param name: name of the program
+        :param key: everything that it depends on, besides the values of tensors
+        :param make: creates the program
+        :return: the cached program, if its key is the same; otherwise a new one, which replaces it
         """
         if name not in self._kept or self._kept[name][0] != key:
             self._kept[name] = key, make()
@@ -51,19 +51,19 @@ class Program:
     """
     A function of tensors, compiled for the shapes that it is called with.
 
-    On the CPU it becomes machine code without any Python around it (AOTInductor), which is kept for later runs beside
-    what torch itself keeps. On CUDA it is recorded as a CUDA graph, which reads and writes where it was recorded: what
-    is bound is copied there once, and :meth:`bind` says where that is.
+    On the CPU it becomes machine code that runs without Python (AOTInductor), and is cached for later runs in a
+    sub-folder of torch's own cache. On CUDA it is recorded as a CUDA graph, which always reads and writes the same
+    memory: bound tensors are copied there once, and :meth:`bind` returns these copies.
 
-    :param function: of ``(fixed, batch, *more)``, tuples, dicts and lists of tensors, or None; it gives a sequence of
-        tensors, and may write into ``fixed``
-    :param device: of all tensors
-    :param what: it is, in words
-    :param announce: whether to tell who is waiting that something is being compiled, and how long it took; who has a
-        progress bar is told in any case
-    :param exact_tanh: whether ``tanh`` must be as accurate as torch has it, which takes three times as long: the
-        Jacobian of a squashed action is 1 - tanh^2 + 1e-6, where the last digits count
-    :param may_be_recorded: whether it may become a CUDA graph, which has its own copies of what is bound
+    :param function: a function of ``(fixed, batch, *more)``, each a tuple, dict or list of tensors, or None; it returns
+        a sequence of tensors, and may write into ``fixed``
+    :param device: device of all tensors
+    :param what: name of the function for messages
+    :param announce: whether to print that it is being compiled, and how long this took; with a progress bar, this is
+        always printed
+    :param exact_tanh: whether ``tanh`` must be as accurate as torch's, which takes three times as long: the Jacobian of
+        a squashed action is 1 - tanh^2 + 1e-6, where the last digits count
+    :param may_be_recorded: whether it may become a CUDA graph, which has its own copies of the bound tensors
     """
 
     def __init__(
@@ -82,16 +82,16 @@ class Program:
         self._what = what
         self._announce = announce
         self._is_recorded = may_be_recorded and can_record(device)
-        self._runs: dict[Hashable, dict[Hashable, Run]] = {}  # by the layout of what is bound, then of the rest
+        self._runs: dict[Hashable, dict[Hashable, Run]] = {}  # by the layouts of the bound tensors, then of the others
         self._places: dict[Hashable, list[th.Tensor]] = {}
 
     def bind(self, fixed: Any, batch: Any = None) -> Any:
         """
         Set the first two arguments of the calls that follow.
 
-        :param fixed: tensors
-        :param batch: tensors that the calls do not write into
-        :return: ``fixed``, as tensors that the calls write into
+        :param fixed: tensors that the calls may write into
+        :param batch: tensors that the calls only read
+        :return: ``fixed``, with the tensors that the calls really write into
         """
         leaves = tensors_in((fixed, batch))
         self._n_fixed = len(tensors_in(fixed))
@@ -106,14 +106,14 @@ class Program:
         return self._arguments[0]
 
     def unbind(self) -> None:
-        """Let go of what was bound."""
+        """Release the bound tensors."""
         self._bound = []
         self._arguments = ()
 
     def __call__(self, *more: Any) -> list[th.Tensor]:
         """
         :param more: the other arguments of the function
-        :return: what it gives
+        :return: its result
         """
         leaves = tensors_in(more)
         layouts = _layouts(leaves)
@@ -133,7 +133,9 @@ class Program:
         graph, constants = _traced(flat, leaves, self._decompositions)
         inputs = [*leaves, *constants]
         is_kept = self._device.type == "cpu" and cpu.cache_path(graph, inputs).exists()
-        with announced(self._what, (self._announce or is_bar_shown()) and not is_kept):
+        is_announced = (self._announce or is_bar_shown()) and not is_kept
+        with announced(self._what, is_announced), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's own code, also in the first run, when th.compile compiles
             run = self._built(graph, inputs)
             if constants:
                 run = partial(_run_with, run, constants)
@@ -144,16 +146,14 @@ class Program:
         return result
 
     def _built(self, graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own code
-            if self._device.type == "cpu":
-                return cpu.machine_code(graph, inputs)
-            compiled = th.compile(graph, fullgraph=True, dynamic=False)
-            return th.no_grad()(lambda inputs: compiled(*inputs))
+        if self._device.type == "cpu":
+            return cpu.machine_code(graph, inputs)
+        compiled = th.compile(graph, fullgraph=True, dynamic=False)
+        return th.no_grad()(lambda inputs: compiled(*inputs))
 
 
 def _layouts(tensors: Sequence[th.Tensor]) -> Hashable:
-    """What a program depends on."""
+    """The properties of its inputs for which a program is compiled."""
     return tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
 
 
@@ -167,19 +167,19 @@ def _traced(
     decompositions: dict[Any, Callable[..., Any]],
 ) -> tuple[fx.GraphModule, list[th.Tensor]]:
     """
-    The operations that a function does, gradients among them.
+    Trace the operations of a function, including gradients.
 
-    :return: a graph of them, and the tensors that the function has found elsewhere than in its arguments: further
-        inputs of the graph, so that what is written into them later is seen
-    :raises ValueError: if it does other things than operations on tensors
+    :return: the graph, and the tensors that the function reads but that are not its arguments. They are additional
+        inputs of the graph, so that later changes of their values are seen
+    :raises ValueError: if the function does more than operations on tensors
     """
     try:
         graph = traced(function, leaves, decompositions)
         return graph, _lifted(graph, leaves[0].device)
     except Exception as error:
         raise ValueError(
-            f"{REFUSED} with this policy and loss: what they compute must be operations of torch on their inputs, the "
-            "same ones for all values of these (no if, no .item() and no numpy on the way); otherwise "
+            f"{REFUSED} with this policy and loss: they must consist of torch operations on their inputs, and of the "
+            "same operations for all values (no if that depends on a value, no .item() and no numpy); otherwise use "
             "torch_compile=False. "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
@@ -188,18 +188,18 @@ def _traced(
 def _tanh(x: th.Tensor) -> Any:
     if x.dtype != th.float32:
         return NotImplemented
-    # As the compiler of torch 2.13 writes it, a sigmoid takes a third of the time; the difference is at most 2e-7.
+    # In code of torch 2.13's compiler, a sigmoid takes a third of the time of tanh; the difference is at most 2e-7.
     return 2.0 * th.sigmoid(2.0 * x) - 1.0
 
 
 def _lifted(graph: fx.GraphModule, device: th.device) -> list[th.Tensor]:
     """
-    Make inputs of the tensors that a graph has as attributes.
+    Turn the tensors that are attributes of a graph into inputs.
 
-    :param graph: changed in place: they follow its other inputs
-    :param device: of its other inputs
+    :param graph: changed in place: the new inputs follow the others
+    :param device: device of the other inputs
     :return: the tensors
-    :raises TypeError: if one is kept on another device; a recording would not see what is written into it later
+    :raises TypeError: if a tensor is on another device: a recording would not see later changes of its values
     """
     lifted: dict[str, fx.Node] = {}
     last_input = graph.graph.find_nodes(op="placeholder")[-1]
@@ -221,9 +221,9 @@ class FunctionalModule(nn.Module):
     """
     A function of a policy as a module, so that ``functional_call`` can swap the policy's tensors.
 
-    :param policy: whose tensors they are
-    :param function: that reads them, and may write into them
-    :param other: another module of which that is true; None: there is none
+    :param policy: the policy that has the tensors
+    :param function: a function that reads them, and may write into them
+    :param other: another module whose tensors the function reads or writes; None: no other
     """
 
     def __init__(self, policy: nn.Module, function: Callable[..., Any], other: nn.Module | None = None) -> None:
@@ -242,8 +242,8 @@ class FunctionalModule(nn.Module):
 
     def tensors(self) -> dict[str, th.Tensor]:
         """
-        Parameters and buffers. A tensor that two modules share has a name for each; one that is found twice because
-        its module is (a shared extractor), one name.
+        Parameters and buffers by name. A tensor that two modules share has two names; a tensor of a module that occurs
+        twice (a shared features extractor) has one.
         """
         return {
             f"{path}.{name}": tensor
@@ -255,5 +255,5 @@ class FunctionalModule(nn.Module):
         }
 
     def call(self, tensors: Mapping[str, th.Tensor], *args: Any) -> Any:
-        """The function, by other tensors than the policy's."""
+        """Call the function with other tensors in place of the policy's."""
         return functional_call(self, dict(tensors), args, tie_weights=False)

@@ -22,15 +22,15 @@ from sb3_ppo_ext.common.update.step_message import StepMessage
 
 class Owned(NamedTuple):
     """
-    What a compiled step changes, in place; one of each for each flat tensor of a :class:`FlatAdam`.
+    The tensors that a compiled step changes in place; each list has one item per flat tensor of a :class:`FlatAdam`.
 
     :param thetas: parameters
-    :param gradients: of the last step, clipped
+    :param gradients: clipped gradients of the last step
     :param exp_avgs: Adam's first moments
     :param exp_avg_sqs: Adam's second moments
-    :param clocks: the number of steps t, beta1^t and beta2^t (a product a step is cheaper than a power). One tensor, as
-        the compiler of torch 2.13 loses what is written into a scalar on the CPU
-    :param learning_rates: one element each
+    :param clocks: the number of steps t, beta1^t and beta2^t (one product per step is cheaper than a power), in one
+        tensor, because torch 2.13's compiler loses writes into a scalar on the CPU
+    :param learning_rates: tensors of one element
     """
 
     thetas: list[th.Tensor]
@@ -43,21 +43,21 @@ class Owned(NamedTuple):
 
 class CompiledStep:
     """
-    A gradient step of Adam on a minibatch loss, as one program; as two, with a message to the others between them,
-    where several processes train one model.
+    A gradient step of Adam on a minibatch loss, as one program. If several processes train one model, it is two
+    programs, with an exchange of gradients between them.
 
-    Inside of ``with``, parameters and moments are those of a :class:`FlatAdam`; what may change meanwhile
-    (coefficients, learning rates) enters as tensors, so that no new value is a new program.
+    Inside the ``with`` block, parameters and moments belong to a :class:`FlatAdam`. Numbers that may change meanwhile
+    (coefficients, learning rates) are tensors, so that a new value needs no new program.
 
-    :param actor_critic: the policy that the loss is of
-    :param optimizer: Adam, as :func:`check_can_compile` wants it; its state is read and written
-    :param parameters: candidates for what is updated; it is those that the loss depends on
-    :param loss: to be minimised, a pure function
-    :param reducer: of the gradients, before they are clipped
-    :param pad_to: samples that each minibatch is padded to, so that one program is enough where no two have the same
-        size; the loss must heed their mask. None: a program is made for each size
+    :param actor_critic: the policy
+    :param optimizer: Adam, as :func:`check_can_compile` requires it; its state is read and written
+    :param parameters: candidates; those that the loss depends on are updated
+    :param loss: a pure function to minimise
+    :param reducer: combines the gradients of all processes, before they are clipped
+    :param pad_to: number of samples to which each minibatch is padded, so that one program is enough for minibatches of
+        different sizes; the loss must use their mask. None: a program for each size
     :param writes_into: a module whose parameters and buffers the loss writes into; None: only the policy's buffers
-    :param announce: whether to tell who is waiting that it is being compiled, and how long it took
+    :param announce: whether to print that it is being compiled, and how long this took
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class CompiledStep:
             self._updated = self._parameters_of_loss(rollout if rows is None else rollout.rows(rows), coefficients)
         if self._flat is None:
             self._take()
-        shared = None if rows is None else rollout  # what minibatches are cut out of
+        shared = None if rows is None else rollout  # the rollout that minibatches are rows of
         if self._bound_to[0] is not shared or self._bound_to[1] is not coefficients:
             self._bind(shared, coefficients)
         self._take_learning_rates()
@@ -145,10 +145,10 @@ class CompiledStep:
         self, rollout_data: RolloutSamples, coefficients: Mapping[str, float]
     ) -> list[nn.Parameter]:
         """
-        Those that the loss depends on. It is computed once as it is, and leaves no trace.
+        The parameters that the loss depends on. The loss is computed once, eagerly and without side effects.
 
         :param rollout_data: a minibatch
-        :param coefficients: of the loss
+        :param coefficients: coefficients of the loss
         """
         as_tensors = {name: th.tensor(value, device=self._device) for name, value in coefficients.items()}
         written = list(self._actor_critic.policy.buffers())
@@ -184,11 +184,11 @@ class CompiledStep:
         self._taken = self._fixed = owned, others
 
     def _bind(self, rollout: RolloutSamples | None, coefficients: Mapping[str, float]) -> None:
-        """Let the next calls be on rows of a rollout, or on minibatches as they are, with these numbers in the loss."""
+        """Set the coefficients of the next calls, and the rollout whose rows they get; None: they get minibatches."""
         self._bound_to = rollout, coefficients
         self._coefficients = tuple(coefficients)
         numbers = th.tensor([*coefficients.values()], dtype=th.float32)
-        if self._device.type == "cuda":  # from where the host need not wait for it
+        if self._device.type == "cuda":  # so that the copy to the GPU is asynchronous
             numbers = numbers.pin_memory()
         numbers = numbers.to(self._device, non_blocking=True)
         *self._fixed, _ = self._program.bind((*self._fixed, numbers), rollout)
@@ -196,7 +196,7 @@ class CompiledStep:
             self._adam_program.bind((*self._fixed, numbers))
 
     def _take_learning_rates(self) -> None:
-        """They may change between two steps."""
+        """Copy the learning rates from the optimiser if they have changed."""
         assert self._flat is not None
         rates = self._flat.learning_rates()
         if rates != self._learning_rates:
@@ -248,7 +248,7 @@ class CompiledStep:
         gradients: list[th.Tensor],
         statistics: Statistics,
     ) -> list[th.Tensor]:
-        """Clip the gradients and make the step of Adam, as torch.optim.Adam computes it."""
+        """Clip the gradients and make a step of Adam with the formulas of torch.optim.Adam."""
         owned, _, numbers = fixed
         coefficients = self._named(numbers)
         norm = th.linalg.vector_norm(gradients[0] if len(gradients) == 1 else th.cat(gradients))
@@ -283,4 +283,4 @@ class CompiledStep:
             exp_avg_sq.copy_(th.where(takes_step, new_exp_avg_sq, exp_avg_sq))
             clock.copy_(th.where(takes_step, new_clock, clock))
         self.names = tuple(statistics)
-        return [th.stack(list(statistics.values()))]  # to make and to keep one of each takes longer
+        return [th.stack(list(statistics.values()))]  # one tensor is faster than one for each statistic

@@ -1,4 +1,4 @@
-"""What can be compiled: which policies and optimisers, where, and what a program of them depends on."""
+"""Check what can be compiled here, and what a compiled program depends on."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ REFUSED = "torch_compile=True is not allowed"
 
 def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) -> None:
     """
-    :param actor_critic: the policy that is to be updated
-    :param optimizer: of its parameters
-    :raises ValueError: if ``torch_compile=True`` cannot be had of these, saying what to change
+    :param actor_critic: the policy
+    :param optimizer: the optimiser of its parameters
+    :raises ValueError: if ``torch_compile=True`` is not possible with these; the message says what to change
     """
     policy = actor_critic.policy
     if not isinstance(actor_critic, DirectActorCritic):
         raise ValueError(
-            f"{REFUSED} with policy={type(policy).__name__}: it {refusal(policy)}; use one of "
-            "Stable-Baselines3's policies as it is, or torch_compile=False"
+            f"{REFUSED} with policy={type(policy).__name__}: it {refusal(policy)}; use an unchanged "
+            "Stable-Baselines3 policy, or torch_compile=False"
         )
     if any(isinstance(module, BATCH_NORMS) for module in policy.modules()):
         raise ValueError(
@@ -40,9 +40,9 @@ def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) 
         )
     if not actor_critic.is_pure:
         raise ValueError(
-            f"{REFUSED} with policy={type(policy).__name__}: {impurity(policy)}, and a program would do once what it "
-            "does at each call. If the module is pure, say so by its attribute is_pure = True; otherwise "
-            "torch_compile=False"
+            f"{REFUSED} with policy={type(policy).__name__}: {impurity(policy)}, and a compiled program would do only "
+            "once what the module does at each call. If the module is pure, set its attribute is_pure = True; "
+            "otherwise use torch_compile=False"
         )
     if has_gradient_hooks(policy.parameters()):
         raise ValueError(
@@ -52,8 +52,8 @@ def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) 
     in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
     if len(in_groups) != len(set(in_groups)) or not {id(p) for p in policy.parameters()} <= set(in_groups):
         raise ValueError(
-            f"{REFUSED} with an optimiser that has a parameter of the policy twice or not at all: make it of "
-            "policy.parameters() anew, or use torch_compile=False"
+            f"{REFUSED} with an optimiser that has a parameter of the policy twice or not at all: create it again with "
+            "policy.parameters(), or use torch_compile=False"
         )
     plain = type(optimizer) is th.optim.Adam and all(
         not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
@@ -63,7 +63,7 @@ def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) 
     )
     if not plain:
         raise ValueError(
-            f"{REFUSED} with optimizer_class={type(optimizer).__name__} as it is set: it must be torch.optim.Adam "
+            f"{REFUSED} with optimizer_class={type(optimizer).__name__} and its settings: it must be torch.optim.Adam "
             "without amsgrad, maximize and weight_decay, with the same betas and eps for all parameters"
         )
 
@@ -71,7 +71,7 @@ def check_can_compile(actor_critic: ActorCritic, optimizer: th.optim.Optimizer) 
 def check_compiler(device: th.device) -> None:
     """
     :param device: of the policy
-    :raises ValueError: if nothing can be compiled for it here, saying what to change
+    :raises ValueError: if nothing can be compiled for this device here; the message says what to change
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{REFUSED} on device={str(device)!r}: use cpu or cuda, or torch_compile=False")
@@ -88,8 +88,8 @@ def check_compiler(device: th.device) -> None:
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
     if " " in folder:
         raise ValueError(
-            f"{REFUSED} with a cache in {folder!r}: the compiler of torch cannot use a path with a space; set "
-            "TORCHINDUCTOR_CACHE_DIR to one without"
+            f"{REFUSED} with a cache in {folder!r}: torch's compiler cannot use a path with a space; set "
+            "TORCHINDUCTOR_CACHE_DIR to a path without spaces"
         )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -99,10 +99,12 @@ def check_compiler(device: th.device) -> None:
 
 def cache_key(policy: ActorCriticPolicy) -> Hashable:
     """
-    What a program of a policy depends on, besides the values of its tensors: its modules and their settings, and which
-    tensors are parameters. What a module keeps in other ways (in a list, say) is not looked at.
+    Everything that a compiled program of a policy depends on besides the values of its tensors: its modules, those of
+    their attributes that are numbers or strings, and which tensors are parameters. Other attributes, such as lists, are
+    not compared.
 
-    :param policy: whose program it is
+    :param policy: the policy
+    :return: a key for the cache of compiled programs
     """
     modules = list(policy.modules())[1:]
     settings = tuple(

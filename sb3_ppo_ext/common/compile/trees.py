@@ -1,4 +1,4 @@
-"""The tensors in nested tuples, lists and dicts, which a program takes one after the other."""
+"""Flatten nested tuples, lists and dicts of tensors for a program, and rebuild them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch as th
 
 def tensors_in(tree: Any) -> list[th.Tensor]:
     """
-    Fast, as an actor is called at every step.
+    The tensors in a tree. This function must be fast, because the actor is called at every step.
 
-    :param tree: a tuple, list or dict of tensors and of such, and of None where there is none
+    :param tree: a tuple, list or dict of tensors, of None, and of further such trees
     :return: the tensors, in their order
     """
     found: list[th.Tensor] = []
@@ -26,9 +26,9 @@ def tensors_in(tree: Any) -> list[th.Tensor]:
 
 def with_tensors(tree: Any, tensors: Iterator[th.Tensor]) -> Any:
     """
-    :param tree: as :func:`tensors_in` takes it
-    :param tensors: as many as are in it
-    :return: a copy of it with these in their places
+    :param tree: as in :func:`tensors_in`
+    :param tensors: as many tensors as the tree contains
+    :return: a copy of the tree with these tensors
     """
     if isinstance(tree, th.Tensor):
         return next(tensors)

@@ -1,7 +1,7 @@
 """
-Checkpoints that are written whole or not at all, and training that goes on from one as if nothing had happened.
+Checkpoints that are written whole or not at all, and exact resumption of training from them.
 
-A script that may be killed at any moment and started again::
+This script may be killed at any moment and started again::
 
     path = latest_checkpoint("checkpoints")
     model = DualClipPPO("MlpPolicy", env, seed=0) if path is None else resume(DualClipPPO, path, env)
@@ -11,23 +11,23 @@ A script that may be killed at any moment and started again::
         reset_num_timesteps=False,
     )
 
-``learn(..., reset_num_timesteps=False)`` adds the steps already made to those it is given. The subtraction makes the
-sum the same 1,000,000 in every start, and with it the remaining progress that all schedules follow.
+``learn(..., reset_num_timesteps=False)`` adds the steps already made to its argument. The subtraction keeps the sum at
+1,000,000 in every start, and so the remaining progress that all schedules follow.
 
-The resumed run equals the uninterrupted one, to the bit, if the environments give their state: by two methods,
-``state_dict()`` (what ``step`` depends on, in any form that can be pickled) and ``load_state_dict(state)``. The
-generator ``np_random`` and what SB3's ``Monitor`` and gymnasium's ``TimeLimit``, ``FrameStackObservation``,
-``NormalizeObservation`` and ``NormalizeReward`` remember need not be in it. A wrapper of another kind that remembers
-something has the two methods itself, and calls those of what it wraps. Environments without the methods are reset, and
-draw on from the same random numbers. (One exception: gSDE with a rollout buffer of the user's own, which SB3's way of
-collecting gives other noise in the first rollout.)
+The resumed run equals the uninterrupted run, to the bit, if the environments can save their state. This takes two
+methods: ``state_dict()``, which returns everything that ``step`` depends on, in any form that can be pickled, and
+``load_state_dict(state)``. The state need not contain the generator ``np_random``, nor what SB3's ``Monitor`` and
+gymnasium's ``TimeLimit``, ``FrameStackObservation``, ``NormalizeObservation`` and ``NormalizeReward`` remember. Any
+other wrapper that remembers something needs the two methods too, and must call those of the environment that it wraps.
+Environments without the methods are reset, and continue the same sequence of random numbers. (One exception to the
+equality: gSDE with a user's own rollout buffer draws other noise in the first rollout.)
 
-Callbacks are the caller's: what they count and what they found best so far (``EvalCallback.best_mean_reward``, the
-patience of ``StopTrainingOnNoModelImprovement``) begins anew with each start, as it does in SB3.
+The state of callbacks is not saved: counters and best results (``EvalCallback.best_mean_reward``, the patience of
+``StopTrainingOnNoModelImprovement``) start again with each start of the script, as in SB3.
 
-A checkpoint is a model file: ``load`` reads it as it reads what ``save`` wrote. It also holds ``vecnormalize.pkl``,
-which :func:`load_vec_normalize` reads for a model that is loaded to be watched, or to be trained in other environments.
-Loading a model or resuming from it runs code that the file may contain; :func:`load_weights` does not.
+A checkpoint is also a model file, which ``load`` can read. It contains ``vecnormalize.pkl``, which
+:func:`load_vec_normalize` reads to evaluate the model, or to train it in other environments. Loading a model or
+resuming it runs code that the file may contain; :func:`load_weights` does not.
 """
 
 from __future__ import annotations
@@ -67,19 +67,20 @@ class SafeCheckpointCallback(BaseCallback):
     Writes checkpoints to ``<save_path>/<name_prefix>_<steps>_steps.zip``, each whole or not at all: one file with the
     model, the statistics of ``VecNormalize`` and the state of the random generators.
 
-    They are written between two rollouts, the only time when the model has something new and nothing is half done, and
-    at the end of training. A checkpoint that cannot be written (a full disk) is a warning: the training is worth more,
-    the earlier checkpoints are as they were, and the next one may succeed.
+    Checkpoints are written between two rollouts, when an update is complete and no rollout has begun, and at the end of
+    training. A checkpoint that cannot be written (a full disk) only causes a warning: training goes on, the earlier
+    checkpoints are unchanged, and the next one may succeed.
 
-    Give it to ``learn``, alone or in a list; another callback that calls it at events of its own cannot use it.
+    Pass the callback to ``learn``, alone or in a list; it cannot be the child of another callback, such as
+    ``EveryNTimesteps``.
 
-    :param save_freq: steps of each environment after which to write; the rollout they fall into is completed first
-    :param save_path: folder for the checkpoints; made if it is not there
-    :param name_prefix: how their names begin
-    :param keep_last: how many to keep; None: all
+    :param save_freq: steps per environment between two checkpoints; the rollout is completed first
+    :param save_path: folder of the checkpoints; it is created if it does not exist
+    :param name_prefix: prefix of their names
+    :param keep_last: number of checkpoints to keep; None: all
     :param verbose: 2 to print the name of each checkpoint
-    :raises ValueError: for an argument that is out of range; in ``learn`` if the folder holds a checkpoint with more
-        steps than the model has made, of another run or of one that should be resumed
+    :raises ValueError: if an argument is out of range; in ``learn`` if the folder contains a checkpoint with more steps
+        than the model has made, which belongs to another run or should be resumed
     """
 
     def __init__(
@@ -107,14 +108,14 @@ class SafeCheckpointCallback(BaseCallback):
             if steps > self.model.num_timesteps and _defect(path) is None:
                 raise ValueError(
                     f"save_path={str(self.save_path)!r} is not allowed: the model has made {self.model.num_timesteps} "
-                    f"steps, and {path.name} is ahead of it. Resume from that, or choose another save_path or "
+                    f"steps, and {path.name} has more. Resume from that checkpoint, or choose another save_path or "
                     "name_prefix"
                 )
 
     def _on_step(self) -> bool:
         if self.parent is not None:
             raise ValueError(
-                f"{type(self).__name__} is not allowed inside {type(self.parent).__name__}: give it to learn() itself"
+                f"{type(self).__name__} is not allowed inside {type(self.parent).__name__}: pass it to learn() itself"
             )
         return True
 
@@ -134,8 +135,7 @@ class SafeCheckpointCallback(BaseCallback):
             self._remove_old()
         except OSError as error:
             warnings.warn(
-                f"Checkpointing to {path} failed: {error}. Training goes on; the checkpoints written before are as "
-                "they were",
+                f"Checkpointing to {path} failed: {error}. Training goes on; the earlier checkpoints are unchanged",
                 stacklevel=2,
             )
         else:
@@ -145,7 +145,7 @@ class SafeCheckpointCallback(BaseCallback):
     def _remove_old(self) -> None:
         if self.keep_last is not None:
             checkpoints = _checkpoints(self.save_path, self.name_prefix)
-            # A damaged file with more steps than the model has made is not ours to remove, and takes no place.
+            # A damaged file with more steps than the model has made belongs to another run: keep it, do not count it.
             past = [path for steps, path in checkpoints if steps <= self.model.num_timesteps]
             for path in past[: -self.keep_last]:
                 path.unlink(missing_ok=True)
@@ -153,15 +153,15 @@ class SafeCheckpointCallback(BaseCallback):
 
 def save_checkpoint(model: BaseAlgorithm, path: str | os.PathLike[str]) -> None:
     """
-    Write a checkpoint by hand, whole or not at all; what was at ``path`` stays until the new one takes its place. The
-    file gets the name that ``save`` would give it.
+    Write a checkpoint, whole or not at all: an existing file at ``path`` stays until the new one replaces it. The file
+    gets the name that ``save`` would give it.
 
-    Between two calls of ``learn`` it holds all that training depends on. In the middle of a rollout it does not: the
-    part that was collected is not saved.
+    Between two calls of ``learn``, a checkpoint contains everything that training depends on. In the middle of a
+    rollout it does not: the steps that have been collected are not saved.
 
-    :param model: to save, with its environment
-    :param path: of the file; ``.zip`` is added where it has no suffix
-    :raises OSError: if it cannot be written
+    :param model: the model to save, with its environment
+    :param path: path of the file; ``.zip`` is added if it has no suffix
+    :raises OSError: if the file cannot be written
     :raises ValueError: if the model has no environment
     """
     save_whole(path, _checkpoint_bytes(model))
@@ -169,17 +169,17 @@ def save_checkpoint(model: BaseAlgorithm, path: str | os.PathLike[str]) -> None:
 
 def latest_checkpoint(save_path: str | os.PathLike[str], name_prefix: str = "rl_model") -> Path | None:
     """
-    The checkpoint with the most steps that is whole. Those that are not are passed over, with a warning.
+    Find the undamaged checkpoint with the most steps. Damaged ones are skipped, with a warning.
 
     :param save_path: folder of the checkpoints
-    :param name_prefix: how their names begin
-    :return: its path; None if there is none, or no such folder
+    :param name_prefix: prefix of their names
+    :return: its path; None if there is no checkpoint, or no such folder
     """
     for _, path in reversed(_checkpoints(Path(save_path), name_prefix)):
         defect = _defect(path)
         if defect is None:
             return path
-        warnings.warn(f"Checkpoint {path} was passed over: {defect}", stacklevel=2)
+        warnings.warn(f"Checkpoint {path} was skipped: {defect}", stacklevel=2)
     return None
 
 
@@ -192,21 +192,21 @@ def resume(
     custom_objects: dict[str, Any] | None = None,
 ) -> Algorithm:
     """
-    The model of a checkpoint, ready to train on: its environment, the statistics of ``VecNormalize`` and the random
-    generators are put back to where they were.
+    Load the model of a checkpoint to continue its training: the state of the environments, the statistics of
+    ``VecNormalize`` and the random generators are restored.
 
-    Train on with ``model.learn(total - model.num_timesteps, reset_num_timesteps=False)``, ``total`` being the steps of
-    the whole training. Nothing that draws random numbers should come in between.
+    Continue with ``model.learn(total - model.num_timesteps, reset_num_timesteps=False)``, where ``total`` is the number
+    of steps of the whole training. Draw no random numbers in between.
 
-    :param algo_class: of the model
-    :param path: of the checkpoint; ``.zip`` may be left out
-    :param env: built as it was built for the training, as many environments in the same wrappers, set as they were; or
-        the id of a registered one
+    :param algo_class: class of the model
+    :param path: path of the checkpoint; ``.zip`` may be left out
+    :param env: the environment, built as for the training, with the same number of environments and the same wrappers
+        and settings; or the id of a registered environment
     :param device: "cpu", "cuda" or "auto"
-    :param custom_objects: attributes to put in place of those in the file, by name
+    :param custom_objects: attributes that replace those in the file, by name
     :return: the model
-    :raises ValueError: if the file cannot be read, is damaged, no checkpoint or of another algorithm, or if ``env`` is
-        not what the training had
+    :raises ValueError: if the file cannot be read, is damaged, is no checkpoint or belongs to another algorithm, or if
+        ``env`` differs from that of the training
     """
     if os.path.isdir(path):
         raise ValueError(f"{path} cannot be resumed: it is a folder; latest_checkpoint() names the newest file in it")
@@ -214,7 +214,7 @@ def resume(
         file = open_path(Path(path), "r", suffix="zip")
     except OSError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
-    with file:  # all is read from one: another may take its place meanwhile
+    with file:  # opened once, because another checkpoint may replace it meanwhile
         defect = _defect(file)
         if defect is not None:
             raise ValueError(f"{path} cannot be resumed: {defect}")
@@ -223,15 +223,15 @@ def resume(
             check_origin(mark, algo_class, (), path)
         with zipfile.ZipFile(file) as archive:
             state = pickle.loads(archive.read(_TRAINING_STATE))
-        # Without the environment, or load() would seed it.
+        # Without the environment, because load() would seed it.
         model = algo_class.load(file, device=device, custom_objects=custom_objects)
     vec_env = model._wrap_env(maybe_make_env(env, model.verbose), model.verbose)
     if vec_env.num_envs != model.n_envs:
         raise ValueError(
             f"{path} cannot be resumed with this environment: it was trained in {model.n_envs} environments, and here "
-            f"are {vec_env.num_envs}. Give it {model.n_envs} to resume. To train on in another number, with new "
-            "episodes and new random numbers: if the training had a VecNormalize, put the environments into it by "
-            f"env = load_vec_normalize(path, env); then call {algo_class.__name__}.load(path, env=env)"
+            f"are {vec_env.num_envs}. To resume, give it {model.n_envs} environments. To continue with another number, "
+            "new episodes and new random numbers, call env = load_vec_normalize(path, env) if the training had a "
+            f"VecNormalize, and then {algo_class.__name__}.load(path, env=env)"
         )
     try:
         check_env(vec_env, state["env"])
@@ -240,7 +240,7 @@ def resume(
     model.set_env(vec_env, force_reset=state["env"]["states"] is None)
     set_env_state(vec_env, state["env"])
     _set_random_state(model, state["random"])
-    if state.get("old_rollouts"):  # which a checkpoint of an earlier version does not have
+    if state.get("old_rollouts"):  # checkpoints of earlier versions have none
         model._old_rollouts = state["old_rollouts"]  # type: ignore[attr-defined]
         for rollout in state["old_rollouts"]:
             rollout.buffer.device = model.device
@@ -251,18 +251,18 @@ def resume(
 
 def load_vec_normalize(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize | None:
     """
-    The ``VecNormalize`` that a checkpoint holds, with its statistics and its settings, around other environments: what
-    :meth:`stable_baselines3.common.vec_env.VecNormalize.load` does with a file of its own. Like that, it runs code that
-    the file may contain.
+    Wrap environments in the ``VecNormalize`` of a checkpoint, with its statistics and settings, as
+    :meth:`stable_baselines3.common.vec_env.VecNormalize.load` does with its own files. Both run code that the file may
+    contain.
 
-    :param path: of the checkpoint; ``.zip`` may be left out
-    :param venv: the environments, not normalised yet
+    :param path: path of the checkpoint; ``.zip`` may be left out
+    :param venv: the environments, not yet normalised
     :return: the wrapper; None if the training had none
     :raises OSError: if the file cannot be read
     :raises ValueError: if it is damaged, or if its statistics do not fit the environments
     """
     if unwrap_vec_normalize(venv) is not None:
-        raise ValueError("venv is not allowed: it is in a VecNormalize already, and would be normalised twice")
+        raise ValueError("venv is not allowed: it already has a VecNormalize, and would be normalised twice")
     path = Path(path)
     with open_path(path, "r", suffix="zip") as file:
         damage = damage_of(file)
@@ -284,11 +284,11 @@ def load_vec_normalize(path: str | os.PathLike[str], venv: VecEnv) -> VecNormali
 
 def load_weights(path: str | os.PathLike[str], policy: nn.Module) -> None:
     """
-    Load the weights of a policy from a model file without running code that the file may contain: only ``policy.pth``
-    is read, and of that only tensors.
+    Load the weights of a policy from a model file without running code that the file may contain: only the tensors in
+    ``policy.pth`` are read.
 
-    :param path: of a file that ``save`` or a checkpoint wrote; ``.zip`` may be left out
-    :param policy: to load into, such as ``model.policy``; left as it was if that fails
+    :param path: path of a model file or checkpoint; ``.zip`` may be left out
+    :param policy: the policy to load into, such as ``model.policy``; unchanged if loading fails
     :raises OSError: if the file cannot be read
     :raises ValueError: if the file is damaged, contains more than tensors, or does not fit the policy
     """
@@ -298,7 +298,7 @@ def load_weights(path: str | os.PathLike[str], policy: nn.Module) -> None:
             with zipfile.ZipFile(file) as archive:
                 content = io.BytesIO(archive.read(WEIGHTS))
             weights = th.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged or a malicious file leads to
+        except Exception as error:  # a damaged or malicious file may raise anything
             raise ValueError(f"{path} has no weights that can be read: {error}") from error
     present = policy.state_dict()
     if not isinstance(weights, dict):
@@ -323,7 +323,7 @@ def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, Path]]:
 
 
 def _defect(file: Path | ReadableFile) -> str | None:
-    """What keeps a file from being resumed; None if it is a whole checkpoint. Its whole content is checked."""
+    """Why a file cannot be resumed; None if it is a whole checkpoint. Its whole content is checked."""
     damage = damage_of(file)
     if damage is not None:
         return damage
@@ -333,7 +333,7 @@ def _defect(file: Path | ReadableFile) -> str | None:
 
 
 def _checkpoint_bytes(model: BaseAlgorithm) -> memoryview:
-    """The file, in memory: so an error of the disk is met in :func:`write_whole` alone."""
+    """The content of a checkpoint, built in memory, so that only :func:`write_whole` can meet errors of the disk."""
     env = model.get_env()
     if env is None:
         raise ValueError("the model has no environment: give it one with set_env()")

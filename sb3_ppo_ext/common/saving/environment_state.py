@@ -1,4 +1,4 @@
-"""What environments and their wrappers remember from one step to the next, and how to put it back."""
+"""Save and restore the state of environments and their wrappers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
 from sb3_ppo_ext.common.rollout.tensor_envs import TensorVecEnv
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
 
-# What gymnasium's wrappers and SB3's Monitor remember of an episode (TimeLimit, Monitor, FrameStackObservation), and of
-# all episodes (NormalizeObservation, NormalizeReward). They are asked for by name: rl_zoo3 puts a class of its own in
-# TimeLimit's place, which a worker process need not know.
+# Attributes in which gymnasium's wrappers and SB3's Monitor keep state of an episode (TimeLimit, Monitor,
+# FrameStackObservation) and of the whole training (NormalizeObservation, NormalizeReward). They are looked up by name,
+# not by class, because rl_zoo3 replaces TimeLimit by its own class, which a worker process may not know.
 _OF_EPISODE = ("_elapsed_steps", "rewards", "obs_queue")
 _OF_TRAINING = ("obs_rms", "return_rms", "discounted_reward")
 
@@ -43,15 +43,15 @@ _VEC_SETTINGS: dict[type[VecEnvWrapper], tuple[str, ...]] = {
     VecTransposeImage: ("skip",),
     VecExtractDictObs: ("key",),
 }  # fmt: skip
-# These look on, and change nothing that is learnt from.
+# These wrappers change nothing that is learnt from.
 _ONLOOKERS = (VecCheckNan, VecVideoRecorder)
 
 
 def env_state(env: VecEnv, *, in_episode: bool) -> dict[str, Any]:
     """
     :param env: the training environment
-    :param in_episode: whether the next step continues an episode; else the environments will be reset first
-    :return: what the environments and their wrappers remember, and how the wrappers are set
+    :param in_episode: whether the next step continues an episode; otherwise the environments will be reset first
+    :return: the state of the environments and their wrappers, and the settings of the wrappers
     """
     attributes = [name for name in ("np_random", *_OF_TRAINING) if _has(env, name)]
     states = None
@@ -71,32 +71,32 @@ def env_state(env: VecEnv, *, in_episode: bool) -> dict[str, Any]:
 
 def check_env(env: VecEnv, state: dict[str, Any]) -> None:
     """
-    :param env: to go on training in
-    :param state: as :func:`env_state` gave it
-    :raises ValueError: if the environments are not what the training had, saying what differs
+    :param env: the environments in which training is to continue
+    :param state: the result of :func:`env_state`
+    :raises ValueError: if the environments differ from those of the training; the message says how
     """
     saved, given = [name for name, _ in state["wrappers"]], [name for _, name, _ in _with_memory(env)]
     if saved != given:
-        raise ValueError(f"of the wrappers with a memory it was trained in {saved}, and this one is in {given}")
-    is_old = "settings" not in state  # written before the settings were
+        raise ValueError(f"the wrappers with a state were {saved} in the training, and are {given} here")
+    is_old = "settings" not in state  # written by a version that did not save settings
     if not is_old:
         _check_settings(env, state)
     for name in state["attributes"]:
         if not _has(env, name):
-            raise ValueError(f"the {name} of the environments was saved, and these have none: a wrapper is missing")
+            raise ValueError(
+                f"the checkpoint has {name} of the environments, and these have none: a wrapper is missing"
+            )
     new = [name for name in _OF_TRAINING if name not in state["attributes"] and _has(env, name)]
     if new and is_old:
         warnings.warn(
-            f"The checkpoint does not hold what a wrapper inside the environments remembers ({', '.join(new)}): its "
-            "statistics begin anew",
+            f"The checkpoint does not contain the state of a wrapper of the environments ({', '.join(new)}): its "
+            "statistics start again",
             stacklevel=3,
         )
     elif new:
-        raise ValueError(
-            f"these environments are in a wrapper that has {', '.join(new)}, which those of the training had not"
-        )
+        raise ValueError(f"these environments have a wrapper with {', '.join(new)}, and those of the training had none")
     if state["states"] is not None and not _has(env, "load_state_dict"):
-        raise ValueError("the state of the environments was saved, and these have no load_state_dict()")
+        raise ValueError("the checkpoint has the state of the environments, and these have no load_state_dict()")
 
 
 def _check_settings(env: VecEnv, state: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ def _check_settings(env: VecEnv, state: dict[str, Any]) -> None:
     saved_names, given_names = [name for name, _ in saved], [name for name, _ in given]
     if saved_names != given_names:
         raise ValueError(
-            f"it was trained in the wrappers {saved_names}, outermost first, and this one is in {given_names}"
+            f"the wrappers were {saved_names} in the training, outermost first, and are {given_names} here"
         )
     differing = [
         f"{name} of {wrapper} was {value!r} in the training, and is {here[name]!r} here"
@@ -118,14 +118,14 @@ def _check_settings(env: VecEnv, state: dict[str, Any]) -> None:
 
 def set_env_state(env: VecEnv, state: dict[str, Any]) -> None:
     """
-    :param env: to go on training in, as :func:`check_env` has found it
-    :param state: to put back, as :func:`env_state` gave it
+    :param env: the environments in which training is to continue, checked by :func:`check_env`
+    :param state: the result of :func:`env_state`, to restore
     """
     if state["states"] is not None:
-        env.reset()  # most wrappers want to see that before the first step
+        env.reset()  # most wrappers need a reset before the first step
         for index, of_one in enumerate(state["states"]):
             env.env_method("load_state_dict", of_one, indices=index)
-    env.unwrapped._reset_seeds()  # or a seed given before would replace the generators at the next reset
+    env.unwrapped._reset_seeds()  # otherwise an earlier seed would replace the generators at the next reset
     for name, values in state["attributes"].items():
         for index, value in enumerate(values):
             env.env_method("set_wrapper_attr", name, value, indices=index)
@@ -135,14 +135,14 @@ def set_env_state(env: VecEnv, state: dict[str, Any]) -> None:
 
 
 def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:
-    """The outermost first."""
+    """The wrappers, outermost first."""
     while isinstance(env, VecEnvWrapper):
         yield env
         env = env.venv
 
 
 def _with_memory(env: VecEnv) -> list[tuple[VecEnv, str, tuple[str, ...]]]:
-    """The wrappers that remember something, their names, and what they remember."""
+    """The wrappers and vectors that have a state, with their names and the names of these attributes."""
     return [
         (wrapper, wrapper_class.__name__, tuple(name for name in names if name in vars(wrapper)))
         for wrapper in (*_wrappers(env), env.unwrapped)
@@ -152,7 +152,7 @@ def _with_memory(env: VecEnv) -> list[tuple[VecEnv, str, tuple[str, ...]]]:
 
 
 def _settings(env: VecEnv) -> list[tuple[str, dict[str, Any]]]:
-    """The names of the wrappers, and how each is set."""
+    """The names and settings of the wrappers."""
     result = []
     for wrapper in _wrappers(env):
         if isinstance(wrapper, _ONLOOKERS):
@@ -173,7 +173,7 @@ def _channels_order(stacked: StackedObservations[Any]) -> str | dict[str, Any]:
 
 
 def _has(env: VecEnv, name: str) -> bool:
-    """Whether all environments have an attribute. Not every vector of environments can tell, or put it back."""
+    """Whether all environments have an attribute; False if the vector of environments cannot tell or restore it."""
     if isinstance(env.unwrapped, BatchedVecEnv) and not env.unwrapped.can_be_restored:
         return False
     try:

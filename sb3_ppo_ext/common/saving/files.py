@@ -1,4 +1,4 @@
-"""Model files that are written whole or not at all, and what is wrong with those that cannot be read."""
+"""Write model files whole or not at all, and find out why a file cannot be read."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _TEMPORARY = re.compile(r"[0-9a-f]{32}\.sb3_ppo_ext\.tmp")
 
 def save_whole(path: str | os.PathLike[str], content: memoryview) -> None:
     """
-    A model file, whole or not at all, under the name that SB3's ``save`` gives it: with ``.zip`` where there is no
-    suffix, ``_2`` behind that of a folder, in a folder that is made if it is not there.
+    Write a model file, whole or not at all, under the name that SB3's ``save`` would give it: ``.zip`` is added if the
+    path has no suffix, ``_2`` if it is a folder, and a missing parent folder is created.
 
-    :param path: of the file
-    :param content: to write
+    :param path: path of the file
+    :param content: content of the file
     :raises OSError: if it cannot be written
     """
     path = Path(path)
@@ -52,13 +52,14 @@ def save_whole(path: str | os.PathLike[str], content: memoryview) -> None:
 
 def write_whole(path: Path, content: memoryview) -> None:
     """
-    Write a file that is never seen in part, whoever reads or writes it at the same time, be the process killed or the
-    power lost: it is on the disk before it gets its name, and what had that name before is there until then.
+    Write a file so that nobody ever sees a part of it, even if others read or write it at the same time, the process is
+    killed or the power fails. A temporary file is first written to the disk; then it replaces the file of that name.
 
-    The permissions are those of the file that is replaced, or those that a new file has. A link stays one.
+    The file keeps the permissions of the file that it replaces; otherwise it has those of a new file. If the path is a
+    symbolic link, the target is replaced and the link stays.
 
-    :param path: of the file, in a folder that is there
-    :param content: to write
+    :param path: path of the file, in an existing folder
+    :param content: content of the file
     :raises OSError: if it cannot be written
     """
     path = Path(os.path.realpath(path))
@@ -66,9 +67,9 @@ def write_whole(path: Path, content: memoryview) -> None:
     with contextlib.suppress(FileNotFoundError):
         replaced = path.stat()
         if not stat.S_ISREG(replaced.st_mode):
-            path.write_bytes(content)  # a device or a pipe is not to be replaced by a file
+            path.write_bytes(content)  # a device or a pipe must not be replaced by a file
             return
-        path.open("r+b").close()  # an error where it must not be written to
+        path.open("r+b").close()  # raises an error if the file is not writable
     _remove_leftovers(path.parent)
     temporary, file = _new_temporary(path.parent)
     try:
@@ -80,11 +81,11 @@ def write_whole(path: Path, content: memoryview) -> None:
             os.fsync(file.fileno())
             if sys.platform != "win32":  # while the lock is held
                 os.replace(temporary, path)
-        if sys.platform == "win32":  # which renames no open file
+        if sys.platform == "win32":  # Windows cannot rename an open file
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    if os.name == "posix":  # on Windows a folder cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -101,45 +102,45 @@ def _take_over_permissions(path: Path, replaced: os.stat_result) -> None:
 
 def _new_temporary(folder: Path) -> tuple[Path, IO[bytes]]:
     """
-    A new file that no one else writes to. It is locked as long as it is open, by which :func:`_remove_leftovers` knows
-    that its writer lives: the lock ends with the process, however that ends.
+    Create a temporary file that no other process uses. It is locked while it is open. The lock tells
+    :func:`_remove_leftovers` that the writing process is alive, because it ends with the process in any case.
     """
     while True:
         path = folder / f"{uuid.uuid4().hex}.sb3_ppo_ext.tmp"
         file = path.open("xb")
         if sys.platform == "win32":
             return path, file
-        with contextlib.suppress(OSError):  # on a file system without locks nothing is taken for a leftover
+        with contextlib.suppress(OSError):  # without locks, no file is removed as a leftover
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink > 0:
             return path, file
-        file.close()  # it was taken for a leftover in the moment before it was locked
+        file.close()  # another process removed it as a leftover before it was locked
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this package left in a folder that were killed while they wrote."""
+    """Remove temporary files of processes that were killed while they wrote."""
     if sys.platform == "win32":
         return
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError), path.open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error while the writer lives
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises an error while the writer is alive
                 path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def opened(path: str | Path | io.BufferedIOBase) -> Iterator[io.BufferedIOBase]:
     """
-    A model file to read, as ``load`` takes it. Where reading it fails, and the file is the reason, an error says so.
+    Open a model file for ``load``. If the ``with`` block fails and the file is damaged, the error says so.
 
-    :param path: of the file, ``.zip`` may be left out; or an open file, which stays open
+    :param path: path of the file, ``.zip`` may be left out; or an open file, which stays open
     :raises OSError: if it cannot be opened
     :raises ValueError: if it is truncated, damaged or no model
     """
     file = open_path(path, "r", suffix="zip")
     try:
         yield file
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file may raise anything
         damage = damage_of(file)
         if damage is None:
             raise
@@ -151,19 +152,19 @@ def opened(path: str | Path | io.BufferedIOBase) -> Iterator[io.BufferedIOBase]:
 
 def name_of_file(path: object) -> object:
     """
-    :param path: of a file, or an open file
-    :return: what to call it in a message
+    :param path: path of a file, or an open file
+    :return: its name for a message
     """
     return getattr(path, "name", path) if isinstance(path, io.IOBase) else path
 
 
 def damage_of(file: Path | ReadableFile) -> str | None:
-    """What keeps a file from being read as a model; None if it is whole. Its whole content is checked."""
+    """Why a file cannot be read as a model; None if it can be. Its whole content is checked."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-            archive.getinfo("data")  # the end of a truncated file may pass for an archive
+            archive.getinfo("data")  # the end of a truncated file may look like an archive
             archive.getinfo(WEIGHTS)
-    except Exception as error:  # a flipped bit may lead to any
+    except Exception as error:  # a flipped bit may raise anything
         return f"it cannot be read, or is truncated or damaged ({error})"
     return None if damaged is None else f"it is damaged (in its member {damaged})"

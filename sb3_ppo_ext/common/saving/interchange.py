@@ -1,4 +1,4 @@
-"""Which algorithm a model file is of, and whether another may load it."""
+"""Find out which algorithm saved a model file, and whether another algorithm may load it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from sb3_ppo_ext.common.saving.files import ReadableFile, name_of_file
 from sb3_ppo_ext.common.spaces import n_action_dims
 
-# The member of a model file that names its algorithm. SB3 passes over it.
+# The member of a model file that names its algorithm. SB3 ignores it.
 ALGORITHM = "_algorithm"
 
 _PACKAGES = ("sb3_ppo_ext", "stable_baselines3", "sb3_contrib")
 _COMMON = tuple(f"{package}.common." for package in _PACKAGES)
 
-# Whose file it is that names no algorithm, by the attributes in it; the first that fits.
+# The algorithms of files that name none: the first one whose attributes are all in the file.
 _ATTRIBUTES = (
     ("sb3_ppo_ext.DualClipPPO", {"torch_compile", "dual_clip"}),
     ("sb3_ppo_ext.AdaptiveKLPPO", {"torch_compile", "kl_coef"}),
@@ -35,7 +35,7 @@ _ATTRIBUTES = (
 MASKABLE_PPO = "sb3_contrib.MaskablePPO"
 RECURRENT_PPO = "sb3_contrib.RecurrentPPO"
 
-# Whose the policy or the buffer of a file is, by their modules.
+# The algorithms of sb3-contrib, by the modules of the policies and buffers in their files.
 _OF_CONTRIB = {
     "sb3_contrib.common.maskable.": MASKABLE_PPO,
     "sb3_contrib.common.recurrent.": RECURRENT_PPO,
@@ -44,8 +44,9 @@ _OF_CONTRIB = {
 
 def name_of(algorithm: type[BaseAlgorithm]) -> str:
     """
-    The algorithm that a class is, or is a variant of. One of this package, of SB3 or of sb3-contrib is named as it is
-    imported (``"sb3_ppo_ext.TRPO"``), one that a user has made from the base classes has its own name.
+    The name of the algorithm that a class is, or derives from. An algorithm of this package, of SB3 or of sb3-contrib
+    is named as it is imported (``"sb3_ppo_ext.TRPO"``). A user's class that derives only from base classes has its own
+    name.
 
     :param algorithm: the class
     """
@@ -62,7 +63,7 @@ def name_of(algorithm: type[BaseAlgorithm]) -> str:
 def mark_of(file: ReadableFile) -> str | None:
     """
     :param file: a model file
-    :return: the algorithm that it names; None if it names none, as SB3 writes it
+    :return: the algorithm that the file names; None if it names none, as files of SB3 do
     """
     with zipfile.ZipFile(file) as archive:
         return archive.read(ALGORITHM).decode() if ALGORITHM in archive.namelist() else None
@@ -71,7 +72,7 @@ def mark_of(file: ReadableFile) -> str | None:
 def attributes_of(file: ReadableFile) -> dict[str, Any]:
     """
     :param file: a model file
-    :return: the attributes in it; in place of what would have to be unpickled a dict that tells what it is
+    :return: the attributes in the file; a pickled attribute is a dict that describes it
     """
     with zipfile.ZipFile(file) as archive:
         attributes: dict[str, Any] = json.loads(archive.read("data"))
@@ -81,8 +82,8 @@ def attributes_of(file: ReadableFile) -> dict[str, Any]:
 def unpickled(attributes: dict[str, Any], name: str) -> Any:
     """
     :param attributes: as :func:`attributes_of` gives them
-    :param name: of one of them
-    :return: its value
+    :param name: name of one of them
+    :return: its value, unpickled if necessary
     """
     value = attributes[name]
     if isinstance(value, dict) and ":serialized:" in value:
@@ -93,8 +94,8 @@ def unpickled(attributes: dict[str, Any], name: str) -> Any:
 def why_missing(attributes: dict[str, Any], name: str) -> Exception | None:
     """
     :param attributes: as :func:`attributes_of` gives them
-    :param name: of what may be among them
-    :return: why it cannot be imported here; None if it can be, or there is none
+    :param name: name of an attribute
+    :return: the error if its class cannot be imported here; None if it can be, or if there is no such attribute
     """
     if name in attributes:
         try:
@@ -106,7 +107,7 @@ def why_missing(attributes: dict[str, Any], name: str) -> Exception | None:
 
 def origin_of(file: ReadableFile) -> str:
     """
-    The algorithm whose model a file is: the one that it names, else the one whose attributes it has.
+    The algorithm that saved a model file: the one that the file names, otherwise the one whose attributes it has.
 
     :param file: a model file
     """
@@ -125,37 +126,37 @@ def origin_of(file: ReadableFile) -> str:
 
 def check_origin(origin: str, algorithm: type[BaseAlgorithm], also: Collection[str], path: object) -> None:
     """
-    :param origin: the algorithm whose model a file is
-    :param algorithm: the class that is to load it
-    :param also: other algorithms whose files that takes
-    :param path: of the file, or the open file
-    :raises ValueError: if that would make a model that is half of one and half of the other
+    :param origin: the algorithm that saved the file
+    :param algorithm: the class that loads it
+    :param also: other algorithms whose files the class can load
+    :param path: path of the file, or the open file
+    :raises ValueError: if the class cannot load files of that algorithm
     """
     name, path = name_of(algorithm), name_of_file(path)
     if origin == name or origin in also or "." not in origin + name:  # two classes of the user's own
         return
     raise ValueError(
-        f"{path} cannot be loaded by {algorithm.__name__}: it is a model of {origin}. Load it with that; or take its "
-        "weights alone, for a model that you have made: load_weights(path, model.policy)"
+        f"{path} cannot be loaded by {algorithm.__name__}: it is a model of {origin}. Load it with that; or load only "
+        "its weights into an existing model: load_weights(path, model.policy)"
     )
 
 
 def whole_action_values(attributes: dict[str, Any]) -> dict[str, float]:
     """
-    ``target_kl`` and ``cg_damping`` of a model of sb3-contrib's TRPO, as they are for the whole action.
+    Convert ``target_kl`` and ``cg_damping`` of a model of sb3-contrib's TRPO to values for the whole action.
 
     :param attributes: as :func:`attributes_of` gives them
     """
     action_space = unpickled(attributes, "action_space")
-    # sb3-contrib's KL divergence is the mean over the dimensions of an action, of a MultiDiscrete the sum.
+    # sb3-contrib's KL divergence is the mean over the action dimensions, but the sum for a MultiDiscrete.
     n_dims = 1 if isinstance(action_space, spaces.MultiDiscrete) else n_action_dims(action_space)
     values: dict[str, float] = {
         name: n_dims * attributes[name] for name in ("target_kl", "cg_damping") if name in attributes
     }
     if n_dims > 1 and values:
         warnings.warn(
-            f"A model of sb3-contrib's TRPO is loaded, whose target_kl and cg_damping are means over the {n_dims} "
-            "dimensions of an action. Here they are of the whole action: "
+            f"Loading a model of sb3-contrib's TRPO, where target_kl and cg_damping are means over the {n_dims} action "
+            "dimensions. Here they are for the whole action: "
             + ", ".join(f"{name}={attributes[name]:g} became {value:g}" for name, value in values.items()),
             stacklevel=5,
         )

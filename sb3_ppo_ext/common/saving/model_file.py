@@ -1,4 +1,4 @@
-"""Model files: written whole, naming their algorithm, and read by the algorithms that they fit."""
+"""Write model files that name their algorithm, and prepare files of other algorithms for loading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import open_path
 
-from sb3_ppo_ext.common.saving.files import ReadableFile, save_whole
+from sb3_ppo_ext.common.saving.files import ReadableFile, name_of_file, save_whole
 from sb3_ppo_ext.common.saving.interchange import (
     ALGORITHM,
     attributes_of,
@@ -25,11 +25,11 @@ from sb3_ppo_ext.common.saving.interchange import (
 
 def write_model(path: str | Path | io.BufferedIOBase, content: io.BytesIO, algorithm: type[BaseAlgorithm]) -> None:
     """
-    Write a model file whole or not at all, and the name of its algorithm in it.
+    Write a model file, whole or not at all, with the name of its algorithm in it.
 
-    :param path: of the file, or an open file
-    :param content: what SB3's ``save`` wrote
-    :param algorithm: whose model it is
+    :param path: path of the file, or an open file
+    :param content: the file that SB3's ``save`` wrote
+    :param algorithm: class of the model
     :raises OSError: if it cannot be written
     """
     with zipfile.ZipFile(content, "a") as archive:
@@ -52,18 +52,18 @@ def replacements(
     given: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    What has to be put in place of what is in a model file, so that SB3's ``load`` makes the right model of it.
+    The custom objects and attributes with which SB3's ``load`` makes the right model of a file.
 
     :param file: the model file
-    :param path: of it, or the open file
-    :param algorithm: that is to load it
-    :param also: other algorithms whose files that takes
+    :param path: path of the file, or the open file
+    :param algorithm: the class that loads it
+    :param also: other algorithms whose files the class can load
     :param optional: attributes that are not in every file
-    :param adapt: given the algorithm whose file it is and the attributes in it, gives attributes to put in their place
-    :param custom_objects: what the user gave ``load``
-    :param given: the attributes that the user gave ``load``
-    :return: the custom objects and attributes for SB3's ``load``
-    :raises ValueError: if the model is of another algorithm
+    :param adapt: function of the algorithm that saved the file and of its attributes; it returns replacements for them
+    :param custom_objects: argument of ``load``
+    :param given: attributes that the user passed to ``load``
+    :return: custom objects and attributes for SB3's ``load``
+    :raises ValueError: if the model is of an algorithm that the class cannot load
     """
     replaced = custom_objects.keys() | given.keys()
     origin = origin_of(file)
@@ -73,13 +73,14 @@ def replacements(
     if missing is not None and "rollout_buffer_class" not in replaced:  # only learning needs it
         custom_objects = {**custom_objects, "rollout_buffer_class": None, "rollout_buffer_kwargs": {}}
         warnings.warn(
-            f"The rollout_buffer_class of {path} was left out ({missing}). To train on, give it again: "
+            f"The rollout_buffer_class of {name_of_file(path)} was left out ({missing}). To train on, give it again: "
             "load(..., custom_objects={'rollout_buffer_class': ...})",
             stacklevel=3,
         )
-    # A space that is put in the place of the file's is of the same kind.
+    # The action space is always passed on: a replacement is of the same kind as the one in the file.
     kept = attributes.keys() - replaced | {"action_space"}
     adapted = adapt(origin, {name: attributes[name] for name in kept & attributes.keys()})
+    adapted = {name: value for name, value in adapted.items() if name not in custom_objects}
     for name in {"rollout_buffer_class", *optional} & custom_objects.keys() - attributes.keys():
         adapted[name] = custom_objects[name]  # SB3 replaces only what is in the file
     return custom_objects, adapted | given

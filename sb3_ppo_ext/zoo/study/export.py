@@ -75,7 +75,9 @@ def _comment(
     ]
     if not chosen.results:
         return [*comment, "Not trained again since."]
-    seeds = f"{min(chosen.results)} to {max(chosen.results)}"
+    seeds = ", ".join(map(str, sorted(chosen.results)))
+    if len(chosen.results) == max(chosen.results) - min(chosen.results) + 1 > 2:
+        seeds = f"{min(chosen.results)} to {max(chosen.results)}"
     comment += [
         f"Trained again for {chosen.entry['n_timesteps']} steps with seeds {seeds}, reward at the end over "
         f"{N_EPISODES} episodes: {chosen.describe()};",

@@ -1,4 +1,4 @@
-"""Which algorithm has written a log, and what its arguments are called."""
+"""Which algorithm wrote a log, and what its arguments are called."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sb3_ppo_ext.doctor.run import Run
 
 class Algorithm(NamedTuple):
     """
-    An algorithm as its log shows it.
+    An algorithm, as its log shows it.
 
-    :param name: as its users know it
-    :param keys: log keys that it has and those after it in :data:`ALGORITHMS` lack
-    :param words: what rules say of it: by a name in braces in their texts, a part of a sentence
+    :param name: its name for users
+    :param keys: log keys that it has and the algorithms after it in :data:`ALGORITHMS` lack
+    :param words: parts of sentences, by the names in braces that they replace in the texts of rules
     """
 
     name: str
@@ -72,10 +72,10 @@ ALGORITHMS = (
     Algorithm("PPO", frozenset({"train/approx_kl"}), _PPO),
     Algorithm("REINFORCE", frozenset({"train/policy_gradient_loss"}), _REINFORCE),
 )
-"""From the one with the most particular keys on."""
+"""Ordered from the most specific keys to the least specific."""
 
 
 def algorithm_of(run: Run) -> Algorithm:
-    """The first of :data:`ALGORITHMS` whose keys the log has; of a log without any, one that is called "unknown"."""
+    """The first of :data:`ALGORITHMS` whose keys the log has, or an unknown algorithm if there is none."""
     known = (algorithm for algorithm in ALGORITHMS if algorithm.keys <= run.series.keys())
     return next(known, Algorithm("an unknown algorithm", frozenset(), _PPO))

@@ -1,4 +1,4 @@
-"""The doctor beside a training."""
+"""The doctor as a callback of a training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sb3_ppo_ext.doctor.run import run_of_rows
 
 
 class _Rows(KVWriter):
-    """Keeps what is logged."""
+    """Keeps the rows that are logged."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, Any]]] = []
@@ -28,17 +28,18 @@ class _Rows(KVWriter):
 
 class DoctorCallback(BaseCallback):
     """
-    Reads what a training logs while it runs, and says what looks ill: what was seen and since when, what it usually
-    means, and what to change first. For every on-policy algorithm of Stable-Baselines3, sb3-contrib and this package.
+    Reads the log of a training while it runs, and says what looks wrong: what was seen and since when, what it usually
+    means, and what to change first. It works with every on-policy algorithm of Stable-Baselines3, sb3-contrib and this
+    package.
 
-    It also adds to the log what the algorithms leave out: the distribution of advantages and returns, and
-    hyper-parameters that rules compare with, all under ``doctor/``. ``sb3-ppo-ext doctor`` reads them there.
+    It also logs what the algorithms do not log: the distribution of advantages and returns, and hyper-parameters that
+    the rules need, all under ``doctor/``. ``sb3-ppo-ext doctor`` reads them there.
 
-    It reads what is dumped to the logger: a training with ``log_interval=None`` shows it nothing, and one with
-    ``log_interval=100`` a hundredth.
+    It sees only what the logger dumps: with ``log_interval=None`` nothing, and with ``log_interval=100`` one rollout in
+    a hundred.
 
-    :param verbose: 0 to say nothing, for whoever asks for :attr:`diagnosis`; 1 to print each finding once, as it
-        appears, and again if a matter to watch becomes an alarm
+    :param verbose: 0 to print nothing and only provide :attr:`diagnosis`; 1 to print each finding once, when it
+        appears, and again if its level rises from "watch" to "alarm"
     """
 
     def __init__(self, verbose: int = 1) -> None:
@@ -49,7 +50,7 @@ class DoctorCallback(BaseCallback):
 
     @property
     def diagnosis(self) -> Diagnosis:
-        """What the rules say of the training as far as it has come."""
+        """What the rules say about the training so far."""
         name = type(self.model).__name__ if hasattr(self, "model") else "run"
         return diagnose(run_of_rows(name, self._log.rows))
 
@@ -60,9 +61,9 @@ class DoctorCallback(BaseCallback):
             )
 
     def _on_training_start(self) -> None:
-        if self.model.num_timesteps == 0:  # else it goes on
+        if self.model.num_timesteps == 0:  # otherwise an earlier training continues
             self._log, self._told, self._next_check = _Rows(), {}, 1
-        self._stop_reading()  # as when an earlier training was interrupted
+        self._stop_reading()  # an interrupted training may have left a writer
         self.logger.output_formats.append(self._log)
 
     def _on_step(self) -> bool:
@@ -80,7 +81,7 @@ class DoctorCallback(BaseCallback):
                 self.logger.record(f"doctor/{name}", value)
 
     def _on_training_end(self) -> None:
-        if self.logger.name_to_value:  # of the last update, which nothing has dumped
+        if self.logger.name_to_value:  # the last update, which was not dumped
             self._log.write(self.logger.name_to_value, {}, self.model.num_timesteps)
         self._stop_reading()
         diagnosis = self._say_what_is_new()

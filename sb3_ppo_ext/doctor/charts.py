@@ -1,4 +1,4 @@
-"""Line charts as SVG, to stand in a page as they are."""
+"""Line charts as SVG elements of a page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 24
 
 class Limit(NamedTuple):
     """
-    A line across a chart.
+    A horizontal line across a chart.
 
-    :param value: where
-    :param level: "watch" or "alarm", which is its colour
+    :param value: its height
+    :param level: "watch" or "alarm", which decides its colour
     """
 
     value: float
@@ -31,11 +31,11 @@ def chart(
     series: Series, label: str, limits: Sequence[Limit] = (), since: int | None = None, until: int | None = None
 ) -> str:
     """
-    :param series: to draw, with gaps where it is not finite
-    :param label: for who does not see the picture
-    :param limits: lines across it
-    :param since: from this step on its background is marked; None: nowhere
-    :param until: as far as this step; None: to the end
+    :param series: series to draw, with gaps where it is not finite
+    :param label: text for screen readers
+    :param limits: lines across the chart
+    :param since: step at which the marked background begins; None for no mark
+    :param until: step at which the marked background ends; None for the end of the chart
     :return: an SVG element
     """
     steps, values = series.in_parts()
@@ -83,14 +83,14 @@ def chart(
 
 
 def _range(shown: np.ndarray) -> tuple[float, float]:
-    """What the vertical axis covers, with a margin."""
+    """The range of the vertical axis, with a margin."""
     low, high = float(shown.min()), float(shown.max())
     margin = 0.06 * (high - low) or 0.5 * max(abs(high), 1e-6)
     return low - margin, high + margin
 
 
 def _ticks(low: float, high: float, is_log: bool) -> list[float]:
-    """Round values between these. Of a logarithmic axis, these are exponents, and the values powers of 10."""
+    """Round values between two bounds. For a logarithmic axis, the bounds are exponents and the values powers of 10."""
     if is_log:
         every = max(1, round((high - low) / 4))
         return [10.0**exponent for exponent in range(math.ceil(low), math.floor(high) + 1, every)]
@@ -111,7 +111,7 @@ def _short(value: float) -> str:
 
 
 def _pieces(points: Sequence[tuple[float, float] | None]) -> list[list[tuple[float, float]]]:
-    """The points that follow each other without a gap."""
+    """Split points at the gaps."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for point in points:
         if point is not None:

@@ -1,4 +1,4 @@
-"""Compares a run with the rules, and says in words what was found."""
+"""Compares a run with the rules, and describes the findings in words."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from sb3_ppo_ext.doctor.run import Run, Series
 Level = Literal["alarm", "watch"]
 
 FEWEST_ROWS = 5
-"""With fewer rows, little can be said."""
+"""With fewer rows, the log says too little for a diagnosis."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """
-    A rule that a run has met.
+    A rule whose limit a run has passed.
 
-    :param rule: which
+    :param rule: the rule
     :param level: "alarm": change something; "watch": have a look
-    :param limit: that the series is beyond
-    :param since: the step of the environments at which it began
-    :param until: the step at which it was over; None: it still goes on
+    :param limit: the limit that was passed
+    :param since: environment step at which the series first passed the limit
+    :param until: environment step at which it came back; None if it has not
     :param worst: the value that is furthest beyond the limit
-    :param last: the value now
+    :param last: the present value
     :param seen: what was seen, in words
-    :param first: what to change first, in the words of the algorithm
+    :param first: what to change first, in the terms of the algorithm
     """
 
     rule: Rule
@@ -49,13 +49,13 @@ class Finding:
 
 class Diagnosis(NamedTuple):
     """
-    What the rules say of a run.
+    What the rules say about a run.
 
     :param run: the run
-    :param algorithm: that has made it
-    :param findings: alarms first, causes before what follows from them
-    :param fine: rules that had something to compare, and found nothing
-    :param blind: rules that lack what :class:`DoctorCallback` would have logged
+    :param algorithm: the algorithm that logged it
+    :param findings: alarms first, and causes before their consequences
+    :param fine: rules that had enough values to compare, and found nothing
+    :param blind: rules that could not be checked without what :class:`DoctorCallback` logs
     """
 
     run: Run
@@ -65,7 +65,7 @@ class Diagnosis(NamedTuple):
     blind: list[Rule]
 
     def verdict(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         if not self.findings and self.run.n_rows < FEWEST_ROWS:
             return f"The log has only {_count(self.run.n_rows, 'row')}: too few to say anything."
         n_alarms = sum(finding.level == "alarm" for finding in self.findings)
@@ -80,8 +80,8 @@ class Diagnosis(NamedTuple):
 
 def diagnose(run: Run) -> Diagnosis:
     """
-    :param run: what was logged of a training
-    :return: what the rules say of it
+    :param run: the log of a training
+    :return: what the rules say about it
     """
     algorithm = algorithm_of(run)
     findings: list[Finding] = []
@@ -93,6 +93,9 @@ def diagnose(run: Run) -> Diagnosis:
             if rule.needs and (not others or any(key in run.series for key in others)):
                 blind.append(rule)
             continue
+        series = _judged(rule, series)
+        if np.count_nonzero(~np.isnan(series.values)) < rule.streak:
+            continue  # too few values to meet the rule
         finding = _finding(rule, series, run, algorithm)
         if finding is None:
             fine.append(rule)
@@ -102,11 +105,15 @@ def diagnose(run: Run) -> Diagnosis:
     return Diagnosis(run, algorithm, findings, fine, blind)
 
 
-def _finding(rule: Rule, series: Series, run: Run, algorithm: Algorithm) -> Finding | None:
+def _judged(rule: Rule, series: Series) -> Series:
+    """The part of a series that is compared with the limits."""
     if rule.after_start:
         n_start = max(FEWEST_ROWS, len(series.values) // 10)
         series = Series(*(array[n_start:] for array in series))
-    series = series.in_parts()
+    return series.in_parts()
+
+
+def _finding(rule: Rule, series: Series, run: Run, algorithm: Algorithm) -> Finding | None:
     limits: list[tuple[Level, float | None]] = [("alarm", rule.alarm), ("watch", rule.watch)]
     for level, limit in limits:
         if limit is None:
@@ -125,7 +132,7 @@ def _finding(rule: Rule, series: Series, run: Run, algorithm: Algorithm) -> Find
 
 
 def _streaks(beyond: np.ndarray, shortest: int) -> list[tuple[int, int]]:
-    """Where at least so many values in a row are true: begin and end, as of slices."""
+    """Where at least ``shortest`` consecutive values are true: start and end of each slice."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], beyond, [False])).astype(np.int8)))
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2) if end - start >= shortest]
 
@@ -147,7 +154,7 @@ def _seen(rule: Rule, limit: float, since: int, until: int | None, worst: float,
 
 
 def _first(rule: Rule, run: Run, algorithm: Algorithm) -> str:
-    """What to change first, with the present values of arguments whose values were logged."""
+    """What to change first, with the present value of each argument that was logged."""
     text = rule.first.format_map(algorithm.words).strip()
     text = re.sub(r"(^|[.] )([a-z])", lambda match: match[1] + match[2].upper(), text)
     named: set[str] = set()
@@ -188,7 +195,7 @@ def in_words(diagnosis: Diagnosis) -> Sequence[str]:
         lines += ["", *finding_in_words(finding)]
     if diagnosis.blind:
         lacking = dict.fromkeys(key.partition("/")[2] for rule in diagnosis.blind for key in rule.needs)
-        lines += ["", f"Some rules need what the log lacks: {', '.join(lacking)}. DoctorCallback adds it to a log."]
+        lines += ["", f"Some rules need keys that this log lacks: {', '.join(lacking)}. DoctorCallback logs them."]
     return lines
 
 

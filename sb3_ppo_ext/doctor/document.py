@@ -1,4 +1,4 @@
-"""The frame and the style sheet of all pages that this package writes: for a screen of any size, and for paper."""
+"""The frame and style sheet of all HTML pages of this package, for screens of any size and for paper."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ tr > :first-child { text-align: left; position: sticky; left: 0; background: var
 
 def document(title: str, parts: Iterable[str]) -> str:
     """
-    :param title: of the page, and its heading
-    :param parts: HTML, which stands below the heading
-    :return: a page that needs nothing else
+    :param title: title and heading of the page
+    :param parts: HTML below the heading
+    :return: a page that loads no other files
     """
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

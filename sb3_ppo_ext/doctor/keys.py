@@ -14,10 +14,10 @@ MEANINGS = {
     "eval/mean_ep_length": "The mean length of the episodes that `EvalCallback` has played, in steps.",
     "eval/success_rate": "The share of the episodes that `EvalCallback` has played which ended with "
     "`info['is_success']`.",
-    "time/fps": "Steps of the environments a second since `learn` was called, updates included.",
-    "time/iterations": "How many rollouts there were; each is followed by an update.",
+    "time/fps": "Environment steps per second since `learn` was called, updates included.",
+    "time/iterations": "The number of rollouts; each is followed by an update.",
     "time/time_elapsed": "Seconds since `learn` was called.",
-    "time/total_timesteps": "Steps of all environments together. It is the step that everything else is logged at.",
+    "time/total_timesteps": "Steps of all environments together. All other keys are logged at this step.",
     "train/approx_kl": "An estimate of the KL divergence between the policy before and after, from the samples of the "
     "update: how far the policy has moved. Below 0.02 is usual.",
     "train/kl": "The exact KL divergence of the policy before an update from the policy after it, of the whole "
@@ -48,16 +48,16 @@ MEANINGS = {
     "train/penalized_reward_mean": "With a reference policy: the mean reward of a step less the mean penalty on the KL "
     "divergence from the reference.",
     "train/entropy_loss": "Minus the mean entropy of the policy: how random its actions are. It rises towards 0 as a "
-    "policy with discrete actions becomes sure; with Box actions it may pass 0.",
+    "policy with discrete actions becomes deterministic; with Box actions it may pass 0.",
     "train/ent_coef": "The weight of the entropy in the loss, now.",
-    "train/explained_variance": "How much of the variance of the returns the critic had foreseen: 1 is all, 0 no more "
-    "than their mean would have, below 0 less. It is NaN where the returns do not vary.",
+    "train/explained_variance": "The share of the variance of the returns that the critic predicted: 1 is all of it, 0 "
+    "is no better than predicting their mean, below 0 is worse. It is NaN where the returns do not vary.",
     "train/value_loss": "The mean squared error of the critic, in units of the returns squared.",
     "train/policy_gradient_loss": "The loss of the actor alone. Its value says little: with normalised advantages "
     "it stays near 0 in a healthy training too.",
     "train/policy_loss": "The loss of A2C's actor alone. Its value says little: it need not fall.",
     "train/policy_objective": "The surrogate objective of TRPO after the step: the mean of ratio times advantage.",
-    "train/loss": "The loss that was minimised, with all its parts. It need not fall: every rollout is a new problem.",
+    "train/loss": "The loss that was minimised, with all its terms. It need not fall: every rollout is a new problem.",
     "train/max_importance_weight": "The bound of the importance weights of samples, now.",
     "train/truncated_weight_fraction": "The share of samples whose importance weight was above "
     "`max_importance_weight` and was cut to it. What is cut off biases the gradient.",
@@ -65,24 +65,24 @@ MEANINGS = {
     "step, now.",
     "train/grad_norm": "The mean norm of the gradients of an update, before they are clipped to `max_grad_norm`.",
     "train/learning_rate": "The learning rate of the optimiser, now.",
-    "train/critic_learning_rate": "The learning rate of what the critic alone uses, now.",
-    "train/n_updates": "How many passes over a rollout the optimiser has made (of PPO, `n_epochs` an update).",
+    "train/critic_learning_rate": "The learning rate of the parameters that only the critic uses, now.",
+    "train/n_updates": "How many passes over a rollout the optimiser has made (in PPO, `n_epochs` per update).",
     "train/early_stop_epoch": "The epoch at which `target_kl` has ended an update, counted from 0.",
     "train/std": "The standard deviation of Box actions, averaged over their dimensions. It falls as the policy "
-    "becomes sure.",
+    "becomes deterministic.",
     "train/is_line_search_success": "1 if TRPO's line search found a step that it could take, 0 if the policy "
     "stayed as it was.",
-    "train/predicted_improvement": "What the gradient promised of TRPO's step.",
-    "train/actual_improvement": "What TRPO's step has improved the surrogate by. At least a tenth of the prediction "
+    "train/predicted_improvement": "The improvement of the surrogate that the gradient predicts for TRPO's step.",
+    "train/actual_improvement": "The improvement of the surrogate by TRPO's step. At least a tenth of the prediction "
     "is needed (`accept_ratio`).",
     "train/step_fraction": "How much of the full natural gradient step TRPO's line search has taken: 1 is all.",
     "train/cg_steps": "How many steps conjugate gradient has made for TRPO's direction.",
-    "train/cg_residual": "The relative error that conjugate gradient has left of TRPO's direction; above 0.1 the "
-    "direction is rough, and more `cg_max_steps` or more `cg_damping` help.",
-    "train/cg_damping": "What is added to the diagonal of TRPO's Fisher matrix.",
+    "train/cg_residual": "The relative residual of conjugate gradient for TRPO's direction. Above 0.1 the direction "
+    "is rough, and more `cg_max_steps` or more `cg_damping` help.",
+    "train/cg_damping": "The number that is added to the diagonal of TRPO's Fisher matrix.",
     "doctor/gamma": "The discount factor. The agent looks about 1 / (1 - gamma) steps ahead.",
     "doctor/ent_coef": "The weight of the entropy in the loss, where the algorithm does not log it.",
-    "doctor/max_grad_norm": "What the norm of gradients is clipped to.",
+    "doctor/max_grad_norm": "The largest norm of the gradients after clipping.",
     "doctor/kl_coef_min": "The lower bound of AdaptiveKLPPO's `kl_coef`.",
     "doctor/kl_coef_max": "The upper bound of AdaptiveKLPPO's `kl_coef`.",
     "doctor/return_mean": "The mean of the returns of a rollout, which the critic is fitted to: discounted, and after "
@@ -92,18 +92,18 @@ MEANINGS = {
     "doctor/advantage_std": "The standard deviation of the advantages of a rollout, before normalisation.",
     "doctor/advantage_skew": "The skewness of the advantages of a rollout: 0 if as many are far above as far below.",
 }
-"""By key, each in plain English."""
+"""The meaning of each key."""
 
 
 class UnknownKeyError(ValueError):
-    """A key that nothing logs, with the nearest that there is."""
+    """No algorithm logs a key of this name; the message names the nearest key."""
 
 
 def full_key(name: str) -> str:
     """
-    :param name: a key, or what it has after the slash
+    :param name: a key, or its part after the slash
     :return: the key
-    :raises UnknownKeyError: if it is none of :data:`MEANINGS`
+    :raises UnknownKeyError: if :data:`MEANINGS` has no such key
     """
     if name in MEANINGS:
         return name

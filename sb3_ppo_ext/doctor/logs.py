@@ -14,14 +14,14 @@ _EVENTS = "events.out.tfevents"
 
 
 class LogError(ValueError):
-    """A log that is not there or cannot be read, in words for whoever named it."""
+    """A log is missing or cannot be read; the message is for the user."""
 
 
 def read_runs(path: Path) -> list[Run]:
     """
-    :param path: a log, or a folder with any number of them in it and below it
-    :return: the runs; one a folder, where it has several logs of one run
-    :raises LogError: if there is none, or one that cannot be read
+    :param path: a log, or a folder with any number of logs in it or below it
+    :return: the runs; several logs of one run in a folder count as one
+    :raises LogError: if there is no log, or one cannot be read
     """
     if not path.exists():
         raise LogError(f"{path} does not exist")
@@ -78,7 +78,7 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            if number == len(lines) - 1:  # of a training that was killed while it wrote
+            if number == len(lines) - 1:  # the training was killed while it wrote this line
                 return
             raise
         if isinstance(row, dict):
@@ -87,8 +87,8 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _read_events(path: Path, name: str) -> Run:
     """
-    :param path: an event file, or a folder with those of one run
-    :param name: of the run
+    :param path: an event file, or a folder with the event files of one run
+    :param name: name of the run
     """
     try:
         from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]

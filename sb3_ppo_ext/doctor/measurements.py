@@ -1,4 +1,4 @@
-"""What logs lack and a callback can see: the spread of advantages and returns, and limits that a rule compares with."""
+"""Values for rules that logs lack and a callback can read: the spread of advantages and returns, and some settings."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch as th
 
 SETTINGS = ("gamma", "ent_coef", "max_grad_norm", "kl_coef_min", "kl_coef_max")
-"""Hyper-parameters that rules compare with, and that algorithms do not log, or not all of them."""
+"""Hyper-parameters that rules need and that not all algorithms log."""
 
 
 def measurements(model: Any) -> dict[str, float]:
     """
     :param model: an on-policy algorithm at the end of a rollout
-    :return: by the name that they are logged under, after ``doctor/``
+    :return: values by the names under which they are logged, after ``doctor/``
     """
     found: dict[str, float] = {}
     for name in SETTINGS:
@@ -23,7 +23,7 @@ def measurements(model: Any) -> dict[str, float]:
             found[name] = float(value)
     returns = _numbers(model.rollout_buffer.returns)
     found["return_mean"], found["return_std"] = returns.mean().item(), returns.std(correction=0).item()
-    if getattr(model, "baseline", "value") == "value":  # REINFORCE's other baselines do not go into the buffer
+    if getattr(model, "baseline", "value") == "value":  # the buffer lacks those of REINFORCE's other baselines
         advantages = _numbers(model.rollout_buffer.advantages)
         mean, std = advantages.mean().item(), advantages.std(correction=0).item()
         found["advantage_mean"], found["advantage_std"] = mean, std

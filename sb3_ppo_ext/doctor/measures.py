@@ -1,4 +1,4 @@
-"""What rules compare with their limits: series that follow from those that were logged. None: the log lacks them."""
+"""The series that rules compare with their limits, computed from the log; None where the log lacks what they need."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sb3_ppo_ext.doctor.run import Run, Series
 Measure = Callable[[Run], Series | None]
 
 _WINDOW = 10  # updates over which failures are counted
-_FOR_SLOPE = 10  # rows that a slope takes at least
-_EPISODES = 10  # that have to be alike before that means something
-_FIRST = 5  # rows that say what was usual at the beginning
-# Bounds of AdaptiveKLPPO's coefficient where nothing has logged them: its defaults.
+_FOR_SLOPE = 10  # fewest rows for a slope
+_EPISODES = 10  # fewest episodes whose equal returns mean something
+_FIRST = 5  # rows that count as the beginning
+# Bounds of AdaptiveKLPPO's coefficient where they were not logged: its defaults.
 KL_COEF_MIN, KL_COEF_MAX = 1e-4, 1e4
 
 
 def logged(*keys: str) -> Measure:
-    """The first of these keys that was logged, as it is."""
+    """The logged series of the first of these keys that the log has."""
     return lambda run: next((run.series[key] for key in keys if key in run.series), None)
 
 
 def _aligned(run: Run, *keys: str) -> tuple[np.ndarray, ...] | None:
-    """Steps at which all of these keys were logged, and their values there; None, if there are none."""
+    """Steps at which all of these keys were logged, and their values; None if there are no such steps."""
     if any(key not in run.series for key in keys):
         return None
     columns = [dict(zip(*run.series[key], strict=True)) for key in keys]
@@ -36,12 +36,14 @@ def _aligned(run: Run, *keys: str) -> tuple[np.ndarray, ...] | None:
 
 def until_learnt(measure: Measure, at_least: float = np.nan) -> Measure:
     """
-    A measure that is judged otherwise where the mean return is well above its beginning and near its best. Returns then
-    hardly vary any more, and what is divided by their spread says nothing; and a policy may be sure of what it does.
+    Relax a measure where the task is learnt: where the mean return is well above its beginning and near its best.
+    Returns then hardly vary, so that values divided by their spread say nothing, and a policy may be nearly
+    deterministic.
 
     :param measure: the measure
-    :param at_least: what it is there at least; by default it is NaN there, which is beyond no limit
-    :return: another
+    :param at_least: lower bound of the measure where the task is learnt; by default, the measure is NaN there, which is
+        beyond no limit
+    :return: the relaxed measure
     """
 
     def until(run: Run) -> Series | None:
@@ -59,8 +61,8 @@ def until_learnt(measure: Measure, at_least: float = np.nan) -> Measure:
 
 
 def not_finite(run: Run) -> Series | None:
-    """1 where a loss, a statistic or a return is no finite number, else 0."""
-    # Where nothing varies, the explained variance is no number; and no episode may have ended yet.
+    """1 where a loss, a statistic or a return is NaN or infinite, else 0."""
+    # The explained variance is NaN where returns do not vary, the success rate before an episode has ended.
     exempt = ("train/explained_variance", "rollout/success_rate")
     checked = [run.series[key] for key in run.series if key.startswith(("train/", "rollout/")) and key not in exempt]
     if not checked:
@@ -72,7 +74,7 @@ def not_finite(run: Run) -> Series | None:
 
 
 def kl(run: Run) -> Series | None:
-    """The KL divergence of an update, where it has no target of its own that it is to be compared with."""
+    """The KL divergence of an update, where no target was logged to compare it with."""
     if "train/target_kl" in run.series:
         return None
     return logged("train/approx_kl", "train/kl", "train/kl_divergence_loss")(run)
@@ -85,7 +87,7 @@ def kl_over_target(run: Run) -> Series | None:
 
 
 def _entropy(run: Run) -> Series | None:
-    """Of policies with discrete actions: that of others may be below 0, and they have a standard deviation."""
+    """The entropy of policies with discrete actions. With Box actions it may be below 0, and `train/std` is logged."""
     if "train/entropy_loss" not in run.series or "train/std" in run.series:
         return None
     steps, values = run.series["train/entropy_loss"]
@@ -103,8 +105,8 @@ def entropy_left(run: Run) -> Series | None:
 
 def entropy_slope(run: Run) -> Series | None:
     """
-    The slope of a straight line through the entropy from the first row to each: what the line falls, as a share of the
-    first entropy, and the most so far. NaN for the first rows, which are too few for a slope.
+    How far the entropy has fallen: the fall of a straight line fitted to the rows so far, as a share of the first
+    entropy; the largest value so far. NaN for the first rows, which are too few for a slope.
     """
     entropy = _entropy(run)
     if entropy is None or entropy.values[0] <= 0.0:
@@ -126,8 +128,8 @@ def std_growth(run: Run) -> Series | None:
 
 def best_explained_variance(run: Run) -> Series | None:
     """
-    The largest explained variance so far. NaN where the error of the critic has halved since the beginning, by medians
-    of five rows: such a critic is learning how large the returns are, which comes before how they vary.
+    The largest explained variance so far. NaN where the critic's loss has halved since the beginning (medians of five
+    rows): such a critic is still learning the scale of the returns, before their variation.
     """
     found = logged("train/explained_variance")(run)
     if found is None:
@@ -149,7 +151,7 @@ def no_explained_variance(run: Run) -> Series | None:
 
 
 def critic_error(run: Run) -> Series | None:
-    """By how much the critic is off: the root of its mean squared error."""
+    """The error of the critic: the root of its mean squared error."""
     found = logged("train/value_loss")(run)
     return None if found is None else Series(found.steps, np.sqrt(np.abs(found.values)))
 
@@ -164,13 +166,13 @@ def advantage_bias(run: Run) -> Series | None:
 
 
 def advantage_skew(run: Run) -> Series | None:
-    """How far the advantages are from symmetric, whichever side is longer."""
+    """The absolute skewness of the advantages."""
     found = logged("doctor/advantage_skew")(run)
     return None if found is None else Series(found.steps, np.abs(found.values))
 
 
 def gradient_over_limit(run: Run) -> Series | None:
-    """The mean norm of the gradients before they are clipped, as a multiple of what they are clipped to."""
+    """The mean norm of the gradients before clipping, as a multiple of ``max_grad_norm``."""
     limit = run.last("doctor/max_grad_norm")
     found = logged("train/grad_norm")(run)
     return None if found is None or not limit else Series(found.steps, found.values / limit)
@@ -186,7 +188,7 @@ def line_search_failures(run: Run) -> Series | None:
 
 
 def at_bound(run: Run) -> Series | None:
-    """2 where the coefficient of the KL penalty is at its upper bound, 1 at its lower one, else 0."""
+    """2 where the coefficient of the KL penalty is at its upper bound, 1 where it is at its lower bound, else 0."""
     found = logged("train/kl_coef")(run)
     if found is None:
         return None
@@ -196,7 +198,7 @@ def at_bound(run: Run) -> Series | None:
 
 
 def _horizon(run: Run) -> tuple[float, Series] | None:
-    """The steps that gamma looks ahead, 1 / (1 - gamma), and the mean lengths of episodes."""
+    """The horizon of gamma, 1 / (1 - gamma) steps, and the mean lengths of episodes."""
     gamma = run.last("doctor/gamma")
     lengths = logged("rollout/ep_len_mean")(run)
     if gamma is None or lengths is None:
@@ -205,7 +207,7 @@ def _horizon(run: Run) -> tuple[float, Series] | None:
 
 
 def horizon_steps(run: Run) -> Series | None:
-    """The steps that gamma looks ahead; infinite where that is at least half an episode."""
+    """The horizon of gamma in steps; infinite where it is at least half an episode."""
     found = _horizon(run)
     if found is None:
         return None
@@ -214,7 +216,7 @@ def horizon_steps(run: Run) -> Series | None:
 
 
 def horizon_share(run: Run) -> Series | None:
-    """The steps that gamma looks ahead as a share of an episode's length."""
+    """The horizon of gamma as a share of an episode's length."""
     found = _horizon(run)
     if found is None:
         return None
@@ -223,7 +225,7 @@ def horizon_share(run: Run) -> Series | None:
 
 
 def unchanged_returns(run: Run) -> Series | None:
-    """1 as long as all episodes since the beginning have had one return, and there were several; else 0."""
+    """1 while all episodes since the beginning have had the same return, after at least ten of them; else 0."""
     found = _aligned(run, "rollout/ep_rew_mean", "rollout/ep_len_mean")
     if found is None:
         return None
@@ -234,7 +236,7 @@ def unchanged_returns(run: Run) -> Series | None:
 
 
 def speed(run: Run) -> Series | None:
-    """Steps a second since the beginning, as a share of the fastest row after the first few."""
+    """Steps per second since the beginning, as a share of the best value so far, without the first rows."""
     found = logged("time/fps")(run)
     if found is None or len(found.values) <= _FIRST:
         return None

@@ -1,4 +1,4 @@
-"""A diagnosis as one page of HTML that needs nothing else: for a screen of any size, and for paper."""
+"""A diagnosis as one HTML page that loads no other files, for screens of any size and for paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sb3_ppo_ext.doctor.document import document
 from sb3_ppo_ext.doctor.keys import MEANINGS
 from sb3_ppo_ext.doctor.run import Run
 
-# Drawn first, in this order; what else was logged follows. Settings that never change are left out.
+# Keys that are drawn first, in this order. The other keys follow, without those that never change.
 _FIRST_KEYS = (
     "rollout/ep_rew_mean", "eval/mean_reward", "rollout/ep_len_mean", "rollout/success_rate", "train/approx_kl",
     "train/kl", "train/clip_fraction", "train/ratio_max", "train/entropy_loss", "train/std",
@@ -24,7 +24,7 @@ _NO_CHARTS = ("time/total_timesteps", "time/iterations", "time/time_elapsed", "t
 
 def page(diagnoses: Sequence[Diagnosis]) -> str:
     """
-    :param diagnoses: of one run or several
+    :param diagnoses: diagnoses of one or several runs
     :return: the page
     """
     one = len(diagnoses) == 1
@@ -56,7 +56,7 @@ def _section(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.blind:
         items = "".join(f"<li>{escape(rule.title)}</li>" for rule in diagnosis.blind)
         parts.append(
-            f"<h2>Not looked for</h2><p>The log lacks what <code>DoctorCallback</code> adds to it.</p><ul>{items}</ul>"
+            f"<h2>Not looked for</h2><p>The log lacks keys that <code>DoctorCallback</code> logs.</p><ul>{items}</ul>"
         )
     return parts
 
@@ -67,7 +67,7 @@ def _card(finding: Finding, run: Run) -> str:
     series = rule.measure(run)
     write = percentage if rule.is_percentage else number
     caption = f"The limit, {write(limits[0].value)}, is dashed."
-    if rule.is_flag:  # a picture of 0 and 1 shows nothing
+    if rule.is_flag:  # a chart of 0 and 1 shows nothing, so the logged series is drawn
         key = next(key for key in rule.keys if key in run.series)
         series, limits, caption = run.series[key], [], key
     drawing = "" if series is None else chart(series, rule.title, limits, finding.since, finding.until)
@@ -103,5 +103,5 @@ def _charts(diagnosis: Diagnosis) -> list[str]:
 
 
 def _marked(text: str) -> str:
-    """With names in backticks as code."""
+    """Escape a text, and mark names in backticks as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))

@@ -1,8 +1,9 @@
 """
-The rules: what is measured, from where on it is worth a look or an alarm, what it usually means, what to change first.
+The rules: what is measured, beyond which limits it is worth a look or an alarm, what it usually means, and what to
+change first.
 
-In ``first``, words in braces are those of the algorithm (:mod:`sb3_ppo_ext.doctor.algorithms`). Causes stand before
-what follows from them: findings are given in this order.
+In ``first``, words in braces are replaced by those of the algorithm (:mod:`sb3_ppo_ext.doctor.algorithms`). Causes come
+before their consequences, and findings are listed in this order.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ _LIMITS = "the numbers are this package's own, tried on the recorded runs of its
 @dataclass(frozen=True)
 class Rule:
     """
-    :param name: of the rule
-    :param title: of what it finds
+    :param name: name of the rule
+    :param title: title of its findings
     :param measure: the series that is compared with the limits
-    :param quantity: what that series is, as the subject of a sentence; of a flag, which is 0 or 1, the whole sentence
+    :param quantity: what that series is, as the subject of a sentence; for a flag, the whole sentence
     :param watch: a value beyond this is worth a look
-    :param alarm: a value beyond this needs a change; None: none does
+    :param alarm: a value beyond this needs a change; None if no value does
     :param meaning: what it usually means
     :param first: what to change first
     :param source: where the limits come from
-    :param keys: what is logged of it, for plots and explanations
-    :param below: whether values below the limits are beyond them, rather than those above
-    :param streak: so many values in a row must be beyond a limit
-    :param after_start: whether the first rows do not count: a tenth of all, and five at least
-    :param is_percentage: whether the series is a share, to be written as a percentage
-    :param is_flag: whether the series is 0 or not
+    :param keys: logged keys that it is about, for plots and explanations
+    :param below: whether values below the limits count as beyond them, instead of values above
+    :param streak: how many consecutive values must be beyond a limit
+    :param after_start: whether the first tenth of the rows, at least five, is left out
+    :param is_percentage: whether the series is a share, which is written as a percentage
+    :param is_flag: whether the series only says yes (not 0) or no (0)
     :param needs: keys that :class:`DoctorCallback` adds to a log, without which there is nothing to compare
     """
 
@@ -62,10 +63,11 @@ class Rule:
 
 RULES = (
     Rule(
-        "not_finite", "Something is no number", measures.not_finite,
+        "not_finite", "A logged value is NaN or infinite", measures.not_finite,
         "A loss, a statistic or a return was NaN or infinite",
         watch=0.5, alarm=0.5, streak=1, is_flag=True,
-        meaning="The networks or the environments have produced NaN or infinity. What is learnt from then on is lost.",
+        meaning="The networks or the environments have produced NaN or infinity. Whatever is learnt from then on is "
+        "lost.",
         first="Wrap the environments in Stable-Baselines3's `VecCheckNan` to see where it begins. If it begins in the "
         "update: {smaller}, and bring the rewards to a scale of about 1 with `VecNormalize`.",
         source='Stable-Baselines3, guide "Dealing with NaNs and infs"',
@@ -77,7 +79,7 @@ RULES = (
         watch=0.01, alarm=0.03,
         meaning="The steps of the optimiser are so long that they overshoot: values swing, and a policy collapses onto "
         "one action within a few updates, often for good.",
-        first="Lower `learning_rate`, which is for {rate}; 1e-5 to 2e-3 is usual.",
+        first="Lower `learning_rate`, which applies to {rate}; 1e-5 to 2e-3 is usual.",
         source=f"{_ZOO}: 1e-5 to 2e-3; above that, {_LIMITS}",
         keys=("train/learning_rate",),
     ),
@@ -103,9 +105,9 @@ RULES = (
     ),
     Rule(
         "gamma", "The agent looks only a few steps ahead", measures.horizon_steps,
-        "The number of steps that `gamma` looks ahead, 1 / (1 - gamma), in episodes of more than twice as many,",
+        "The number of steps that `gamma` looks ahead, 1 / (1 - gamma), where episodes are more than twice as long,",
         watch=5.0, alarm=2.0, below=True, needs=("doctor/gamma",),
-        meaning="Rewards that come later than that hardly count, so nothing is done for their sake.",
+        meaning="Rewards that come later than that hardly count, so the agent does nothing to get them.",
         first="Raise `gamma`; 0.9 to 0.9999 is usual, and 0.99 the default.",
         source=f"{_ENTRIES}: 0.9 to 0.9999; below that, {_LIMITS}",
         keys=("doctor/gamma", "rollout/ep_len_mean"),
@@ -115,9 +117,9 @@ RULES = (
         "The mean return of the episodes, `rollout/ep_rew_mean`, has not changed once",
         watch=0.5, alarm=0.5, is_flag=True,
         meaning="There is nothing to learn from: the reward is constant, or the agent has never done what is rewarded.",
-        first="Look at the rewards of some episodes of random actions. If they are all alike, mend the environment. If "
-        "the goal is never reached, reward steps towards it. To explore more: {entropy_up}; for Box actions there is "
-        "`use_sde=True`, too.",
+        first="Look at the rewards of some episodes of random actions. If they are all the same, fix the environment. "
+        "If the goal is never reached, reward steps towards it. To explore more: {entropy_up}; with Box actions, also "
+        "try `use_sde=True`.",
         source=f"{_NUTS}: look at random actions first; {_LIMITS}",
         keys=("rollout/ep_rew_mean",),
     ),
@@ -126,19 +128,19 @@ RULES = (
         "The error of the critic, the root of `train/value_loss`,",
         watch=300.0, alarm=1000.0, after_start=True,
         meaning="The critic begins with values near 0 and moves towards the returns in small steps; where they are in "
-        "the thousands, it does not get there. Where `max_grad_norm` is for actor and critic together, the critic also "
-        "leaves the actor next to nothing of a gradient step.",
+        "the thousands, it does not get there. Where `max_grad_norm` clips actor and critic together, the gradient of "
+        "the critic also leaves hardly anything of the actor's.",
         first="Bring the returns to a scale of about 1: wrap the environments in `VecNormalize` (`normalize: true` in "
         "a YAML entry), or divide the rewards by a number.",
         source=f"{_NUTS}: rescale the rewards; {_LIMITS}",
         keys=("train/value_loss", "train/grad_norm"),
     ),
     Rule(
-        "constant_targets", "The returns of a rollout are all alike", measures.no_explained_variance,
-        "`train/explained_variance` is no number, because what the critic is to learn does not vary",
+        "constant_targets", "The returns of a rollout are all the same", measures.no_explained_variance,
+        "`train/explained_variance` is NaN, because the returns that the critic learns do not vary",
         watch=0.5, alarm=0.5, is_flag=True,
-        meaning="By these returns no action is better than another. Either `gamma` is 0 and each step has the same "
-        "reward, or the rewards are 0 throughout.",
+        meaning="Judged by these returns, no action is better than another. Either `gamma` is 0 and each step has the "
+        "same reward, or the rewards are 0 throughout.",
         first="Look at `gamma`, and at the rewards of some episodes of random actions.",
         source="Stable-Baselines3, explained_variance(): NaN where the returns do not vary",
         keys=("train/explained_variance",),
@@ -147,7 +149,7 @@ RULES = (
         "kl", "The policy moves too far in one update", measures.kl,
         "The KL divergence of an update",
         watch=0.02, alarm=0.1,
-        meaning="The samples of a rollout say little about a policy this far from the one that has drawn them. The "
+        meaning="The samples of a rollout say little about a policy this far from the one that drew them. The "
         "returns often drop after such an update.",
         first="{smaller}. {brake}",
         source=f"{_37}: usually below 0.02; {_PPO}, table 1: targets of 0.003 to 0.03; of the alarm, {_LIMITS}",
@@ -157,7 +159,7 @@ RULES = (
         "kl_over_target", "Updates go far beyond the target KL", measures.kl_over_target,
         "The exact KL divergence of an update, as a multiple of `target_kl`,",
         watch=2.0, alarm=10.0,
-        meaning="The penalty is too weak for steps of this length, and its coefficient cannot follow fast enough.",
+        meaning="The penalty is too weak for steps of this length, and its coefficient cannot adapt fast enough.",
         first="{smaller}. {brake}",
         source=f"{_PPO}, section 4: the coefficient is doubled above 1.5 times the target; {_LIMITS}",
         keys=("train/kl", "train/target_kl", "train/kl_coef"),
@@ -175,17 +177,17 @@ RULES = (
         "ratio_max", "Single actions become many times as probable in one update", logged("train/ratio_max"),
         "`train/ratio_max`, the largest ratio of a new to an old probability,",
         watch=30.0, alarm=1000.0,
-        meaning="Single samples rule the update: the policy has gone where its old samples hardly ever were.",
+        meaning="Single samples dominate the update: actions that hardly ever occur in the rollout have become likely.",
         first="{smaller}. {brake}",
         source=f"Ye et al. 2020, arXiv 1912.09729: large ratios are what the second clip is for; {_LIMITS}",
         keys=("train/ratio_max",),
     ),
     Rule(
-        "entropy_left", "The policy has stopped to explore", until_learnt(measures.entropy_left, at_least=0.003),
-        "The entropy of the policy, as a share of what it was at most,",
+        "entropy_left", "The policy has stopped exploring", until_learnt(measures.entropy_left, at_least=0.003),
+        "The entropy of the policy, as a share of its largest value,",
         watch=0.03, alarm=0.003, below=True, is_percentage=True,
-        meaning="In each place it nearly always takes the same action, so it finds nothing better. That is as it "
-        "should be where the task is solved, and too early where it is not.",
+        meaning="In each state it nearly always takes the same action, so it finds nothing better. That is fine if "
+        "the task is solved, and too early if it is not.",
         first="{smaller}. {entropy_up}.",
         source=f"{_NUTS}: when the entropy drops too early, nothing is learnt; {_LIMITS}",
         keys=("train/entropy_loss",),
@@ -205,7 +207,7 @@ RULES = (
         "std_growth", "The actions become more and more random", measures.std_growth,
         "The standard deviation of the actions, as a multiple of the first,",
         watch=2.0, alarm=5.0,
-        meaning="`log_std` runs off upwards. Actions beyond the bounds of the space are cut off and have the same "
+        meaning="`log_std` keeps growing. Actions beyond the bounds of the space are cut off and have the same "
         "effect, so nothing pulls it back.",
         first="{entropy_down}. Without such a weight, look at the rewards: where nothing is learnt, `log_std` wanders.",
         source=f"{_NUTS}: watch the entropy; {_LIMITS}",
@@ -215,7 +217,7 @@ RULES = (
         "std_collapse", "The actions have lost their spread", until_learnt(measures.std_growth, at_least=0.01),
         "The standard deviation of the actions, as a multiple of the first,",
         watch=0.05, alarm=0.01, below=True,
-        meaning="`log_std` runs off downwards: nothing new is tried, and ratios of probabilities become extreme.",
+        meaning="`log_std` keeps falling: nothing new is tried, and probability ratios become extreme.",
         first="{smaller}. {entropy_up}.",
         source=f"{_NUTS}: watch the entropy; {_LIMITS}",
         keys=("train/std", "train/entropy_loss"),
@@ -224,8 +226,8 @@ RULES = (
         "critic_learns_nothing", "The critic explains nothing of the returns", measures.best_explained_variance,
         "The largest `train/explained_variance` so far",
         watch=0.05, alarm=0.05, below=True, streak=10, after_start=True,
-        meaning="A critic that always says the same number would do as well. It is not trained, too small, trained too "
-        "slowly, or sees observations that do not tell what will come.",
+        meaning="A critic that always predicts the same number would do as well. It is not trained, too small, trained "
+        "too slowly, or sees observations that do not predict the returns.",
         first="Check that {critic_is_trained}. {critic}.",
         source=f"{_NUTS}: of a critic that helps it is between 0 and 1; {_LIMITS}",
         keys=("train/explained_variance", "train/value_loss"),
@@ -234,8 +236,8 @@ RULES = (
         "explained_variance", "The critic is worse than none", until_learnt(logged("train/explained_variance")),
         "`train/explained_variance`",
         watch=-0.05, alarm=None, below=True, after_start=True,
-        meaning="Its values add noise to the advantages: always saying the mean return would be better. It lags behind "
-        "a policy that changes fast, or has fitted earlier rollouts too closely.",
+        meaning="Its values add noise to the advantages: always predicting the mean return would be better. It lags "
+        "behind a policy that changes fast, or has fitted earlier rollouts too closely.",
         first="{critic}. {samples}.",
         source=f"{_NUTS}: below 0 it is worse than predicting nothing; to -0.05 it may be chance",
         keys=("train/explained_variance", "train/value_loss"),
@@ -261,11 +263,11 @@ RULES = (
         keys=("doctor/advantage_skew",),
     ),
     Rule(
-        "gradient_clipping", "Of the gradients hardly anything is left", measures.gradient_over_limit,
+        "gradient_clipping", "Clipping leaves hardly anything of the gradients", measures.gradient_over_limit,
         "The mean norm of the gradients, as a multiple of `max_grad_norm`,",
         watch=1000.0, alarm=None, after_start=True, needs=("doctor/max_grad_norm",),
-        meaning="They are clipped to a small part of themselves, so every step has the same length. Where actor and "
-        "critic are clipped together, the loss of the critic drowns that of the actor.",
+        meaning="They are clipped to a small part of their norm, so every step has the same length. Where actor and "
+        "critic are clipped together, the gradient of the critic drowns out that of the actor.",
         first="Bring the returns to a scale of about 1 with `VecNormalize`, or lower `vf_coef`.",
         source=_LIMITS,
         keys=("train/grad_norm",),
@@ -293,7 +295,7 @@ RULES = (
     ),
     Rule(
         "horizon", "Episodes are far longer than the agent looks ahead", measures.horizon_share,
-        "What `gamma` looks ahead, 1 / (1 - gamma) steps, as a share of an episode,",
+        "The number of steps that `gamma` looks ahead, 1 / (1 - gamma), as a share of an episode,",
         watch=0.02, alarm=None, below=True, is_percentage=True, needs=("doctor/gamma",),
         meaning="What happens at the end of an episode does not count at its beginning. That does no harm where good "
         "steps are rewarded at once, and much where a goal is rewarded late.",
@@ -303,7 +305,7 @@ RULES = (
     ),
     Rule(
         "speed", "The training has become slower", measures.speed,
-        "`time/fps`, the steps a second since the beginning, as a share of the best,",
+        "`time/fps`, the steps per second since the beginning, as a share of the best value,",
         watch=0.5, alarm=None, below=True, is_percentage=True,
         meaning="Steps take longer than before: another program needs the processor, the environments become slower "
         "as the agent gets further, or something grows that is never emptied.",

@@ -1,4 +1,4 @@
-"""What a training has logged."""
+"""The log of a training."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 N_PARTS = 50
-"""A longer series is judged and drawn in so many parts, each by its median."""
+"""A longer series is judged and drawn by the medians of this many parts."""
 
 STEP = "time/total_timesteps"
 
 
 class Series(NamedTuple):
     """
-    What was logged under one key.
+    The values that were logged under one key.
 
-    :param steps: of the environments, at each row
-    :param values: the value there, as many
+    :param steps: environment step of each row
+    :param values: value in each row
     """
 
     steps: np.ndarray
     values: np.ndarray
 
     def in_parts(self) -> Series:
-        """At most :data:`N_PARTS` medians of rows that follow each other, each with the first of its steps."""
+        """At most :data:`N_PARTS` medians of consecutive rows, each with the first of their steps."""
         if len(self.values) <= N_PARTS:
             return self
         steps, values = (np.array_split(array, N_PARTS) for array in self)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a part in which nothing is a number
+            warnings.simplefilter("ignore", RuntimeWarning)  # a part with NaN alone
             medians = [np.nanmedian(part) for part in values]
         return Series(np.array([part[0] for part in steps]), np.array(medians))
 
@@ -40,10 +40,10 @@ class Series(NamedTuple):
 @dataclass(frozen=True)
 class Run:
     """
-    A training, as far as it was logged.
+    The log of a training.
 
-    :param name: of the run, for whoever reads about it
-    :param series: by their keys
+    :param name: name of the run
+    :param series: series by their keys
     """
 
     name: str
@@ -51,23 +51,23 @@ class Run:
 
     @property
     def n_rows(self) -> int:
-        """How many times the longest series was logged."""
+        """Number of rows of the longest series."""
         return max((len(series.steps) for series in self.series.values()), default=0)
 
     @property
     def n_steps(self) -> int:
-        """Steps of the environments until the last row."""
+        """Environment steps until the last row."""
         return max((int(series.steps[-1]) for series in self.series.values()), default=0)
 
     def last(self, *keys: str) -> float | None:
-        """The last value of the first of these keys that was logged; None, if none was."""
+        """The last value of the first of these keys that the log has; None if it has none of them."""
         return next((float(self.series[key].values[-1]) for key in keys if key in self.series), None)
 
 
 def run_of_rows(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Run:
     """
-    :param name: of the run
-    :param rows: each with its step, and numbers by their keys; all else is left out
+    :param name: name of the run
+    :param rows: rows with their steps, and values by their keys; values that are not numbers are left out
     :return: the run, with its rows in the order of their steps
     """
     columns: dict[str, list[tuple[int, float]]] = {}

@@ -1,18 +1,18 @@
 """
 Losses of policy-gradient methods, and the advantages and returns they learn from: pure functions of tensors that need
-torch and nothing else.
+only torch.
 
-A ``*_loss`` is elementwise and minimised; the caller reduces it. Tensors may have any shape, the same for all; ``mask``
-is 1 or True where an element counts. A hyper-parameter is a number, which is checked, or a 0-d tensor, whose value is
-not read on the host, so that schedules can enter a compiled graph. Advantages and returns are made of whole rollouts,
-of shape ``(T, n_envs)``; see :mod:`sb3_ppo_ext.losses.targets`.
+A ``*_loss`` is elementwise and is to be minimised; the caller reduces it. All tensors of a call have the same shape,
+which may be any; ``mask`` is 1 or True where an element counts. A hyper-parameter is a number, which is checked, or a
+0-d tensor, whose value is not read on the host, so that schedules can enter a compiled graph. Advantages and returns
+are computed from whole rollouts of shape ``(T, n_envs)``; see :mod:`sb3_ppo_ext.losses.targets`.
 
-Tensors of 16 bits (float16, bfloat16) are computed with in float32, and what comes back is float32: the ratio e^20 and
-the sum of a long batch are no numbers in float16. Their gradients arrive in 16 bits, as autograd has it; one beyond
-65504 is infinite in float16. Everything else keeps its dtype.
+Inputs of 16 bits (float16, bfloat16) are converted to float32, and the results are float32: the ratio e^20 and the sum
+over a long batch overflow in float16. Their gradients have the dtype of the inputs, as always in autograd; a gradient
+beyond 65504 is infinite in float16. All other dtypes are kept.
 
-A mask that holds anything but 0 and 1 is refused on the CPU. On other devices, and in a graph that is traced or
-compiled, its values are not looked at, and what is not 0 counts as 1::
+On the CPU, a mask with values other than 0 and 1 is refused. On other devices, and in a graph that is traced or
+compiled, the values are not checked, and everything except 0 counts as 1::
 
     import torch as th
     from sb3_ppo_ext import losses

@@ -1,6 +1,6 @@
 """
-What every loss does with its arguments before it computes: check them, widen what is too narrow to compute in, and
-blank what the mask excludes.
+What every loss does with its arguments first: check them, convert 16-bit tensors to float32, and zero the elements that
+the mask excludes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Scalar = float | th.Tensor
 ScalarOrNone = TypeVar("ScalarOrNone", bound=Scalar | None)
 
 _NARROW = (th.float16, th.bfloat16)
-_NUMBERS = (Real, th.SymInt, th.SymFloat)  # the latter stand for numbers while a graph is traced
+_NUMBERS = (Real, th.SymInt, th.SymFloat)  # the symbolic numbers occur while a graph is traced
 
 
 def check_same_shape(**tensors: th.Tensor | None) -> None:
     """
     Refuse tensors that torch would silently broadcast against each other.
 
-    :param tensors: by argument name; the first one sets the shape, None stands for an argument that was not given
-    :raises ValueError: if a shape differs from the first one's
+    :param tensors: tensors by argument name; the first one sets the shape, None is an argument that was not given
+    :raises ValueError: if a shape differs from that of the first tensor
     """
     arguments = iter(tensors.items())
     reference_name, reference = next(arguments)
@@ -38,10 +38,10 @@ def check_same_shape(**tensors: th.Tensor | None) -> None:
 
 def check_not_empty(**tensors: th.Tensor) -> None:
     """
-    Refuse a tensor without elements, which has no smallest and no largest.
+    Refuse a tensor without elements, which has no minimum and no maximum.
 
-    :param tensors: by argument name
-    :raises ValueError: if one has no element
+    :param tensors: tensors by argument name
+    :raises ValueError: if a tensor has no element
     """
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
@@ -59,20 +59,20 @@ def checked_scalar(
     optional: bool = False,
 ) -> ScalarOrNone:
     """
-    Refuse a hyper-parameter that is no number or out of range.
+    Refuse a hyper-parameter that is not a number or is out of range.
 
-    The value of a tensor is not looked at, since that would wait for the device.
+    The value of a tensor is not read, since the host would have to wait for the device.
 
-    :param name: of the argument
+    :param name: name of the argument
     :param value: a number, a 0-d tensor, or None for "not given" where that is allowed
     :param minimum: the smallest value allowed
     :param maximum: the largest value allowed
     :param exclusive: whether ``minimum`` itself is refused
     :param finite: whether infinity is refused
     :param optional: whether None is allowed
-    :return: the value; a tensor as :func:`widened` gives it
-    :raises ValueError: if it is neither a number nor a tensor, a number is out of range (NaN always is), or a tensor is
-        not 0-d
+    :return: the value; a tensor of 16 bits in float32
+    :raises ValueError: if the value is neither a number nor a tensor, is a number out of range (NaN always is), or is a
+        tensor that is not 0-d
     """
     if value is None and optional:
         return value
@@ -95,23 +95,23 @@ def checked_scalar(
 
 def widened(tensor: th.Tensor) -> th.Tensor:
     """
-    A tensor of 16 bits in float32, any other as it is. In 16 bits a ratio of e^12 overflows and a sum of ones stops at
-    2048 (float16) or 256 (bfloat16).
+    Convert a tensor of 16 bits to float32, and return any other unchanged. In 16 bits a ratio of e^12 overflows, and a
+    sum of ones stops at 2048 (float16) or 256 (bfloat16).
     """
     return tensor.float() if tensor.dtype in _NARROW else tensor
 
 
 def prepared(mask: th.Tensor | None, *tensors: th.Tensor) -> tuple[th.Tensor, ...]:
     """
-    Put 0 where the mask excludes an element, and widen what is too narrow to compute in.
+    Set the elements that the mask excludes to 0, and convert tensors of 16 bits to float32.
 
-    To be applied to inputs: a ``th.where`` on a result hides a NaN from the value, but the gradient of what lies before
-    it is still 0 * NaN = NaN.
+    This must be applied to the inputs: ``th.where`` on a result keeps a NaN out of the value, but its gradient with
+    respect to the inputs is still 0 * NaN = NaN.
 
     :param mask: 1 or True where an element counts, or None if all do
     :param tensors: each of the mask's shape
     :return: the tensors, in the same order
-    :raises ValueError: if the mask holds something else, as far as that can be seen: see :func:`_check_mask`
+    :raises ValueError: if the mask has other values, where they can be checked: see :func:`_check_mask`
     """
     if mask is None:
         return tuple(widened(tensor) for tensor in tensors)
@@ -122,13 +122,13 @@ def prepared(mask: th.Tensor | None, *tensors: th.Tensor) -> tuple[th.Tensor, ..
 
 def _check_mask(mask: th.Tensor, keep: th.Tensor) -> None:
     """
-    Refuse a mask that is neither 0 nor 1 somewhere: it would count as 1, whatever the caller meant by it.
+    Refuse a mask with a value other than 0 and 1: it would count as 1, whatever the caller meant.
 
-    Only where it costs little: elsewhere than on the CPU, the host would wait for the device; and a graph that is
-    traced, compiled or mapped over a batch (``vmap``) has no values to look at.
+    Only masks on the CPU are checked, as the host would have to wait for another device. A graph that is traced,
+    compiled or mapped over a batch (``vmap``) has no values to check.
 
-    :param mask: as the caller gave it
-    :param keep: the same as bool
+    :param mask: the mask as the caller gave it
+    :param keep: the mask as bool
     :raises ValueError: naming a value that is neither 0 nor 1
     """
     if mask.dtype == th.bool or mask.device.type != "cpu" or th.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""From elementwise losses to one number."""
+"""Reduction of elementwise losses to one number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def masked_mean(x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
 
     :param x: any shape
     :param mask: m, 1 or True where an element counts, same shape; None if all do
-    :return: 0-d; 0 with gradient 0 if no element counts. What the mask excludes, NaN too, reaches neither.
+    :return: 0-d; 0 with gradient 0 if no element counts. Excluded elements, NaN included, affect neither.
     :raises ValueError: if the shapes differ
     """
     check_same_shape(x=x, mask=mask)
@@ -50,12 +50,12 @@ def aggregate(
     - ``"seq-mean-token-sum"``: ``1/B sum_b sum_t m_bt l_bt``. The gradient of the expected return of an episode.
     - ``"seq-mean-token-mean"``: ``1/B sum_b (1/T_b) sum_t m_bt l_bt``. Every sequence weighs the same, so a step of a
       long sequence weighs less (GRPO, Shao et al. 2024, arXiv 2402.03300, equation 3).
-    - ``"seq-mean-token-sum-norm"``: ``"seq-mean-token-sum"`` divided by the constant ``horizon``, which makes its size
-      that of one step and favours no length (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
+    - ``"seq-mean-token-sum-norm"``: ``"seq-mean-token-sum"`` divided by the constant ``horizon``, which gives it the
+      magnitude of one step and favours no length (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
 
-    Where a batch is worked through in pieces, give each piece the count of the *whole* batch, and the same ``horizon``:
-    the results, and their gradients, then add up to those of the whole. (Where gradients are averaged over N processes
-    instead of added, multiply by N.)
+    To process a batch in pieces, give each piece the count of the *whole* batch, and the same ``horizon``: the results
+    and their gradients then add up to those of the whole batch. (Where gradients are averaged over N processes instead
+    of added, multiply by N.)
 
     :param loss: shape ``(batch, time)``
     :param mask: m, 1 or True where an element counts, same shape; None if all do
@@ -63,8 +63,8 @@ def aggregate(
     :param total_tokens: number of elements that count in the whole batch; for ``"token-mean"`` only
     :param total_sequences: number of sequences with an element that counts in the whole batch; for the other modes only
     :param horizon: > 0, for ``"seq-mean-token-sum-norm"`` only; the size of the time dimension by default
-    :return: 0-d, to be minimised if ``loss`` is; 0 with gradient 0 if no element counts. What the mask excludes, NaN
-        too, reaches neither.
+    :return: 0-d, to be minimised if ``loss`` is; 0 with gradient 0 if no element counts. Excluded elements, NaN
+        included, affect neither.
     :raises ValueError: if ``loss`` is not 2-d, the shapes differ, ``mode`` is unknown, a number is out of range, or an
         argument is given that the mode does not read
     """
@@ -104,5 +104,5 @@ def _check_is_read(name: str, value: object, mode: str, is_read: bool) -> None:
 
 
 def _at_least_one(count: int | th.Tensor) -> int | th.Tensor:
-    """A divisor for a sum that is 0 wherever the count is 0."""
+    """Return a safe divisor for a sum that is 0 where the count is 0."""
     return count.clamp(min=1) if isinstance(count, th.Tensor) else max(count, 1)

@@ -1,4 +1,4 @@
-"""Baselines of REINFORCE that are computed from the other episodes of a batch, so that they add no bias."""
+"""Baselines of REINFORCE, each computed from the other episodes of a batch, so that it adds no bias."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def mean_of_other_episodes(returns: th.Tensor, episode: th.Tensor, n_episodes: i
 
 def leave_one_out(returns: th.Tensor, episode: th.Tensor, step: th.Tensor, n_episodes: int) -> th.Tensor:
     """
-    For each sample, the mean over the other episodes of their return at the same step, 0 for an episode that has ended
-    by then: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", at every step.
+    For each sample, the mean return of the other episodes at the same step, where an episode that has already ended
+    counts as 0. It is the baseline of Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", at every
+    step.
 
     :param returns: shape ``(batch,)``
     :param episode: number of each sample's episode, shape ``(batch,)``
@@ -38,16 +39,16 @@ def leave_one_out(returns: th.Tensor, episode: th.Tensor, step: th.Tensor, n_epi
 
 def optimal_of_other_episodes(score_dot_gradient: th.Tensor, score_square: th.Tensor) -> th.Tensor:
     """
-    For each episode, the constant that minimises the variance of the gradient estimate, ``b* = E[S'g] / E[S'S]`` with S
-    the sum of the episode's scores and g of its scores times returns, estimated from the other episodes. Peters &
-    Schaal 2008, "Reinforcement learning of motor skills with policy gradients", section 3.2, have one for each
-    parameter; this is one for all of them.
+    For each episode, the constant baseline that minimises the variance of the gradient estimate, estimated from the
+    other episodes: ``b* = E[S'g] / E[S'S]``, where S is the sum of the episode's scores and g is the sum of its scores
+    times returns. Peters & Schaal 2008, "Reinforcement learning of motor skills with policy gradients", section 3.2,
+    use one baseline for each parameter; this is one for all parameters.
 
     :param score_dot_gradient: ``S'g`` of each episode, shape ``(n_episodes,)``
     :param score_square: ``S'S`` of each episode, shape ``(n_episodes,)``
     :return: shape ``(n_episodes,)``; 0 where the other episodes have no score
     """
-    # A product, as taking an episode off the total would leave rounding errors of the size of the largest.
+    # A product, because subtracting an episode from the total would leave rounding errors as large as the largest term.
     others = 1.0 - th.eye(len(score_square), dtype=score_square.dtype, device=score_square.device)
     numerator, denominator = others @ score_dot_gradient, others @ score_square
     return th.where(denominator == 0.0, 0.0, numerator / denominator)

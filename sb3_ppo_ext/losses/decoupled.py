@@ -1,4 +1,4 @@
-"""The policy loss whose clip is around another policy than the one that acted."""
+"""The PPO loss that clips around a proximal policy instead of the policy that collected the data."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def decoupled_surrogate_loss(
     max_log_ratio: Scalar | None = 20.0,
 ) -> SurrogateLoss:
     """
-    Clipped surrogate around another policy than the one that acted, negated (Hilton et al. 2021, arXiv 2110.00641,
-    section 3).
+    Clipped surrogate around a proximal policy instead of the policy that acted, negated (Hilton et al. 2021, arXiv
+    2110.00641, section 3).
 
     ``loss = -w min(r A, clip(r) A)`` with ``r = pi_new / pi_prox`` and ``w = min(pi_prox / pi_old, bound)``
 
-    Samples of old policies are weighted as if the proximal policy had drawn them, and how far the new policy may go is
-    measured from that. The bound, which the paper does not have, limits the variance. Where the proximal
-    policy has acted, the loss is that of :func:`dual_clip_surrogate_loss`.
+    Samples of old policies are weighted as if the proximal policy had drawn them, and the clip limits how far the new
+    policy may move from the proximal policy. The bound, which the paper does not have, limits the variance. Where the
+    proximal policy is the one that acted, the loss is that of :func:`dual_clip_surrogate_loss`.
 
     :param log_prob: log-probability of the action under the new policy, any shape
     :param proximal_log_prob: the same under the proximal policy, same shape
     :param old_log_prob: the same under the policy that drew the action, same shape
     :param advantages: A, same shape
-    :param max_importance_weight: bound of w, > 0; infinity is the paper's loss
-    :param dual_clip: c > 1 + ``clip_range_high``, see :func:`dual_clip_surrogate_loss`; None is the paper's loss
+    :param max_importance_weight: upper bound of w, > 0; infinity gives the paper's loss
+    :param dual_clip: c > 1 + ``clip_range_high``, see :func:`dual_clip_surrogate_loss`; None gives the paper's loss
     :param clip_range: how far below 1 the ratio counts, >= 0
     :param clip_range_high: how far above 1 the ratio counts, >= 0; None for ``clip_range``
     :param mask: 1 or True where an element counts, same shape; None if all do

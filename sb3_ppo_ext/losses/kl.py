@@ -1,30 +1,30 @@
 """
-Estimators of a KL divergence from the log-probabilities of actions that one of the two policies drew.
+Estimators of the KL divergence between two policies, from log-probabilities of actions that one of them drew.
 
-The *second* argument belongs to the policy that drew the actions, and the divergence is from that one to the other:
+The *second* argument belongs to the policy that drew the actions, and the divergence is from that policy to the other:
 
 - Actions of the old policy, as in PPO: ``kl_k3(log_prob, old_log_prob)`` estimates KL(old||new).
-- Actions of the new policy and a reference, as trainers of language models have it: ``kl_k3(ref_log_prob, log_prob)``
-  estimates KL(new||reference). Other libraries write ``(log_prob, ref_log_prob)`` for the same; here that order
-  estimates neither divergence.
+- Actions of the new policy, compared with a reference, as in the training of language models:
+  ``kl_k3(ref_log_prob, log_prob)`` estimates KL(new||reference). Other libraries write ``(log_prob, ref_log_prob)`` for
+  the same; here that order estimates neither divergence.
 
-With the probabilities 0.9 and 0.1 of the old policy's two actions and 0.5 and 0.5 of the new one's, KL(old||new) is
-``0.9 log(0.9 / 0.5) + 0.1 log(0.1 / 0.5) = 0.368`` and KL(new||old) is 0.511; the examples below have these two.
+If the old policy takes its two actions with probabilities 0.9 and 0.1, and the new one with 0.5 and 0.5, KL(old||new)
+is ``0.9 log(0.9 / 0.5) + 0.1 log(0.1 / 0.5) = 0.368`` and KL(new||old) is 0.511; the examples below use these policies.
 
 Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. With r the probability ratio of the new
-policy to the old one, and the mean taken over actions of the old one:
+policy to the old one, and the mean taken over actions of the old policy:
 
 ========= ========================= ======================================================================
-estimator one action's value        its mean
+estimator value for one action      its mean
 ========= ========================= ======================================================================
-k1        ``-log r``                KL, unbiased; of large variance, negative for half the actions
+k1        ``-log r``                KL, unbiased; large variance, negative for some actions
 k2        ``(log r)^2 / 2``         biased, equal to KL to second order; never negative
-k3        ``(r - 1) - log r``       KL, unbiased; of small variance, never negative
-abs       ``|log r|``               no estimate of KL, but an upper bound on it
+k3        ``(r - 1) - log r``       KL, unbiased; small variance, never negative
+abs       ``|log r|``               not an estimate of KL, but an upper bound on it
 ========= ========================= ======================================================================
 
-The gradients of k1 and k3 are unbiased too where the policy that drew the actions is held fixed. They are not for
-KL(new||reference) under actions of the new policy, which changes what is averaged over.
+The gradients of k1 and k3 are unbiased too if the policy that drew the actions is held fixed. They are biased for
+KL(new||reference) under actions of the new policy, because the gradient step also changes the distribution of actions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sb3_ppo_ext.losses.ratios import log_ratio
 
 def kl_k1(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | None = None) -> th.Tensor:
     """
-    Unbiased estimate of KL(old||new) of large variance, Schulman's k1.
+    Unbiased estimate of KL(old||new) with a large variance, Schulman's k1.
 
     ``k1 = -log r``
 
@@ -64,12 +64,12 @@ def kl_k1(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | Non
 
 def kl_k2(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | None = None) -> th.Tensor:
     """
-    Biased estimate of KL(old||new) that is never negative, Schulman's k2; right to second order in log r.
+    Biased estimate of KL(old||new) that is never negative, Schulman's k2; exact to second order in log r.
 
     ``k2 = (log r)^2 / 2``
 
-    It is the same in either order of its arguments; which divergence it estimates is decided by who drew the actions.
-    With actions of the old policy it is KL(old||new), with actions of the new one KL(new||old):
+    The order of the arguments makes no difference; the policy that drew the actions decides which divergence is
+    estimated. With actions of the old policy it is KL(old||new), with actions of the new policy KL(new||old):
 
         >>> import torch as th
         >>> old, new = th.tensor([0.5, 0.5]), th.tensor([0.4, 0.6])
@@ -95,7 +95,7 @@ def kl_k3(
     max_log_ratio: Scalar | None = 20.0,
 ) -> th.Tensor:
     """
-    Unbiased estimate of KL(old||new) of small variance that is never negative, Schulman's k3; SB3's ``approx_kl``.
+    Unbiased, never negative estimate of KL(old||new) with a small variance, Schulman's k3; SB3's ``approx_kl``.
 
     ``k3 = (r - 1) - log r``
 
@@ -114,8 +114,8 @@ def kl_k3(
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
     :param mask: 1 or True where an element counts, same shape; None if all do
-    :param max_log_ratio: bound above on the log-ratio, > 0, since its exponential overflows; past it the gradient is 0.
-        None for no bound. (The other estimators cannot overflow and have none.)
+    :param max_log_ratio: upper bound on the log-ratio, > 0, since its exponential overflows; beyond it the gradient is
+        0. None for no bound. (The other estimators cannot overflow and have no bound.)
     :return: elementwise; 0 with gradient 0 where the mask excludes
     :raises ValueError: if the shapes differ, or ``max_log_ratio`` is a number that is not > 0
     """
@@ -129,7 +129,7 @@ def kl_k3(
 
 def kl_abs(log_prob: th.Tensor, old_log_prob: th.Tensor, *, mask: th.Tensor | None = None) -> th.Tensor:
     """
-    Distance of the log-probabilities; biased, its mean is an upper bound on KL(old||new).
+    Absolute difference of the log-probabilities; its mean is an upper bound on KL(old||new).
 
     ``abs = |log r|``
 

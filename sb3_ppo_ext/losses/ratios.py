@@ -1,4 +1,4 @@
-"""How much more likely an action has become."""
+"""Probability ratios of two policies, and importance weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, *, max_log_ratio: Sc
 
     ``clamp(log pi_new(a|s) - log pi_old(a|s), -b, b)`` with b = ``max_log_ratio``
 
-    The bound keeps the exponential finite: exp overflows above 88 in float32. 20 is what trainers of language models
-    use and far outside any trust region; the textbook's 10 can be asked for. Where the bound acts, the log-ratio is a
-    constant and its gradient is 0.
+    The bound keeps the exponential finite: exp overflows above 88 in float32. The default of 20 is usual in the
+    training of language models, and far outside any trust region. Where the bound acts, the log-ratio is a constant and
+    its gradient is 0.
 
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
@@ -31,7 +31,7 @@ def log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, *, max_log_ratio: Sc
     difference = widened(log_prob) - widened(old_log_prob)
     if max_log_ratio is None:
         return difference
-    bound: Any = max_log_ratio  # torch's stubs have clamp take two numbers or two tensors, no union of them
+    bound: Any = max_log_ratio  # by torch's stubs, clamp takes two numbers or two tensors, but no union of them
     return difference.clamp(-bound, bound)
 
 
@@ -60,14 +60,14 @@ def truncated_importance_weights(
     max_log_ratio: Scalar | None = 20.0,
 ) -> th.Tensor:
     """
-    What a sample of one policy counts in an expectation under another (Ionides 2008, Truncated importance sampling).
+    Weights of samples of one policy in an expectation under another (Ionides 2008, Truncated importance sampling).
 
     ``w = min(pi(a|s) / pi_old(a|s), maximum)``
 
-    A smaller maximum gives less variance and more bias: of an expectation of f under pi, what is lost is
+    A smaller maximum gives less variance and more bias: the expectation of f under pi loses
     ``E_old[max(ratio - maximum, 0) f]``.
 
-    :param log_prob: log-probability of the action under the policy that the expectation is of, any shape
+    :param log_prob: log-probability of the action under pi, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
     :param maximum: bound of the weights, > 0; may be infinite
     :param max_log_ratio: bound on the log-ratio, see :func:`log_ratio`

@@ -1,5 +1,5 @@
 """
-Policy losses: what is minimised to make good actions more likely.
+Policy losses, whose minimisation makes good actions more likely.
 
 Every function is elementwise; reduce with :mod:`sb3_ppo_ext.losses.aggregation` or ``.mean()``. Throughout, r is the
 probability ratio of the new policy to the old one and A the advantage.
@@ -20,14 +20,15 @@ class Diagnostics(NamedTuple):
     """
     How far the new policy is from the old one: 0-d tensors without gradient, each over the elements that count.
 
-    All are taken of the bounded log-ratio (``max_log_ratio``). With an empty mask the ratios are 1 and the rest is 0.
+    All are computed from the bounded log-ratio (``max_log_ratio``). If no element counts, the ratios are 1 and the
+    other fields 0.
 
-    :param clip_fraction_low: share of r < 1 - clip_range; 0 where nothing is clipped by construction
-    :param clip_fraction_high: share of r > 1 + clip_range_high; likewise
-    :param dual_clip_fraction: share of A < 0 and r > dual_clip; likewise
+    :param clip_fraction_low: share of elements with r < 1 - clip_range; 0 for a loss without a clip
+    :param clip_fraction_high: share of elements with r > 1 + clip_range_high; 0 for a loss without a clip
+    :param dual_clip_fraction: share of elements with A < 0 and r > dual_clip; 0 for a loss without a second clip
     :param kl_k1: mean of -log r, an unbiased estimate of KL(old||new)
-    :param kl_k2: mean of (log r)^2 / 2, a biased one of little variance
-    :param kl_k3: mean of (r - 1) - log r, unbiased; what SB3 logs as ``approx_kl``
+    :param kl_k2: mean of (log r)^2 / 2, a biased estimate with a small variance
+    :param kl_k3: mean of (r - 1) - log r, an unbiased estimate; SB3 logs it as ``approx_kl``
     :param ratio_min: smallest r
     :param ratio_max: largest r
     """
@@ -49,7 +50,7 @@ class Diagnostics(NamedTuple):
 
 class SurrogateLoss(NamedTuple):
     """
-    A policy loss and what was seen on the way.
+    A policy loss and its diagnostics.
 
     :param loss: elementwise, the shape of the input, to be minimised; 0 with gradient 0 where the mask excludes
     :param diagnostics: 0-d tensors without gradient
@@ -103,8 +104,8 @@ def clipped_surrogate_loss(
 
     ``loss = -min(r A, clip(r, 1 - clip_range, 1 + clip_range_high) A)``
 
-    With both ranges the same it is SB3's PPO. With a larger ``clip_range_high`` it is the "clip-higher" of DAPO
-    (Yu et al. 2025, arXiv 2503.14476, section 3.1), which lets unlikely actions grow.
+    With both ranges equal, this is the loss of SB3's PPO. A larger ``clip_range_high`` gives the "clip-higher" of DAPO
+    (Yu et al. 2025, arXiv 2503.14476, section 3.1), which lets the probability of unlikely actions grow further.
 
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
@@ -145,20 +146,21 @@ def dual_clip_surrogate_loss(
 
     ``loss = -max(min(r A, clip(r) A), c A)`` where A < 0, and ``-min(r A, clip(r) A)`` elsewhere; c = ``dual_clip``
 
-    PPO's minimum bounds the objective above, not below: one bad action that has become a hundred times likelier
-    dominates the batch. Past r = c such an action adds a constant to the loss and nothing to the gradient.
+    PPO's minimum bounds the objective from above, but not from below: one bad action that has become a hundred times
+    more likely dominates the batch. Beyond r = c such an action adds a constant to the loss, and nothing to the
+    gradient.
 
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
     :param advantages: A, same shape
-    :param dual_clip: c > 1 + ``clip_range_high``; None or infinity is :func:`clipped_surrogate_loss`
+    :param dual_clip: c > 1 + ``clip_range_high``; None or infinity gives :func:`clipped_surrogate_loss`
     :param clip_range: how far below 1 the ratio counts, >= 0
     :param clip_range_high: how far above 1 the ratio counts, >= 0; None for ``clip_range``
     :param mask: 1 or True where an element counts, same shape; None if all do
     :param max_log_ratio: bound on the log-ratio, see :func:`~sb3_ppo_ext.losses.log_ratio`
     :return: the loss, to be minimised, and diagnostics
-    :raises ValueError: if there is no element, the shapes differ, or a number is out of range. A tensor's value is not
-        looked at: a c too small then bounds positive advantages too.
+    :raises ValueError: if there is no element, the shapes differ, or a number is out of range. The value of a
+        tensor is not checked: a c that is too small then also bounds the loss of positive advantages.
     """
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, mask=mask)
     check_not_empty(log_prob=log_prob)
@@ -172,13 +174,13 @@ def dual_clip_surrogate_loss(
     log_prob, old_log_prob, advantages = prepared(mask, log_prob, old_log_prob, advantages)
     log_ratios = log_ratio(log_prob, old_log_prob, max_log_ratio=max_log_ratio)
     ratio = log_ratios.exp()
-    # Bounding every ratio by c, and not only where A < 0, is the same: where A >= 0 the clip at 1 + clip_range_high < c
-    # acts first. Nothing multiplies c, so c = infinity is no special case.
+    # Every ratio is bounded by c, not only where A < 0. That makes no difference: where A >= 0, the clip at
+    # 1 + clip_range_high < c acts first. No product contains c itself, so c = infinity needs no special case.
     bounded_ratio = ratio if dual_clip is None else ratio.clamp(max=dual_clip)
     cost = -advantages
     unclipped = bounded_ratio * cost
-    # Where the clipped term is the larger loss it does not depend on the ratio, so it needs no gradient. With that,
-    # where() gives what the minimum gives, by a shorter backward pass. A NaN takes the unclipped term.
+    # Where the clipped term is the larger loss, it does not depend on the ratio, so it needs no gradient. So where()
+    # gives the same gradient as minimum() with a shorter backward pass. For a NaN it takes the unclipped term.
     clipped = _clip(bounded_ratio.detach(), clip_range, clip_range_high) * cost
     loss = th.where(clipped > unclipped, clipped, unclipped)
     diagnostics = _diagnose(
@@ -212,7 +214,7 @@ def kl_penalized_surrogate_loss(
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
     :param advantages: A, same shape
-    :param kl: KL(old||new) of the action distributions at each state, or an estimate, same shape; carries a gradient
+    :param kl: KL(old||new) of the action distributions at each state, or an estimate, same shape; with its gradient
     :param kl_coef: beta, >= 0 and finite
     :param mask: 1 or True where an element counts, same shape; None if all do
     :param max_log_ratio: bound on the log-ratio, see :func:`~sb3_ppo_ext.losses.log_ratio`; it does not bound ``kl``
@@ -238,18 +240,18 @@ def spo_surrogate_loss(
     max_log_ratio: Scalar | None = 20.0,
 ) -> SurrogateLoss:
     """
-    Surrogate of simple policy optimisation, negated (Xie et al. 2024, arXiv 2401.16025): a quadratic penalty takes the
-    clip's place.
+    Surrogate of simple policy optimisation, negated (Xie et al. 2024, arXiv 2401.16025): a quadratic penalty replaces
+    the clip.
 
     ``loss = -(r A - |A| (r - 1)^2 / (2 epsilon))``
 
-    At the old policy its gradient is that of :func:`surrogate_loss`. It is 0 at r = 1 + sign(A) epsilon alone, and
-    beyond that leads back, where that of PPO's clip ends.
+    At the old policy its gradient equals that of :func:`surrogate_loss`. It is 0 only at r = 1 + sign(A) epsilon.
+    Beyond this point it pulls the ratio back, whereas the gradient of PPO's clipped loss is 0 there.
 
     :param log_prob: log-probability of the action under the new policy, any shape
     :param old_log_prob: the same under the policy that drew the action, same shape
     :param advantages: A, same shape
-    :param epsilon: how far from 1 the ratio is led, > 0; infinity is :func:`surrogate_loss`
+    :param epsilon: distance from 1 at which the ratio is optimal, > 0; infinity gives :func:`surrogate_loss`
     :param mask: 1 or True where an element counts, same shape; None if all do
     :param max_log_ratio: bound on the log-ratio, see :func:`~sb3_ppo_ext.losses.log_ratio`
     :return: the loss, to be minimised, and diagnostics
@@ -271,10 +273,11 @@ def reinforce_loss(log_prob: th.Tensor, weights: th.Tensor, *, mask: th.Tensor |
 
     ``loss = -log pi(a|s) w``
 
-    Its value means nothing by itself; the mean of its gradient over actions drawn from pi is minus the policy gradient.
+    Its value has no meaning by itself. The mean of its gradient over actions drawn from pi is minus the policy
+    gradient.
 
     :param log_prob: log-probability of the action under the policy that drew it, any shape
-    :param weights: w, the return less a baseline, same shape; no gradient flows into it
+    :param weights: w, the return minus a baseline, same shape; no gradient flows into it
     :param mask: 1 or True where an element counts, same shape; None if all do
     :return: the loss, elementwise, to be minimised
     :raises ValueError: if the shapes differ
@@ -299,7 +302,7 @@ def _clip(ratio: th.Tensor, clip_range: Scalar, clip_range_high: Scalar) -> th.T
     high: Any = 1 + clip_range_high
     if isinstance(low, th.Tensor) == isinstance(high, th.Tensor):
         return ratio.clamp(low, high)
-    # Given a number and a tensor, one clamp would read the tensor's value on the host.
+    # A single clamp with a number and a tensor would read the tensor's value on the host.
     return ratio.clamp(min=low).clamp(max=high)
 
 
@@ -313,11 +316,9 @@ def _diagnose(
     clip_range_high: Scalar | None = None,
     dual_clip: Scalar | None = None,
 ) -> Diagnostics:
-    """
-    Average over the mask, outside which the log-ratios are 0 already; all means in one reduction.
-    """
+    """Compute all means in one reduction. The log-ratios of excluded elements are already 0."""
     with th.no_grad():
-        excess = ratio - 1  # compared to the clip range as it is in SB3's clip fraction, to the last bit
+        excess = ratio - 1  # SB3 compares this with the clip range, so the clip fraction is the same to the last bit
         rows = [log_ratios, log_ratios.square(), excess - log_ratios]
         if clip_range is not None and clip_range_high is not None:
             rows += [excess < -clip_range, excess > clip_range_high]
@@ -330,7 +331,7 @@ def _diagnose(
         else:
             keep = mask.bool()
             means = table.sum(1) / keep.sum().clamp(min=1)
-            # Outside the mask stands what cannot win, or, if the mask is empty, the 1 that is there.
+            # Excluded ratios are replaced by a value that cannot be the extreme; if all are excluded, they are 1.
             lowest, highest = th.aminmax(ratio)
             ratio_min = th.where(keep, ratio, highest).amin()
             ratio_max = th.where(keep, ratio, lowest).amax()

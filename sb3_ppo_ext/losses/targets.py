@@ -1,11 +1,11 @@
 """
-What a policy and a critic learn from: advantages and returns, made of rewards and values.
+Advantages for the policy and returns for the critic, computed from rewards and values.
 
-All tensors have shape ``(T, n_envs)``: T steps of each environment, with any number of episodes one after the other.
-Sums over time are taken in float64; what comes back has the dtype of rewards and values, and no gradient.
+All tensors have shape ``(T, n_envs)``: T steps of each environment, with any number of consecutive episodes. Sums over
+time are computed in float64; results have the dtype of rewards and values, and no gradient.
 
-An episode can end in two ways. What follows a terminal state is worth 0. What a time limit cuts off is worth V of the
-final observation: its end says nothing about the state (Pardo et al. 2018, arXiv 1712.00378).
+An episode can end in two ways. After a terminal state, the value is 0. After a time limit, it is V of the final
+observation, because the limit says nothing about the state (Pardo et al. 2018, arXiv 1712.00378).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def generalized_advantages(
     """
     Generalised advantage estimates, GAE(lambda) (Schulman et al. 2016, arXiv 1506.02438, equation 16).
 
-    ``A_t = sum_k (gamma lambda)^k delta_{t+k}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``, the sum going to the end
-    of the episode or of the rollout
+    ``A_t = sum_k (gamma lambda)^k delta_{t+k}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``, where the sum runs to the
+    end of the episode or of the rollout
 
     ``A_t + V_t`` is the TD(lambda) return, for the critic.
 
@@ -46,12 +46,12 @@ def generalized_advantages(
     :param terminated: whether the step led to a terminal state, same shape as rewards
     :param truncated: whether a time limit cut the episode after the step, same shape; a step that is both is terminated
     :param gamma: discount factor, from 0 to 1
-    :param gae_lambda: lambda, from 0 (one-step TD errors: biased) to 1 (Monte-Carlo returns minus values: of large
+    :param gae_lambda: lambda, from 0 (one-step TD errors: biased) to 1 (Monte-Carlo returns minus values: large
         variance)
     :param final_values: V of the episode's final observation, same shape, read where it was truncated only; None for 0
     :param mask: True where a step counts, same shape; None if all do. A step that does not count, such as padding or a
-        reset, is no transition: nothing flows through it, and nothing of it is read but its ``values``, which are V of
-        the observation after the step before it, if that did not end an episode.
+        reset, is not a transition: no advantage is passed on through it. Only its ``values`` are read: V of the
+        observation after the step before it, if that step did not end an episode.
     :return: A, same shape, 0 where the mask excludes
     :raises ValueError: if a shape is wrong, or a number out of range
     """
@@ -88,8 +88,8 @@ def n_step_returns(
 
     ``G_t = r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1} + gamma^n V_{t+n}``
 
-    The sum is shorter, and ends with the value of what follows, where the episode or the rollout ends before that.
-    n = 1 is the target of TD(0); with n >= T it is the Monte-Carlo return as far as it has been seen.
+    Where the episode or the rollout ends within these n steps, the sum ends there, with the value of the state that
+    follows. n = 1 gives the target of TD(0), n >= T the Monte-Carlo return up to the end of the rollout.
 
     :param rewards: r, as the environment gave them, shape ``(T, n_envs)``
     :param values: V of the observations that were acted on, same shape
@@ -109,11 +109,12 @@ def n_step_returns(
     gamma, returns, goes_on = _one_step_targets(
         rewards, values, last_values, terminated, truncated, gamma=gamma, final_values=final_values, mask=mask
     )
-    # The rewards alone where a longer return goes on; where it cannot, with the value of what follows.
+    # Rewards without a value where a longer return goes on; with the value of the next state where it cannot.
     sums = returns.clone()
     sums[:-1] = th.where(goes_on, rewards[:-1].to(sums.dtype), returns[:-1])
     factors = gamma * goes_on.to(sums.dtype)
-    # One step is taken; the others are a sum of powers of two, and `sums` go through all of these.
+    # `returns` already covers one step. The number of further steps is a sum of powers of two, and `sums` covers each
+    # power in turn.
     more_steps = min(n_steps, len(rewards)) - 1
     reach = 1
     while reach <= more_steps:
@@ -127,9 +128,9 @@ def n_step_returns(
 
 class VTrace(NamedTuple):
     """
-    What is learnt from transitions of another policy.
+    Targets from transitions of another policy.
 
-    :param advantages: for a policy loss that has the ratio to the policy that acted, shape ``(T, n_envs)``
+    :param advantages: for a policy loss with the ratio to the policy that acted, shape ``(T, n_envs)``
     :param returns: v, for the critic, same shape
     """
 
@@ -155,16 +156,16 @@ def vtrace(
     max_log_ratio: Scalar | None = 20.0,
 ) -> VTrace:
     """
-    V-trace: returns of a target policy, from what another policy did (Espeholt et al. 2018, arXiv 1802.01561,
+    V-trace: returns of a target policy from transitions of another policy (Espeholt et al. 2018, arXiv 1802.01561,
     equation 1 and remark 2).
 
     ``v_t = V_t + sum_k gamma^k c_t ... c_{t+k-1} rho_{t+k} delta_{t+k}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``,
-    ``rho_t = min(rho_bar, ratio_t)`` and ``c_t = lambda min(c_bar, ratio_t)``, the sum going to the end of the episode
-    or of the rollout. ``rho_bar`` says whose values these are: infinity for the target policy's own, less for those of
-    a policy between the two. ``c_bar`` bounds the variance.
+    ``rho_t = min(rho_bar, ratio_t)`` and ``c_t = lambda min(c_bar, ratio_t)``, where the sum runs to the end of the
+    episode or of the rollout. ``rho_bar`` decides which policy is evaluated: infinity evaluates the target policy, a
+    smaller bound a policy between the two. ``c_bar`` bounds the variance.
 
-    ``A_t = r_t + gamma (lambda v_{t+1} + (1 - lambda) V_{t+1}) - V_t``, without the ``rho_t`` that the paper multiplies
-    it with, as the losses here bring the ratio themselves. Where the two policies are one, ``A`` is that of
+    ``A_t = r_t + gamma (lambda v_{t+1} + (1 - lambda) V_{t+1}) - V_t``. The paper multiplies it by ``rho_t``; the
+    losses here contain the ratio themselves. If the two policies are equal, ``A`` is that of
     :func:`generalized_advantages`, and ``v`` is ``A + V``.
 
     :param rewards: r, as the environment gave them, shape ``(T, n_envs)``
@@ -173,13 +174,13 @@ def vtrace(
         an episode
     :param terminated: whether the step led to a terminal state, same shape as rewards
     :param truncated: whether a time limit cut the episode after the step, same shape; a step that is both is terminated
-    :param log_ratios: log-probability of each action under the target policy, less that under the policy that acted,
-        same shape
+    :param log_ratios: log-probability of each action under the target policy minus its log-probability under the policy
+        that acted, same shape
     :param gamma: discount factor, from 0 to 1
     :param gae_lambda: lambda, from 0 to 1
-    :param rho_bar: bound of the ratio with which a TD error counts, >= 0; may be infinite
-    :param c_bar: bound of the ratio with which what follows counts, >= 0 and, as the paper has it, not above
-        ``rho_bar``; may be infinite
+    :param rho_bar: bound of the ratio that weights a TD error, >= 0; may be infinite
+    :param c_bar: bound of the ratio that weights the later TD errors, >= 0 and, as in the paper, at most ``rho_bar``;
+        may be infinite
     :param final_values: V of the episode's final observation, same shape, read where it was truncated only; None for 0
     :param mask: True where a step counts, same shape; None if all do; see :func:`generalized_advantages`
     :param max_log_ratio: bound on the log-ratios, see :func:`~sb3_ppo_ext.losses.log_ratio`
@@ -202,7 +203,7 @@ def vtrace(
     corrections = _at_most(rho_bar, ratios) * errors  # becomes v - V
     decay = gamma * gae_lambda * goes_on.to(corrections.dtype)
     factors = decay * _at_most(c_bar, ratios)[:-1]
-    largest = th.finfo(corrections.dtype).max ** 0.5  # so that no product is infinite, and with 0, at an end, NaN
+    largest = th.finfo(corrections.dtype).max ** 0.5  # an infinite product times a 0, at an episode's end, would be NaN
     reach = 1
     while reach < len(corrections):
         factors = _double(corrections, factors, reach).clamp(max=largest)
@@ -226,10 +227,10 @@ def _one_step_targets(
     mask: th.Tensor | None,
 ) -> tuple[Scalar, th.Tensor, th.Tensor]:
     """
-    What all of these functions begin with: check the arguments, and look one step ahead.
+    Check the arguments and compute the one-step targets, which all of these functions need first.
 
-    :return: gamma, to be multiplied with; ``r_t + gamma V_{t+1}`` in float64, shape ``(T, n_envs)``, 0 where the mask
-        excludes; whether step t + 1 is the next one of the same episode, shape ``(T - 1, n_envs)``
+    :return: gamma, as a number or a 0-d tensor; ``r_t + gamma V_{t+1}`` in float64, shape ``(T, n_envs)``, 0 where the
+        mask excludes; whether step t + 1 is the next one of the same episode, shape ``(T - 1, n_envs)``
     """
     if rewards.dim() != 2:
         raise ValueError(f"rewards must have shape (T, n_envs), got {tuple(rewards.shape)}")
@@ -254,7 +255,7 @@ def _one_step_targets(
         rewards = th.where(is_cut, rewards + gamma * final_values.to(dtype), rewards)
     is_end = terminated.bool() | truncated.bool()
     next_values = th.cat((values, last_values[None]))[1:].to(dtype)
-    # Rounded to the arguments' dtype so far, as SB3 rounds rewards and values; float64 from here on, which MPS lacks.
+    # So far in the dtype of the arguments, to which SB3 rounds rewards and values; now in float64, which MPS lacks.
     wide = th.float32 if rewards.device.type == "mps" else th.float64
     targets = rewards.to(wide) + th.where(is_end, 0.0, gamma * next_values)
     goes_on = ~is_end[:-1]
@@ -266,17 +267,17 @@ def _one_step_targets(
 
 
 def _common_dtype(rewards: th.Tensor, values: th.Tensor) -> th.dtype:
-    """Float32 for integers and what has 16 bits."""
+    """The common dtype of both; float32 for integers and 16-bit floats."""
     return th.promote_types(th.promote_types(rewards.dtype, values.dtype), th.float32)
 
 
 def _double(sums: th.Tensor, factors: th.Tensor, reach: int) -> th.Tensor:
     """
-    Extend sums over ``reach`` steps to twice as many, in place. log2(T) rounds of this sum over all T steps, where a
-    loop over time would need T; and nothing is divided.
+    Extend sums over ``reach`` steps to twice as many, in place. log2(T) calls sum over all T steps, where a loop over
+    time would need T.
 
-    :param sums: over the ``reach`` steps from t on, or as many as there are, shape ``(T, n_envs)``
-    :param factors: what step ``t + reach`` counts at t, 0 if the episode has ended before it, shape
+    :param sums: sums over the ``reach`` steps from t on, or over as many as there are, shape ``(T, n_envs)``
+    :param factors: weight of step ``t + reach`` in the sum at t, 0 if the episode has ended before it, shape
         ``(T - reach, n_envs)``
     :return: the factors of the longer sums, shape ``(T - 2 reach, n_envs)``
     """
@@ -285,5 +286,5 @@ def _double(sums: th.Tensor, factors: th.Tensor, reach: int) -> th.Tensor:
 
 
 def _at_most(bound: Scalar, ratios: th.Tensor) -> th.Tensor:
-    largest: Any = bound  # torch's stubs have clamp take a number or a tensor, no union of them
+    largest: Any = bound  # by torch's stubs, clamp takes a number or a tensor, but no union of them
     return ratios.clamp(max=largest)

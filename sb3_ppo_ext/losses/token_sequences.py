@@ -1,11 +1,11 @@
 """
-What PPO needs to fine-tune a language model: rewards, advantages and the entropy of sequences of tokens.
+Rewards, advantages and entropy of sequences of tokens, for fine-tuning a language model with PPO.
 
-Tensors have shape ``(batch, time)``, one response a row. ``mask`` is 1 or True at the tokens that count, those that the
-policy wrote. The tokens of a row that count are one response, wherever the others (prompt, padding, a tool's output)
-stand: before, between or after them.
+Tensors have shape ``(batch, time)``, with one response in each row. ``mask`` is 1 or True at the tokens that count:
+those that the policy wrote. They are one response, even if other tokens (prompt, padding, a tool's output) come before,
+between or after them.
 
-A policy is fine-tuned as in Ziegler et al. 2019 (arXiv 1909.08593) and Ouyang et al. 2022 (arXiv 2203.02155)::
+Fine-tuning as in Ziegler et al. 2019 (arXiv 1909.08593) and Ouyang et al. 2022 (arXiv 2203.02155)::
 
     rewards = losses.token_rewards(scores, log_prob, ref_log_prob, kl_coef=0.1, mask=mask)
     advantages = losses.token_gae(rewards, values, gamma=1.0, gae_lambda=0.95, mask=mask)
@@ -32,14 +32,15 @@ def token_rewards(
     mask: th.Tensor | None = None,
 ) -> th.Tensor:
     """
-    The score of a response at its last token, and at each token a penalty on the distance to a reference policy
-    (Ziegler et al. 2019, arXiv 1909.08593, equation 2; Ouyang et al. 2022, arXiv 2203.02155, equation 2).
+    Rewards of tokens: the score of the response at its last token, and at each token a penalty on the log-ratio to a
+    reference policy (Ziegler et al. 2019, arXiv 1909.08593, equation 2; Ouyang et al. 2022, arXiv 2203.02155, equation
+    2).
 
     ``r_t = -beta (log pi(a_t|s_t) - log pi_ref(a_t|s_t)) + [t is the last token] score`` with beta = ``kl_coef``
 
-    Over responses that pi has written, the mean of the sum of the penalties is ``-beta KL(pi||pi_ref)``.
+    Over responses written by pi, the penalties of a response sum up to ``-beta KL(pi||pi_ref)`` on average.
 
-    :param scores: what each response is worth as a whole, shape ``(batch,)``; not read where no token counts
+    :param scores: score of each whole response, shape ``(batch,)``; not read where no token counts
     :param log_prob: log-probability of each token under the policy that wrote it, shape ``(batch, time)``
     :param ref_log_prob: the same under the reference policy, same shape
     :param kl_coef: beta, >= 0 and finite
@@ -69,11 +70,11 @@ def token_gae(
     mask: th.Tensor | None = None,
 ) -> th.Tensor:
     """
-    Generalised advantage estimates of responses of different lengths: in each row those of
-    :func:`~sb3_ppo_ext.losses.generalized_advantages` (Schulman et al. 2016, arXiv 1506.02438, equation 16) of the
-    tokens that count, one after the other. Nothing follows the last of them.
+    Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, equation 16) of responses of different
+    lengths. In each row, the tokens that count are the steps of one episode, which ends with the last of them; see
+    :func:`~sb3_ppo_ext.losses.generalized_advantages`.
 
-    ``A_t + V_t`` is the TD(lambda) return, for the critic. Language models are mostly trained with gamma = 1.
+    ``A_t + V_t`` is the TD(lambda) return, for the critic. Language models are usually trained with gamma = 1.
 
     :param rewards: shape ``(batch, time)``, for example from :func:`token_rewards`
     :param values: V before each token is written, same shape
@@ -87,8 +88,8 @@ def token_gae(
     check_same_shape(rewards=rewards, values=values, mask=mask)
     rewards, values = prepared(mask, rewards, values)
     keep = _kept(rewards, mask)
-    # The tokens that count come first in each row, in their order. After them stand zeros: what follows an end earns
-    # nothing and is worth nothing, so it needs no mark.
+    # Move the tokens that count to the front of each row, in their order. They are followed by zeros: rewards and
+    # values after the end are 0, so no step has to be marked as terminal.
     order = (~keep).int().argsort(dim=1, stable=True)
     never = th.zeros_like(keep).T
     advantages = generalized_advantages(
@@ -105,13 +106,13 @@ def token_gae(
 
 def masked_whiten(x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     """
-    Shift and scale what counts to mean 0 and standard deviation 1, as SB3's PPO normalises advantages.
+    Shift and scale the elements that count to mean 0 and standard deviation 1, as SB3's PPO normalises advantages.
 
-    ``(x_i - mean) / (std + 1e-8)``, mean and standard deviation (with n - 1) over the elements that count
+    ``(x_i - mean) / (std + 1e-8)``, with mean and standard deviation (divided by n - 1) over the elements that count
 
     :param x: any shape
     :param mask: 1 or True where an element counts, same shape; None if all do
-    :return: same shape; 0 with gradient 0 where the mask excludes; ``x`` as it is where only one element counts
+    :return: same shape; 0 with gradient 0 where the mask excludes; ``x`` unchanged if only one element counts
     :raises ValueError: if the shapes differ
     """
     check_same_shape(x=x, mask=mask)
@@ -128,12 +129,11 @@ def masked_whiten(x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
 
 def masked_entropy(logits: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     """
-    Entropy of the distribution that each token was drawn from, in nats, such as for a bonus on it (Williams & Peng
-    1991).
+    Entropy of the distribution of each token, in nats, for example for an entropy bonus (Williams & Peng 1991).
 
     ``H_t = -sum_v p_t(v) log p_t(v)`` with ``p_t = softmax(logits_t)``
 
-    A logit of minus infinity forbids a token, and adds nothing.
+    A logit of minus infinity forbids a token and adds nothing to the entropy.
 
     :param logits: shape ``(..., n_tokens)``, ``n_tokens`` being the size of the vocabulary
     :param mask: 1 or True where a token counts, shape ``(...)``; None if all do
@@ -149,7 +149,7 @@ def masked_entropy(logits: th.Tensor, mask: th.Tensor | None = None) -> th.Tenso
         )
     (logits,) = prepared(None if mask is None else mask[..., None], logits)
     log_probs = logits.log_softmax(-1)
-    # 0 times the smallest number is 0 and 0 times infinity is NaN, in the gradient too.
+    # The clamp: 0 * min is 0, but 0 * -inf would be NaN, in the gradient too.
     entropy = -(log_probs.exp() * log_probs.clamp(min=th.finfo(log_probs.dtype).min)).sum(-1)
     return entropy if mask is None else th.where(mask.bool(), entropy, 0.0)
 

@@ -1,7 +1,7 @@
 """
 Value losses: squared errors, elementwise, to be minimised.
 
-No factor 1/2, as in SB3: its ``vf_coef`` of 0.5 plays that part.
+They have no factor 1/2, as in SB3, where the ``vf_coef`` of 0.5 takes its place.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def prediction_clipped_value_loss(
     mask: th.Tensor | None = None,
 ) -> th.Tensor:
     """
-    Squared error of a prediction that may not leave the neighbourhood of the old one, as SB3's PPO clips it.
+    Squared error of the prediction, clipped to a neighbourhood of the old one, as in SB3's PPO.
 
     ``loss = (V_old + clamp(V - V_old, -c, c) - R)^2`` with c = ``clip_range_vf``
 
-    Outside the neighbourhood the gradient is 0, also where the return lies back inside it. No paper proposes it; the
+    Outside the neighbourhood the gradient is 0, wherever the return lies. The PPO paper does not have this clip. Its
     range is in units of the return, so it depends on the scale of the rewards.
 
     :param values: V, what the critic predicts, any shape
@@ -73,8 +73,8 @@ def pessimistic_clipped_value_loss(
 
     ``loss = max((V - R)^2, (V_old + clamp(V - V_old, -c, c) - R)^2)`` with c = ``clip_range_vf``
 
-    Unlike :func:`prediction_clipped_value_loss` it still draws back a prediction that left the neighbourhood on the
-    wrong side.
+    Unlike :func:`prediction_clipped_value_loss`, it still has a gradient where the prediction left the neighbourhood in
+    the direction away from the return.
 
     :param values: V, what the critic predicts, any shape
     :param old_values: V_old, what it predicted when the data were collected, same shape
@@ -92,5 +92,5 @@ def pessimistic_clipped_value_loss(
 
 
 def _clip_prediction(values: th.Tensor, old_values: th.Tensor, clip_range_vf: Scalar) -> th.Tensor:
-    bound: Any = clip_range_vf  # torch's stubs have clamp take two numbers or two tensors, no union of them
+    bound: Any = clip_range_vf  # by torch's stubs, clamp takes two numbers or two tensors, but no union of them
     return old_values + (values - old_values).clamp(-bound, bound)

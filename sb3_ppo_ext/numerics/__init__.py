@@ -1,7 +1,7 @@
 """
-The numerical pieces of a natural-gradient step, each alone: conjugate gradient, Fisher-vector product, line search.
+The numerical parts of a natural-gradient step: conjugate gradient, Fisher-vector product, line search.
 
-They know tensors and functions, nothing of policies or Stable-Baselines3.
+They work on tensors and functions, and know nothing about policies or Stable-Baselines3.
 """
 
 from sb3_ppo_ext.numerics.conjugate_gradient import CGResult, conjugate_gradient

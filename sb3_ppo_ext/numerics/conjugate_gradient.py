@@ -17,20 +17,20 @@ class CGResult(NamedTuple):
     x: th.Tensor
     """The solution, or the last good iterate; shape ``(n,)``."""
     steps: int
-    """Number of steps that ``x`` is the result of."""
+    """Number of steps after which ``x`` was reached."""
     residual: float
-    """Relative residual ``||b - A x|| / ||b||`` by the recurrence; equal to the true one up to rounding."""
+    """Relative residual ``||b - A x|| / ||b||``, from the recurrence; equal to the true residual up to rounding."""
     status: CGStatus
-    """``converged``: the residual is at most ``rtol``. ``max_steps``: it is not, after all steps.
-    ``not_positive_definite``: a direction p with ``p'Ap <= 0`` was met. ``non_finite``: a NaN or an infinity was met,
-    in ``b`` or in a product."""
+    """``converged``: the residual is at most ``rtol``. ``max_steps``: it is still larger after ``max_steps`` steps.
+    ``not_positive_definite``: a direction p had ``p'Ap <= 0``. ``non_finite``: ``b`` or a product contained a NaN or an
+    infinity."""
 
 
 def conjugate_gradient(
     matvec: Callable[[th.Tensor], th.Tensor], b: th.Tensor, *, max_steps: int, rtol: float = 1e-6
 ) -> CGResult:
     """
-    Solve ``A x = b`` for a symmetric positive definite A, from x = 0::
+    Solve ``A x = b`` for a symmetric positive definite A, starting from x = 0::
 
         x = 0,  r = p = b
         repeat:  alpha = r'r / p'Ap
@@ -41,26 +41,27 @@ def conjugate_gradient(
 
     Hestenes & Stiefel (1952); Nocedal & Wright, Numerical Optimization, 2nd edition, Algorithm 5.2.
 
-    It differs from the textbook in this:
+    It differs from the textbook algorithm as follows:
 
-    - ``b`` is scaled to length 1 first and the solution scaled back, so that the squares neither overflow nor
-      underflow, and the products that ``matvec`` is asked for do not depend on the length of ``b``.
-    - It stops when the relative residual is at most ``rtol``. A tolerance below the machine epsilon of the dtype counts
-      as the epsilon: the recurrence still falls there, the true residual does not.
-    - ``p'Ap <= 0`` (as in Algorithm 7.1) or a number that is not finite ends it: the step is not taken, ``x`` is the
-      iterate before it, and ``status`` says why. So ``x`` never holds a NaN. At the first step that is x = 0.
+    - ``b`` is first scaled to length 1, and the solution is scaled back, so that the squares neither overflow nor
+      underflow, and the vectors passed to ``matvec`` do not depend on the length of ``b``.
+    - It stops when the relative residual is at most ``rtol``. A tolerance below the machine epsilon of the dtype is
+      replaced by the epsilon: below it, the recurrence still falls, but the true residual does not.
+    - It also stops at ``p'Ap <= 0`` (as in Algorithm 7.1) and at a number that is not finite. That step is not taken:
+      ``x`` is the previous iterate (0 at the first step), so it never contains a NaN, and ``status`` gives the reason.
 
-    One transfer from the device to the host in every step, and one before the first. No random numbers are drawn.
+    Each step transfers data from the device to the host once, and there is one transfer before the first step.
 
-    Why ``rtol`` is 1e-6: the relative error of ``x`` is at most the condition number of A times the relative residual,
-    so up to a condition number of 1e4, which is a lot for a damped Fisher matrix, the step of TRPO is right to 1%.
+    The default of ``rtol`` is 1e-6 because the relative error of ``x`` is at most the condition number of A times the
+    relative residual: up to a condition number of 1e4, which is large for a damped Fisher matrix, TRPO's step is
+    accurate to 1%.
 
-    :param matvec: the product with A; gets a vector of the shape, dtype and device of ``b``, which it must not
-        change, and returns one
+    :param matvec: the product with A; it gets a vector of the shape, dtype and device of ``b``, which it must not
+        change, and returns such a vector
     :param b: right-hand side, shape ``(n,)``, any floating dtype
-    :param max_steps: largest number of steps, at least 1; n suffice in exact arithmetic
-    :param rtol: relative residual to stop at, at least 0
-    :return: the solution, the steps taken, the relative residual and how it ended
+    :param max_steps: largest number of steps, at least 1; n steps suffice in exact arithmetic
+    :param rtol: relative residual at which to stop, at least 0
+    :return: the solution, the number of steps, the relative residual and the status
     :raises ValueError: if an argument is out of range, or ``matvec`` returns another shape or dtype
     """
     if b.ndim != 1 or b.numel() == 0 or not b.is_floating_point():

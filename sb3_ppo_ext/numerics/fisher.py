@@ -1,16 +1,16 @@
 """
-Products of the Fisher information matrix of a model with vectors, without the matrix.
+Products of the Fisher information matrix of a model with vectors, without building the matrix.
 
-A model maps its parameters theta to the parameters of one distribution a row, ``outputs`` of shape
+A model with parameters theta outputs the parameters of one distribution per row: ``outputs`` of shape
 ``(batch, n_params)``. Let J_i be the Jacobian of row i with respect to theta, and M_i the Fisher information of the
 distribution with respect to *its own* parameters, which is known in closed form. Then::
 
     F v = 1/batch sum_i J_i' M_i J_i v
 
 This is the Gauss-Newton form: Schulman et al. (2015), Trust Region Policy Optimization, appendix C.1; Martens (2014),
-New insights and perspectives on the natural gradient method, section 9. F is also the second derivative of the mean KL
-divergence at theta; the other road is to differentiate that twice (Pearlmutter 1994). This one needs no KL, is positive
-semi-definite by its form, and is faster (17-64-64-12 network, batch 2048, one thread: 1.5 ms against 2.4 ms).
+New insights and perspectives on the natural gradient method, section 9. F is also the Hessian of the mean KL
+divergence at theta, which can be differentiated twice instead (Pearlmutter 1994). The Gauss-Newton form needs no KL, is
+always positive semi-definite, and is faster (17-64-64-12 network, batch 2048, one thread: 1.5 ms against 2.4 ms).
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ positive semi-definite."""
 
 class FisherVectorProduct:
     """
-    ``v -> F v + damping * v`` on a graph that is already built.
+    Compute ``F v + damping * v`` for vectors v, on an autograd graph that has already been built.
 
-    Reverse mode only, so that it works with any module and leaves the module alone. ``J'u`` is built once, as a graph
-    that is linear in a dummy u; differentiating ``(J'u)'v`` by u gives ``J v`` (two reverse passes make a forward one:
-    Townsend 2017). A product is one backward pass through that graph and one through the network.
+    It uses reverse mode only, so that it works with any module, and without changes to it. ``J'u`` is built once, as a
+    graph that is linear in a dummy u; differentiating ``(J'u)'v`` by u gives ``J v`` (two reverse passes give a
+    forward-mode product: Townsend 2017). Each product takes one backward pass through that graph and one through the
+    network.
 
-    The graph stays in memory as long as the object does: for a rollout too large for that, use
+    The graph stays in memory as long as this object does. For a rollout that is too large, use
     :class:`ChunkedFisherVectorProduct`. The parameters must not be changed between building ``outputs`` and the last
-    product; autograd raises if one that it has saved is.
+    product; autograd raises an error if a parameter that it has saved was changed.
 
-    :param outputs: distribution parameters, shape ``(batch, n_params)``, with their graph, which is not consumed
-    :param parameters: theta, tensors that require grad; those that ``outputs`` does not depend on get zeros
+    :param outputs: distribution parameters, shape ``(batch, n_params)``, with their graph, which is kept
+    :param parameters: theta, tensors that require grad; the product is 0 for those that ``outputs`` does not depend on
     :param metric: product with the Fisher information of one distribution with respect to its own parameters:
         ``metric(params, tangent)`` returns ``M(params) @ tangent`` for each row, all of shape ``(batch, n_params)``
     :param damping: multiple of the identity that is added to F, at least 0
@@ -65,7 +66,7 @@ class FisherVectorProduct:
 
     def __call__(self, v: th.Tensor) -> th.Tensor:
         """
-        The product with one vector.
+        Compute the product with one vector.
 
         :param v: shape ``(n,)``, n being the number of elements of all parameters
         :return: ``F v + damping * v``, shape ``(n,)``, without a graph
@@ -98,18 +99,18 @@ class FisherVectorProduct:
 
 class ChunkedFisherVectorProduct:
     """
-    The same product, for a batch whose graph does not fit in memory.
+    Compute ``F v + damping * v`` for a batch whose graph does not fit in memory.
 
-    In every product the graph of each chunk is built anew and dropped before the next, so one chunk's graph lives at a
-    time, and none between products. The forward pass and the construction of ``J'u`` come on top: twice the time of
-    :class:`FisherVectorProduct` or more (batch 2048 in chunks of 1024: 2.3 times, of 256: 4 times), so use that one
-    where memory allows. The result is the mean over all rows, equal up to rounding for every ``chunk_size``, provided
-    that a row's output does not depend on the other rows of its chunk (as it would through batch normalisation in
-    training mode).
+    Each product rebuilds the graph of each chunk and frees it before the next, so that memory holds the graph of one
+    chunk at a time, and none between products. The extra forward passes and the construction of ``J'u`` make it at
+    least twice as slow as :class:`FisherVectorProduct` (batch 2048 in chunks of 1024: 2.3 times, of 256: 4 times), so
+    prefer that class where memory allows. The result is the mean over all rows and, up to rounding, the same for every
+    ``chunk_size``, provided that the output of a row does not depend on the other rows of its chunk (as it would with
+    batch normalisation in training mode).
 
-    :param outputs_of: the distribution parameters of a range of rows, with their graph, at the present theta:
-        ``outputs_of(slice(start, stop))`` has the shape ``(stop - start, n_params)``; called once for each chunk in
-        every product, with gradients enabled
+    :param outputs_of: returns the distribution parameters of a range of rows, with their graph, at the present theta:
+        ``outputs_of(slice(start, stop))`` has the shape ``(stop - start, n_params)``; it is called once for each chunk
+        in every product, with gradients enabled
     :param n_rows: number of rows of the whole batch, at least 1
     :param parameters: as in :class:`FisherVectorProduct`
     :param metric: as in :class:`FisherVectorProduct`
@@ -142,7 +143,7 @@ class ChunkedFisherVectorProduct:
 
     def __call__(self, v: th.Tensor) -> th.Tensor:
         """
-        The product with one vector.
+        Compute the product with one vector.
 
         :param v: shape ``(n,)``, n being the number of elements of all parameters
         :return: ``F v + damping * v``, shape ``(n,)``, without a graph
@@ -156,7 +157,7 @@ class ChunkedFisherVectorProduct:
         return product
 
     def _product_of_rows(self, start: int, stop: int, v: th.Tensor) -> th.Tensor:
-        """The undamped product of one chunk; a function of its own, so that its graph dies on return."""
+        """The undamped product of one chunk. Returning from this function frees the chunk's graph."""
         with th.enable_grad():
             outputs = self._outputs_of(slice(start, stop))
         if len(outputs) != stop - start:

@@ -1,4 +1,4 @@
-"""A list of parameters seen as one vector, in the order of the list."""
+"""Conversion between a list of parameters and one vector, in the order of the list."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch as th
 
 def flatten(tensors: Sequence[th.Tensor]) -> th.Tensor:
     """
-    Write tensors one after the other into a new vector.
+    Concatenate tensors into a new vector.
 
     :param tensors: at least one tensor, of any shapes
     :return: shape ``(n,)``, n being the number of elements of all tensors
@@ -25,8 +25,8 @@ def unflatten_like(flat: th.Tensor, tensors: Sequence[th.Tensor]) -> list[th.Ten
     Cut a vector into pieces of the shapes of ``tensors``: the inverse of :func:`flatten`.
 
     :param flat: shape ``(n,)``, n being the number of elements of all tensors
-    :param tensors: where the shapes are taken from
-    :return: one tensor for each of ``tensors``; views of ``flat``, no copies
+    :param tensors: tensors that have the wanted shapes
+    :return: one view of ``flat`` for each of ``tensors``
     :raises ValueError: if ``flat`` has another shape
     """
     sizes = [tensor.numel() for tensor in tensors]
@@ -48,7 +48,7 @@ def flat_grad(
     """
     Gradient of ``output`` as one vector, with zeros for parameters that ``output`` does not depend on.
 
-    :param output: what is differentiated; part of an autograd graph
+    :param output: tensor to differentiate; part of an autograd graph
     :param parameters: at least one tensor that requires grad
     :param grad_output: the vector of a vector-Jacobian product, of the shape of ``output``;
         may be left out if ``output`` has a single element

@@ -1,4 +1,4 @@
-"""Backtracking line search: how far to go along a step that is right to first order only."""
+"""Backtracking line search: how far to go along a step that is only correct to first order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LineSearchReason = Literal["accepted", "constraint", "improvement", "non_finite"
 
 class LineSearchResult(NamedTuple):
     """
-    What :func:`backtracking_line_search` did. The numbers after ``fraction`` are those of the last trial, whether it
-    was accepted or not; without a trial ``objective`` is the one before the search, the improvements are 0 and
-    ``constraint`` is NaN, as it was never evaluated.
+    What :func:`backtracking_line_search` did. The fields after ``fraction`` describe the last trial, whether it was
+    accepted or not. If there was no trial, ``objective`` is its value before the search, the improvements are 0, and
+    ``constraint`` is NaN.
     """
 
     accepted: bool
@@ -29,14 +29,14 @@ class LineSearchResult(NamedTuple):
     constraint: float
     """c at the last trial."""
     improvement: float
-    """f at the last trial less f before the search."""
+    """f at the last trial minus f before the search."""
     predicted_improvement: float
     """The improvement predicted to first order for the length of the last trial."""
     iterations: int
     """Number of trials, each one call of ``evaluate``."""
     reason: LineSearchReason
-    """``accepted``, or what the last trial failed by: ``constraint`` (c above the limit), ``improvement`` (f improved
-    too little, or no improvement was predicted), ``non_finite`` (f, c, or a number given, is NaN or infinite)."""
+    """``accepted``, or why the last trial was refused: ``constraint`` (c above the limit), ``improvement`` (f improved
+    too little, or no improvement was predicted), ``non_finite`` (f, c or an argument is NaN or infinite)."""
 
 
 @th.no_grad()
@@ -55,21 +55,23 @@ def backtracking_line_search(
     """
     Maximise ``f(theta)`` subject to ``c(theta) <= constraint_limit`` along ``theta0 + fraction * full_step``.
 
-    The fractions 1, ``shrinking_factor``, ``shrinking_factor**2``, ... are tried, and the first is accepted with::
+    The fractions 1, ``shrinking_factor``, ``shrinking_factor**2``, ... are tried in turn. The first one is accepted for
+    which::
 
         c(theta) <= constraint_limit
         f(theta) - f(theta0) >= accept_ratio * fraction * (gradient of f at theta0)' full_step
 
     Schulman et al. (2015), Trust Region Policy Optimization, section 6 and appendix C, with the sufficient increase of
-    Nocedal & Wright, Numerical Optimization, 2nd edition, Algorithm 3.1 and (3.4), in place of any increase at all. The
-    prediction is that of the length tried: compared with the one of the full step, short steps would always fail.
+    Nocedal & Wright, Numerical Optimization, 2nd edition, Algorithm 3.1 and (3.4), instead of requiring any increase.
+    The improvement of a trial is compared with the prediction for its own length, because a short step can never reach
+    the prediction for the full step.
 
-    Every trial starts from a saved copy of theta0. If the search fails, or ``evaluate`` raises, the copy is put back,
-    so that the parameters are as before to the bit. A step that promises no improvement (``expected_improvement`` not
-    positive, or not finite) is refused without a trial. A trial that is not finite is a failed trial, no more: a
-    shorter step may be finite.
+    Every trial starts from a saved copy of theta0. If the search fails, or ``evaluate`` raises, the copy is restored,
+    so that the parameters are the same as before, to the bit. A step without a predicted improvement
+    (``expected_improvement`` not positive, or not finite) is refused without a trial. After a trial that is not finite,
+    the search goes on, as a shorter step may be finite.
 
-    One transfer from the device to the host in every trial.
+    Each trial transfers data from the device to the host once.
 
     :param parameters: theta, changed in place, under ``no_grad``
     :param full_step: the step of fraction 1, shape ``(n,)``, n being the number of elements of all parameters
@@ -79,7 +81,7 @@ def backtracking_line_search(
     :param constraint_limit: largest c that is accepted
     :param shrinking_factor: ratio of two successive fractions, between 0 and 1, both exclusive
     :param max_iter: largest number of trials, at least 1
-    :param accept_ratio: part of the predicted improvement that must be reached, 0 to 1
+    :param accept_ratio: share of the predicted improvement that must be reached, 0 to 1
     :return: what happened; ``parameters`` hold the accepted theta, or theta0
     :raises ValueError: if an argument is out of range or of the wrong shape
     """

@@ -1,8 +1,9 @@
 """
-Pictures of the objectives: what a loss makes of a ratio, what an update did to the samples of a rollout, and how TRPO
-chooses its step. Each function returns a :class:`matplotlib.figure.Figure`, which :func:`save` writes.
+Figures of the objectives: the loss as a function of the ratio, the effect of an update on the samples of a rollout, and
+how TRPO chooses its step. Each function returns a :class:`matplotlib.figure.Figure`, which :func:`save` writes.
 
-Not imported with the package: ``from sb3_ppo_ext import plots``. It needs matplotlib, which ``[plots]`` installs.
+``import sb3_ppo_ext`` does not import this module: write ``from sb3_ppo_ext import plots``. It needs matplotlib, which
+``[plots]`` installs.
 """
 
 import importlib.util

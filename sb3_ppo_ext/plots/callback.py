@@ -1,4 +1,4 @@
-"""The picture of an update, in TensorBoard."""
+"""A callback that logs figures of updates to TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sb3_ppo_ext.common.validation import check_int
 from sb3_ppo_ext.plots.updates import check_has_objective, draw_update, rollout_of, updated_samples
 
 KEY = "plots/update"
-_EXCLUDED = ("stdout", "log", "json", "csv")  # which can show no figure
+_EXCLUDED = ("stdout", "log", "json", "csv")  # these cannot show figures
 
 
 class ObjectiveFigureCallback(BaseCallback):
     """
-    Writes :func:`update_figure` as an image for TensorBoard, ``plots/update``, after an update now and then. It changes
-    nothing in the training. The figure is logged with the numbers of the same update.
+    Logs :func:`update_figure` to TensorBoard as the image ``plots/update``, after every so many updates. The training
+    is not affected. The figure is logged at the same step as the other values of its update.
 
-    :param every: rollouts from one figure to the next, at least 1. The first figure is that of rollout ``every``
+    :param every: number of rollouts between two figures, at least 1; the first figure shows rollout ``every``
     :raises ValueError: if ``every`` is out of range; when the training begins, if the algorithm has no such objective
     """
 
@@ -30,7 +30,7 @@ class ObjectiveFigureCallback(BaseCallback):
         check_int("every", every, minimum=1)
         self.every = every
         self._n_rollouts = 0
-        self._rollout: RolloutSamples | None = None  # one whose update is to be drawn, when it has been made
+        self._rollout: RolloutSamples | None = None  # to be drawn after its update
 
     def _init_callback(self) -> None:
         check_has_objective("ObjectiveFigureCallback", self.model)
@@ -41,7 +41,7 @@ class ObjectiveFigureCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         self._n_rollouts += 1
         if self._n_rollouts % self.every == 0:
-            # The buffer will be empty when the next rollout starts, after the update.
+            # When the update is over and the next rollout starts, the buffer is empty.
             self._rollout = rollout_of("ObjectiveFigureCallback", cast(ProximalAlgorithm, self.model))
 
     def _on_rollout_start(self) -> None:
@@ -51,7 +51,7 @@ class ObjectiveFigureCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         figure = self._figure()
-        if figure is not None:  # of the last update, whose numbers nothing dumps
+        if figure is not None:  # the last update, which SB3 does not dump
             for writer in self.logger.output_formats:
                 if isinstance(writer, TensorBoardOutputFormat):
                     writer.write({KEY: figure}, {KEY: _EXCLUDED}, self.model.num_timesteps)

@@ -1,4 +1,4 @@
-"""What the losses make of a ratio. All numbers are of the package's own losses, and of autograd."""
+"""Figures of objectives against the ratio. All values come from this package's losses and from autograd."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from sb3_ppo_ext.plots.style import BLACK, BLUE, GREY, SETTINGS, VERMILLION, WID
 Loss = Callable[[th.Tensor, th.Tensor, th.Tensor], losses.SurrogateLoss]
 
 OBJECTIVES = ("plain", "clipped", "asymmetric", "dual_clip", "kl_penalized", "spo")
-"""The names that :func:`surrogate_figure` takes."""
+"""The names that :func:`surrogate_figure` accepts."""
 
-_TOO_CLOSE = 1e-6  # ratios on both sides of an edge
+_TOO_CLOSE = 1e-6  # distance of the ratios on both sides of an edge
 
 
 def objective_and_gradient(loss: Loss, ratios: np.ndarray, advantage: float) -> tuple[np.ndarray, np.ndarray]:
     """
-    :param loss: of log-probabilities, old log-probabilities and advantages
+    :param loss: loss as a function of log-probabilities, old log-probabilities and advantages
     :param ratios: shape ``(n,)``
-    :param advantage: A, the same at each of them
-    :return: what is maximised, and its derivative with respect to the ratio; each of shape ``(n,)``
+    :param advantage: A, the same at each ratio
+    :return: the objective and its derivative with respect to the ratio, each of shape ``(n,)``
     """
     ratio = th.tensor(ratios, dtype=th.float64, requires_grad=True)
     objective = -loss(ratio.log(), th.zeros_like(ratio), th.full_like(ratio, advantage)).loss
@@ -41,8 +41,8 @@ def objective_and_gradient(loss: Loss, ratios: np.ndarray, advantage: float) -> 
 
 class _Row(NamedTuple):
     """
-    :param title: what is drawn
-    :param loss: it is computed by
+    :param title: title of the row
+    :param loss: loss that is drawn
     :param edges: ratios where its gradient may jump
     """
 
@@ -54,7 +54,7 @@ class _Row(NamedTuple):
 def _kl_penalized(
     log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, *, kl_coef: float
 ) -> losses.SurrogateLoss:
-    """With the estimate of the KL divergence that a single sample gives."""
+    """The loss with the KL divergence estimated from a single sample."""
     kl = losses.kl_k3(log_prob, old_log_prob)
     return losses.kl_penalized_surrogate_loss(log_prob, old_log_prob, advantages, kl, kl_coef=kl_coef)
 
@@ -70,20 +70,21 @@ def surrogate_figure(
     epsilon: float = 0.2,
 ) -> Figure:
     """
-    Objectives (losses with the sign turned, so that they are maximised) and their gradients with respect to the ratio,
-    against the ratio, for A = 1 and A = -1. A row for each objective.
+    Draw objectives (negated losses, which are maximised) and their gradients with respect to the ratio against the
+    ratio, for A = 1 and A = -1, with a row for each objective.
 
-    Of "kl_penalized", the KL divergence is the estimate k3 of the one sample, :func:`sb3_ppo_ext.losses.kl_k3`.
+    The KL divergence of "kl_penalized" is estimated by k3 from a single sample, see :func:`sb3_ppo_ext.losses.kl_k3`.
 
-    :param names: one or several of "plain", "clipped" (PPO), "asymmetric" (the range of "clip-higher"),
-        "dual_clip", "kl_penalized" and "spo", in the order in which they are drawn
-    :param clip_range: how far below 1 the ratio counts, and above 1 for "clipped" and "dual_clip"; below 1
-    :param clip_range_high: how far above 1 it counts for "asymmetric"
-    :param dual_clip: c, above ``1 + clip_range``
+    :param names: one or several of "plain", "clipped" (PPO), "asymmetric" ("clip-higher"), "dual_clip", "kl_penalized"
+        and "spo", in the order in which they are drawn
+    :param clip_range: how far below 1 the ratio counts, and also how far above 1 for "clipped" and "dual_clip"; less
+        than 1
+    :param clip_range_high: how far above 1 the ratio counts for "asymmetric"
+    :param dual_clip: c, greater than ``1 + clip_range``
     :param kl_coef: beta of "kl_penalized"
-    :param epsilon: of "spo"
+    :param epsilon: epsilon of "spo"
     :return: the figure
-    :raises ValueError: for a name that is not known, and a number that is out of range
+    :raises ValueError: if a name is unknown or a number is out of range
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -144,7 +145,7 @@ def surrogate_figure(
 
 
 def _ratios(last: float, edges: Sequence[float]) -> np.ndarray:
-    """Where objectives are drawn: from nearly 0, and on both sides of each edge."""
+    """The ratios at which objectives are drawn: from nearly 0 on, and on both sides of each edge."""
     beside = [edge + side for edge in edges for side in (-_TOO_CLOSE, _TOO_CLOSE) if edge + side > 0.0]
     ratios: np.ndarray = np.sort(np.concatenate((np.linspace(0.01, last, 400), beside)))
     return ratios
@@ -152,14 +153,14 @@ def _ratios(last: float, edges: Sequence[float]) -> np.ndarray:
 
 class Case(NamedTuple):
     """
-    One of the cases of the clipped objective, at a ratio that it holds at.
+    One of the cases of the clipped objective, at an example ratio.
 
-    :param name: where the ratio is: "below", "inside", "above", or "beyond c"
-    :param ratio: it is marked at
+    :param name: where the ratio is: "below", "inside" or "above" the range, or "beyond c"
+    :param ratio: ratio at which it is marked
     :param advantage: A, 1 or -1
-    :param objective: what is maximised there
-    :param is_clipped: whether that is another than without a clip, r A
-    :param gradient: of the objective with respect to the ratio
+    :param objective: objective at this ratio
+    :param is_clipped: whether the objective differs from the unclipped one, r A
+    :param gradient: gradient of the objective with respect to the ratio
     """
 
     name: str
@@ -170,7 +171,7 @@ class Case(NamedTuple):
     gradient: float
 
     def in_words(self) -> str:
-        """What the figure says of it."""
+        """The text of the figure."""
         return (
             f"{self.name}: {'clipped' if self.is_clipped else 'not clipped'}, "
             f"{'no gradient' if self.gradient == 0.0 else 'gradient A'}"
@@ -179,10 +180,10 @@ class Case(NamedTuple):
 
 def cases_of(loss: Loss, marks: Sequence[tuple[str, float]], advantage: float) -> list[Case]:
     """
-    :param loss: a clipped one
-    :param marks: names, each with its ratio
+    :param loss: a clipped loss
+    :param marks: names and ratios of the cases
     :param advantage: A
-    :return: what holds at each of them
+    :return: the cases
     """
     ratios = np.array([ratio for _, ratio in marks])
     objective, gradient = objective_and_gradient(loss, ratios, advantage)
@@ -199,15 +200,15 @@ def cases_figure(
     *, clip_range: float = 0.2, clip_range_high: float | None = None, dual_clip: float | None = 3.0
 ) -> Figure:
     """
-    The six cases of the clipped objective: the ratio below, inside or above the range, with an advantage of either
-    sign. Each is marked and named, and it is said whether it is clipped and whether it has a gradient. With the second
-    clip there is a seventh, where A < 0 and the ratio is beyond c.
+    Draw the six cases of the clipped objective: the ratio below, inside or above the range, with an advantage of either
+    sign. Each case is marked, with a text that says whether it is clipped and whether it has a gradient. The second
+    clip adds a seventh case, where A < 0 and the ratio is beyond c.
 
-    :param clip_range: how far below 1 the ratio counts, below 1
-    :param clip_range_high: how far above 1 it counts; None for ``clip_range``
-    :param dual_clip: c, above ``1 + clip_range_high``; None for PPO without the second clip
+    :param clip_range: how far below 1 the ratio counts; less than 1
+    :param clip_range_high: how far above 1 the ratio counts; None for ``clip_range``
+    :param dual_clip: c, greater than ``1 + clip_range_high``; None for PPO without the second clip
     :return: the figure
-    :raises ValueError: for a number that is out of range
+    :raises ValueError: if a number is out of range
     """
     check_real("clip_range", clip_range, above=0.0, below=1.0)
     if clip_range_high is not None:
@@ -262,7 +263,7 @@ def cases_figure(
 
 
 def _draw_objective(panel: Axes, loss: Loss, ratios: np.ndarray, advantage: float) -> None:
-    """The objective, in one colour where it has a gradient and in another where it has none, over that of no clip."""
+    """Draw the objective, with different colours where it has a gradient and where not, over the unclipped one."""
     plain, _ = objective_and_gradient(losses.surrogate_loss, ratios, advantage)
     objective, gradient = objective_and_gradient(loss, ratios, advantage)
     panel.plot(ratios, plain, color=BLACK, linewidth=1.0, linestyle=(0, (2, 2)), label="r A, without a clip")
@@ -280,7 +281,7 @@ def _draw_objective(panel: Axes, loss: Loss, ratios: np.ndarray, advantage: floa
 
 
 def _mark(panel: Axes, x: float, y: float, number: int, color: str) -> None:
-    """A disc with a number in it."""
+    """Draw a disc with a number in it."""
     panel.plot([x], [y], marker="o", markersize=13, color=color, markeredgecolor="white", linestyle="none", zorder=5)
     panel.annotate(
         str(number), (x, y), color="white", ha="center", va="center", fontweight="bold", fontsize=8.5, zorder=6

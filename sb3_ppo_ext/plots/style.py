@@ -1,4 +1,4 @@
-"""How all figures look, and how they are written."""
+"""The style of all figures, and how they are written to files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.saving.files import write_whole
 
-# Of the palette that Okabe and Ito made for all kinds of colour vision. What has another colour also has another dash
-# or marker, for print in black and white.
+# From the palette by Okabe and Ito for all kinds of colour vision. Lines of different colours also have different
+# dashes or markers, for print in black and white.
 BLACK, GREY = "#000000", "#7F7F7F"
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 SETTINGS: Any = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # which comes with matplotlib, so that a figure is the same everywhere
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that a figure looks the same everywhere
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -36,21 +36,21 @@ SETTINGS: Any = {
     "lines.linewidth": 1.8,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.hashsalt": "sb3_ppo_ext",  # the same names in the file each time
+    "svg.hashsalt": "sb3_ppo_ext",  # so that a file has the same ids each time
 }
-"""For all that is drawn: ``@matplotlib.rc_context(SETTINGS)``. The settings of the user come back afterwards."""
+"""Settings for ``@matplotlib.rc_context(SETTINGS)``, which restores those of the user afterwards."""
 
 WIDTH = 7.0
-"""Of a figure, in inches: a page's, and 700 pixels at 100 dots an inch."""
+"""Width of a figure in inches: that of a page, and 700 pixels at 100 dots per inch."""
 
 _METADATA: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
     """
-    :param path: of a file that a figure is to be written to
+    :param path: file for a figure
     :return: "png", "svg" or "pdf"
-    :raises ArgumentError: if it ends in something else
+    :raises ArgumentError: if the path has another ending
     """
     kind = Path(path).suffix.removeprefix(".").lower()
     if kind not in _METADATA:
@@ -61,11 +61,11 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 @matplotlib.rc_context(SETTINGS)
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """
-    Write a figure, whole or not at all.
+    Write a figure to a file, completely or not at all.
 
-    :param figure: to be written
-    :param path: of the file, which ends in .svg or .pdf for lines that stay sharp, or in .png
-    :raises ValueError: if it ends in something else
+    :param figure: the figure
+    :param path: path of the file; it ends in .svg or .pdf (for vector graphics) or in .png
+    :raises ValueError: if the path has another ending
     """
     kind = kind_of(path)
     file = io.BytesIO()

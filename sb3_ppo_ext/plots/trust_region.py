@@ -1,8 +1,8 @@
 """
-TRPO's step in two dimensions, on a task whose objective is known in closed form. The step is made by this package's own
-Fisher product, conjugate gradient and line search.
+A figure of TRPO's step in two dimensions, on a task whose objective is known in closed form. The step is computed by
+this package's own Fisher product, conjugate gradient and line search.
 
-The policy draws one number a from a normal distribution, and its parameters theta are the mean and the logarithm of the
+The policy draws one number a from a normal distribution; its parameters theta are the mean and the logarithm of the
 standard deviation sigma. The reward is ``-(a - 2)^2``, so that the expected return is ``-(mean - 2)^2 - sigma^2``.
 """
 
@@ -33,13 +33,13 @@ class TrustRegionStep(NamedTuple):
     """
     One step from :data:`_START`. Vectors are (mean, log sigma).
 
-    :param gradient: of the objective
+    :param gradient: gradient of the objective
     :param fisher: the Fisher matrix F, shape ``(2, 2)``
     :param natural: the natural gradient, F^-1 times the gradient
-    :param full_step: along the natural gradient, as long as the limit allows by the second-order model of the KL
-    :param trials: where the line search has looked, shape ``(n, 2)``
-    :param kls: KL(old || new) there, shape ``(n,)``
-    :param search: how the line search ended
+    :param full_step: the longest step along the natural gradient that the second-order model of the KL allows
+    :param trials: points that the line search tried, shape ``(n, 2)``
+    :param kls: KL(old || new) at these points, shape ``(n,)``
+    :param search: result of the line search
     """
 
     gradient: np.ndarray
@@ -69,7 +69,7 @@ def kl_from_start(theta: th.Tensor) -> th.Tensor:
 
 
 def _params(theta: th.Tensor) -> th.Tensor:
-    """What the family calls its parameters: the mean and sigma."""
+    """The parameters of the distribution: mean and sigma."""
     return th.stack((theta[:, 0], theta[:, 1].exp()), dim=1)
 
 
@@ -77,11 +77,11 @@ def trust_region_step(
     target_kl: float, *, shrinking_factor: float = 0.8, accept_ratio: float = 0.1, max_iter: int = 10
 ) -> TrustRegionStep:
     """
-    :param target_kl: the limit
-    :param shrinking_factor: of the line search
-    :param accept_ratio: of the line search
-    :param max_iter: of the line search
-    :return: what happened
+    :param target_kl: limit of the KL divergence
+    :param shrinking_factor: argument of the line search
+    :param accept_ratio: argument of the line search
+    :param max_iter: argument of the line search
+    :return: the step
     """
     theta = th.tensor(_START[None], requires_grad=True)
     objective = expected_return(theta)[0]
@@ -124,19 +124,19 @@ def trust_region_figure(
     *, target_kl: float = 0.5, shrinking_factor: float = 0.8, accept_ratio: float = 0.1, max_iter: int = 10
 ) -> Figure:
     """
-    TRPO's step for a policy of two parameters, the mean and the logarithm of the standard deviation of a normal
+    Draw TRPO's step for a policy with two parameters, the mean and the logarithm of the standard deviation of a normal
     distribution: contours of the objective, the true limit of the KL divergence and its second-order model, the plain
     gradient, the natural gradient, and the trials of the line search.
 
-    Both gradients are drawn as long as the second-order model allows: by that model they cost the same KL.
+    Both gradients are scaled to the limit of the second-order model, so that by this model both steps have the same KL.
 
-    :param target_kl: the limit of KL(old || new), larger than one trains with, so that the model and the truth differ
-        visibly; at most 2
-    :param shrinking_factor: of the line search, between 0 and 1
-    :param accept_ratio: of the line search, from 0 to 1
-    :param max_iter: trials of the line search at most, at least 1
+    :param target_kl: limit of KL(old || new), at most 2; the default is larger than in practice, so that the
+        second-order model visibly differs from the true KL
+    :param shrinking_factor: ratio of two successive fractions in the line search, between 0 and 1
+    :param accept_ratio: share of the predicted improvement that the line search requires, from 0 to 1
+    :param max_iter: largest number of trials of the line search, at least 1
     :return: the figure
-    :raises ValueError: for a number that is out of range
+    :raises ValueError: if a number is out of range
     """
     check_real("target_kl", target_kl, above=0.0, at_most=2.0)
     check_real("shrinking_factor", shrinking_factor, above=0.0, below=1.0)
@@ -159,7 +159,7 @@ def trust_region_figure(
 
 
 def _draw_contours(panel: Axes, fisher: np.ndarray, target_kl: float) -> None:
-    """The objective, the limit of the KL divergence, and the limit of its second-order model."""
+    """Draw the objective, the limit of the KL divergence, and the limit of its second-order model."""
     reach = np.sqrt(2.0 * target_kl / np.diag(fisher))  # the half-axes of the model's ellipse, as F is diagonal
     mean = np.linspace(_START[0] - 1.45 * reach[0], _START[0] + 1.45 * reach[0], 201)
     log_std = np.linspace(_START[1] - 1.2 * reach[1], _START[1] + 1.7 * reach[1], 201)
@@ -188,12 +188,12 @@ def _draw_arrow(panel: Axes, vector: np.ndarray, color: str, dash: Any, label: s
 
 
 def _draw_trials(panel: Axes, step: TrustRegionStep) -> None:
-    """Each trial of the line search, with its KL divergence."""
+    """Draw each trial of the line search, with its KL divergence."""
     n_refused = len(step.trials) - int(step.search.accepted)
     refused, accepted = step.trials[:n_refused], step.trials[n_refused:]
     panel.plot(*refused.T, "x", color=BLACK, markersize=8, markeredgewidth=1.8, label="trial, refused", zorder=6)
     panel.plot(*accepted.T, "o", color=GREEN, markersize=9, label="trial, accepted", zorder=6)
-    for i, ((x, y), kl) in enumerate(zip(step.trials[:4], step.kls, strict=False)):  # more would stand on each other
+    for i, ((x, y), kl) in enumerate(zip(step.trials[:4], step.kls, strict=False)):  # more labels would overlap
         is_above = i % 2 == 0
         panel.annotate(
             f"KL {kl:.2f}",

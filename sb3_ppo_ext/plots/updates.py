@@ -1,4 +1,4 @@
-"""Which samples of a rollout still teach something after an update, and which are cut."""
+"""A figure of which samples of a rollout still have a gradient after its update, and which are cut."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sb3_ppo_ext.plots.style import BLACK, BLUE, GREY, SETTINGS, VERMILLION, WID
 
 class UpdatedSamples(NamedTuple):
     """
-    The samples of a rollout, by the policy after the update that it was made for. All of shape ``(n,)``. A sample is in
-    at most one of the last three; in none of them, if its advantage is 0.
+    The samples of a rollout, evaluated by the policy after the update on them. All fields have the shape ``(n,)``. At
+    most one of the last three is true for a sample, and none if its advantage is 0.
 
-    :param ratio: of the present policy's probability of the action to that of the policy that drew it
+    :param ratio: probability of the action under the present policy, divided by that under the policy that drew it
     :param advantage: normalised over the rollout, if the algorithm normalises advantages
-    :param learns: whether the algorithm's loss has a gradient there
-    :param cut: whether it has none, because of the clip range or whatever the loss has in its place
-    :param dual_clipped: whether it has none, because A < 0 and the ratio is beyond ``dual_clip``
+    :param learns: whether the algorithm's loss has a gradient at the sample
+    :param cut: whether the gradient is 0 because of the clip range, or another limit of the loss
+    :param dual_clipped: whether the gradient is 0 because A < 0 and the ratio is beyond ``dual_clip``
     """
 
     ratio: np.ndarray
@@ -39,7 +39,7 @@ class UpdatedSamples(NamedTuple):
     dual_clipped: np.ndarray
 
     def in_words(self) -> dict[str, str]:
-        """How many samples there are of each kind, by the names of the fields."""
+        """The number of samples of each kind in words, by the names of the fields."""
         names = {"learns": "still learn", "cut": "cut", "dual_clipped": "cut by the second clip"}
         counts = {name: int(getattr(self, name).sum()) for name in names}
         return {
@@ -50,9 +50,9 @@ class UpdatedSamples(NamedTuple):
 
 def check_has_objective(name: str, model: object) -> None:
     """
-    :param name: of what wants to draw
-    :param model: given
-    :raises ArgumentError: unless the model has a loss whose gradient can be looked at
+    :param name: name of the caller, for the message
+    :param model: the model
+    :raises ArgumentError: if the model has no loss whose gradient can be computed for each sample
     """
     if not isinstance(model, ProximalAlgorithm):
         raise ArgumentError(
@@ -63,10 +63,10 @@ def check_has_objective(name: str, model: object) -> None:
 
 def rollout_of(name: str, model: ProximalAlgorithm) -> RolloutSamples:
     """
-    :param name: of what wants to draw
-    :param model: whose rollout it is
+    :param name: name of the caller, for the message
+    :param model: model whose rollout is wanted
     :return: all samples of the rollout in the model's buffer
-    :raises ArgumentError: if there is none, or not in a buffer of ours
+    :raises ArgumentError: if there is no rollout, or the buffer is of another kind
     """
     buffer = model.rollout_buffer
     if not isinstance(buffer, RolloutBuffer):
@@ -83,18 +83,18 @@ def rollout_of(name: str, model: ProximalAlgorithm) -> RolloutSamples:
 
 
 def coefficients_of(model: ProximalAlgorithm) -> dict[str, float]:
-    """The numbers of the model's loss, as in its last update."""
+    """The coefficients of the model's loss, as in its last update."""
     return {"vf_coef": float(model.vf_coef), "max_grad_norm": float(model.max_grad_norm), **model.coefficients()}
 
 
 def updated_samples(model: ProximalAlgorithm, rollout: RolloutSamples | None = None) -> UpdatedSamples:
     """
-    Evaluate a rollout by the policy after the update. Whether a sample still learns is asked of the algorithm's own
-    loss: by the gradient of ``model.policy_loss`` with respect to the log-probability of the action.
+    Evaluate a rollout by the policy after the update. A sample still learns if the gradient of the algorithm's own
+    ``model.policy_loss`` with respect to the log-probability of its action is not 0.
 
-    :param model: after :meth:`learn` or :meth:`train`
-    :param rollout: to be evaluated; None: the one in ``model.rollout_buffer``
-    :return: what became of each sample
+    :param model: model after :meth:`learn` or :meth:`train`
+    :param rollout: rollout to evaluate; None for the one in ``model.rollout_buffer``
+    :return: the samples after the update
     :raises ValueError: if the model has no loss of this kind, or no rollout
     """
     check_has_objective("updated_samples", model)
@@ -139,8 +139,9 @@ def _gradient(
 
 def update_figure(model: ProximalAlgorithm) -> Figure:
     """
-    Advantage against ratio for each sample of the last rollout, after the update on it: which samples still learn,
-    which are cut, which the second clip cuts, with their numbers. Where nothing has a gradient, the ground is hatched.
+    Draw advantage against ratio for each sample of the last rollout, after the update on it. The legend counts the
+    samples that still learn, those that are cut, and those cut by the second clip. Regions without a gradient are
+    hatched.
 
     :param model: a :class:`DualClipPPO`, an :class:`AdaptiveKLPPO` or a child of :class:`ProximalAlgorithm`, after
         :meth:`learn`
@@ -154,8 +155,8 @@ def update_figure(model: ProximalAlgorithm) -> Figure:
 @matplotlib.rc_context(SETTINGS)
 def draw_update(model: ProximalAlgorithm, samples: UpdatedSamples) -> Figure:
     """
-    :param model: after the update
-    :param samples: of it
+    :param model: model after the update
+    :param samples: samples of its rollout
     :return: the figure
     """
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
@@ -178,7 +179,7 @@ def draw_update(model: ProximalAlgorithm, samples: UpdatedSamples) -> Figure:
             linestyle="none",
             alpha=0.7,
             label=words[name],
-            rasterized=len(samples.ratio) > 1000,  # a file of many points would be large
+            rasterized=len(samples.ratio) > 1000,  # a vector file with many points would be large
         )
     panel.set_xlabel(r"ratio $r = \pi(a|s)\,/\,\pi_\mathrm{old}(a|s)$, after the update")
     panel.set_ylabel("advantage, normalised" if model.normalize_advantage else "advantage")
@@ -191,7 +192,7 @@ def draw_update(model: ProximalAlgorithm, samples: UpdatedSamples) -> Figure:
 
 
 def _draw_map(panel: Axes, samples: UpdatedSamples, coefficients: Mapping[str, Any]) -> None:
-    """Axes that hold all samples and the clip range, and hatched ground where the clipped objective is flat."""
+    """Set the range of the axes, and hatch the regions where the clipped objective is flat."""
     low = high = 1.0
     if "clip_range" in coefficients:
         low = 1.0 - coefficients["clip_range"]

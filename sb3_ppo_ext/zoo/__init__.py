@@ -1,4 +1,4 @@
-"""The door to rl_zoo3: our algorithms and their hyper-parameters under its commands."""
+"""Use of our algorithms and their hyper-parameters with the commands of rl_zoo3."""
 
 try:
     import rl_zoo3  # noqa: F401

@@ -1,4 +1,4 @@
-"""rl_zoo3's command lines, with errors of one line, the defaults of this package, and numbers such as 1e5."""
+"""Parsers for rl_zoo3's command lines, with one-line errors, the defaults of this package, and numbers such as 1e5."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _INIT = argparse.ArgumentParser.__init__
 
 @contextlib.contextmanager
 def own_parsers() -> Iterator[None]:
-    """Every parser that is made inside of the ``with`` block is a :class:`Parser`, until a command line is read."""
+    """Every parser created in the ``with`` block becomes a :class:`Parser`, until the first one reads its arguments."""
     before = argparse.ArgumentParser.__init__
 
     def init(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
@@ -45,10 +45,10 @@ def own_parsers() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Adds rl_zoo3's arguments with the types and defaults of this package, and says in one line what is wrong."""
+    """A parser that gives rl_zoo3's arguments the types and defaults of this package, and has one-line errors."""
 
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
-        """As :meth:`argparse.ArgumentParser.add_argument`, for arguments as rl_zoo3 has them."""
+        """As :meth:`argparse.ArgumentParser.add_argument`, with changes to some of rl_zoo3's arguments."""
         if "--algo" in flags and "choices" in options:
             options["type"] = partial(_algorithm, known=options["choices"])
             if options.get("default") == "ppo":
@@ -64,12 +64,12 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*flags, **options)
 
     def parse_args(self, *arguments: Any, **options: Any) -> argparse.Namespace:  # type: ignore[override]
-        """As :meth:`argparse.ArgumentParser.parse_args`; prints what was chosen in the user's place."""
-        argparse.ArgumentParser.__init__ = _INIT  # type: ignore[method-assign]  # others are not rl_zoo3's
+        """As :meth:`argparse.ArgumentParser.parse_args`; prints choices that were made for the user."""
+        argparse.ArgumentParser.__init__ = _INIT  # type: ignore[method-assign]  # later parsers are not rl_zoo3's
         parsed: argparse.Namespace = super().parse_args(*arguments, **options)
         if "algo" in parsed and parsed.algo is None:
             parsed.algo = DEFAULT_ALGORITHM
-            print(f"{self.prog}: without --algo, it is {DEFAULT_ALGORITHM}")
+            print(f"{self.prog}: no --algo was given, so {DEFAULT_ALGORITHM} is used")
         device = str(getattr(parsed, "device", ""))
         if device.startswith("cuda") and not th.cuda.is_available():
             parsed.device = "cpu"
@@ -77,12 +77,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> Any:
-        """End the program with this message, which rl_zoo3's sixty lines of usage would hide."""
+        """End the program with this message, without the sixty lines of rl_zoo3's usage that would hide it."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 class StoreDict(utils.StoreDict):
-    """``key:value`` pairs; the value as Python has it, as in rl_zoo3, or else as YAML has it: ``lin_0.3``, ``true``."""
+    """``key:value`` pairs; a value is read as Python, as in rl_zoo3, or else as YAML (``lin_0.3``, ``true``)."""
 
     def __call__(
         self,
@@ -99,7 +99,7 @@ class StoreDict(utils.StoreDict):
             if equals and assigned.isidentifier():
                 raise argparse.ArgumentError(self, f"{text!r} must be written {assigned}:{assigned_value}")
             if not (colon and key and value):
-                raise argparse.ArgumentError(self, f"{text!r} is no pair key:value, such as gamma:0.9")
+                raise argparse.ArgumentError(self, f"{text!r} is not a pair key:value, such as gamma:0.9")
             given[key] = self._evaluate(parser, text, value)
         setattr(namespace, self.dest, given)
 
@@ -108,8 +108,8 @@ class StoreDict(utils.StoreDict):
         try:
             super().__call__(parser, read, [f"value:{value}"])  # type: ignore[no-untyped-call]
             return getattr(read, self.dest)["value"]
-        except Exception as error:  # whatever comes of what is no Python
-            if "(" not in value:  # which is no YAML either
+        except Exception as error:  # evaluating invalid Python may raise anything
+            if "(" not in value:  # a call is not meant as YAML
                 try:
                     return yaml.safe_load(value)
                 except yaml.YAMLError:
@@ -120,13 +120,13 @@ class StoreDict(utils.StoreDict):
 
 def whole_number(text: object, minimum: float = -math.inf) -> int:
     """
-    :param text: a number as it was written: 100000, 1e5, 100_000
-    :param minimum: the least that is allowed
+    :param text: a number as the user wrote it: 100000, 1e5, 100_000
+    :param minimum: the smallest number that is allowed
     :return: the number
-    :raises argparse.ArgumentTypeError: if it is none, or not allowed
+    :raises argparse.ArgumentTypeError: if the text is not a whole number, or the number is too small
     """
     try:
-        number = Decimal(str(text))  # which reads all of these, and exactly
+        number = Decimal(str(text))  # reads all of these formats exactly
     except InvalidOperation:
         number = Decimal("nan")
     if not (number.is_finite() and abs(number) < 1e18 and number == int(number) and number >= minimum):
@@ -138,7 +138,7 @@ def whole_number(text: object, minimum: float = -math.inf) -> int:
 
 
 def _seed(text: str) -> int:
-    """A seed; for one below 0, rl_zoo3 draws one."""
+    """Read a seed. If it is below 0, rl_zoo3 draws a random one."""
     seed = whole_number(text)
     if seed >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be below 2**32")
@@ -147,19 +147,19 @@ def _seed(text: str) -> int:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """
-    :param name: that is not known
-    :param known: all names that are
-    :return: the end of a message, which names the nearest of them
+    :param name: an unknown name
+    :param known: all known names
+    :return: the end of a message, which gives the nearest known name
     """
     return "".join(f"; the nearest is '{match}'" for match in difflib.get_close_matches(name, known, 1, cutoff=0.0))
 
 
 def _algorithm(name: str, known: Sequence[str]) -> str:
     """
-    :param name: of an algorithm, as the user has written it
+    :param name: name of an algorithm, as the user wrote it
     :param known: keys of algorithms
     :return: the name
-    :raises argparse.ArgumentTypeError: if it is not known
+    :raises argparse.ArgumentTypeError: if the name is not a known key
     """
     if name in known:
         return name

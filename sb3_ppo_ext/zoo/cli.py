@@ -1,4 +1,4 @@
-"""The command ``sb3-ppo-ext``: rl_zoo3's commands, which also know our algorithms, and our own, such as ``study``."""
+"""The command ``sb3-ppo-ext``: rl_zoo3's commands with our algorithms, and our own commands, such as ``study``."""
 
 import difflib
 import os
@@ -23,10 +23,10 @@ rl_zoo3's commands, which also know {", ".join(ALGORITHMS)}.
 
 {chr(10).join(f"  {command:<16} {what}" for command, what in COMMANDS.items())}
 
-and our own:
+and commands of this package:
 
-  {_STUDY:<16} search with several processes, look at what was found, train the best again, write it as YAML
-  {_DOCTOR:<16} read the log of a training, and say what looks ill and what to change first
+  {_STUDY:<16} search hyper-parameters with several processes, report, retrain the best trials, write one as YAML
+  {_DOCTOR:<16} read the log of a training, and say what looks wrong and what to change first
   {_PLOTS:<16} draw what one update does to a saved model: which samples still learn, and which are cut
 
 `sb3-ppo-ext <command> --help` lists a command's flags."""
@@ -34,7 +34,7 @@ and our own:
 
 def main() -> int:
     """
-    Run the command that ``sys.argv`` says.
+    Run the command in ``sys.argv``.
 
     :return: the exit code
     """
@@ -54,20 +54,20 @@ def main() -> int:
         return 2
 
     if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as with `python -m`; the user's modules are there
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that the user's modules can be imported
     register()
     program = [script] if Path(script).stem == "sb3-ppo-ext" else [sys.executable, "-m", "sb3_ppo_ext.zoo"]
     interrupts = Interrupts()
     with interrupts.handled():
         try:
             if command == _STUDY:
-                from sb3_ppo_ext.zoo.study.commands import run_study_command  # its imports take a while
+                from sb3_ppo_ext.zoo.study.commands import run_study_command  # its imports are slow
 
                 return run_study_command(arguments, program, main)
             if command == _DOCTOR:
                 return run_doctor_command(arguments)
             if command == _PLOTS:
-                from sb3_ppo_ext.zoo.plots import run_plots_command  # so do these
+                from sb3_ppo_ext.zoo.plots import run_plots_command  # these too
 
                 return run_plots_command(arguments)
             return run_command(command, arguments, program, interrupts)

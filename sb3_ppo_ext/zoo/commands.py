@@ -1,4 +1,4 @@
-"""Runs rl_zoo3's commands, with what they need to know our algorithms and to say in one line what is wrong."""
+"""Runs rl_zoo3's commands with our algorithms and with one-line error messages."""
 
 import contextlib
 import importlib
@@ -26,7 +26,7 @@ from sb3_ppo_ext.zoo.experiment import ZooExperimentManager
 from sb3_ppo_ext.zoo.interrupts import Interrupts
 from sb3_ppo_ext.zoo.registration import ALGORITHMS
 
-# Each command and what it does. All are rl_zoo3's own, with rl_zoo3's own flags.
+# rl_zoo3's commands and what they do. They have rl_zoo3's flags.
 COMMANDS = {
     "train": "train an agent, continue training one, or search for hyper-parameters",
     "enjoy": "watch a trained agent",
@@ -37,16 +37,16 @@ COMMANDS = {
     "record_training": "record a video of every checkpoint of a training",
     "benchmark": "evaluate all trained agents and make a table",
     "push_to_hub": "put a trained agent on the Hugging Face hub",
-    "load_from_hub": "get a trained agent from there",
+    "load_from_hub": "get a trained agent from the Hugging Face hub",
 }
 
 
 def run_command(command: str, arguments: Sequence[str], program: Sequence[str], interrupts: Interrupts) -> int:
     """
     :param command: one of :data:`COMMANDS`
-    :param arguments: that follow it on the command line
-    :param program: how to start ``sb3-ppo-ext``
-    :param interrupts: handles Ctrl-C
+    :param arguments: arguments of the command
+    :param program: command that starts ``sb3-ppo-ext``
+    :param interrupts: handler of Ctrl-C
     :return: the exit code
     """
     with _replaced(sys, "argv", [f"sb3-ppo-ext {command}", *arguments]), own_parsers():
@@ -84,7 +84,7 @@ def _run(command: str, program: Sequence[str], interrupts: Interrupts) -> None:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside of the ``with`` block, an attribute of a module has another value."""
+    """Give an attribute of a module another value in the ``with`` block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -111,7 +111,7 @@ def _train(program: Sequence[str], interrupts: Interrupts) -> None:
 
 
 def _be_one_of_several(stack: contextlib.ExitStack) -> None:
-    """As torchrun starts them. What the first one says and tracks is enough; each has a GPU, if there are any."""
+    """Set up one of the processes that torchrun starts: its GPU, if any, and output from the first process only."""
     if th.cuda.is_available():
         th.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not is_first():
@@ -120,7 +120,7 @@ def _be_one_of_several(stack: contextlib.ExitStack) -> None:
 
 
 def _plots() -> ModuleType:
-    """The module with rl_zoo3's commands that plot, which need more packages than its other commands."""
+    """Import the module with rl_zoo3's plot commands, which need more packages than the others."""
     try:
         return importlib.import_module("rl_zoo3.plots")
     except ModuleNotFoundError as error:
@@ -131,12 +131,12 @@ def _plots() -> ModuleType:
 
 def _call(call: Any, arguments: Any, **options: Any) -> int:
     """
-    rl_zoo3 starts some of its commands in a process of its own; ours are started instead, which know our algorithms.
+    Replace commands that rl_zoo3 starts in a separate process by ours, which know our algorithms.
 
     :param call: :func:`subprocess.call`
-    :param arguments: the command line that rl_zoo3 has made
-    :param options: for the process
-    :return: its exit code
+    :param arguments: rl_zoo3's command line
+    :param options: options of the process
+    :return: the exit code
     """
     for theirs, ours in (
         (["python", "-m", "rl_zoo3.record_video"], "record_video"),
@@ -148,7 +148,7 @@ def _call(call: Any, arguments: Any, **options: Any) -> int:
 
 
 def _restore_generate_metadata() -> None:
-    """rl_zoo3 imports a function that huggingface_sb3 3.0 has renamed and whose result it has changed."""
+    """Provide a function that rl_zoo3 imports, and that huggingface_sb3 3.0 renamed, with another type of result."""
     hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(hub, "generate_metadata"):
         hub.generate_metadata = lambda *arguments: hub._generate_metadata(*arguments).to_dict()
@@ -156,10 +156,10 @@ def _restore_generate_metadata() -> None:
 
 def _save_model_card(path: Path, metadata: dict[str, Any]) -> None:
     """
-    Let the card of one of our algorithms name the commands that know it.
+    Save a model card; for one of our algorithms, with the commands that know it.
 
-    :param path: of the card, which rl_zoo3 has written
-    :param metadata: to be added to it
+    :param path: the card, written by rl_zoo3
+    :param metadata: metadata to add to it
     """
     card = path.read_text(encoding="utf-8")
     if any(f"--algo {key} " in card for key in ALGORITHMS):

@@ -22,13 +22,13 @@ from sb3_ppo_ext.zoo.arguments import Parser, StoreDict
 
 def run_doctor_command(arguments: Sequence[str]) -> int:
     """
-    :param arguments: of ``sb3-ppo-ext doctor``
+    :param arguments: arguments of ``sb3-ppo-ext doctor``
     :return: the exit code
     """
     parser = Parser(
         "sb3-ppo-ext doctor",
-        description="Read the log of a training, and say what looks ill, what that usually means and what to change "
-        "first. For every on-policy algorithm of Stable-Baselines3, sb3-contrib and this package.",
+        description="Read the log of a training, and say what looks wrong, what that usually means and what to change "
+        "first. It works with every on-policy algorithm of Stable-Baselines3, sb3-contrib and this package.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -36,7 +36,7 @@ def run_doctor_command(arguments: Sequence[str]) -> int:
         nargs="?",
         type=Path,
         metavar="LOG_OR_FOLDER",
-        help="progress.csv, progress.json, an event file of TensorBoard, or a folder with logs of one run or several",
+        help="progress.csv, progress.json, an event file of TensorBoard, or a folder with logs of one or more runs",
     )
     parser.add_argument("--html", action="store_true", help="also write a page with plots, doctor.html, beside the log")
     parser.add_argument("--explain", metavar="KEY", help="say what a logged key means: approx_kl, train/std, ...")
@@ -46,11 +46,11 @@ def run_doctor_command(arguments: Sequence[str]) -> int:
         nargs="+",
         action=StoreDict,
         default={},
-        help=f"what the log lacks, and some rules need, such as gamma:0.99; of {', '.join(SETTINGS)}",
+        help=f"settings that some rules need and the log lacks, such as gamma:0.99; one of {', '.join(SETTINGS)}",
     )
     options = parser.parse_args(arguments)
     if (options.log is None) == (options.explain is None):
-        parser.error("a log is wanted, or a folder with logs; or --explain KEY")
+        parser.error("give either a log, or a folder with logs, or --explain KEY")
     for name, value in options.hyperparams.items():
         if name not in SETTINGS:
             parser.error(f"argument -params: no rule needs '{name}'; it must be one of {', '.join(SETTINGS)}")
@@ -77,7 +77,7 @@ def _diagnose(log: Path, settings: dict[str, float], *, with_page: bool) -> None
 
 
 def _with_settings(run: Run, settings: dict[str, float]) -> Run:
-    """A run as if these hyper-parameters had been logged at its beginning."""
+    """Add hyper-parameters to a run, as if they had been logged at its beginning."""
     given = {f"doctor/{name}": Series(np.zeros(1), np.array([float(value)])) for name, value in settings.items()}
     return Run(run.name, {**run.series, **given})
 

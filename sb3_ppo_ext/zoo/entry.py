@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_ppo_ext.zoo.arguments import nearest, whole_number
 from sb3_ppo_ext.zoo.errors import EntryError
 
-# What rl_zoo3 reads from an entry itself; `policy` and all other keys go to the algorithm's constructor.
+# Keys that rl_zoo3 itself reads from an entry; `policy` and all others go to the algorithm's constructor.
 _ZOO_KEYS = {
     "callback",
     "env_kwargs",
@@ -31,20 +31,20 @@ _ZOO_KEYS = {
     "normalize",
     "vec_env_wrapper",
 }
-# Those of them that count something.
+# Keys whose value is a count.
 _COUNTS = ("frame_stack", "n_envs", "n_timesteps")
-# What rl_zoo3 passes to the constructor from the command line.
+# Arguments of the constructor that rl_zoo3 takes from the command line.
 _COMMAND_LINE_KEYS = {"device", "env", "seed", "tensorboard_log", "verbose"}
 
-# A number of YAML 1.2; PyYAML reads YAML 1.1, for which 3e-4 is a string.
+# A number in YAML 1.2. PyYAML reads YAML 1.1, in which 3e-4 is a string.
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def check_config(config: str, env_id: str, is_atari: bool) -> None:
     """
     :param config: a YAML or Python file, or a module, as rl_zoo3 reads it
-    :param env_id: of the environment whose entry is wanted
-    :param is_atari: whether it may have the entry of all Atari games
+    :param env_id: id of the environment whose entry is wanted
+    :param is_atari: whether the entry of all Atari games may be used
     :raises EntryError: if the configuration has no entry for the environment
     """
     entries = _entries(config)
@@ -56,7 +56,7 @@ def check_config(config: str, env_id: str, is_atari: bool) -> None:
             raise EntryError(message)
         print(message)
     if not isinstance(entries[key], dict):
-        raise EntryError(f"{config}, {key}: {entries[key]!r} is no hyper-parameters, each with its name")
+        raise EntryError(f"{config}, {key}: {entries[key]!r} is not allowed: an entry must be hyper-parameters by name")
 
 
 def _entries(config: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _entries(config: str) -> dict[str, Any]:
         try:
             entries = yaml.safe_load(Path(config).read_text()) or {}
         except yaml.YAMLError as error:
-            raise EntryError(f"{config} is no YAML: {error}") from error
+            raise EntryError(f"{config} is not valid YAML: {error}") from error
         if not isinstance(entries, dict):
             raise EntryError(f"{config} has no entries: it must be hyper-parameters by environment")
         return entries
@@ -76,10 +76,10 @@ def _entries(config: str) -> dict[str, Any]:
 
 def check_keys(hyperparams: dict[str, Any], algorithm: type, location: Callable[[str], str]) -> None:
     """
-    :param hyperparams: of an entry
-    :param algorithm: whose constructor takes them
-    :param location: given a key, says where it stands
-    :raises EntryError: if there is a key that nothing reads, or one is missing that rl_zoo3 cannot do without
+    :param hyperparams: hyper-parameters of an entry
+    :param algorithm: algorithm whose constructor takes them
+    :param location: returns where a key is written
+    :raises EntryError: if a key is unknown, or a key that rl_zoo3 needs is missing
     """
     constructor = set(inspect.signature(algorithm).parameters) - {"_init_setup_model"}
     for key in hyperparams:
@@ -95,10 +95,10 @@ def check_keys(hyperparams: dict[str, Any], algorithm: type, location: Callable[
 
 def read_numbers(hyperparams: dict[str, Any], location: Callable[[str], str]) -> dict[str, Any]:
     """
-    :param hyperparams: of an entry
-    :param location: given a key, says where it stands
-    :return: those that are numbers and were not read as such, or not as whole numbers
-    :raises EntryError: if what counts something is no whole number of at least 1
+    :param hyperparams: hyper-parameters of an entry
+    :param location: returns where a key is written
+    :return: the numbers among them that YAML 1.1 read as strings, and the counts as integers
+    :raises EntryError: if a count is not a whole number of at least 1
     """
     read: dict[str, Any] = {}
     for key, value in hyperparams.items():
@@ -115,7 +115,7 @@ def read_numbers(hyperparams: dict[str, Any], location: Callable[[str], str]) ->
 
 
 def _with_numbers(value: Any) -> Any:
-    """What a value is in YAML 1.2; of a dict, with its values."""
+    """Convert a value, or the values of a dict, as YAML 1.2 would read them."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         number = float(value)
         return int(number) if number.is_integer() else number
@@ -127,8 +127,8 @@ def _with_numbers(value: Any) -> Any:
 
 def check_normalize(hyperparams: dict[str, Any], location: Callable[[str], str]) -> None:
     """
-    :param hyperparams: of an entry
-    :param location: given a key, says where it stands
+    :param hyperparams: hyper-parameters of an entry
+    :param location: returns where a key is written
     :raises EntryError: if ``normalize`` is neither a bool, nor keyword arguments of VecNormalize, nor Python for one
     """
     normalize = hyperparams.get("normalize")
@@ -138,5 +138,5 @@ def check_normalize(hyperparams: dict[str, Any], location: Callable[[str], str])
         value = eval(normalize) if isinstance(normalize, str) else normalize
         if not isinstance(value, bool):
             inspect.signature(VecNormalize).bind(None, **dict(value))
-    except Exception as error:  # whatever Python says of it
+    except Exception as error:  # evaluating it may raise anything
         raise EntryError(f"{location('normalize')}: normalize={normalize!r} cannot be used; {error}") from None

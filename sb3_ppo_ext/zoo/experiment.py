@@ -1,4 +1,4 @@
-"""rl_zoo3's experiment manager, for our algorithms too, with clear errors and a summary after a training."""
+"""rl_zoo3's experiment manager with our algorithms, clear errors and a summary after a training."""
 
 import contextlib
 import inspect
@@ -32,14 +32,14 @@ from sb3_ppo_ext.zoo.summary import summary
 
 class ZooExperimentManager(ExperimentManager):
     """
-    Checks hyper-parameters before anything is built from them; goes on with a trained agent where it stopped; ends in
-    order if it is interrupted; evaluates and sums up after a training. Of several processes that train one model, as
-    torchrun starts them, the first alone has a folder, logs, callbacks and what is saved.
+    An experiment manager that checks hyper-parameters before it builds anything, continues a trained agent where it
+    stopped, ends cleanly on Ctrl-C, and evaluates and summarises after a training. If torchrun starts several processes
+    that train one model, only the first one creates a folder, logs, runs callbacks and saves.
 
-    :param arguments: those of :class:`rl_zoo3.exp_manager.ExperimentManager`
-    :param program: how to start ``sb3-ppo-ext``, for the commands in the summary
-    :param interrupts: handles Ctrl-C, if it is handled
-    :param options: those of :class:`rl_zoo3.exp_manager.ExperimentManager`
+    :param arguments: arguments of :class:`rl_zoo3.exp_manager.ExperimentManager`
+    :param program: command that starts ``sb3-ppo-ext``, for the commands in the summary
+    :param interrupts: handler of Ctrl-C, if there is one
+    :param options: keyword arguments of :class:`rl_zoo3.exp_manager.ExperimentManager`
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ZooExperimentManager(ExperimentManager):
             self.tensorboard_log = None
         self.program = program
         self.interrupts = interrupts or Interrupts()
-        self.requested_timesteps: int | None = None  # if the training does not end there
+        self.requested_timesteps: int | None = None  # the steps that were asked for, if others are made
         self._has_folder = False
         self._envs: list[VecEnv] = []
 
@@ -76,7 +76,7 @@ class ZooExperimentManager(ExperimentManager):
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """
-        :return: the model and the hyper-parameters to be saved; None for a study
+        :return: the model and the hyper-parameters to save; None for a study
         """
         experiment = None
         try:
@@ -86,7 +86,7 @@ class ZooExperimentManager(ExperimentManager):
         except EntryError:
             raise
         except Exception as error:
-            if self.interrupts.count:  # the environments, say, were interrupted too
+            if self.interrupts.count:  # Ctrl-C may have caused the error, for example in the environments
                 raise KeyboardInterrupt from error
             if not isinstance(error, (AssertionError, NotImplementedError, ValueError)) or not str(error):
                 raise
@@ -98,7 +98,7 @@ class ZooExperimentManager(ExperimentManager):
         return experiment
 
     def create_log_folder(self) -> None:
-        """Take a folder that no other training has, not even one that began at the same time."""
+        """Create a folder that no other training uses, not even one that starts at the same time."""
         if not self.is_first:
             return
         with self.interrupts.uninterrupted():
@@ -113,7 +113,7 @@ class ZooExperimentManager(ExperimentManager):
         super().create_log_folder()  # type: ignore[no-untyped-call]
 
     def _clean_up(self) -> None:
-        """Leave nothing of a training that does not take place: `enjoy` takes the newest folder to have an agent."""
+        """Remove the folder of a training that does not take place: `enjoy` expects an agent in the newest one."""
         for env in self._envs:
             with contextlib.suppress(Exception):
                 env.close()
@@ -122,9 +122,9 @@ class ZooExperimentManager(ExperimentManager):
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """
-        :param n_envs: how many
+        :param n_envs: number of environments
         :param eval_env: whether they are for evaluation
-        :param no_log: whether no monitor file is written
+        :param no_log: whether to write no monitor file
         :return: the environments
         """
         self.interrupts.check()
@@ -135,8 +135,8 @@ class ZooExperimentManager(ExperimentManager):
 
     def create_callbacks(self) -> None:
         """
-        As rl_zoo3; but a checkpoint of an agent that sees normalised observations comes with their statistics, and the
-        steps between two are those of all processes.
+        As rl_zoo3; but checkpoints of an agent with normalised observations contain the statistics, and the frequencies
+        count the steps of all processes.
         """
         if not self.is_first:
             self.callbacks = []
@@ -150,7 +150,7 @@ class ZooExperimentManager(ExperimentManager):
                 callback.save_vecnormalize = self.normalize
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
-        """As rl_zoo3; but an agent that goes on has the statistics it was trained with, wherever they are."""
+        """As rl_zoo3; but a continued agent keeps the statistics it was trained with, wherever they are."""
         if not self.continue_training:
             return super()._maybe_normalize(env, eval_env)
         location = f"{self.config}, {self.env_name.gym_id}"
@@ -163,9 +163,11 @@ class ZooExperimentManager(ExperimentManager):
         return normalized
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
-        """As rl_zoo3, with the number of steps that are still to be made."""
+        """As rl_zoo3, and determine the number of steps that remain."""
         for key in {"policy", "policy_kwargs"} & set(self.custom_hyperparams or {}):
-            raise EntryError(f"-params, {self.env_name.gym_id}: with -i, '{key}' is what the agent was made with")
+            raise EntryError(
+                f"-params, {self.env_name.gym_id}: with -i, '{key}' cannot be changed: the agent was created with it"
+            )
         if self.algo not in ALGORITHMS:
             check_agent_fits(self.trained_agent, self.algo)
         model = super()._load_pretrained_agent(hyperparams, env)
@@ -173,25 +175,27 @@ class ZooExperimentManager(ExperimentManager):
         if done >= self.n_timesteps:
             self.requested_timesteps = self.n_timesteps
             self.n_timesteps += done
-            print(f"The agent has made its {self.requested_timesteps:,} steps: it makes as many again")
-        print(f"Going on from step {done:,} to {self.n_timesteps:,}")
+            print(
+                f"The agent was already trained for {self.requested_timesteps:,} steps: it is trained for as many again"
+            )
+        print(f"Continuing from step {done:,} to {self.n_timesteps:,}")
         return model
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        :return: the hyper-parameters of the environment's entry, and the same once more, to be saved
+        :return: the hyper-parameters of the environment's entry, and a second version of them to save
         """
         self.interrupts.check()
         check_config(self.config, self.env_name.gym_id, self._is_atari)
-        trial_id, self.trial_id = self.trial_id, None  # rl_zoo3 would replace policy_kwargs, and take 0 for no trial
+        trial_id, self.trial_id = self.trial_id, None  # rl_zoo3 would replace policy_kwargs, and ignore trial 0
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         if trial_id is not None:
             if not self.storage or not self.study_name:
-                raise EntryError(f"--trial-id {trial_id} needs --storage and --study-name, which say of which study")
+                raise EntryError(f"--trial-id {trial_id} needs --storage and --study-name, which name the study")
             drawn = self.load_trial(self.storage, self.study_name, trial_id)
             hyperparams = merge_hyperparams(merge_hyperparams(hyperparams, drawn), self.custom_hyperparams or {})
             saved_hyperparams = {name: hyperparams[name] for name in sorted(hyperparams)}
-            print(f"With what was drawn for trial {trial_id} of study {self.study_name}:")
+            print(f"With the hyper-parameters of trial {trial_id} of study {self.study_name}:")
             pprint(saved_hyperparams)
         check_keys(hyperparams, ALGOS[self.algo], self._location)
         read = read_numbers(hyperparams, self._location)
@@ -200,7 +204,7 @@ class ZooExperimentManager(ExperimentManager):
         return hyperparams, saved_hyperparams
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-        """As rl_zoo3; but of a schedule that is a function its name: `enjoy` reads the file, and finds no function."""
+        """As rl_zoo3; but save only the name of a schedule that is a function, as `enjoy` could not read a function."""
         if not self.is_first:
             return
         functions = {name: value for name, value in saved_hyperparams.items() if isinstance(value, FunctionType)}
@@ -211,11 +215,11 @@ class ZooExperimentManager(ExperimentManager):
         self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
     ) -> dict[str, Any]:
         """
-        :param storage: a path that ends in ``.log``, or a database's URL
-        :param study_name: the study's
-        :param trial_id: the trial's number; the best, if None
-        :param convert: make hyper-parameters of what was drawn
-        :return: what was drawn for the trial
+        :param storage: a path that ends in ``.log``, or the URL of a database
+        :param study_name: name of the study
+        :param trial_id: number of the trial; None for the best
+        :param convert: whether to convert the drawn values to hyper-parameters
+        :return: the drawn values, or the hyper-parameters
         """
         try:
             study = load_study(storage, open_storage(storage, create=False), study_name)
@@ -226,18 +230,18 @@ class ZooExperimentManager(ExperimentManager):
         return dict(super().load_trial(storage, study_name, trial_id, convert))
 
     def _location(self, key: str) -> str:
-        """Where a hyper-parameter stands, for a message."""
+        """Where a hyper-parameter is written, for a message."""
         file = "-params" if key in (self.custom_hyperparams or {}) else self.config
         return f"{file}, {self.env_name.gym_id}"
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        """Leave schedules to our constructors, which read numbers, rl_zoo3's strings and None."""
+        """Leave schedules to our constructors, which accept numbers, rl_zoo3's strings and None."""
         if self.algo in ALGORITHMS:
             return hyperparams
         return super()._preprocess_schedules(hyperparams)
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
-        """As rl_zoo3; but ``env_kwargs`` of the entry are those of the evaluation, too."""
+        """As rl_zoo3; but the ``env_kwargs`` of the entry also apply to the evaluation environments."""
         check_normalize(hyperparams, self._location)
         preprocessed = super()._preprocess_hyperparams(hyperparams)
         if not self._eval_env_kwargs_args:
@@ -246,15 +250,15 @@ class ZooExperimentManager(ExperimentManager):
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
-        Train, from where the agent is to ``n_timesteps``; Ctrl-C ends that in order.
+        Train from the agent's present step to ``n_timesteps``; Ctrl-C ends the training cleanly.
 
-        :param model: to train
+        :param model: the model to train
         """
         options: dict[str, Any] = {"tb_log_name": self._log_name(model)}
         if self.continue_training:
-            options["reset_num_timesteps"] = False  # steps and schedules go on
+            options["reset_num_timesteps"] = False  # the step count and the schedules continue
             if model.tensorboard_log:
-                # SB3 would write into the newest log, which may be that of another training.
+                # SB3 would write into the newest log, which may belong to another training.
                 name = options["tb_log_name"]
                 log_id = get_latest_log_id(model.tensorboard_log, name) + 1
                 Path(model.tensorboard_log, f"{name}_{log_id}").mkdir(parents=True, exist_ok=True)
@@ -269,7 +273,7 @@ class ZooExperimentManager(ExperimentManager):
         self.interrupts.check()
         try:
             with self.interrupts.stage():
-                # All that rl_zoo3 uses of a model here.
+                # These attributes are all that rl_zoo3 uses here.
                 super().learn(cast(BaseAlgorithm, SimpleNamespace(learn=learn, env=model.env, policy=model.policy)))
         except (Exception, KeyboardInterrupt) as error:
             if not self.interrupts.caused(error):
@@ -280,12 +284,12 @@ class ZooExperimentManager(ExperimentManager):
                 with contextlib.suppress(Exception):
                     model.env.close()
         for callback in self.callbacks:
-            if isinstance(callback, EvalCallback):  # rl_zoo3 leaves it open, with all that it may hold
+            if isinstance(callback, EvalCallback):  # rl_zoo3 leaves the evaluation environments open
                 with contextlib.suppress(Exception):
                     callback.eval_env.close()
 
     def _log_name(self, model: BaseAlgorithm) -> str:
-        """The beginning of a TensorBoard folder's name: SB3's, unless another algorithm's class has the same name."""
+        """The prefix of the TensorBoard folder: SB3's, unless another algorithm has a class of the same name."""
         if self.algo not in ALGORITHMS:
             return str(inspect.signature(model.learn).parameters["tb_log_name"].default)
         name = type(model).__name__
@@ -293,7 +297,7 @@ class ZooExperimentManager(ExperimentManager):
         return self.algo if others else name
 
     def hyperparameters_optimization(self) -> None:
-        """Search; Ctrl-C is Optuna's to handle."""
+        """Run the search. Optuna handles Ctrl-C."""
         self.interrupts.check()
         self.interrupts.patience = 0
         try:
@@ -304,13 +308,13 @@ class ZooExperimentManager(ExperimentManager):
             if "No trials are completed" not in str(error):
                 raise
             self.interrupts.check()
-            raise EntryError("no trial of the search is complete, so none is the best") from None
+            raise EntryError("no trial of the search is complete, so there is no best trial") from None
 
     def objective(self, trial: optuna.Trial) -> float:
         """
-        Note who runs a trial and for how long, for those who watch the study, then run it.
+        Store the process and the budget of a trial in the study, then run the trial.
 
-        :param trial: of a study
+        :param trial: a trial of the study
         :return: the mean reward of the last evaluation
         """
         trial.set_user_attr(BUDGET, [self.n_timesteps, self.n_evaluations])
@@ -319,7 +323,7 @@ class ZooExperimentManager(ExperimentManager):
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """
-        Save the model, then print how good it is, where everything lies and how to go on.
+        Save the model, then print how good it is, where the files are and how to continue.
 
         :param model: the trained model; the training may have been interrupted
         """

@@ -1,4 +1,4 @@
-"""Ctrl-C during a training: it ends the training between two steps, where nothing is half done."""
+"""Handling of Ctrl-C: a training ends between two steps, with nothing left half done."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
 
 class Interrupts:
     """
-    Counts how often Ctrl-C was pressed, and raises :class:`KeyboardInterrupt` only if that is more than ``patience``.
+    Counts how often Ctrl-C was pressed, and raises :class:`KeyboardInterrupt` only beyond :attr:`patience` times.
 
-    An exception that may be raised anywhere breaks what it interrupts: a lock of the progress bar, a compiler, half a
-    step of the environments. So a training checks :attr:`count` between its steps and ends in order. A user who presses
-    a second time does not want to wait, and the exception is raised.
+    An exception at an arbitrary point can break what it interrupts: a lock of the progress bar, a compiler, a step of
+    the environments. So a training checks :attr:`count` between its steps and ends cleanly. If the user presses Ctrl-C
+    a second time, the exception is raised.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.patience: float = 0  # so many are only counted; the next one raises the exception
+        self.patience: float = 0  # this many times are only counted; the next time raises the exception
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Inside of the ``with`` block, Ctrl-C is handled here; unless it is ignored, as in a background process."""
+        """Handle Ctrl-C in the ``with`` block, unless the process ignores it, as background processes do."""
         before = signal.getsignal(signal.SIGINT)
         if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
             yield
@@ -42,7 +42,7 @@ class Interrupts:
 
         def without_interrupts(unraisable: Any) -> None:
             if not isinstance(unraisable.exc_value, KeyboardInterrupt):
-                hook(unraisable)  # an interrupt where no exception can be raised is counted, and checked later
+                hook(unraisable)  # an interrupt is already counted, and checked later
 
         sys.unraisablehook = without_interrupts
         signal.signal(signal.SIGINT, self._handle)
@@ -55,16 +55,16 @@ class Interrupts:
     def _handle(self, signal_number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.count > self.patience:
-            if self.patience:  # what cleans up after the exception is not to be interrupted again
+            if self.patience:  # do not interrupt the cleaning up after the exception
                 self.patience = math.inf
             raise KeyboardInterrupt
         if self.patience < math.inf:
-            with contextlib.suppress(OSError):  # print() may be what was interrupted, and cannot be entered twice
-                os.write(2, b"\nCtrl-C: it ends as soon as nothing is half done; once more to end it at once\n")
+            with contextlib.suppress(OSError):  # print() may be what was interrupted, and is not reentrant
+                os.write(2, b"\nCtrl-C: ending at the next safe point; press Ctrl-C again to end at once\n")
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[None]:
-        """The ``with`` block checks :attr:`count` itself; what follows it is not to be interrupted."""
+        """For a ``with`` block that checks :attr:`count` itself; the code after it is not interrupted."""
         self.count, self.patience = 0, 1
         try:
             yield
@@ -81,7 +81,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """For a ``with`` block that is quick, and must be done as a whole."""
+        """For a short ``with`` block that must not be interrupted."""
         patience, self.patience = self.patience, math.inf
         try:
             yield
@@ -90,9 +90,9 @@ class Interrupts:
 
     def caused(self, error: BaseException) -> bool:
         """
-        :param error: that has ended a training
-        :return: whether Ctrl-C has caused it: directly, while it was being handled, or by ending something else (a
-            compiler, a simulator)
+        :param error: error that ended a training
+        :return: whether Ctrl-C caused it: directly, during its handling, or by ending another process (a compiler, a
+            simulator)
         """
         seen: BaseException | None = error
         while seen is not None:
@@ -103,7 +103,7 @@ class Interrupts:
 
 
 class StopIfInterrupted(BaseCallback):
-    """Ends a training at the step that follows Ctrl-C."""
+    """Ends a training at the first step after Ctrl-C."""
 
     def __init__(self, interrupts: Interrupts) -> None:
         super().__init__()
@@ -119,13 +119,13 @@ class StopIfInterrupted(BaseCallback):
 @contextlib.contextmanager
 def sigint_blocked() -> Iterator[None]:
     """
-    Ctrl-C waits for the end of the ``with`` block, and never reaches processes that are started in it: in a terminal it
-    is sent to all of them, and one that ended before its parent would end that with an error.
+    Delay Ctrl-C until the end of the ``with`` block, and keep it from processes that are started in it. A terminal
+    sends it to all processes, and a child that ends before its parent would cause an error there.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # starting it lets interrupts through again
+    resource_tracker.ensure_running()  # starting it would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -23,25 +23,25 @@ from sb3_ppo_ext.zoo.pretrained import with_statistics
 
 def run_plots_command(arguments: Sequence[str]) -> int:
     """
-    :param arguments: of ``sb3-ppo-ext plots``
+    :param arguments: arguments of ``sb3-ppo-ext plots``
     :return: the exit code
     """
     parser = Parser(
         "sb3-ppo-ext plots",
         description="Draw what one update does to a saved model: collect a rollout, update once, and show for each "
-        "sample whether it still learns or is cut. The file of the model stays as it is.",
+        "sample whether it still learns or is cut. The model file is not changed.",
         allow_abbrev=False,
     )
     parser.add_argument("model", type=Path, metavar="MODEL.zip", help="a saved model, or a checkpoint")
-    parser.add_argument("--env", required=True, metavar="ID", help="the environment that it was trained in")
+    parser.add_argument("--env", required=True, metavar="ID", help="the environment in which it was trained")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("update.png"),
         metavar="F.png",
-        help="where to draw it, .png, .svg or .pdf; default: %(default)s",
+        help="file of the figure, .png, .svg or .pdf; default: %(default)s",
     )
-    parser.add_argument("--seed", type=whole_number, default=0, help="of the environments; default: %(default)s")
+    parser.add_argument("--seed", type=whole_number, default=0, help="seed of the environments; default: %(default)s")
     options = parser.parse_args(arguments)
     try:
         _draw(options.model, options.env, options.out, options.seed)
@@ -54,7 +54,7 @@ def run_plots_command(arguments: Sequence[str]) -> int:
 
 
 def _draw(path: Path, env_id: str, out: Path, seed: int) -> None:
-    kind_of(out)  # before it is trained for in vain
+    kind_of(out)  # before any training, as a wrong path would waste it
     with opened(path) as file:
         is_adaptive = origin_of(file) == name_of(AdaptiveKLPPO)
     model: Any = (AdaptiveKLPPO if is_adaptive else DualClipPPO).load(path)
@@ -64,7 +64,7 @@ def _draw(path: Path, env_id: str, out: Path, seed: int) -> None:
     model.set_env(with_statistics(env, path, EnvironmentName(env_id))[0] or env)
     if model.lr_schedule(model._current_progress_remaining) == 0.0:
         raise ValueError(
-            f"{path} is not allowed: its learning rate has fallen to 0, so that an update would change nothing; it "
+            f"{path} is not allowed: its learning rate has fallen to 0, so an update would change nothing; it "
             "must be a checkpoint from before the end of the training"
         )
     try:
@@ -78,7 +78,7 @@ def _draw(path: Path, env_id: str, out: Path, seed: int) -> None:
 
 
 def _update_once(model: Any) -> None:
-    """One rollout and its update, as ``learn`` makes them, but with the schedules where they were in the file."""
+    """Collect one rollout and update on it, as ``learn`` does, but with the schedules at their saved progress."""
     _, callback = model._setup_learn(model.n_steps * model.n_envs)
     callback.on_training_start({}, {})
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)

@@ -1,4 +1,4 @@
-"""What a training that goes on, ``train -i AGENT``, takes over from the agent, and which agents it refuses."""
+"""What ``train -i AGENT`` takes over from the agent, and which agents it refuses."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from sb3_ppo_ext.common.saving.checkpoint import load_vec_normalize
 from sb3_ppo_ext.common.saving.interchange import mark_of
 from sb3_ppo_ext.zoo.errors import EntryError
 
-# The algorithms of ours that SB3's can go on with, by rl_zoo3's keys.
+# Our algorithms whose agents SB3's algorithms can continue, by rl_zoo3's keys.
 _TAKES = {"ppo": ("sb3_ppo_ext.DualClipPPO", "sb3_ppo_ext.AdaptiveKLPPO"), "trpo": ("sb3_ppo_ext.TRPO",)}
 
 
 def check_agent_fits(agent: str, algo: str) -> None:
     """
     :param agent: a model file
-    :param algo: key of an algorithm that is not ours, whose ``load`` takes any file
-    :raises EntryError: if the agent is of an algorithm of ours that this one cannot go on with
+    :param algo: key of an algorithm of another package, whose ``load`` accepts any file
+    :raises EntryError: if the agent was saved by one of our algorithms, and the other one cannot continue it
     """
     with open(agent, "rb") as file:
         mark = mark_of(file)
     if mark is not None and mark not in _TAKES.get(algo, ()):
-        raise EntryError(f"{agent} is of {mark}, and --algo {algo} cannot go on with it")
+        raise EntryError(f"{agent} was saved by {mark}, and --algo {algo} cannot continue it")
 
 
 def with_statistics(env: VecEnv, agent: Path, env_name: str) -> tuple[VecNormalize | None, Path]:
     """
-    :param env: not normalised
+    :param env: environment without normalisation
     :param agent: the model file
-    :param env_name: the environment's, as in names of files
-    :return: the environment, normalised by the statistics that belong to the agent, None if it has none; and in which
-        file these are
+    :param env_name: name of the environment in file names
+    :return: the environment normalised by the agent's statistics, or None if it has none; and the file of the
+        statistics
     """
-    with contextlib.suppress(ValueError):  # no model file; loading the agent will say so
+    with contextlib.suppress(ValueError):  # not a model file; loading the agent will report it
         of_checkpoint = load_vec_normalize(agent, env)  # a checkpoint of SafeCheckpointCallback
         if of_checkpoint is not None:
             return of_checkpoint, agent
@@ -54,13 +54,13 @@ def normalize_as_agent(
     env: VecEnv, agent: Path, env_name: str, normalize: Any, normalize_kwargs: dict[str, Any], location: str
 ) -> VecNormalize | None:
     """
-    :param env: not normalised
+    :param env: environment without normalisation
     :param agent: the model file
-    :param env_name: the environment's, as in names of files
-    :param normalize: as the entry says it
-    :param normalize_kwargs: the same, as keyword arguments of VecNormalize
-    :param location: where the entry stands
-    :return: the environment, normalised by the statistics of the agent; None, if that has none
+    :param env_name: name of the environment in file names
+    :param normalize: ``normalize`` of the entry
+    :param normalize_kwargs: the same as keyword arguments of VecNormalize
+    :param location: where the entry is written
+    :return: the environment normalised by the agent's statistics, or None if it has none
     :raises EntryError: if the entry does not fit the agent's statistics
     """
     normalized, source = with_statistics(env, agent, env_name)
@@ -74,7 +74,7 @@ def normalize_as_agent(
         return None
     print(f"Statistics of VecNormalize from {source}")
     for name, value in normalize_kwargs.items():
-        if name == "gamma":  # follows the entry's, which may be changed
+        if name == "gamma":  # the entry may change gamma
             normalized.gamma = value
         elif name != "training" and getattr(normalized, name, value) != value:
             raise EntryError(

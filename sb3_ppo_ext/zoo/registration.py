@@ -1,4 +1,4 @@
-"""Which of our algorithms rl_zoo3 gets to know, under which key, and where their hyper-parameters are."""
+"""Registers our algorithms, their search spaces and their hyper-parameter files with rl_zoo3."""
 
 import functools
 from collections.abc import Callable
@@ -25,8 +25,8 @@ def register() -> None:
     """
     Make our algorithms, their search spaces and their configurations known to all modules of rl_zoo3.
 
-    Calling it again changes nothing. An algorithm that rl_zoo3 already has is never replaced, nor is a sampler or a
-    converter: put your own there to search a space of your own.
+    Calling it again changes nothing. Algorithms, samplers and converters that rl_zoo3 already has are never replaced,
+    so you can add your own sampler and converter first, to search your own space.
     """
     for key, algorithm in ALGORITHMS.items():
         known = ALGOS.get(key, algorithm)
@@ -46,8 +46,8 @@ def register() -> None:
 
 def _finding_our_configurations(init: Callable[..., None]) -> Callable[..., None]:
     """
-    :param init: of rl_zoo3's manager, which looks for every configuration in rl_zoo3's own folder
-    :return: the same, but the configurations of our algorithms are found where they are
+    :param init: constructor of rl_zoo3's manager, which looks for all configurations in rl_zoo3's own folder
+    :return: a constructor that finds the configurations of our algorithms
     """
 
     @functools.wraps(init)

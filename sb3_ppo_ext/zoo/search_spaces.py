@@ -1,19 +1,19 @@
 """
-What an Optuna study of each of our algorithms searches.
+The search spaces of our algorithms for Optuna studies.
 
-rl_zoo3 calls a sampler for each trial of a study, and a converter alone where it loads a trial: the converter makes the
-constructor's arguments, which the sampler returned, of the numbers that were drawn. ``n_actions`` and
-``additional_args`` are for rl_zoo3's own samplers; ours do not use them.
+For each trial of a study, rl_zoo3 calls a sampler, which draws numbers and returns arguments of the constructor. Where
+rl_zoo3 loads a trial, it calls only the converter, which computes the same arguments from the drawn numbers.
+``n_actions`` and ``additional_args`` are for rl_zoo3's own samplers; ours do not use them.
 
-As in rl_zoo3's own spaces, a trial's arguments take the place of the entry's. What a space leaves out stays as the
-entry has it, inside of ``policy_kwargs`` too: the activation function, the features extractor, the optimizer.
+As in rl_zoo3's own spaces, the arguments of a trial replace those of the entry. All other arguments stay as in the
+entry, also within ``policy_kwargs``: the activation function, the features extractor, the optimizer.
 
-Each number is drawn from a range of its own, which no other number changes: Optuna's samplers learn best from those.
-Numbers that depend on each other are drawn as a factor (minibatches of a rollout, high over low clip range), so that no
-combination is a contradiction. What the learning rate begins with is drawn, and its schedule.
+Each number is drawn from a fixed range, because Optuna's samplers learn best from these. Where one number depends on
+another, their ratio is drawn (minibatches per rollout, high to low clip range), so that every combination is valid. The
+initial learning rate and its schedule are drawn separately.
 
-Where the entry's policy is a recurrent one, its memory is searched, too. rl_zoo3 does not tell a sampler of the policy,
-so the trial has it as an attribute, :data:`POLICY`.
+If the policy of the entry is recurrent, its memory is searched, too. rl_zoo3 does not pass the policy to a sampler, so
+it is stored as an attribute of the trial, :data:`POLICY`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
 Params = dict[str, Any]
 
-POLICY = "policy"  # a trial's attribute: that of the entry
+POLICY = "policy"  # the attribute of a trial that holds the policy of the entry
 
 
 def _converted(trial: optuna.Trial, convert: Callable[[Params], Params], params: Params) -> Params:
     """
-    :param trial: that the numbers were drawn for
-    :param convert: the algorithm's converter
-    :param params: what was drawn
-    :return: the constructor's arguments; those that are not among the numbers are added to the trial's attributes
+    :param trial: trial for which the numbers were drawn
+    :param convert: converter of the algorithm
+    :param params: the drawn numbers
+    :return: arguments of the constructor; those that were not drawn directly are added to the trial's attributes
     """
     hyperparams = convert(params)
     for name in hyperparams.keys() - params.keys() - {"policy_kwargs"}:
@@ -45,22 +45,22 @@ def _converted(trial: optuna.Trial, convert: Callable[[Params], Params], params:
 
 def _sample_common(trial: optuna.Trial, n_envs: int) -> Params:
     """
-    What every space has.
+    Draw the parameters that all spaces have.
 
-    - ``one_minus_gamma``: the horizon is the task's, and what gamma is best for it nobody knows beforehand
-    - ``net_arch``: rl_zoo3's sizes, as far as [256, 256]; of a recurrent policy, after its memory
+    - ``one_minus_gamma``: the best horizon depends on the task and is not known beforehand
+    - ``net_arch``: rl_zoo3's sizes up to [256, 256]; in a recurrent policy, the layers after its memory
     - ``layer_norm``: whether these layers are normalised
 
-    A recurrent policy's space has also
+    For a recurrent policy also
 
     - ``lstm_hidden_size_pow``: how much it can remember
-    - ``sequence_length_pow``: how long it learns to remember something, against the number of independent samples. All
-      of these lengths divide all batch sizes that are drawn
-    - ``enable_critic_lstm``: whether the critic has a memory of its own, or none. It could have the actor's
-      (``shared_lstm``) only where they share their features, too, which depends on the algorithm and on the entry
+    - ``sequence_length_pow``: over how many steps it learns to remember; longer sequences mean fewer independent
+      samples. All of these lengths divide all batch sizes in the spaces
+    - ``enable_critic_lstm``: whether the critic has its own memory or none. It could use the actor's (``shared_lstm``)
+      only if they also share their features, which depends on the algorithm and on the entry
 
-    :param trial: to draw for
-    :param n_envs: number of environments; kept with what was drawn, as a converter is given nothing else
+    :param trial: trial to draw for
+    :param n_envs: number of environments; stored with the drawn numbers, as a converter gets only these
     """
     return {
         "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
@@ -97,18 +97,17 @@ def _sample_rollout(
     trial: optuna.Trial, n_envs: int, batch_size_pow: tuple[int, int], n_minibatches_pow: tuple[int, int]
 ) -> Params:
     """
-    What every space has whose algorithm learns from a rollout of so many steps.
+    Draw the parameters of algorithms whose rollouts have a fixed number of steps.
 
-    - ``batch_size_pow`` and ``n_minibatches_pow``: how much is collected before an update, and in how many gradient
-      steps it is seen. ``n_steps`` follows: a rollout of all environments is a whole number of minibatches, at least
-      one
-    - ``one_minus_gae_lambda``: bias against variance of the advantages
+    - ``batch_size_pow`` and ``n_minibatches_pow``: the size of a rollout, and the number of gradient steps per pass
+      over it. ``n_steps`` is computed from them, so that a rollout is a whole number of minibatches, at least one
+    - ``one_minus_gae_lambda``: trades bias of the advantages against variance
 
-    :param trial: to draw for
+    :param trial: trial to draw for
     :param n_envs: number of environments
     :param batch_size_pow: lowest and highest exponent of two
-    :param n_minibatches_pow: likewise
-    :return: what was drawn
+    :param n_minibatches_pow: lowest and highest exponent of two
+    :return: the drawn numbers
     """
     return {
         **_sample_common(trial, n_envs),
@@ -120,13 +119,13 @@ def _sample_rollout(
 
 def _sample_proximal(trial: optuna.Trial, n_envs: int) -> Params:
     """
-    What the spaces of both proximal policy optimisations have: rollout, minibatches, gamma, lambda and network; and
+    Draw the parameters of both PPO algorithms: rollout, minibatches, gamma, lambda and network; and
 
-    - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it sees a sample
-    - ``learning_rate_schedule``: whether updates are as large at the end of the training as at its beginning; or, as
-      "kl", whether the learning rate follows the KL, with the constructor's target
-    - ``data``: whether an update learns from the newest rollout as it was collected ("fresh"), with advantages of its
-      own in each epoch ("recomputed"; not of a recurrent policy), or from the rollout before it too ("reused")
+    - ``learning_rate``, ``n_epochs``: how far an update goes, and how often it uses a sample
+    - ``learning_rate_schedule``: whether the learning rate stays the same, falls until the end of the training, or
+      ("kl") follows the KL divergence with the constructor's target
+    - ``data``: whether an update uses the newest rollout as it was collected ("fresh"), with advantages recomputed in
+      each epoch ("recomputed"; not for a recurrent policy), or also the rollout before it ("reused")
     """
     return {
         **_sample_rollout(trial, n_envs, batch_size_pow=(5, 9), n_minibatches_pow=(1, 5)),
@@ -139,7 +138,7 @@ def _sample_proximal(trial: optuna.Trial, n_envs: int) -> Params:
 
 
 def _convert_common_params(sampled_params: Params) -> Params:
-    """rl_zoo3's conversion, without an activation function, which none of our spaces has."""
+    """rl_zoo3's conversion, without the activation function, which our spaces do not contain."""
     hyperparams: Params = convert_onpolicy_params({**sampled_params, "activation_fn": "tanh"})
     del hyperparams["policy_kwargs"]["activation_fn"]
     if "layer_norm" in hyperparams:
@@ -152,7 +151,7 @@ def _convert_common_params(sampled_params: Params) -> Params:
         hyperparams["policy_kwargs"] |= {
             "lstm_hidden_size": 2 ** hyperparams.pop("lstm_hidden_size_pow"),
             "enable_critic_lstm": hyperparams.pop("enable_critic_lstm"),
-            "shared_lstm": False,  # an entry that has it would contradict
+            "shared_lstm": False,  # True in the entry would contradict
         }
     return hyperparams
 
@@ -164,13 +163,13 @@ def convert_rollout_params(sampled_params: Params) -> Params:
         hyperparams["kl_adaptive_lr"] = {} if sampled_params["learning_rate_schedule"] == "kl" else None
     if "data" in sampled_params:
         data = hyperparams.pop("data")
-        target = "gae" if "sequence_length" in hyperparams else "vtrace"  # which a memory does not allow
+        target = "gae" if "sequence_length" in hyperparams else "vtrace"  # vtrace does not support a memory
         hyperparams["recompute_advantages"] = data == "recomputed"
         hyperparams["n_reused_rollouts"] = int(data == "reused")
         hyperparams["reuse"] = {"target": target, "proximal": "newest"} if data == "reused" else None
     n_envs, n_minibatches = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_minibatches_pow")
     batch_size = hyperparams["batch_size"]
-    # The fewest steps of all environments that are whole minibatches and whole sequences.
+    # The smallest n_steps for which a rollout is whole minibatches and whole sequences.
     whole = math.lcm(batch_size // math.gcd(batch_size, n_envs), hyperparams.get("sequence_length", 1))
     hyperparams["n_steps"] = whole * math.ceil(n_minibatches * batch_size / (whole * n_envs))
     return hyperparams
@@ -186,11 +185,11 @@ def sample_dual_clip_ppo_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]
 ) -> Params:
     """
-    Besides what both proximal spaces have:
+    The parameters of both PPO algorithms, and
 
-    - ``clip_range``: where an update ends
-    - ``clip_range_ratio``: of high to low clip range, from symmetric to twice as far up
-    - ``dual_clip``: from near the first clip to where it hardly ever acts; above 1 + clip_range_high for all of these
+    - ``clip_range``: how far an update moves the policy
+    - ``clip_range_ratio``: ratio of high to low clip range, from 1 (symmetric) to 2
+    - ``dual_clip``: from close to the first clip to where it hardly ever acts; always above 1 + clip_range_high
     """
     return _converted(
         trial,
@@ -208,15 +207,15 @@ def sample_adaptive_kl_ppo_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]
 ) -> Params:
     """
-    Besides what both proximal spaces have:
+    The parameters of both PPO algorithms, and
 
-    - ``target_kl``: of the whole action, which an update aims at; the constructor's 0.01 for each action dimension lies
-      in this range up to 30 dimensions
-    - ``clip_range``: what keeps single states near where the penalty on the mean does not
-    - ``kl_coef``: at first. It adapts by a factor of two a rollout, which is slow where a training has few
+    - ``target_kl``: KL divergence of the whole action that an update aims at. The constructor's 0.01 for each action
+      dimension lies in this range up to 30 dimensions
+    - ``clip_range``: limits the change in single states, which the penalty on the mean KL does not
+    - ``kl_coef``: the initial coefficient. It adapts by a factor of two per rollout, which is slow if there are few
 
-    The tolerance and the factor of the adaptation are left alone: the paper (Schulman et al. 2017, section 4) finds
-    that little depends on them.
+    The tolerance and the factor of the adaptation are not searched: by the paper (Schulman et al. 2017, section 4), the
+    algorithm is not very sensitive to them.
     """
     return _converted(
         trial,
@@ -232,23 +231,23 @@ def sample_adaptive_kl_ppo_params(
 
 def convert_trpo_params(sampled_params: Params) -> Params:
     hyperparams = convert_rollout_params(sampled_params)
-    # The critic's steps leave alone what the actor depends on: of shared features it would learn the last layers only.
+    # The critic's steps do not change shared parameters: with shared features it would only learn its last layers.
     hyperparams["policy_kwargs"]["share_features_extractor"] = False
     return hyperparams
 
 
 def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]) -> Params:
     """
-    Besides rollout, minibatches (here of the critic), gamma, lambda and network, which all spaces have:
+    Rollout, minibatches (of the critic), gamma, lambda and network; and
 
-    - ``target_kl``: of the whole action, the size of a step; the constructor's 0.01 for each action dimension lies in
-      this range up to 30 dimensions
-    - ``cg_damping``: how far the step's direction goes from the natural gradient to the gradient; the constructor's 0.1
-      for each action dimension lies in this range up to 20 dimensions
-    - ``cg_max_steps``: how exactly that direction is solved for
-    - ``learning_rate``, ``n_critic_updates``: how well the critic fits, which the advantages depend on
+    - ``target_kl``: the size of a step, as the KL divergence of the whole action. The constructor's 0.01 for each
+      action dimension lies in this range up to 30 dimensions
+    - ``cg_damping``: how far the direction of the step is moved from the natural gradient towards the gradient. The
+      constructor's 0.1 for each action dimension lies in this range up to 20 dimensions
+    - ``cg_max_steps``: how accurately this direction is computed
+    - ``learning_rate``, ``n_critic_updates``: how well the critic fits the returns
 
-    The line search is left alone: it acts only on a step that the quadratic model misjudges.
+    The line search is not searched: it acts only on steps for which the quadratic model is wrong.
     """
     return _converted(
         trial,
@@ -266,12 +265,12 @@ def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
 
 def convert_reinforce_params(sampled_params: Params) -> Params:
     hyperparams = _convert_common_params({**sampled_params, "one_minus_gae_lambda": 0.0})
-    del hyperparams["gae_lambda"]  # its returns are complete
+    del hyperparams["gae_lambda"]  # it uses complete returns
     n_envs, n_episodes = hyperparams.pop("n_envs"), 2 ** hyperparams.pop("n_episodes_pow")
     hyperparams["episodes_per_env"] = math.ceil(n_episodes / n_envs)
     hyperparams["policy_kwargs"]["share_features_extractor"] = False  # as for TRPO
     if hyperparams["baseline"] != "value":
-        hyperparams["bootstrap_timeouts"] = False  # an entry that has it for its own baseline would contradict
+        hyperparams["bootstrap_timeouts"] = False  # True in the entry would contradict this baseline
     return hyperparams
 
 
@@ -279,17 +278,17 @@ def sample_reinforce_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[Any, Any]
 ) -> Params:
     """
-    Besides gamma and network, which all spaces have:
+    Gamma and network; and
 
-    - ``n_episodes_pow``: episodes of a batch, over all environments: variance against number of updates. At least four,
-      so that a baseline has other episodes to be computed from
-    - ``learning_rate``: of the one step a batch makes, hence higher than PPO's
-    - ``learning_rate_schedule``: whether steps are as large at the end of the training as at its beginning
-    - ``ent_coef``: against a policy that stops exploring, which nothing else here bounds
-    - ``baseline``: "optimal" costs two more gradients an episode and "none" is never better, so the other three
-    - ``normalize_advantage``: one size of step for all scales of reward, or an unbiased gradient
+    - ``n_episodes_pow``: episodes of a batch, over all environments: more episodes mean less variance and fewer
+      updates. There are at least four, so that a baseline can be computed from other episodes
+    - ``learning_rate``: higher than PPO's, as there is only one step per batch
+    - ``learning_rate_schedule``: whether the learning rate stays the same or falls until the end of the training
+    - ``ent_coef``: keeps the policy exploring, which nothing else does here
+    - ``baseline``: three of the five, as "optimal" costs two more gradients per episode and "none" is never better
+    - ``normalize_advantage``: steps of one size for all scales of reward, or an unbiased gradient
 
-    The returns are those of the entry; "total" has the same mean as the rewards-to-go and more variance.
+    The kind of return is that of the entry; "total" has the same mean gradient as rewards-to-go and more variance.
     """
     return _converted(
         trial,

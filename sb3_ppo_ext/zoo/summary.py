@@ -1,4 +1,4 @@
-"""The summary after a training: how good the agent is, where everything lies, how to go on."""
+"""The summary after a training: how good the agent is, where the files are, how to continue."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sb3_ppo_ext.zoo.arguments import LOG_FOLDER
 from sb3_ppo_ext.zoo.interrupts import Interrupts
 
 N_EPISODES = 20
-RESULT = "final_evaluation.json"  # what the summary says of the reward, for programs; beside the configuration
+RESULT = "final_evaluation.json"  # the reward in the summary, for programs; beside the configuration
 
 
 def summary(
@@ -33,13 +33,14 @@ def summary(
     requested_timesteps: int | None,
 ) -> str:
     """
-    The model is saved when this is called, and an error of the environment must not keep its user from learning that.
+    Evaluate the model, which is already saved, and summarise the training. An error of the environment is reported in
+    the summary, so that the user still learns where the model is.
 
     :param manager: the manager of the training that has just been saved
     :param model: the trained model, which is evaluated once more
-    :param program: how to start ``sb3-ppo-ext``
-    :param interrupts: handles Ctrl-C
-    :param requested_timesteps: the steps that were asked for, if the training does not end there
+    :param program: command that starts ``sb3-ppo-ext``
+    :param interrupts: handler of Ctrl-C
+    :param requested_timesteps: the steps that were asked for, if others were made
     :return: a few lines for a person
     """
     algo, env_id = manager.algo, manager.env_name.gym_id
@@ -96,8 +97,8 @@ def summary(
 
 def _without_flags(arguments: Sequence[str], *flags: str) -> list[str]:
     """
-    :param arguments: of ``train``
-    :param flags: each of which takes one value
+    :param arguments: arguments of ``train``
+    :param flags: flags that take one value each
     :return: the arguments without these flags and their values
     """
     kept = [argument for argument in arguments if not argument.startswith(tuple(f"{flag}=" for flag in flags))]
@@ -109,15 +110,15 @@ def _without_flags(arguments: Sequence[str], *flags: str) -> list[str]:
 
 
 def _reward(manager: ExperimentManager, model: BaseAlgorithm, interrupts: Interrupts) -> str:
-    """Evaluate, write the result beside the configuration, and return it in words."""
-    if manager.eval_freq <= 0:  # by which the user says that there is to be no evaluation
+    """Evaluate the model, write the result beside the configuration, and describe it."""
+    if manager.eval_freq <= 0:  # the user wants no evaluation
         rewards = [episode["r"] for episode in model.ep_info_buffer or ()]
         if not rewards:
             return "not known: no episode of the training has ended, and --eval-freq asks for no evaluation"
         of = f"the training's last {len(rewards)} episodes"
         return f"{np.mean(rewards):.2f} +/- {np.std(rewards):.2f} (mean and std of {of})"
     try:
-        if interrupts.count > 1:  # a user who has pressed Ctrl-C twice does not want to wait
+        if interrupts.count > 1:  # the user pressed Ctrl-C twice and does not want to wait
             raise KeyboardInterrupt
         with interrupts.stage():
             mean, std = _evaluate(manager, model, interrupts)
@@ -125,7 +126,7 @@ def _reward(manager: ExperimentManager, model: BaseAlgorithm, interrupts: Interr
         write_whole(Path(manager.params_path, RESULT), memoryview(json.dumps(result).encode()))
     except KeyboardInterrupt:
         return "not measured: Ctrl-C ended the evaluation"
-    except Exception as error:  # whatever an environment may do
+    except Exception as error:  # the environment may raise anything
         return f"not measured: {type(error).__name__}: {error}"
     actions = "deterministic" if manager.deterministic_eval else "sampled"
     return f"{mean:.2f} +/- {std:.2f} (mean and std of {N_EPISODES} episodes, {actions} actions)"
@@ -133,8 +134,8 @@ def _reward(manager: ExperimentManager, model: BaseAlgorithm, interrupts: Interr
 
 def _evaluate(manager: ExperimentManager, model: BaseAlgorithm, interrupts: Interrupts) -> tuple[float, float]:
     """
-    :return: mean and standard deviation of an episode's reward, as the environment gives it
-    :raises KeyboardInterrupt: if Ctrl-C is pressed meanwhile
+    :return: mean and standard deviation of the unnormalised rewards of episodes
+    :raises KeyboardInterrupt: if Ctrl-C is pressed during the evaluation
     """
     print(f"Evaluating {N_EPISODES} episodes", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):  # the manager has printed its settings before

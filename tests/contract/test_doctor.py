@@ -121,7 +121,7 @@ def test_it_says_each_finding_once_while_the_training_runs(capsys: pytest.Captur
     output = capsys.readouterr().out
     assert output.count("ALARM  The learning rate is unusually large") == 1
     assert "seen    `learning_rate` has been above 0.03 since step 32. It is 0.1 now." in output
-    assert "change  Lower `learning_rate` (now 0.1), which is for the actor and the critic; 1e-5 to 2e-3" in output
+    assert "change  Lower `learning_rate` (now 0.1), which applies to the actor and the critic; 1e-5 to 2e-3" in output
     assert output.splitlines()[-1] == f"Doctor: {doctor.diagnosis.verdict()}"
     assert doctor.diagnosis.findings[0].rule.name == "learning_rate"
 

@@ -50,7 +50,7 @@ def test_a_log_is_diagnosed(command: Command, tmp_path: Path) -> None:
     assert "  means   The samples of a rollout say little" in output
     assert "  change  Divide `learning_rate` (now 0.005) by 3, or lower `n_epochs`. `target_kl=0.03` also" in output
     assert output.index("ALARM") < output.index("WATCH  Much of the gradient is clipped away")
-    assert "need what the log lacks: gamma, advantage_mean, advantage_skew. DoctorCallback adds it" in output
+    assert "need keys that this log lacks: gamma, advantage_mean, advantage_skew. DoctorCallback logs them" in output
 
 
 def test_a_folder_of_runs_is_diagnosed_one_after_the_other(command: Command, tmp_path: Path) -> None:
@@ -68,14 +68,14 @@ def test_what_the_log_lacks_may_be_given(command: Command, tmp_path: Path) -> No
     assert "ALARM  The agent looks only a few steps ahead" in command("doctor", str(path), "-params", "gamma:0.0")
     output = command("doctor", str(path), "-params", "gamma:0.99")
     assert "a few steps ahead" not in output
-    assert "need what the log lacks: advantage_mean" in output
+    assert "need keys that this log lacks: advantage_mean" in output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "a log is wanted, or a folder with logs; or --explain KEY"),
-        (["run", "--explain", "approx_kl"], "a log is wanted"),
+        ([], "give either a log, or a folder with logs, or --explain KEY"),
+        (["run", "--explain", "approx_kl"], "give either a log"),
         (["nowhere"], "nowhere does not exist"),
         (["--explain", "aprox_kl"], "there is no key 'aprox_kl'; the nearest is 'approx_kl'"),
         (["run", "-params", "gama:0.9"], "no rule needs 'gama'; it must be one of gamma, ent_coef"),

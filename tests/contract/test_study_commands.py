@@ -29,7 +29,7 @@ def test_mistakes_are_named_and_change_nothing(command: Command, tmp_path: Path)
     assert "MySQLdb is missing" in mistake("show", "--storage", "mysql://here/there")
     assert "there is no nowhere.log" in mistake("show", "--storage", "nowhere.log")
     assert "there is no nowhere.db" in mistake("show", "--storage", "sqlite:///nowhere.db")
-    assert "no database's URL" in mistake("show", "--storage", "nonsense://here")
+    assert "SQLAlchemy does not know this database URL" in mistake("show", "--storage", "nonsense://here")
     hidden = mistake("show", "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/none")
     assert "refused" in hidden
     assert "secret" not in hidden
@@ -39,6 +39,8 @@ def test_mistakes_are_named_and_change_nothing(command: Command, tmp_path: Path)
     assert re.search("No such file.*none.yml", none)
     assert "unknown key 'gama'; the nearest is 'gamma'" in mistake(*run, "-params", "gama:0.9")
     assert "study name 'a/b'" in mistake(*run, "--study-name", "a/b")
+    for negative in ((*run, "--seed", "-1"), ("evaluate", "--first-seed", "-1")):  # rl_zoo3 would draw one
+        assert "'-1' is not allowed: it must be a whole number of at least 0" in mistake(*negative)
     assert not (tmp_path / "logs").exists()
 
     storage = journal(tmp_path / "other.log")

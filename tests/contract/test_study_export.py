@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from sb3_ppo_ext import DualClipPPO
+from sb3_ppo_ext.zoo import register
+from sb3_ppo_ext.zoo.study.candidates import make_candidate, store_result
 from tests.contract import held
 from tests.contract.zoo import STUDY, STUDY_FOLDER, Command, finished_study, load_study, stored_rows
 
@@ -72,7 +74,7 @@ hyperparams = {held.ENV: {**held.ENTRY, "clip_range": lambda progress: 0.1, "pol
     assert len(set(Path("marker").read_text().split())) == 3
     output = command("study", "export", "-o", "it.yml", code=2)
     assert not Path("it.yml").exists()
-    assert "YAML cannot say the entry (" in output
+    assert "YAML cannot express the entry (" in output
     train = shlex.split(output.split("train with it by ")[1])
     command(*train[1:], "--eval-freq", "-1", "--device", "cpu", "--seed", "1000")
     files = list((STUDY_FOLDER / "evaluation").glob(f"0_*/**/{held.ENV}.zip"))
@@ -94,3 +96,13 @@ def test_an_export_that_fails_leaves_the_file_as_it_was(
         command("study", "export", "-o", "it.yml")
     assert Path("it.yml").read_text() == "before"
     assert sorted(os.listdir()) == ["held.yml", "it.yml", "logs"]
+
+
+def test_an_entry_names_the_seeds_that_it_was_trained_again_on(command: Command, tmp_path: Path) -> None:
+    study = finished_study(tmp_path, 3.0)
+    register()
+    candidate = make_candidate(study, study.trial(0), 0)
+    for seed, words in ((5, "5"), (6, "5, 6"), (7, "5 to 7"), (20, "5, 6, 7, 20")):
+        store_result(study, candidate, seed, {"mean": 1.0})
+        command("study", "export", "-o", "it.yml")
+        assert f"with seeds {words}, reward at the end" in Path("it.yml").read_text()

@@ -21,6 +21,7 @@ from sb3_ppo_ext.zoo import register
 from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, SAMPLERS
 from sb3_ppo_ext.zoo.study.candidates import Candidate, make_candidate, store_result
 from sb3_ppo_ext.zoo.study.plots import Plot, hyperparam_plots, search_plots
+from sb3_ppo_ext.zoo.study.report import trial_table
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.task import Task
 from sb3_ppo_ext.zoo.study.trials import BUDGET, format_value
@@ -92,7 +93,9 @@ def test_the_best_trials_are_shown_as_text_page_and_picture(command: Command, tm
         study.add_trial(trial)
     study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"reason": "It was <tired>"}))
     output = command("study", "show", "--top", "2")
-    assert re.search(r"gamma +\d+%", output)
+    names, shares = output.splitlines()[5:7]
+    assert sorted(names.split()) == ["gamma", "hidden", "rate", "value"]  # "rate" is the second line of learning_rate
+    assert re.fullmatch(r" +explains( +\d+%){3}", shares)
     assert "trial 11: It was <tired>" in output
     text = PAGE.read_text()
     Reader(text)
@@ -214,16 +217,43 @@ def test_several_objectives_are_refused(command: Command) -> None:
     assert "study 'two' does not maximize one value" in output
 
 
-@pytest.mark.parametrize("algo", CONVERTERS)
-def test_hyperparameters_are_shown_and_not_the_numbers_that_were_drawn(algo: str) -> None:
+def drawn_study(algo: str, n_trials: int) -> ZooStudy:
+    """A study of trials that were drawn at random; the value of each is its number."""
     register()
     found = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
     found.set_user_attr("sb3_ppo_ext", vars(Task(algo, "CartPole-v1", 0, "", [], [], [], [])))
-    for _ in range(4):
+    for _ in range(n_trials):
         SAMPLERS[algo](found.ask(), 0, 4, {})
     for trial in found.trials:
         found.tell(trial.number, trial.number)
-    study = ZooStudy("any", "any", Path(), found, [])
+    return ZooStudy("any", "any", Path(), found, [])
+
+
+@pytest.mark.parametrize("algo", CONVERTERS)
+def test_the_table_of_trials_fits_100_columns_and_names_what_does_not(algo: str) -> None:
+    study = drawn_study(algo, 10)
+    trials = study.best_trials()
+    for explained in ({}, {"n_envs": 0.75, "one_minus_gamma": 0.25}):
+        lines = trial_table(study, trials, explained)
+        assert 80 < max(map(len, lines)) <= 100
+        first = next(place for place, line in enumerate(lines) if "trial 9" in line)
+        head, rows, rest = lines[:first], lines[first : first + 10], " ".join(lines[first + 11 :])
+        assert [row.split()[:3] for row in rows] == [["trial", str(n), f"{n}.00"] for n in range(9, -1, -1)]
+        assert ["explains" in line for line in head] == [False] * (len(head) - 1) + [bool(explained)]
+        if explained:
+            assert head[-1].split()[:2] == ["explains", "25%"]  # n_envs, the same in all trials, comes last
+            assert head[-2].split()[:2] == ["value", "gamma"]
+        labels = {label for label, _ in study.hyperparams(trials[0]).values()}
+        left_out = set(rest.removeprefix("Only on the page: ").removesuffix(".").split(", "))
+        assert left_out < labels
+        parts = " ".join(head).replace("_", " ").split()
+        assert all(set(label.split("_")) <= set(parts) for label in labels - left_out)
+
+
+@pytest.mark.parametrize("algo", CONVERTERS)
+def test_hyperparameters_are_shown_and_not_the_numbers_that_were_drawn(algo: str) -> None:
+    study = drawn_study(algo, 4)
+    found = study.optuna_study
     converted = CONVERTERS[algo](dict(found.trials[3].params))
     hyperparams = dict(study.hyperparams(found.trials[3]).values())
     assert hyperparams.pop("net_arch") == converted.pop("policy_kwargs")["net_arch"]

@@ -35,7 +35,7 @@ def test_a_wrong_algorithm_is_answered_by_the_right_one(command: Command, given:
 
 def test_without_an_algorithm_it_is_ours_and_said(command: Command) -> None:
     output = command("train", "-n", "64", "--eval-freq", "-1", *SMALL)
-    assert output.startswith("sb3-ppo-ext train: without --algo, it is dual_clip_ppo\n")
+    assert output.startswith("sb3-ppo-ext train: no --algo was given, so dual_clip_ppo is used\n")
     assert MODEL.is_file()
 
 
@@ -59,8 +59,8 @@ def test_steps_as_a_person_writes_them(command: Command) -> None:
     ("pair", "answer"),
     [
         ("clip_range=0.3", "'clip_range=0.3' must be written clip_range:0.3"),
-        ("clip_range", "'clip_range' is no pair key:value, such as gamma:0.9"),
-        ("clip_range:", "'clip_range:' is no pair key:value, such as gamma:0.9"),
+        ("clip_range", "'clip_range' is not a pair key:value, such as gamma:0.9"),
+        ("clip_range:", "'clip_range:' is not a pair key:value, such as gamma:0.9"),
         ("policy_kwargs:dict(a=[1]", "'policy_kwargs:dict(a=[1]' has a value that cannot be read (SyntaxError"),
         ("policy_kwargs:dict(a=ReLU)", "(NameError: name 'ReLU' is not defined)"),
         ("gamma:[1", "'gamma:[1' has a value that cannot be read (SyntaxError"),
@@ -121,8 +121,8 @@ def test_a_number_out_of_range_is_named_with_its_key(command: Command, algo: str
     ("name", "content", "answer"),
     [
         ("mine.yml", "- 1", "mine.yml has no entries"),
-        ("mine.yml", "CartPole-v1: 5", "mine.yml, CartPole-v1: 5 is no hyper-parameters"),
-        ("mine.yml", "CartPole-v1:", "mine.yml, CartPole-v1: None is no hyper-parameters"),
+        ("mine.yml", "CartPole-v1: 5", "mine.yml, CartPole-v1: 5 is not allowed: an entry must be"),
+        ("mine.yml", "CartPole-v1:", "mine.yml, CartPole-v1: None is not allowed: an entry must be"),
         ("mine.py", "x = 1", "mine.py has no dictionary 'hyperparams'"),
         ("absent", "", "No module named 'absent'"),
     ],

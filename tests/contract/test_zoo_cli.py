@@ -60,7 +60,7 @@ def test_train_and_every_command_that_it_prints(command: Command) -> None:
         in output
     )
     continued = command(*proceed[1:])
-    assert "Going on from step 1,024 to 2,024" in continued
+    assert "Continuing from step 1,024 to 2,024" in continued
     assert "Loading pretrained agent" in continued
     assert printed_command(continued, "Continue the training:").count("-i") == 1  # and not the one it started from
     assert (run.with_name("CartPole-v1_2") / "CartPole-v1.zip").is_file()
@@ -195,7 +195,9 @@ def test_a_file_that_cannot_be_read_is_named(command: Command, content: str | No
     if content is not None:
         Path("mine.yml").write_text(content)
     output = command(*TRAIN, "-conf", "mine.yml", code=1)
-    assert ("sb3-ppo-ext train: mine.yml is no YAML" if content else "No such file or directory: 'mine.yml'") in output
+    assert (
+        "sb3-ppo-ext train: mine.yml is not valid YAML" if content else "No such file or directory: 'mine.yml'"
+    ) in output
 
 
 def test_the_traceback_of_the_users_own_code_is_kept(command: Command) -> None:

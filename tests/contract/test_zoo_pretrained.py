@@ -33,7 +33,7 @@ def test_an_unfinished_training_makes_the_rest(command: Command, seen: list[floa
     whole = list(seen)
     seen.clear()
     output = command(*TRAIN, *QUICK, "-n", "512", "-tb", "tb", *SMALL, "-i", str(RUN / "rl_model_128_steps.zip"))
-    assert "Going on from step 128 to 512" in output
+    assert "Continuing from step 128 to 512" in output
     assert seen == whole[2:] == [pytest.approx(1 - steps / 512) for steps in range(192, 513, 64)]
     model = load(run_folder(2) / "CartPole-v1.zip")
     assert model.num_timesteps == 512
@@ -49,7 +49,7 @@ def test_a_finished_training_makes_as_many_again_as_the_summary_says(command: Co
     proceed = printed_command(output, "Continue the training:")
     seen.clear()
     output = command(*proceed[1:])
-    assert "The agent has made its 128 steps: it makes as many again" in output
+    assert "The agent was already trained for 128 steps: it is trained for as many again" in output
     assert seen == [pytest.approx(1 - 192 / 256), 0.0]  # not at its start again
     assert load(run_folder(2) / "CartPole-v1.zip").num_timesteps == 256
 
@@ -82,7 +82,9 @@ def test_the_log_of_another_run_is_not_written_on(command: Command) -> None:
 def test_the_policy_of_an_agent_that_goes_on_is_not_changed(command: Command) -> None:
     command(*TRAIN, *QUICK, "-n", "64", *SMALL)
     more = ["-n", "128", *SMALL, "policy_kwargs:{net_arch: [8]}", "-i", str(RUN / "CartPole-v1.zip")]
-    assert "with -i, 'policy_kwargs' is what the agent was made with" in error_line(command(*TRAIN, *more, code=1))
+    assert "with -i, 'policy_kwargs' cannot be changed: the agent was created with it" in error_line(
+        command(*TRAIN, *more, code=1)
+    )
 
 
 def test_another_algorithms_agent_is_refused(command: Command) -> None:
@@ -145,7 +147,9 @@ def test_an_agent_of_ours_is_refused_by_an_algorithm_that_cannot_go_on_with_it(
     """Also by SB3's own, whose ``load`` takes any file."""
     REINFORCE("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "agent.zip")
     arguments = ["train", "--algo", "ppo", "--env", "CartPole-v1", "-n", "64", "-i", str(tmp_path / "agent.zip")]
-    assert "is of sb3_ppo_ext.REINFORCE, and --algo ppo cannot go on with it" in error_line(command(*arguments, code=1))
+    assert "was saved by sb3_ppo_ext.REINFORCE, and --algo ppo cannot continue it" in error_line(
+        command(*arguments, code=1)
+    )
 
 
 @pytest.mark.parametrize("normalize", ["maybe", "dict(norm_ob=False)"])

@@ -374,3 +374,17 @@ def test_numbers_are_short(value: float, text: str) -> None:
 @pytest.mark.parametrize(("share", "text"), [(0.2, "20%"), (0.123, "12%"), (0.0034, "0.34%"), (1.0, "100%")])
 def test_percentages_are_short(share: float, text: str) -> None:
     assert percentage(share) == text
+
+
+def test_a_rule_that_has_too_few_values_is_not_called_fine() -> None:
+    def fine(n_rows: int) -> set[str]:
+        row = np.arange(float(n_rows))
+        keys = ("train/explained_variance", "train/clip_fraction")
+        diagnosis = diagnose(Run("made up", {key: Series(row, np.full(n_rows, 0.1)) for key in keys}))
+        assert not diagnosis.findings
+        return {rule.name for rule in diagnosis.fine}
+
+    assert fine(2) == {"not_finite"}
+    assert fine(3) == {"not_finite", "clip_fraction", "constant_targets"}  # three rows in a row
+    assert fine(8) == {*fine(3), "explained_variance"}  # which leaves out the first five
+    assert fine(15) == {*fine(8), "critic_learns_nothing"}  # ten rows in a row

@@ -1,4 +1,4 @@
-"""Trials that were trained again on fresh seeds, and the entry they started from: who they are, and their results."""
+"""The candidates of ``study evaluate``: trials, and the entry they started from, with their results on fresh seeds."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sb3_ppo_ext.zoo.study.trials import evaluate_python
 from sb3_ppo_ext.zoo.summary import N_EPISODES
 
 DEFAULT = "default"  # the label of the entry that the trials started from
-_RESULT = "sb3_ppo_ext_evaluation_"  # the attributes of an Optuna study that hold results begin so
+_RESULT = "sb3_ppo_ext_evaluation_"  # the attributes of an Optuna study that hold results begin like this
 
 
 @dataclass
 class Candidate:
     """
-    What is trained on several seeds.
+    A trial, or the default entry, that is trained on several seeds.
 
-    :param label: the trial's number, or :data:`DEFAULT`
+    :param label: number of the trial, or :data:`DEFAULT`
     :param entry: its hyper-parameters
-    :param study_value: its value in the study, of one training
-    :param results: mean reward at the end of a training by its seed
+    :param study_value: value of the trial in the study, from a single training
+    :param results: mean reward at the end of each training, by seed
     """
 
     label: str
@@ -43,39 +43,39 @@ class Candidate:
 
     @property
     def mean(self) -> float:
-        """Across seeds."""
+        """Mean across seeds."""
         return float(np.mean(list(self.results.values())))
 
     @property
     def std(self) -> float:
-        """Across seeds, of the sample; there must be two."""
+        """Sample standard deviation across at least two seeds."""
         return float(np.std(list(self.results.values()), ddof=1))
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """The greatest for the best; of equals, for the default, or for what was better in the study."""
+        """Sort key, largest for the best. Among equal means, the default wins, then the better trial in the study."""
         if self.study_value is None:
             return self.mean, float("inf")
         return self.mean, self.study_value, -int(self.label)
 
     def describe(self) -> str:
-        """Its results in words."""
+        """The results in words."""
         if len(self.results) == 1:
             return f"{self.mean:.2f} on one seed"
         return f"{self.mean:.2f} +/- {self.std:.2f} across {len(self.results)} seeds"
 
     def key(self, seed: int) -> str:
-        """What tells a training from all others of the study: the candidate, its hyper-parameters and the seed."""
+        """Identify a training within the study, by the candidate, its hyper-parameters and the seed."""
         content = json.dumps(self.entry, sort_keys=True, default=_qualified_name)
         return f"{self.label}_{hashlib.sha256(content.encode()).hexdigest()[:12]}_{seed}"
 
     def folder(self, study: ZooStudy, seed: int) -> Path:
-        """Where a training of the candidate is logged."""
+        """The log folder of a training of the candidate."""
         return study.folder / "evaluation" / self.key(seed)
 
 
 def _qualified_name(value: Any) -> str:
-    """What tells a value that is no JSON from others, and is the same in every process."""
+    """Identify a value that JSON cannot express, by a name that is the same in every process."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
@@ -83,8 +83,8 @@ def _qualified_name(value: Any) -> str:
 def make_candidate(study: ZooStudy, trial: FrozenTrial | None, n_timesteps: int) -> Candidate:
     """
     :param study: the study
-    :param trial: one of its trials; or none, for the entry that all of them started from
-    :param n_timesteps: to train for; if 0, as long as in the study
+    :param trial: one of its trials, or None for the entry that all of them started from
+    :param n_timesteps: steps of a training; 0 for as many as in the study
     :return: the candidate, without results
     """
     entry = study.entry(trial)
@@ -96,10 +96,10 @@ def make_candidate(study: ZooStudy, trial: FrozenTrial | None, n_timesteps: int)
 
 def store_result(study: ZooStudy, candidate: Candidate, seed: int, result: dict[str, Any]) -> None:
     """
-    :param study: keeps the result
-    :param candidate: that was trained
-    :param seed: of the training
-    :param result: of the evaluation after it
+    :param study: study that stores the result
+    :param candidate: candidate that was trained
+    :param seed: seed of the training
+    :param result: result of the evaluation after the training
     """
     training = {"trial": candidate.label, "seed": seed, "n_timesteps": candidate.entry["n_timesteps"]}
     with storage_errors(study.storage):
@@ -109,7 +109,7 @@ def store_result(study: ZooStudy, candidate: Candidate, seed: int, result: dict[
 def stored_results(study: ZooStudy) -> dict[str, dict[str, Any]]:
     """
     :param study: the study
-    :return: what was stored of each training, by :meth:`Candidate.key`
+    :return: the stored result of each training, by :meth:`Candidate.key`
     """
     attributes = study.optuna_study.user_attrs.items()
     return {name.removeprefix(_RESULT): value for name, value in attributes if name.startswith(_RESULT)}
@@ -118,7 +118,8 @@ def stored_results(study: ZooStudy) -> dict[str, dict[str, Any]]:
 def evaluated_candidates(study: ZooStudy) -> list[Candidate]:
     """
     :param study: the study
-    :return: who was trained again and is still the same, with the largest budget that there is, best first
+    :return: the candidates with results, best first: those trained with the largest budget, with unchanged
+        hyper-parameters
     """
     stored = stored_results(study)
     budget = max((result["n_timesteps"] for result in stored.values()), default=0)
@@ -134,13 +135,13 @@ def evaluated_candidates(study: ZooStudy) -> list[Candidate]:
 
 
 TABLE = f"Reward at the end of a training ({N_EPISODES} episodes), mean and std across seeds"
-"""What :func:`result_rows` are."""
+"""Heading of :func:`result_rows`."""
 
 
 def result_rows(candidates: Sequence[Candidate]) -> list[list[str]]:
     """
-    :param candidates: that were trained again
-    :return: the rows of a table, its head first
+    :param candidates: candidates that were trained again
+    :return: the rows of a table, the head first
     """
     rows = [["", "in the study", "mean", "std", "seeds"]]
     for candidate in candidates:
@@ -154,7 +155,7 @@ def result_rows(candidates: Sequence[Candidate]) -> list[list[str]]:
 
 def result_table(candidates: Sequence[Candidate]) -> list[str]:
     """
-    :param candidates: that were trained again
+    :param candidates: candidates that were trained again
     :return: the lines of a table
     """
     lines = [
@@ -166,8 +167,8 @@ def result_table(candidates: Sequence[Candidate]) -> list[str]:
 
 def verdict(candidates: Sequence[Candidate]) -> str:
     """
-    :param candidates: that were trained again
-    :return: which of them is the best, in words
+    :param candidates: candidates that were trained again
+    :return: a sentence that names the best
     """
     winner = max(candidates, key=lambda candidate: candidate.rank)
     default = next((candidate for candidate in candidates if candidate.label == DEFAULT), None)

@@ -24,9 +24,9 @@ from sb3_ppo_ext.zoo.study.train_arguments import check_train_arguments
 
 def run_study_command(arguments: Sequence[str], program: Sequence[str], target: Callable[[], int]) -> int:
     """
-    :param arguments: of ``sb3-ppo-ext study``
-    :param program: how ``sb3-ppo-ext`` was started
-    :param target: ``sb3-ppo-ext`` itself, for the processes of a search or an evaluation
+    :param arguments: arguments of ``sb3-ppo-ext study``
+    :param program: command that started ``sb3-ppo-ext``
+    :param target: main function of ``sb3-ppo-ext``, for the processes of a search or an evaluation
     :return: the exit code
     """
     parser = study_parser(sorted(HYPERPARAMS_SAMPLER))
@@ -58,7 +58,7 @@ def run_study_command(arguments: Sequence[str], program: Sequence[str], target: 
 
 @contextlib.contextmanager
 def _as_ctrl_c(*signals: str) -> Iterator[None]:
-    """Inside of the ``with`` block, the signals of these names act as Ctrl-C, where the system has them."""
+    """Make the signals of these names act like Ctrl-C in the ``with`` block, where the system has them."""
     numbers = [getattr(signal, name) for name in signals if hasattr(signal, name)]
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:

@@ -1,4 +1,4 @@
-"""``sb3-ppo-ext study evaluate``: train the best trials again, on fresh seeds: are they good, or were they lucky?"""
+"""``sb3-ppo-ext study evaluate``: train the best trials again on fresh seeds, to see if they are good or were lucky."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.workers import Workers, last_line
 from sb3_ppo_ext.zoo.summary import N_EPISODES, RESULT
 
-_NO_EVALUATION = str(2**31)  # steps between evaluations during a training; the one after it is what counts
+_NO_EVALUATION = str(2**31)  # steps between evaluations: none during a training, as only the one after it counts
 
 
 def evaluate(
@@ -39,10 +39,10 @@ def evaluate(
     Train the best trials, and the entry they started from, on seeds that the study has not seen.
 
     :param study: the study
-    :param options: of ``study evaluate``
-    :param train_arguments: those of ``train``
-    :param program: how ``sb3-ppo-ext`` was started
-    :param target: ``sb3-ppo-ext`` itself
+    :param options: options of ``study evaluate``
+    :param train_arguments: arguments for ``train``
+    :param program: command that started ``sb3-ppo-ext``
+    :param target: main function of ``sb3-ppo-ext``
     :return: the exit code
     """
     numbers = dict.fromkeys(options.trials or [])
@@ -51,7 +51,7 @@ def evaluate(
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     stored = stored_results(study)
     jobs = []
-    for seed in seeds:  # one seed of all first: so what there is after an interruption can be compared
+    for seed in seeds:  # seed by seed, so that after an interruption the results can be compared
         for candidate in candidates:
             if candidate.key(seed) in stored:
                 candidate.results[seed] = stored[candidate.key(seed)]["mean"]
@@ -66,7 +66,7 @@ def evaluate(
             try:
                 _train(study, workers, jobs, train_arguments, failures)
             except KeyboardInterrupt:
-                workers.close(interrupt=False)  # what is half trained is of no use
+                workers.close(interrupt=False)  # a half trained agent is of no use
                 raise
     except KeyboardInterrupt:
         done = sum(len(candidate.results) for candidate in candidates)
@@ -93,11 +93,11 @@ def _train(
     failures: list[str],
 ) -> None:
     """
-    :param study: keeps the results
+    :param study: study that stores the results
     :param workers: the processes
-    :param jobs: who is to be trained, and on which seed; their results are added to the candidates
-    :param train_arguments: those of ``train``
-    :param failures: descriptions of the trainings that fail are added to it
+    :param jobs: candidates to train, each with a seed; the results are added to the candidates
+    :param train_arguments: arguments for ``train``
+    :param failures: list to which descriptions of failed trainings are added
     """
     running: dict[int, tuple[Candidate, int]] = {}
     waiting = list(jobs)
@@ -127,14 +127,14 @@ def _train(
 
 
 def _training(study: ZooStudy, candidate: Candidate, train_arguments: Sequence[str]) -> list[str]:
-    """The command line that trains a candidate, but for its seed and folder."""
+    """The command line that trains a candidate, without seed and folder."""
     task = dataclasses.replace(study.task, n_timesteps=candidate.entry["n_timesteps"])
     arguments = ["train", "--num-threads", "1", "--eval-freq", _NO_EVALUATION, *train_arguments, *task.arguments()]
     return arguments if candidate.label == DEFAULT else [*arguments, *study.trial_arguments(int(candidate.label))]
 
 
 def _finished(study: ZooStudy, candidate: Candidate, seed: int) -> dict[str, Any] | None:
-    """The result of a training; None, if it has none or was interrupted."""
+    """The result of a training; None if it has no result or was interrupted."""
     for file in candidate.folder(study, seed).rglob(RESULT):
         result: dict[str, Any] = json.loads(file.read_text())
         return result if result["num_timesteps"] >= candidate.entry["n_timesteps"] else None

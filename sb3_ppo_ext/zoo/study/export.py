@@ -21,7 +21,7 @@ from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.trials import BUDGET
 from sb3_ppo_ext.zoo.summary import N_EPISODES
 
-_PYTHON = ("policy_kwargs", "replay_buffer_kwargs")  # of an entry, what rl_zoo3 evaluates as Python
+_PYTHON = ("policy_kwargs", "replay_buffer_kwargs")  # keys of an entry whose strings rl_zoo3 evaluates as Python
 
 
 def export(study: ZooStudy, number: int | None, output: Path | None, program: Sequence[str]) -> None:
@@ -29,9 +29,9 @@ def export(study: ZooStudy, number: int | None, output: Path | None, program: Se
     Write a trial as a YAML entry.
 
     :param study: the study
-    :param number: of the trial; without, the best of the evaluation, or of the study if there is none
-    :param output: the file; without, one in the study's folder
-    :param program: how ``sb3-ppo-ext`` was started
+    :param number: number of the trial; None for the best in the evaluation, or in the study if there was none
+    :param output: the file; None for a file in the study's folder
+    :param program: command that started ``sb3-ppo-ext``
     """
     candidates = evaluated_candidates(study)
     evaluated = {candidate.label: candidate for candidate in candidates}
@@ -47,7 +47,7 @@ def export(study: ZooStudy, number: int | None, output: Path | None, program: Se
     write_whole(file, memoryview(content.encode()))
     print(f"trial {trial.number}: {file}")
     if not candidates:
-        print("It was not trained again: `study evaluate` says whether it is good or was lucky.")
+        print("It was not trained again: `study evaluate` shows whether it is good or was lucky.")
     elif candidates[0] is not chosen:
         this = chosen.describe() if chosen.results else "which was not trained again"
         print(f"Better when trained again: {candidates[0].name}, {candidates[0].describe()}; this one: {this}.")
@@ -60,11 +60,11 @@ def _comment(
 ) -> list[str]:
     """
     :param study: the study
-    :param trial: that is written
-    :param chosen: the same, with its results
+    :param trial: the trial to write
+    :param chosen: the trial as a candidate, with its results
     :param default: the entry that it started from, with its results, if there are any
-    :param n_evaluated: how many trials have results
-    :return: where the entry comes from, and how good it is
+    :param n_evaluated: number of trials with results
+    :return: lines that say where the entry comes from, and how good it is
     """
     task, (budget, _) = study.task, trial.user_attrs.get(BUDGET, (chosen.entry["n_timesteps"], 1))
     complete, pruned = (len(study.trials(state)) for state in (TrialState.COMPLETE, TrialState.PRUNED))
@@ -75,7 +75,9 @@ def _comment(
     ]
     if not chosen.results:
         return [*comment, "Not trained again since."]
-    seeds = f"{min(chosen.results)} to {max(chosen.results)}"
+    seeds = ", ".join(map(str, sorted(chosen.results)))
+    if len(chosen.results) == max(chosen.results) - min(chosen.results) + 1 > 2:
+        seeds = f"{min(chosen.results)} to {max(chosen.results)}"
     comment += [
         f"Trained again for {chosen.entry['n_timesteps']} steps with seeds {seeds}, reward at the end over "
         f"{N_EPISODES} episodes: {chosen.describe()};",
@@ -91,7 +93,7 @@ def _yaml(study: ZooStudy, trial: FrozenTrial, entry: dict[str, Any], program: S
     :param study: the study
     :param trial: one of its trials
     :param entry: its hyper-parameters
-    :param program: how ``sb3-ppo-ext`` was started
+    :param program: command that started ``sb3-ppo-ext``
     :return: the entry as YAML
     :raises StudyError: if YAML cannot express it
     """
@@ -101,14 +103,14 @@ def _yaml(study: ZooStudy, trial: FrozenTrial, entry: dict[str, Any], program: S
     except (StudyError, yaml.YAMLError) as error:
         train = [*program, "train", *study.task.arguments(), *study.trial_arguments(trial.number)]
         reason = str(error).splitlines()[0]
-        raise StudyError(f"YAML cannot say the entry ({reason}); train with it by {shlex.join(train)}") from error
+        raise StudyError(f"YAML cannot express the entry ({reason}); train with it by {shlex.join(train)}") from error
 
 
 def _source(value: Any) -> str:
     """
-    :param value: of ``policy_kwargs``
-    :return: Python for it, as rl_zoo3 evaluates it
-    :raises StudyError: if there is none
+    :param value: a value in ``policy_kwargs``
+    :return: Python source that rl_zoo3 evaluates to it
+    :raises StudyError: if there is no such source
     """
     if isinstance(value, dict):
         if all(isinstance(name, str) and name.isidentifier() for name in value):

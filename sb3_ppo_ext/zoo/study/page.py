@@ -1,4 +1,4 @@
-"""What a study has found as one page of HTML that needs nothing else: for a screen of any size, and for paper."""
+"""The results of a study as one HTML page that loads no other files, for screens of any size and for paper."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sb3_ppo_ext.zoo.study.storage import state_name
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, duration, evaluations, format_value, last_value
 
-_SYMBOLS = {"o": "●", "x": "\u00d7", "s": "□", "v": "▼", "*": "★"}  # of matplotlib's markers
+_SYMBOLS = {"o": "●", "x": "\u00d7", "s": "□", "v": "▼", "*": "★"}  # by matplotlib's markers
 
 
 class Missing(NamedTuple):
     """
-    Why something is not shown, in a sentence; empty, if it is.
+    Sentences that say why something is not shown; empty where it is shown.
 
-    :param results: of ``study evaluate``
-    :param importances: of hyper-parameters
+    :param results: about the results of ``study evaluate``
+    :param importances: about the importances of hyper-parameters
     """
 
     results: str
@@ -42,11 +42,11 @@ def page(
 ) -> str:
     """
     :param study: the study
-    :param candidates: that were trained again
-    :param search: plots of the trials as a whole
-    :param hyperparams: plots of their values by hyper-parameter
-    :param missing: what cannot be shown, and why
-    :param commands: to go on with, each by what it does
+    :param candidates: candidates that were trained again
+    :param search: plots of all trials
+    :param hyperparams: plots of the trials' values by hyper-parameter
+    :param missing: why something is not shown
+    :param commands: commands for the next step, by what they do
     :return: the page
     """
     parts = [f'<p class="soft">{escape(_subject(study))}</p>', f'<p class="verdict">{escape(summary(study))}</p>']
@@ -72,7 +72,7 @@ def page(
 
 
 def summary(study: ZooStudy) -> str:
-    """How many trials there are, and which is the best."""
+    """The number of trials, and the best of them."""
     complete = study.trials(TrialState.COMPLETE)
     if not complete:
         return f"{study.counts()}. No trial is complete yet."
@@ -81,7 +81,7 @@ def summary(study: ZooStudy) -> str:
 
 
 def _subject(study: ZooStudy) -> str:
-    """What the trials train, as far as it is known."""
+    """The algorithm, the task and the budgets of the trials, as far as they are known."""
     said = []
     with contextlib.suppress(StudyError):  # another program has made the study
         said.append(f"{study.task.algo} on {study.task.env}")
@@ -98,7 +98,7 @@ def _charts(plots: Sequence[Plot], tag: str = "span") -> str:
 
 
 def _key(study: ZooStudy) -> str:
-    """What the marks in the plots mean."""
+    """The legend of the marks in the plots."""
     with_value = {trial.state for trial in study.trials() if last_value(trial) is not None}
     marks = [(mark, _meaning(state)) for state, mark in MARKS.items() if state in with_value]
     if TrialState.COMPLETE in with_value:
@@ -115,7 +115,7 @@ def _meaning(state: TrialState) -> str:
 
 
 def _trials(study: ZooStudy) -> str:
-    """A table of all trials, the best first; what is the same in all of them stands above it."""
+    """A table of all trials, the best first; values that are the same in all trials are listed above it."""
     complete = study.best_trials() if study.trials(TrialState.COMPLETE) else []
     trials = [*complete, *(trial for trial in study.trials() if trial.state is not TrialState.COMPLETE)]
     hyperparams = [
@@ -134,7 +134,7 @@ def _trials(study: ZooStudy) -> str:
         **({"reason": reasons} if any(reasons) else {}),
         **{name: cells for name, cells in columns.items() if name not in same},
     }
-    said = "The best first. The reward is that of the last evaluation, after so many steps."
+    said = "The best trials come first. The reward is that of the last evaluation, after the steps in the next column."
     if same:
         said += f" The same in all trials: {', '.join(f'{name} {value}' for name, value in same.items())}."
     rows = _table([list(table), *zip(*table.values(), strict=True)])
@@ -142,7 +142,7 @@ def _trials(study: ZooStudy) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the head. Words may take two lines."""
+    """A table whose first row is the head. Long texts may take two lines."""
     head, *body = rows
     widths = [max((len(cell) for cell in cells if " " in cell), default=0) for cells in zip(*body, strict=True)]
     attributes = [

@@ -1,4 +1,4 @@
-"""The plots of a study: each as SVG for its page, and all of them in one picture."""
+"""The plots of a study: as SVG elements for its page, and together as one picture."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from sb3_ppo_ext.zoo.study.storage import state_name
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.trials import decode_param, evaluations, format_value, last_value
 
-_FEWEST = 10  # complete trials that importances are computed from
-_LARGEST = 10  # importances that are drawn
+_FEWEST = 10  # complete trials, for importances
+_LARGEST = 10  # number of importances that are drawn
 _SIZE = (3.6, 2.5)  # of a plot, in inches
 _COLUMNS = 3  # of the picture
 
@@ -39,7 +39,7 @@ IN_PAGE = {
     VERMILLION.lower(): "var(--vermillion)",
     "'DejaVu Sans'": "system-ui, 'Segoe UI', Roboto, 'Liberation Sans'",
 }
-"""What stands in a page in place of these colours and this font: the page's own, which may be light on dark."""
+"""The colours and the font of the page, which may be light on dark, in place of those of the plots."""
 
 _SETTINGS = {
     **SETTINGS,
@@ -65,8 +65,8 @@ MARKS: dict[TrialState, dict[str, Any]] = {
 
 class Plot(NamedTuple):
     """
-    :param name: what it shows
-    :param draw: draws it
+    :param name: title of the plot
+    :param draw: function that draws it
     """
 
     name: str
@@ -74,7 +74,7 @@ class Plot(NamedTuple):
 
 
 def why_no_importances(study: ZooStudy) -> str:
-    """Why :func:`importances` are not there, for a message."""
+    """Why there are no :func:`importances`, for a message."""
     complete = len(study.trials(TrialState.COMPLETE))
     if complete < _FEWEST:
         return f"that takes at least {_FEWEST} complete trials, and there are {complete}"
@@ -84,7 +84,7 @@ def why_no_importances(study: ZooStudy) -> str:
 def importances(study: ZooStudy) -> dict[str, float]:
     """
     :param study: the study
-    :return: by the sampler's names, the largest first; nothing if there are too few trials to tell
+    :return: importances by the sampler's names, the largest first; empty if there are too few trials
     """
     if len(study.trials(TrialState.COMPLETE)) < _FEWEST:
         return {}
@@ -101,8 +101,8 @@ def search_plots(study: ZooStudy, explained: dict[str, float], candidates: Seque
     """
     :param study: the study
     :param explained: :func:`importances`
-    :param candidates: that were trained again
-    :return: the plots of trials as a whole, those that have something to show
+    :param candidates: candidates that were trained again
+    :return: the plots of all trials, without empty ones
     """
     plots = [Plot("The trials, in the order in which they began", lambda axes: _history(axes, study))]
     if any(len(trial.intermediate_values) > 1 for trial in study.trials()):
@@ -118,7 +118,7 @@ def hyperparam_plots(study: ZooStudy, explained: dict[str, float]) -> list[Plot]
     """
     :param study: the study
     :param explained: :func:`importances`
-    :return: for each hyper-parameter that was searched, the values of the trials; what explains most comes first
+    :return: for each hyper-parameter that was searched, a plot of the trials' values; the most important comes first
     """
     distributions: dict[str, BaseDistribution] = {}
     for trial in study.trials():
@@ -129,7 +129,7 @@ def hyperparam_plots(study: ZooStudy, explained: dict[str, float]) -> list[Plot]
 
 
 def as_svg(plot: Plot) -> str:
-    """An SVG element, whose text and lines have the colours of the page that it stands in."""
+    """Draw a plot as an SVG element with the colours of the page."""
     file = io.StringIO()
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=_SIZE)
@@ -138,7 +138,7 @@ def as_svg(plot: Plot) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # other plots of the page have the same names
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # all plots of the page would have the same ids
     for drawn, of_page in IN_PAGE.items():
         text = text.replace(drawn, of_page)
     return re.sub(
@@ -152,7 +152,7 @@ def as_picture(plots: Sequence[Plot]) -> memoryview:
     file = io.BytesIO()
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(_SIZE[0] * _COLUMNS, _SIZE[1] * rows))
-        parts = figure.subfigures(rows, _COLUMNS, squeeze=False).flat  # whose titles stand above the legends
+        parts = figure.subfigures(rows, _COLUMNS, squeeze=False).flat  # so that titles are above the legends
         for part, plot in zip(parts, plots, strict=False):
             plot.draw(part.subplots())
             part.suptitle(plot.name, color=_INK, fontsize="medium")
@@ -161,12 +161,12 @@ def as_picture(plots: Sequence[Plot]) -> memoryview:
 
 
 def _legend(axes: Axes) -> None:
-    """Above the plot, where it hides nothing."""
+    """Add a legend above the plot, where it hides nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4)
 
 
 def _drawn(study: ZooStudy, state: TrialState) -> list[tuple[FrozenTrial, float]]:
-    """The trials in a state that have a value, with it."""
+    """The trials in a state that have a value, with their values."""
     values = [(trial, last_value(trial)) for trial in study.trials(state)]
     return [(trial, value) for trial, value in values if value is not None]
 
@@ -220,7 +220,7 @@ def _evaluations(axes: Axes, study: ZooStudy) -> None:
 
 
 def _candidates(axes: Axes, candidates: Sequence[Candidate]) -> None:
-    """The best on top."""
+    """Draw the results of the candidates, the best on top."""
     for height, candidate in enumerate(reversed(candidates)):
         results = list(candidate.results.values())
         labels = ("in the study", "each seed", "mean and std") if height == 0 else (None, None, None)
@@ -245,7 +245,7 @@ def _importances(axes: Axes, explained: dict[str, float]) -> None:
 
 
 def _hyperparam(study: ZooStudy, key: str, distribution: BaseDistribution) -> Callable[[Axes], None]:
-    """Draws the values of trials over one hyper-parameter. The axis has the sampler's scale, and real values at it."""
+    """Draw the values of trials over a hyper-parameter, on the sampler's scale, labelled with its values."""
 
     def draw(axes: Axes) -> None:
         drawn = {
@@ -264,7 +264,7 @@ def _hyperparam(study: ZooStudy, key: str, distribution: BaseDistribution) -> Ca
         def x(trial: FrozenTrial) -> float:
             beside = 0.3 * (
                 (trial.number * 0.618 + 0.5) % 1.0 - 0.5
-            )  # so that those of one choice do not hide each other
+            )  # so that trials with the same choice do not hide each other
             return places[trial.params[key]] + beside if places else float(trial.params[key])
 
         for state, pairs in drawn.items():
@@ -277,7 +277,7 @@ def _hyperparam(study: ZooStudy, key: str, distribution: BaseDistribution) -> Ca
 
 
 def _scale(axes: Axes, key: str, distribution: IntDistribution | FloatDistribution) -> None:
-    """Give the axis the range that was searched."""
+    """Set the axis to the range that was searched."""
     low, high = distribution.low, distribution.high
     if distribution.log:
         axes.set_xscale("log")

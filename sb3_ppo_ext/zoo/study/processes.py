@@ -1,4 +1,4 @@
-"""Names of processes that a study can keep, by which others find out whether a process is still running."""
+"""Names of processes that a study can store, and that tell whether a process is still running."""
 
 import os
 import socket
@@ -9,27 +9,27 @@ _GONE = "gone"
 
 def process_name(pid: int) -> str:
     """
-    :param pid: of a process on this machine
-    :return: ``host:pid:start``, which no other process ever has
+    :param pid: id of a process on this machine
+    :return: ``host:pid:start``, which is unique even if the system reuses the id
     """
     return f"{socket.gethostname()}:{pid}:{_start_time(pid)}"
 
 
 def is_local(name: str) -> bool:
-    """Whether the process of this name was started on this machine."""
+    """Whether the process with this name was started on this machine."""
     return name.split(":")[0] == socket.gethostname()
 
 
 def is_alive(name: str) -> bool:
-    """Whether the process of this name, which must be one of this machine, is running."""
+    """Whether the process with this name, which must be local, is running."""
     _, pid, start = name.split(":")
     return start == _start_time(int(pid)) != _GONE
 
 
 def _start_time(pid: int) -> str:
     """
-    :return: when the process was started, in the system's own units, and empty where the system does not tell; or
-        "gone" if there is no such process
+    :return: start time of the process in the system's units, empty where the system does not provide it, or "gone" if
+        there is no such process
     """
     if os.name != "posix":
         return ""

@@ -1,8 +1,10 @@
-"""``sb3-ppo-ext study show``: what a study has found, as text; and as a page and a picture, which are written."""
+"""``sb3-ppo-ext study show``: print the results of a study, and write them as a page and a picture."""
 
 from __future__ import annotations
 
+import re
 import shlex
+import textwrap
 from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
@@ -21,14 +23,16 @@ from sb3_ppo_ext.zoo.study.plots import as_picture, hyperparam_plots, importance
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.trials import REASON, decode_param, format_value
 
+_WIDTH = 100  # of the table of trials, in characters
+
 
 def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
     """
-    Print the best trials and what became of them, and write the page and the picture.
+    Print the best trials and their results on fresh seeds, and write the page and the picture.
 
     :param study: the study
-    :param n_trials: how many of the best are printed
-    :param program: how ``sb3-ppo-ext`` was started
+    :param n_trials: how many of the best trials are printed
+    :param program: command that started ``sb3-ppo-ext``
     :raises StudyError: if it has no trial
     """
     has_none_complete = study.trials() and not study.trials(TrialState.COMPLETE)
@@ -38,9 +42,9 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
     no_importances = "" if explained else f"Which hyper-parameters matter is not shown: {why_no_importances(study)}."
     print(f"study {study.name}: {summary(study)}")
     if best:
-        explains = ", and how much of the difference between good trials and others a hyper-parameter explains"
+        explains = ", and how much of the difference between good and other trials each hyper-parameter explains"
         print(f"\nThe best trials, of one training each{explains if explained else ''}:\n")
-        for line in _trial_table(study, best, explained):
+        for line in trial_table(study, best, explained):
             print(line)
     if no_importances:
         print(f"\n{no_importances}")
@@ -63,7 +67,7 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
 
 
 def _commands(study: ZooStudy, candidates: Sequence[Candidate], program: Sequence[str]) -> dict[str, str]:
-    """What to do next, each by what it does."""
+    """Commands for the next step, by what they do."""
     commands: dict[str, list[str]] = {}
     evaluated = [candidate.label for candidate in candidates if candidate.label != DEFAULT]
     if study.trials(TrialState.COMPLETE) and str(study.best_trials()[0].number) not in evaluated:
@@ -82,7 +86,7 @@ def _commands(study: ZooStudy, candidates: Sequence[Candidate], program: Sequenc
 
 
 def _evaluated(study: ZooStudy) -> tuple[list[Candidate], str]:
-    """What was trained again; and if there is nothing to show, why."""
+    """The candidates that were trained again; and if there are none to show, why."""
     try:
         candidates = evaluated_candidates(study)
     except StudyError as error:
@@ -90,31 +94,55 @@ def _evaluated(study: ZooStudy) -> tuple[list[Candidate], str]:
     return candidates, "" if candidates else "No trial has been trained again yet. The best one is often just lucky."
 
 
-def _trial_table(study: ZooStudy, trials: Sequence[FrozenTrial], explained: dict[str, float]) -> list[str]:
+def trial_table(study: ZooStudy, trials: Sequence[FrozenTrial], explained: dict[str, float]) -> list[str]:
     """
     :param study: the study
     :param trials: some of its trials
     :param explained: :func:`importances`
-    :return: the lines of a table, with a column for each trial
+    :return: the lines of a table, at most :data:`_WIDTH` characters wide, with a row for each trial. Hyper-parameters
+        that have the same value in all of these trials come last; otherwise the most important one comes first. Those
+        that do not fit are named below the table
     """
     hyperparams = [study.hyperparams(trial) for trial in trials]
     names = dict.fromkeys([*explained, *(name for values in hyperparams for name in values)])
-    rows = [["", *(["explains"] if explained else []), *(f"trial {trial.number}" for trial in trials)]]
-    rows += [["value", *([""] if explained else []), *(f"{trial.value:.2f}" for trial in trials)]]
-    for name in names:
+    cells = {
+        name: [format_value(values[name][1]) if name in values else "" for values in hyperparams] for name in names
+    }
+    columns = [
+        _column("", [*(["explains"] if explained else []), *(f"trial {trial.number}" for trial in trials)]),
+        _column("value", [*([""] if explained else []), *(f"{trial.value:.2f}" for trial in trials)]),
+    ]
+    left_out = []
+    for name in sorted(names, key=lambda name: len(set(cells[name])) == 1):
         label = next((values[name][0] for values in hyperparams if name in values), decode_param(name, 0)[0])
         share = [f"{explained[name]:.0%}" if name in explained else ""] if explained else []
-        cells = [format_value(values[name][1]) if name in values else "" for values in hyperparams]
-        rows += [[label, *share, *cells]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"  {label:<{widths[0]}} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-        for label, *cells in rows
-    ]
+        column = _column(label, [*share, *cells[name]])
+        if sum(1 + len(other[0]) for other in [*columns, column]) < _WIDTH:
+            columns.append(column)
+        else:
+            left_out.append(label)
+    height = max(map(len, columns))
+    full = [[" " * len(column[0])] * (height - len(column)) + column for column in columns]
+    lines = [f"  {' '.join(row)}".rstrip() for row in zip(*full, strict=True)]
+    if left_out:
+        lines += ["", *textwrap.wrap(f"Only on the page: {', '.join(left_out)}.", _WIDTH)]
+    return lines
+
+
+def _column(name: str, cells: Sequence[str]) -> list[str]:
+    """Lines of the same width: the name, broken at underscores where it is wider than the cells, then the cells."""
+    parts = re.findall("[^_]+_?", name)
+    width = max(map(len, [*parts, *cells]))
+    head = [""]
+    for part in parts:
+        if len(head[-1] + part) > width:
+            head.append("")
+        head[-1] += part
+    return [f"{line:>{width}}" for line in [*head, *cells]]
 
 
 def _errors(study: ZooStudy) -> list[str]:
-    """For each reason that a trial has failed or was pruned for, a line."""
+    """A line for each reason why trials failed or were pruned."""
     numbers: dict[str, list[str]] = {}
     for trial in study.trials():
         if REASON in trial.user_attrs:

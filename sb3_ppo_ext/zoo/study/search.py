@@ -1,4 +1,4 @@
-"""``sb3-ppo-ext study run``: one study, several processes, each trial in one of its own."""
+"""``sb3-ppo-ext study run``: search with several processes at a time, each of which runs one trial."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, WORKER, duration, faile
 from sb3_ppo_ext.zoo.study.workers import Workers, last_line
 
 _COUNTED_STATES = (TrialState.COMPLETE, TrialState.PRUNED)  # what --max-total-trials counts
-_SECONDS_WITHOUT_WORKER = 10.0  # may pass after the creation of a trial until the process that runs it has noted itself
+_SECONDS_WITHOUT_WORKER = 10.0  # a trial may have no WORKER for this long after its creation
 
 
 class Search:
     """
-    Keeps workers busy with trials until the study has as many as it shall have.
+    Follows the trials of a study until it has the wanted number.
 
-    Optuna's heartbeats, which find trials whose process has died, are for databases only; a journal has none. So each
-    trial notes its process (:data:`WORKER`), and this looks whether that is alive.
+    Optuna's heartbeats, which find trials whose process has died, only work with databases and not with a journal. So
+    each trial stores its process (:data:`WORKER`), and this class checks whether the process is alive.
 
-    :param study: that is searched
-    :param goal: how many complete and pruned trials the study shall have
+    :param study: study to search
+    :param goal: how many complete and pruned trials the study should have in the end
     :param workers: the processes
     """
 
@@ -53,13 +53,13 @@ class Search:
         self.goal = goal
         self.workers = workers
         self.trials = study.trials()
-        self.states = {trial.number: trial.state for trial in self.trials}  # that were printed
-        self.without_worker: dict[int, float] = {}  # since when, by the trial's number
-        self.console = Console(highlight=False, markup=False)  # messages of errors may have brackets
+        self.states = {trial.number: trial.state for trial in self.trials}  # states that were printed
+        self.without_worker: dict[int, float] = {}  # time at which they were first seen, by number
+        self.console = Console(highlight=False, markup=False)  # error messages may contain brackets
 
     @property
     def n_counted(self) -> int:
-        """How many trials count for the goal."""
+        """Number of trials that count towards the goal."""
         return sum(trial.state in _COUNTED_STATES for trial in self.trials)
 
     @property
@@ -68,14 +68,14 @@ class Search:
         return max(complete, key=lambda trial: trial.value or 0.0, default=None)
 
     def print(self, line: str) -> None:
-        """Print a line above the table, where there is one."""
+        """Print a line, above the table if there is one."""
         self.console.print(line, soft_wrap=True)
 
     def refresh(self) -> None:
-        """Read the study, fail the trials that no process runs any more, and print those that have ended meanwhile."""
+        """Read the study, mark trials without a process as failed, and print the trials that have ended since."""
         with storage_errors(self.study.storage):
             for trial in self.study.trials(TrialState.RUNNING):
-                if self._is_lost(trial):  # which another `study run` may be telling, too
+                if self._is_lost(trial):  # another `study run` may do the same
                     self.study.optuna_study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             self.trials = self.study.trials()
         for trial in self.trials:
@@ -86,7 +86,7 @@ class Search:
             self.states[trial.number] = trial.state
 
     def _is_lost(self, trial: FrozenTrial) -> bool:
-        """Whether no process runs a trial that the study takes for running."""
+        """Whether a trial is marked as running, but no process runs it."""
         worker = trial.user_attrs.get(WORKER)
         if worker is None:
             first_seen = self.without_worker.setdefault(trial.number, time.monotonic())
@@ -95,7 +95,7 @@ class Search:
         return is_local(worker) and not is_alive(worker)
 
     def _describe(self, trial: FrozenTrial) -> str:
-        """How a trial has ended."""
+        """How a trial ended."""
         reason = trial.user_attrs.get(REASON)
         if trial.state is TrialState.FAIL:
             return "interrupted or lost; it does not count" if reason is None else f"failed with {reason}"
@@ -107,13 +107,13 @@ class Search:
         return f"; best {self.best.value:.2f}, trial {self.best.number}" if self.best else ""
 
     def n_running_elsewhere(self) -> int:
-        """How many trials other processes of this machine are running."""
+        """Number of trials that other commands run on this machine."""
         ours = {process_name(process.pid or 0) for process in self.workers.running.values()}
         theirs = [trial.user_attrs.get(WORKER) for trial in self.trials if trial.state is TrialState.RUNNING]
         return sum(worker is not None and worker not in ours and is_local(worker) for worker in theirs)
 
     def summary(self) -> str:
-        """How far the study is, in a line."""
+        """The progress of the study in one line."""
         counts = Counter(trial.state.name.lower() for trial in self.trials)
         states = [f"{counts[state]} {state}" for state in ("complete", "pruned", "running") if counts[state]]
         states += [f"{counts['fail']} failed"] if counts["fail"] else []
@@ -135,7 +135,7 @@ class Search:
         return Group(Text(self.summary()), table)
 
     def live_table(self) -> AbstractContextManager[object]:
-        """Inside of the ``with`` block, the table of the workers stays in view, if this is a terminal."""
+        """Show a live table of the workers in the ``with`` block, if the output is a terminal."""
         if not self.console.is_terminal:
             return contextlib.nullcontext()
         return Live(self, console=self.console, transient=True)
@@ -145,14 +145,14 @@ def search(
     options: argparse.Namespace, train_arguments: Sequence[str], program: Sequence[str], target: Callable[[], int]
 ) -> int:
     """
-    :param options: of ``study run``
-    :param train_arguments: those of ``train``
-    :param program: how ``sb3-ppo-ext`` was started
-    :param target: ``sb3-ppo-ext`` itself
+    :param options: options of ``study run``
+    :param train_arguments: arguments for ``train``
+    :param program: command that started ``sb3-ppo-ext``
+    :param target: main function of ``sb3-ppo-ext``
     :return: the exit code
     """
     task = Task.from_options(options)
-    task.entry()  # refuses what no trial could be started from
+    task.entry()  # raises an error if no trial could start from it
     trial_arguments = []
     for name in ("n_evaluations", "eval_episodes", "n_startup_trials", "sampler", "pruner", "device"):
         value = getattr(options, name)
@@ -191,15 +191,15 @@ def search(
 
 def run_trials(search: Search, arguments: Sequence[str], seed: int) -> None:
     """
-    Start a process for each trial, until the study has the trials that it shall have.
+    Start a process for each trial until the study has the wanted number of trials.
 
-    :param search: says what there is already, and has the workers
-    :param arguments: of ``sb3-ppo-ext``, for one trial
-    :param seed: from which the seeds of all processes follow
+    :param search: the search, with its workers
+    :param arguments: arguments of ``sb3-ppo-ext`` for one trial
+    :param seed: seed from which the seeds of all processes are derived
     """
     workers, folder = search.workers, search.study.folder
-    before = started = len(search.trials)  # no two processes of a study shall draw the same numbers
-    n_ended, n_counted = 0, 0  # processes since a trial was last counted; trials that were
+    before = started = len(search.trials)  # counted on, so that no two processes draw the same numbers
+    n_ended, n_counted = 0, 0  # processes that ended since a trial last counted; trials that counted
     with tempfile.TemporaryDirectory(prefix="sb3-ppo-ext-") as scratch:
         while True:
             search.refresh()

@@ -1,4 +1,4 @@
-"""Where studies are stored: a journal file or a database. What goes wrong with one is an error of one line."""
+"""Storages of studies: a journal file or a database. Their failures become one-line errors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sb3_ppo_ext.zoo.errors import StudyError
 
 @contextlib.contextmanager
 def storage_errors(storage: str) -> Iterator[None]:
-    """Errors of a storage, inside of the ``with`` block, become a :class:`StudyError` that names it."""
+    """Turn errors of a storage in the ``with`` block into a :class:`StudyError` that names it."""
     try:
         yield
     except StudyError:
         raise
     except (ImportError, OSError, RuntimeError, KeyError, sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
         if isinstance(error, (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError)):
-            reason = "it is no database's URL that SQLAlchemy knows"
+            reason = "SQLAlchemy does not know this database URL"
         elif isinstance(error, ImportError):
             missing = getattr(error.__cause__ or error.__context__ or error, "name", None) or "its driver"
             reason = (
@@ -43,8 +43,8 @@ def storage_errors(storage: str) -> Iterator[None]:
 
 def without_password(storage: str) -> str:
     """
-    :param storage: as the user gave it
-    :return: the same for a message
+    :param storage: the storage as the user gave it
+    :return: the storage without a password, for a message
     """
     try:
         return sqlalchemy.engine.make_url(storage).render_as_string(hide_password=True)
@@ -54,8 +54,8 @@ def without_password(storage: str) -> str:
 
 def open_storage(storage: str, create: bool) -> BaseStorage:
     """
-    :param storage: a path that ends in ``.log``, or a database's URL, as rl_zoo3 takes it
-    :param create: whether a file that does not exist is created
+    :param storage: a path that ends in ``.log``, or the URL of a database, as in rl_zoo3
+    :param create: whether to create a file that does not exist
     :return: the storage
     :raises StudyError: if it cannot be used
     """
@@ -66,7 +66,7 @@ def open_storage(storage: str, create: bool) -> BaseStorage:
         file = Path(path)
     else:
         raise StudyError(
-            f"storage {storage!r} is neither a file that ends in .log nor a URL, as sqlite:///study.db "
+            f"storage {storage!r} is neither a file that ends in .log nor a URL such as sqlite:///study.db "
             "or postgresql+psycopg://user@host/database"
         )
     if storage.startswith("sqlite") and path in ("sqlite://", "sqlite:///", "", ":memory:"):
@@ -79,23 +79,23 @@ def open_storage(storage: str, create: bool) -> BaseStorage:
     with storage_errors(storage):
         if storage.endswith(".log") and path == storage:
             return JournalStorage(JournalFileBackend(storage))
-        engine: dict[str, Any] = {"poolclass": sqlalchemy.pool.NullPool}  # leaves no connection open
+        engine: dict[str, Any] = {"poolclass": sqlalchemy.pool.NullPool}  # no connection stays open
         if file is not None:
             engine["connect_args"] = {"timeout": 60}  # SQLite has one writer at a time
         try:
             return RDBStorage(storage, engine_kwargs=engine)
         except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError):
-            time.sleep(1.0)  # another process may have been making the tables
+            time.sleep(1.0)  # another process may be creating the tables
             return RDBStorage(storage, engine_kwargs=engine)
 
 
 def load_study(storage: str, opened: BaseStorage, name: str) -> optuna.Study:
     """
-    :param storage: as the user gave it
-    :param opened: the same, opened
-    :param name: of a study
+    :param storage: the storage as the user gave it
+    :param opened: the opened storage
+    :param name: name of the study
     :return: the study, which maximizes one value
-    :raises StudyError: if there is none of this name, or it is of another kind
+    :raises StudyError: if there is no study of this name, or it does not maximize one value
     """
     with storage_errors(storage):
         names = sorted(optuna.get_all_study_names(opened))
@@ -110,10 +110,10 @@ def load_study(storage: str, opened: BaseStorage, name: str) -> optuna.Study:
 
 def complete_trial(study: optuna.Study, number: int) -> FrozenTrial:
     """
-    :param study: whose storage it is
-    :param number: the trial's
+    :param study: the study
+    :param number: number of the trial
     :return: the trial
-    :raises StudyError: if there is none of this number, or it is not complete
+    :raises StudyError: if there is no trial with this number, or it is not complete
     """
     trials = study.get_trials(deepcopy=False)
     complete = [str(trial.number) for trial in trials if trial.state is TrialState.COMPLETE]

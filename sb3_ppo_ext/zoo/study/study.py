@@ -1,4 +1,4 @@
-"""A study on the disk, and what can be asked of it."""
+"""A stored study: its trials, hyper-parameters and task."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ZooStudy:
     """
     An Optuna study with its storage, its task and its folder.
 
-    :param name: the study's
-    :param storage: as rl_zoo3 takes it: a path that ends in ``.log``, or a database's URL
-    :param folder: for all that is written about the study
-    :param optuna_study: the study itself
-    :param arguments: that name the study to a ``study`` command
+    :param name: name of the study
+    :param storage: a path that ends in ``.log``, or the URL of a database, as in rl_zoo3
+    :param folder: folder for the files about the study
+    :param optuna_study: the Optuna study
+    :param arguments: arguments that select the study in a ``study`` command
     """
 
     name: str
@@ -45,13 +45,13 @@ class ZooStudy:
     arguments: list[str]
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """The trials in these states; in any, if none is given."""
+        """The trials in these states, or all trials if no state is given."""
         return self.optuna_study.get_trials(deepcopy=False, states=states or None)
 
     def best_trials(self) -> list[FrozenTrial]:
         """
         :return: the complete trials, best first
-        :raises StudyError: if there is none
+        :raises StudyError: if no trial is complete
         """
         trials = self.trials(TrialState.COMPLETE)
         if not trials:
@@ -65,17 +65,17 @@ class ZooStudy:
         return complete_trial(self.optuna_study, number)
 
     def trial_arguments(self, number: int) -> list[str]:
-        """The arguments of ``train`` that name a trial."""
+        """The arguments of ``train`` that select a trial."""
         return ["--storage", self.storage, "--study-name", self.name, "--trial-id", str(number)]
 
     def counts(self) -> str:
-        """How many trials there are in each state, for a person."""
+        """The number of trials in each state, in words."""
         counts = [(len(self.trials(state)), state_name(state)) for state in TrialState]
         return ", ".join(f"{count} {name}" for count, name in counts if count)
 
     def entry(self, trial: FrozenTrial | None) -> dict[str, Any]:
         """
-        :param trial: one of the study's; or none, for the entry that all of them started from
+        :param trial: a trial of the study, or None for the entry that all of them started from
         :return: its hyper-parameters
         """
         entry = self.task.entry()
@@ -93,13 +93,13 @@ class ZooStudy:
 
     def hyperparams(self, trial: FrozenTrial) -> dict[str, tuple[str, Any]]:
         """
-        :param trial: one of the study's
-        :return: for each number that was drawn, by the sampler's name, the hyper-parameter and its value; then the
-            hyper-parameters that follow from these, by their own names
+        :param trial: a trial of the study
+        :return: by the sampler's names, the hyper-parameters that were drawn and their values; then, by their own
+            names, the hyper-parameters that are computed from these
         """
         try:
             converted = self._converted(trial)
-        except StudyError:  # of another program, which says no more than what was drawn
+        except StudyError:  # a trial of another program has drawn values only
             converted = {}
         inner = converted.pop("policy_kwargs", {})
         decoded = {key: decode_param(key, value) for key, value in trial.params.items()}
@@ -109,7 +109,7 @@ class ZooStudy:
 
     @property
     def task(self) -> Task:
-        """What its trials train."""
+        """The task of its trials."""
         if _TASK not in self.optuna_study.user_attrs:
             raise StudyError(
                 f"study '{self.name}' was not made by `study run`, which would have noted what it trains; "
@@ -119,8 +119,8 @@ class ZooStudy:
 
     def set_task(self, task: Task) -> None:
         """
-        :param task: what the trials train
-        :raises StudyError: if it was another before
+        :param task: the task of the trials
+        :raises StudyError: if the study already has another task
         """
         if _TASK in self.optuna_study.user_attrs:
             before = self.task
@@ -136,8 +136,8 @@ class ZooStudy:
 
 def create_study(options: argparse.Namespace) -> ZooStudy:
     """
-    :param options: of ``study run``
-    :return: a study that was there or is new
+    :param options: options of ``study run``
+    :return: the study, which is created if it does not exist
     """
     name = options.study_name or f"{options.algo}_{options.env}".replace("/", "-")
     storage = options.storage or str(_folder(options, name) / "study.log")
@@ -149,8 +149,8 @@ def create_study(options: argparse.Namespace) -> ZooStudy:
 
 def find_study(options: argparse.Namespace) -> ZooStudy:
     """
-    :param options: of a ``study`` command other than ``run``
-    :return: the study that is named; or the only one that there is
+    :param options: options of a ``study`` command other than ``run``
+    :return: the study that they name, or the only one that there is
     """
     opened, name = None, options.study_name
     if options.storage:
@@ -175,7 +175,7 @@ def find_study(options: argparse.Namespace) -> ZooStudy:
 
 def _folder(options: argparse.Namespace, name: str) -> Path:
     if "/" in name or name in ("", ".", ".."):
-        raise StudyError(f"study name {name!r}: it becomes a folder's, and cannot be that")
+        raise StudyError(f"study name {name!r} is not allowed: it must also be the name of a folder")
     return Path(options.log_folder, "studies", name)
 
 

@@ -1,4 +1,4 @@
-"""What the trials of a study train, as the study keeps it."""
+"""The task that all trials of a study train, as the study stores it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from sb3_ppo_ext.zoo.study.trials import evaluate_python
 @dataclass
 class Task:
     """
-    What each trial of a study trains, as on the command line of ``train``.
+    The task that each trial of a study trains, as on the command line of ``train``.
 
-    :param algo: an algorithm's key
-    :param env: an environment's id
-    :param n_timesteps: budget of a trial; of the entry, if 0
-    :param conf_file: that has the entry; the algorithm's own, if empty
-    :param hyperparams: that replace those of the entry, ``key:value`` each
-    :param env_kwargs: ``key:value`` each
-    :param eval_env_kwargs: ``key:value`` each
+    :param algo: key of the algorithm
+    :param env: id of the environment
+    :param n_timesteps: budget of a trial; 0 for that of the entry
+    :param conf_file: configuration file with the entry; empty for the algorithm's own
+    :param hyperparams: ``key:value`` pairs that replace those of the entry
+    :param env_kwargs: ``key:value`` pairs
+    :param eval_env_kwargs: ``key:value`` pairs
     :param gym_packages: modules that register environments
     """
 
@@ -46,16 +46,16 @@ class Task:
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Task:
         """
-        :param options: of ``study run``
-        :return: the task that they say, with a configuration that is found from any folder
+        :param options: options of ``study run``
+        :return: their task, with an absolute path of the configuration
         """
         task = cls(**{name: getattr(options, name) for name in cls.__annotations__})
-        if task.conf_file.endswith((".py", ".yaml", ".yml")):  # or else it is a module
+        if task.conf_file.endswith((".py", ".yaml", ".yml")):  # otherwise it is a module
             task.conf_file = str(Path(task.conf_file).resolve())
         return task
 
     def environment_arguments(self) -> list[str]:
-        """The part of the command line of ``train`` that says which environment is meant, and with which algorithm."""
+        """The part of the command line of ``train`` that names the environment and the algorithm."""
         arguments = ["--algo", self.algo, "--env", self.env]
         for name in ("env_kwargs", "eval_env_kwargs", "gym_packages"):
             values = getattr(self, name)
@@ -63,7 +63,7 @@ class Task:
         return arguments
 
     def arguments(self) -> list[str]:
-        """The command line of ``train``, as far as the task says it."""
+        """The part of the command line of ``train`` that the task decides."""
         arguments = self.environment_arguments()
         arguments += ["-n", str(self.n_timesteps)] if self.n_timesteps else []
         arguments += ["-conf", self.conf_file] if self.conf_file else []
@@ -88,7 +88,7 @@ class Task:
             raise StudyError(str(error)) from error
         try:
             evaluate_python(entry.get("policy_kwargs"))
-        except Exception as error:  # whatever Python says of it
+        except Exception as error:  # evaluating it may raise anything
             source = entry["policy_kwargs"]
             raise StudyError(f"policy_kwargs {source!r} cannot be read; {type(error).__name__}: {error}") from error
         if self.n_timesteps:

@@ -1,4 +1,4 @@
-"""Which arguments of ``train`` the ``study`` commands take, and what is wrong with the others."""
+"""Which arguments of ``train`` the ``study`` commands accept, and why others are refused."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch as th
 from sb3_ppo_ext.zoo.arguments import Parser
 from sb3_ppo_ext.zoo.errors import StudyError
 
-_THE_STUDY_SAYS_IT = "the study says it"
-_REFUSED = {  # by command, flags of `train` that would do nothing, or something else; and what to do instead
+_THE_STUDY_SAYS_IT = "the study decides it"
+_REFUSED = {  # flags of `train` that would do nothing or something unexpected, by command; and why
     "run": {
         "eval_freq": "--n-evaluations says how often a trial is evaluated",
         "n_jobs": "--workers says how many trials run at a time",
-        "n_trials": "--max-total-trials says how many trials the study shall have",
+        "n_trials": "--max-total-trials says how many trials the study should have",
         "save_freq": "a trial's model is not kept",
         "save_replay_buffer": "a trial's model is not kept",
         "tensorboard_log": "rl_zoo3 does not log trials there",
@@ -35,10 +35,10 @@ _REFUSED = {  # by command, flags of `train` that would do nothing, or something
         "eval_env_kwargs": _THE_STUDY_SAYS_IT,
         "gym_packages": _THE_STUDY_SAYS_IT,
         "hyperparams": _THE_STUDY_SAYS_IT,
-        "max_total_trials": "it trains what the study has found",
-        "n_trials": "it trains what the study has found",
-        "optimize_hyperparameters": "it trains what the study has found",
-        "seed": "--first-seed and --seeds say it",
+        "max_total_trials": "it trains trials that the study already has",
+        "n_trials": "it trains trials that the study already has",
+        "optimize_hyperparameters": "it trains trials that the study already has",
+        "seed": "--first-seed and --seeds decide it",
         "trained_agent": "each training begins with a new agent",
         "trial_id": "--trials says which trials are trained again",
     },
@@ -48,8 +48,8 @@ _REFUSED = {  # by command, flags of `train` that would do nothing, or something
 def parse_train(given: Sequence[str]) -> argparse.Namespace:
     """
     :param given: arguments of ``train``
-    :return: what they say
-    :raises StudyError: if there is something wrong with them
+    :return: the parsed arguments
+    :raises StudyError: if they are not valid
     """
     return _parse(_train_parser(), given)
 
@@ -62,7 +62,7 @@ def _parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Na
 
 
 def _train_parser() -> argparse.ArgumentParser:
-    """The parser of ``train``. rl_zoo3 has it inside of a function only, which is left before it does anything."""
+    """The parser of ``train``. rl_zoo3 creates it in a function, which is left before it does anything else."""
 
     class FoundError(Exception):
         """Holds the parser."""
@@ -86,11 +86,11 @@ def _train_parser() -> argparse.ArgumentParser:
 
 def check_train_arguments(command: str, given: Sequence[str]) -> None:
     """
-    Refuse what ``train`` does not know and what would be ignored, before anything is begun.
+    Refuse arguments that ``train`` does not know or would ignore, before anything is started.
 
-    :param command: of ``study``
-    :param given: arguments that it hands on to ``train``
-    :raises StudyError: if one is refused
+    :param command: subcommand of ``study``
+    :param given: arguments that it passes to ``train``
+    :raises StudyError: if an argument is refused
     """
     parser = _train_parser()
     options = vars(_parse(parser, given))

@@ -1,4 +1,4 @@
-"""What a trial of a study trains: the entry of its environment, with what was drawn; and what becomes of its errors."""
+"""Trials of a study: their hyper-parameters, values and errors, and how one is run."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from rl_zoo3.exp_manager import ExperimentManager
 from sb3_ppo_ext.zoo.errors import StudyError
 from sb3_ppo_ext.zoo.search_spaces import POLICY
 
-# The attributes that we give to a trial.
+# Attributes of a trial that we store.
 REASON = "reason"  # why it has failed or was pruned
 WORKER = "worker"  # the name of the process that runs it
 BUDGET = "budget"  # its steps and evaluations
 
-_MAX_ERRORS = 10  # trials in a row that end with an error end `train -optimize`
+_MAX_ERRORS = 10  # `train -optimize` ends after this many errors in a row
 
 Params = dict[str, Any]
 
 
 def evaluate_python(value: Any) -> Any:
     """
-    :param value: of an entry, where rl_zoo3 allows Python as a string, e.g. of ``policy_kwargs``
-    :return: what rl_zoo3 makes of it
+    :param value: a value of an entry; where rl_zoo3 allows it, a string of Python, e.g. for ``policy_kwargs``
+    :return: the value as rl_zoo3 evaluates it
     """
     return eval(value, vars(rl_zoo3.exp_manager)) if isinstance(value, str) else value
 
 
 def merge_hyperparams(entry: Params, drawn: Params) -> Params:
     """
-    Put what was drawn for a trial into the entry. It takes the place of what the entry says; keyword arguments, whose
+    Merge the hyper-parameters of a trial into those of the entry, which they replace. Only keyword arguments, whose
     names end in ``_kwargs``, are merged one by one, at any depth. So an entry keeps its features extractor when the
-    width of the layers is drawn. A ``net_arch`` is replaced as a whole, as are all other values.
+    width of the layers is drawn. A ``net_arch`` is replaced as a whole.
 
-    :param entry: hyper-parameters
+    :param entry: hyper-parameters of the entry
     :param drawn: hyper-parameters of a trial
-    :return: both; the arguments are left as they are
+    :return: the merged hyper-parameters; the arguments are not changed
     """
     both = {**entry, **drawn}
     for name in entry.keys() & drawn.keys():
@@ -55,8 +55,8 @@ def merge_hyperparams(entry: Params, drawn: Params) -> Params:
 
 def decode_param(name: str, value: Any) -> tuple[str, Any]:
     """
-    :param name: of a number that was drawn, as rl_zoo3's samplers and ours call it
-    :param value: what was drawn
+    :param name: name of a drawn number in rl_zoo3's samplers and ours
+    :param value: the drawn number
     :return: the hyper-parameter and its value: ``batch_size`` and 32 for ``batch_size_pow`` and 5
     """
     if name.startswith("one_minus_"):
@@ -67,7 +67,7 @@ def decode_param(name: str, value: Any) -> tuple[str, Any]:
 
 
 def format_value(value: Any) -> str:
-    """The value of a hyper-parameter for a person."""
+    """The value of a hyper-parameter in a short form."""
     if isinstance(value, dict) and value:  # a net_arch, which is often the same for actor and critic
         parts = {name: format_value(part) for name, part in value.items()}
         if len(set(parts.values())) == 1:
@@ -75,19 +75,19 @@ def format_value(value: Any) -> str:
         return ", ".join(f"{name} {part}" for name, part in parts.items())
     if isinstance(value, float):
         return f"{value:.5g}" if 0.9 < value < 1 else f"{value:.3g}"  # 1 - value matters there
-    if isinstance(value, str):  # of a schedule, whose numbers are as long
+    if isinstance(value, str):  # a schedule contains numbers, too
         return re.sub(r"\d+\.\d+(e-?\d+)?", lambda number: format_value(float(number[0])), value)
     return getattr(value, "__name__", str(value))
 
 
 def evaluations(trial: FrozenTrial) -> dict[int, float]:
-    """What a trial was worth, by its steps until then; by the numbers of the evaluations, if another program ran it."""
+    """The results of a trial's evaluations by their steps, or by their numbers if another program ran the trial."""
     n_timesteps, n_evaluations = trial.user_attrs.get(BUDGET, (1, 1))
     return {number * n_timesteps // n_evaluations: value for number, value in sorted(trial.intermediate_values.items())}
 
 
 def last_value(trial: FrozenTrial) -> float | None:
-    """The value of a trial; of one that has none, that of its last evaluation, if there was any."""
+    """The value of a trial, or else that of its last evaluation, or None if there was no evaluation."""
     return next(reversed(evaluations(trial).values()), None) if trial.value is None else float(trial.value)
 
 
@@ -99,11 +99,11 @@ def duration(trial: FrozenTrial) -> str:
 
 class _TrialHyperparams(dict[str, Any]):
     """
-    The hyper-parameters of an entry. rl_zoo3 copies them for each trial and updates the copy with what was drawn, which
-    would drop the entry's ``policy_kwargs``; here the update merges.
+    The hyper-parameters of an entry. rl_zoo3 copies them for each trial and updates the copy with the drawn ones. A
+    plain update would drop the entry's ``policy_kwargs``; this one merges them.
 
-    :param hyperparams: the entry
-    :param normalize_kwargs: of the trial's ``VecNormalize``, which discounts as the algorithm does
+    :param hyperparams: hyper-parameters of the entry
+    :param normalize_kwargs: arguments of the trial's ``VecNormalize``, which get the gamma of the trial
     """
 
     def __init__(self, hyperparams: Params, normalize_kwargs: Params) -> None:
@@ -121,16 +121,16 @@ class _TrialHyperparams(dict[str, Any]):
 
 def run_trial(manager: ExperimentManager, trial: optuna.Trial) -> float:
     """
-    Run rl_zoo3's objective. A trial that ends with an error is failed and not pruned, and keeps the reason.
+    Run rl_zoo3's objective. A trial that ends with an error is marked as failed, not as pruned, and stores the reason.
 
-    rl_zoo3 prunes trials for a ValueError or an AssertionError, a NaN among them, and forgets which it was. Optuna
-    fails a trial whose value is NaN, and goes on with the next.
+    rl_zoo3 prunes a trial that raises a ValueError or an AssertionError, for example for a NaN, and drops the message.
+    Here such a trial has the value NaN; Optuna marks it as failed and goes on with the next trial.
 
-    :param manager: of the study
-    :param trial: that is to be run
-    :return: the mean reward of the last evaluation; NaN if an error has ended the training
+    :param manager: manager of the study
+    :param trial: trial to run
+    :return: the mean reward of the last evaluation; NaN if an error ended the training
     """
-    own = copy.copy(manager)  # trials may run in threads, and each has its own discount factor
+    own = copy.copy(manager)  # trials may run in threads, with different gammas
     own.normalize_kwargs = dict(manager.normalize_kwargs)
     own._hyperparams = _TrialHyperparams(manager._hyperparams, own.normalize_kwargs)
     trial.set_user_attr(POLICY, str(own._hyperparams["policy"]))
@@ -140,7 +140,7 @@ def run_trial(manager: ExperimentManager, trial: optuna.Trial) -> float:
         error = pruned.__cause__
         *_, (innermost, _) = traceback.walk_tb(pruned.__traceback__)
         if error is None or innermost.f_globals["__name__"] != "rl_zoo3.exp_manager":
-            if pruned.args:  # by a callback that says why
+            if pruned.args:  # a callback gave a reason
                 trial.set_user_attr(REASON, str(pruned))
             raise
         trial.set_user_attr(REASON, _describe(error))
@@ -158,12 +158,12 @@ def _describe(error: BaseException) -> str:
 
 
 def _all_recent_failed(trial: optuna.Trial) -> bool:
-    """Whether the trials before this one, which has failed with an error, have done so too."""
+    """Whether the trials before this one, which failed with an error, failed with errors as well."""
     ended = [other for other in trial.study.get_trials(deepcopy=False) if other.state.is_finished()]
     last = ended[1 - _MAX_ERRORS :]
     return len(last) == _MAX_ERRORS - 1 and all(map(failed_with_error, last))
 
 
 def failed_with_error(trial: FrozenTrial) -> bool:
-    """Whether an error has ended a trial, and not an interruption."""
+    """Whether a trial was ended by an error, and not by an interruption."""
     return trial.state is TrialState.FAIL and REASON in trial.user_attrs

@@ -1,4 +1,4 @@
-"""Several ``sb3-ppo-ext`` commands at a time, each in a process that can be killed without harm to the others."""
+"""Runs several ``sb3-ppo-ext`` commands at a time, each in a process that can be killed without harm to the others."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from sb3_ppo_ext.zoo.interrupts import sigint_blocked
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-# The last two are imported by torch's optimisers and by rl_zoo3's report, when they are first needed.
+# torch's optimisers and rl_zoo3's report would import the last two on first use.
 _PRELOADED = ["rl_zoo3.train", "torch._dynamo", "pandas"]
 
 
 class Workers:
     """
-    A number of slots, each with room for one process; for :func:`contextlib.closing`.
+    A number of slots for one process each; use it with :func:`contextlib.closing`.
 
-    The processes are forked from a server that has torch and rl_zoo3 imported, so that a new one is there at once. Each
-    is the leader of a session: Ctrl-C in the terminal reaches this process alone, which then ends the others in order.
+    The processes are forked from a server that has already imported torch and rl_zoo3, so that a new process starts at
+    once. Each is the leader of a session: Ctrl-C in the terminal reaches only this process, which then ends the others
+    cleanly.
 
     :param n_slots: how many processes run at a time
-    :param target: what each process runs, with its arguments in ``sys.argv``: a function of a module, that returns the
-        exit code
-    :param grace: seconds that an interrupted process has before it is killed
+    :param target: function that each process runs, with its arguments in ``sys.argv``; it is defined in a module and
+        returns the exit code
+    :param grace: seconds after which an interrupted process is killed
     """
 
     def __init__(self, n_slots: int, target: Callable[[], int], grace: float = 20.0) -> None:
@@ -49,7 +50,7 @@ class Workers:
 
     @property
     def free(self) -> list[int]:
-        """The slots that have no process, in order."""
+        """The slots without a process, in order."""
         return [slot for slot, process in self.slots.items() if process is None]
 
     @property
@@ -59,23 +60,23 @@ class Workers:
 
     def start(self, slot: int, arguments: Sequence[str], log: Path) -> None:
         """
-        :param slot: a free one
-        :param arguments: of ``sb3-ppo-ext``
-        :param log: the process appends its output to this file
+        :param slot: a free slot
+        :param arguments: arguments of ``sb3-ppo-ext``
+        :param log: file to which the process appends its output
         """
         process = self._context.Process(
             target=_run_in_process, args=(self.target, list(arguments), str(log.resolve()), os.getcwd())
         )
-        with sigint_blocked():  # the server is started with the first process, and inherits what is blocked
+        with sigint_blocked():  # the first process starts the server, which inherits the blocked signal
             process.start()
         self.slots[slot] = process
 
     def wait(self, timeout: float = 0.0) -> dict[int, int]:
         """
-        Wait until a process ends, and free the slots of all that have.
+        Wait until a process ends, and free the slots of all processes that have ended.
 
-        :param timeout: seconds
-        :return: exit codes by slot; minus the number of a signal, if that has ended the process
+        :param timeout: longest wait, in seconds
+        :return: exit codes by slot; if a signal ended the process, minus the number of the signal
         """
         multiprocessing.connection.wait([process.sentinel for process in self.running.values()], timeout)
         codes: dict[int, int] = {}
@@ -84,7 +85,7 @@ class Workers:
                 process.join()
                 assert process.exitcode is not None
                 codes[slot] = process.exitcode
-                self._kill(process)  # with all that it has started itself
+                self._kill(process)  # and the processes that it started itself
                 self.slots[slot] = None
         return codes
 
@@ -92,7 +93,7 @@ class Workers:
         """
         End all processes.
 
-        :param interrupt: as Ctrl-C would, before killing; a second Ctrl-C kills at once
+        :param interrupt: whether to interrupt them first, like Ctrl-C; a second Ctrl-C kills them at once
         """
         try:
             if interrupt:
@@ -110,7 +111,7 @@ class Workers:
 
     @staticmethod
     def _kill(process: BaseProcess) -> None:
-        """Kill a process with all that it has started."""
+        """Kill a process and the processes that it started."""
         process.kill()
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -130,12 +131,12 @@ def _pid(process: BaseProcess) -> int:
 
 def _run_in_process(target: Callable[[], int], arguments: list[str], log: str, folder: str) -> None:
     """
-    What a process does.
+    Main function of a process.
 
-    :param target: to run
-    :param arguments: of ``sb3-ppo-ext``
-    :param log: absolute path of the file for its output
-    :param folder: that relative paths in the arguments start from
+    :param target: function to run
+    :param arguments: arguments of ``sb3-ppo-ext``
+    :param log: absolute path of the file for the output
+    :param folder: working folder, from which relative paths in the arguments start
     """
     if hasattr(os, "setsid"):
         os.setsid()
@@ -145,7 +146,7 @@ def _run_in_process(target: Callable[[], int], arguments: list[str], log: str, f
     os.dup2(output, 2)
     os.close(output)
     sys.argv = ["sb3-ppo-ext", *arguments]
-    sys.orig_argv = list(sys.argv)  # rl_zoo3 writes it into the study and beside a model
+    sys.orig_argv = list(sys.argv)  # rl_zoo3 stores it in the study and beside a model
     threading.Thread(target=_interrupt_with_parent, daemon=True).start()
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -154,7 +155,7 @@ def _run_in_process(target: Callable[[], int], arguments: list[str], log: str, f
 
 
 def _interrupt_with_parent() -> None:
-    """If the process that started this one is killed, this one stops as with Ctrl-C."""
+    """Interrupt this process, like Ctrl-C, when its parent ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -315,10 +315,10 @@ def test_maskable_ppo_with_a_policy_of_ones_own(tmp_path):
     assert_same_policy(loaded, model)
     assert_same_actions(loaded, model, masked)
     del masked
-    with pytest.raises(ValueError, match="this model was trained with masks"):
+    with pytest.raises(ValueError, match="this model was trained with action masks"):
         loaded.predict(np.zeros(1))
     replaced = DualClipPPO.load(tmp_path / "model", custom_objects={"policy_class": OwnDefaults}, device="cpu")
-    with pytest.raises(ValueError, match="this model was trained with masks"):
+    with pytest.raises(ValueError, match="this model was trained with action masks"):
         replaced.predict(np.zeros(1))
     maskable_ppo(MASKED["discrete"], OwnForward).save(tmp_path / "own")
     with pytest.raises(ValueError, match=r"policy=OwnForward is not allowed: .* takes action_masks"):

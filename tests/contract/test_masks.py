@@ -317,7 +317,7 @@ def test_predict_with_given_masks() -> None:
         assert (action.item(), action.shape, state) == (allowed, (), None)
     actions, _ = model.predict(np.stack([obs, obs]), action_masks=np.eye(5)[[1, 3]], deterministic=True)
     assert actions.tolist() == [1, 3]
-    with pytest.raises(ValueError, match=r"action_masks=None is not allowed: this model was trained with masks"):
+    with pytest.raises(ValueError, match=r"action_masks=None is not allowed: this model was trained with action masks"):
         model.predict(obs)
 
 
@@ -341,7 +341,7 @@ def test_a_policy_without_masks_at_hand_says_what_it_needs() -> None:
     env = make_vec_env(Forbids, n_envs=2, seed=0)
     policy = DualClipPPO("MlpPolicy", env, seed=0, device="cpu", **ALGORITHMS[DualClipPPO]).learn(16).policy
     del env
-    with pytest.raises(ValueError, match=r"action_masks=None is not allowed: this model was trained with masks"):
+    with pytest.raises(ValueError, match=r"action_masks=None is not allowed: this model was trained with action masks"):
         policy.predict(np.zeros(3, np.float32))
 
 

@@ -141,9 +141,9 @@ def test_environments_without_masks_and_back() -> None:
     env = make("method", 2)
     free = make_vec_env(lambda: Open("discrete", "none"), n_envs=2, seed=0)
     model = trained("method", env)
-    with pytest.raises(ValueError, match="no environment was found that says which are allowed now"):
+    with pytest.raises(ValueError, match="no environment was found that says which actions are allowed now"):
         evaluate_policy(model, free, 2)
-    with pytest.raises(ValueError, match="no environment was found that says which are allowed now"):
+    with pytest.raises(ValueError, match="no environment was found that says which actions are allowed now"):
         evaluate_policy(model.policy, free, 2)
     model.set_env(free)
     model.learn(32, callback=EvalCallback(free, eval_freq=4, n_eval_episodes=1, verbose=0))

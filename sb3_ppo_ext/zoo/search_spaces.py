@@ -209,8 +209,8 @@ def sample_adaptive_kl_ppo_params(
     """
     The parameters of both PPO algorithms, and
 
-    - ``target_kl``: KL divergence of the whole action that an update aims at. The constructor's 0.01 for each action
-      dimension lies in this range up to 30 dimensions
+    - ``target_kl``: KL divergence of the whole action that an update aims at. The constructor's 0.003 for each action
+      dimension lies in this range up to 100 dimensions
     - ``clip_range``: limits the change in single states, which the penalty on the mean KL does not
     - ``kl_coef``: the initial coefficient. It adapts by a factor of two per rollout, which is slow if there are few
 

@@ -163,7 +163,7 @@ def test_measured_kl_settles_at_the_target(env: str, kwargs: dict[str, Any]) -> 
 def test_default_target_is_per_dimension() -> None:
     model = filled(spaces.MultiBinary(4))
     model.train()
-    assert model.logger.name_to_value["train/target_kl"] == pytest.approx(0.04)
+    assert model.logger.name_to_value["train/target_kl"] == pytest.approx(4 * 0.003)
 
 
 def test_coefficient_survives_save_and_load(tmp_path: Path) -> None:

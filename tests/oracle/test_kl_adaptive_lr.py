@@ -118,7 +118,7 @@ def test_the_rate_follows_the_kl(
     steps = watched(model)
     model.learn(3 * ROLLOUT, log_interval=100)
     n_dims = {"Box": BOX_ACTIONS.shape[0], "MultiDiscrete": 2, "Discrete": 1}[type(action_space).__name__]
-    target_kl = target.get("target_kl", 0.01 * n_dims)
+    target_kl = target.get("target_kl", (0.003 if algorithm is AdaptiveKLPPO else 0.01) * n_dims)
     n_of_epoch = {"minibatch": 1, "epoch": model.n_envs * ROLLOUT // batch_size}[every]
     rates = list(expected_rates(0.01, [step.kls for step in steps], n_of_epoch, target_kl))
     assert [rate for step in steps for rate in step.rates] == pytest.approx(rates[:-1])

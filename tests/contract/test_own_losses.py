@@ -63,7 +63,11 @@ def test_a_policy_to_clip_around_must_be_asked_for(reuse: Any, torch_compile: bo
         samples = samples._replace(advantages=-samples.advantages)
         return DualClipPPO.policy_loss(evaluation, samples, coefficients)
 
+    def by_some_of_them(evaluation: Any, samples: Any, coefficients: Any) -> PolicyLoss:
+        return PolicyLoss(samples.rows(slice(0, 2)).proximal_log_prob.mean() + 0.0 * evaluation.log_prob.mean(), {})
+
     trained(by_other_advantages, **kwargs)
+    trained(by_some_of_them, **kwargs)
     with pytest.raises(ValueError, match=r"policy_loss does not read samples\.proximal_log_prob"):
         trained(surrogate, **kwargs)
 

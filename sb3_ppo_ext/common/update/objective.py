@@ -116,9 +116,15 @@ class _Watched(RolloutSamples):
         return cast("th.Tensor | None", self[self._fields.index("proximal_log_prob")])
 
     def _replace(self, **fields: Any) -> _Watched:
-        replaced = super()._replace(**fields)
-        replaced._reads = self._reads
-        return replaced
+        return self._sharing(super()._replace(**fields))
+
+    def rows(self, rows: slice | th.Tensor) -> _Watched:
+        return self._sharing(super().rows(rows))
+
+    def _sharing(self, samples: RolloutSamples) -> _Watched:
+        watched = _Watched(*samples)
+        watched._reads = self._reads
+        return watched
 
 
 def _checked(result: Any, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:

@@ -191,6 +191,11 @@ class AdaptiveKLPPO(ProximalAlgorithm):
         check_real("kl_coef_min", self.kl_coef_min, at_least=0.0)
         check_real("kl_coef_max", self.kl_coef_max, at_least=self.kl_coef_min)
         check_real("kl_coef", self.kl_coef, at_least=self.kl_coef_min, at_most=self.kl_coef_max)
+        if self.kl_coef == 0.0 and self.kl_coef_factor > 1.0:
+            raise ArgumentError(
+                f"kl_coef={self.kl_coef!r} is not allowed with kl_coef_factor={self.kl_coef_factor!r}: no factor "
+                "changes 0. It must be above 0, or kl_coef_factor 1"
+            )
 
     @staticmethod
     def policy_loss(evaluation: Evaluation, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def _read(file: Path, name: str) -> Run:
         return _read_events(file, name)
     rows = _json_rows(file) if file.suffix == ".json" else _csv_rows(file)
     try:
-        run = run_of_rows(name, ((int(row[STEP]), row) for row in rows if isinstance(row.get(STEP), (int, float))))
+        run = run_of_rows(name, ((int(row[STEP]), row) for row in rows if _is_finite(row.get(STEP))))
     except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise LogError(f"{file} cannot be read: {error}") from error
     if not run.series:
@@ -63,6 +64,10 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
     with file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             yield {key: _number(text) for key, text in row.items() if key and text}
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _number(text: str) -> float | str:

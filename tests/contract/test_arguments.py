@@ -106,6 +106,13 @@ def test_a_bad_argument_is_refused_by_name_and_value(algorithm: Any, name: str, 
         assert repr(value) in message or f"{value:g}" in message
 
 
+def test_a_penalty_that_no_factor_changes_is_refused() -> None:
+    zero = {"kl_coef": 0.0, "kl_coef_min": 0.0, "device": "cpu"}
+    with pytest.raises(ValueError, match=r"kl_coef=0\.0 is not allowed with kl_coef_factor=2\.0"):
+        AdaptiveKLPPO("MlpPolicy", "CartPole-v1", **zero)
+    AdaptiveKLPPO("MlpPolicy", "CartPole-v1", **zero, kl_coef_factor=1.0)
+
+
 # Built by SB3 from what the user gives, as are the environments
 WRONG: dict[str, tuple[Any, ...]] = {
     "policy": (3, None, th.nn.Linear, "Mlp", "ActorCriticPolicy"),

@@ -87,6 +87,7 @@ def test_rows_of_an_evaluation_and_a_line_that_was_cut_off(tmp_path: Path) -> No
     [
         ("progress.csv", "", "is empty, or no log of Stable-Baselines3: it has no time/total_timesteps"),
         ("progress.csv", "r,l,t\n1.0,2,3.0\n", "it has no time/total_timesteps"),
+        ("progress.csv", "time/total_timesteps,train/loss\nnan,1.0\n", "it has no time/total_timesteps"),
         ("progress.json", "no json\nat all\n", "cannot be read"),
         ("events.out.tfevents.1", "", "it has no scalars"),
         ("other.txt", "", "has no log in it: no progress.csv, progress.json or events.out.tfevents"),

@@ -47,7 +47,7 @@ def adapted_by_kl(
 class KLAdaptiveRate:
     """
     A learning rate that falls when the policy has moved too far and rises when it has not moved far enough, as in
-    rsl_rl, rl_games and skrl, whose defaults it has.
+    rsl_rl, rl_games and skrl, whose defaults it has (rsl_rl's minimum is 1e-5).
 
     :param target_kl: the KL(old || present) of the whole action that is aimed at; None: the algorithm's own
     :param tolerance: how far the KL may be from the target, as a factor, before the rate changes

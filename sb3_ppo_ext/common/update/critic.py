@@ -26,11 +26,11 @@ from sb3_ppo_ext.common.update.step import MinibatchStep
 
 def set_critic_training_mode(policy: ActorCriticPolicy, actor_parameters: Sequence[nn.Parameter]) -> None:
     """
-    Put what belongs to the critic alone in training mode, the rest in evaluation mode: batch statistics that an actor
-    shares would change its actions.
+    Put modules that only the critic uses in training mode, and all others in evaluation mode: new batch statistics in a
+    shared module would change the actor's actions.
 
     :param policy: actor and critic
-    :param actor_parameters: what the actor depends on
+    :param actor_parameters: the parameters on which the actor depends
     """
     of_actor = set(actor_parameters)
     policy.train(False)
@@ -38,7 +38,7 @@ def set_critic_training_mode(policy: ActorCriticPolicy, actor_parameters: Sequen
         parameters = set(module.parameters())
         if parameters and not parameters & of_actor:
             module.train(True)
-    # What has no parameters belongs to the critic if it is in its networks and not in the actor's.
+    # A module without parameters belongs to the critic if it is in the critic's networks but not in the actor's.
     extractor = policy.mlp_extractor
     policy_net, value_net = (getattr(extractor, name, None) for name in ("policy_net", "value_net"))
     actors = _modules_of(policy.pi_features_extractor, policy.action_net, policy_net)
@@ -54,13 +54,13 @@ def _modules_of(*networks: nn.Module | None) -> set[nn.Module]:
 @th.no_grad()
 def update_statistics(actor_critic: ActorCritic, inputs: PolicyInput, batch_size: int, reducer: Reducer) -> None:
     """
-    Update the running statistics of a policy (batch normalisation, normalised observations) once, by a rollout. For
+    Update the running statistics of a policy (batch normalisation, normalised observations) with one rollout. For
     algorithms whose actor makes its step in evaluation mode.
 
     :param actor_critic: the policy
-    :param inputs: of the rollout
-    :param batch_size: largest number of them in one pass
-    :param reducer: of the processes
+    :param inputs: the inputs of the rollout
+    :param batch_size: largest number of samples in one pass
+    :param reducer: combines the statistics of several processes
     """
     update_normalization(actor_critic.policy, inputs.obs, reducer)
     policy, n_rows = actor_critic.policy, inputs.n_rows // inputs.length
@@ -74,10 +74,10 @@ def update_statistics(actor_critic: ActorCritic, inputs: PolicyInput, batch_size
 
 def critic_parameters(policy: nn.Module, actor_parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """
-    What may be changed without changing the actor.
+    The trainable parameters on which the actor does not depend.
 
     :param policy: actor and critic
-    :param actor_parameters: what the actor depends on
+    :param actor_parameters: the parameters on which the actor depends
     """
     of_actor = set(actor_parameters)
     return [p for p in policy.parameters() if p.requires_grad and p not in of_actor]
@@ -89,10 +89,10 @@ def critic_loss(
     """
     Mean squared difference of values and returns, over the samples that count.
 
-    :param actor_critic: the present policy
+    :param actor_critic: the current policy
     :param rollout_data: a minibatch
-    :param coefficients: not looked at
-    :return: the loss, and the same to be logged
+    :param coefficients: ignored
+    :return: the loss, and the same number as the statistic ``value_loss``
     """
     loss = rollout_data.mean(losses.value_loss(actor_critic.values(rollout_data.inputs), rollout_data.returns))
     return loss, {"value_loss": loss.detach()}
@@ -111,17 +111,17 @@ def fit_critic(
     """
     Regress the values on the returns in the buffer.
 
-    :param step: on :func:`critic_loss`, of :func:`critic_parameters`: what the actor depends on gets no gradient, so
-        the optimiser leaves it and its moments alone
+    :param step: a step on :func:`critic_loss` for the :func:`critic_parameters`; the actor's parameters get no
+        gradient, so the optimiser changes neither them nor their moments
     :param policy: actor and critic
-    :param actor_parameters: what the actor depends on
+    :param actor_parameters: the parameters on which the actor depends
     :param rollout_buffer: filled
     :param n_epochs: passes over the rollout
     :param batch_size: samples in a minibatch
-    :param reducer: of the processes that make the steps
-    :return: mean loss
+    :param reducer: combines what several processes have
+    :return: mean value loss of the minibatches
     """
-    if not critic_parameters(policy, actor_parameters):  # all frozen: the values are those of the rollout
+    if not critic_parameters(policy, actor_parameters):  # all frozen: the values are still those in the buffer
         values, returns = values_and_returns(rollout_buffer)
         return float(np.square(values - returns).mean())
     set_critic_training_mode(policy, actor_parameters)
@@ -138,7 +138,7 @@ def fit_critic(
 
 
 def _of_critic(samples: RolloutSamples) -> RolloutSamples:
-    """What the critic is fitted to, without the rest, which would be cut into minibatches for nothing."""
+    """The samples without the fields that the critic does not read, which would be indexed for nothing."""
     nothing = cast(th.Tensor, None)
     return samples._replace(
         actions=nothing, old_values=nothing, old_log_prob=nothing, advantages=nothing, old_params=nothing

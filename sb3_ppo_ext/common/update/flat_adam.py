@@ -1,4 +1,4 @@
-"""Adam on parameters that lie side by side: a step takes a few operations, not a few for each parameter."""
+"""Adam on flat tensors: a step takes a few operations in all, instead of a few for each parameter."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sb3_ppo_ext.common.torch_internals import has_gradient_hooks, has_step_hook
 
 class FlatAdam:
     """
-    The parameters of an Adam optimiser, their gradients and moments, in one tensor each. A parameter group has one such
-    tensor, or several where its parameters have made different numbers of steps.
+    The parameters of an Adam optimiser, their gradients and their moments, each in one flat tensor. A parameter group
+    has several flat tensors if its parameters have made different numbers of steps.
 
-    From construction to :meth:`restore` the parameters are views of :attr:`parameters`, and backward passes add to
-    their gradients in place; :attr:`adam` makes the steps. Then they have their own memory again, and the optimiser has
-    the moments; the gradients of the last step stay where they are. Convolution weights lie channels last, which is
-    what the CPU's convolutions compute with.
+    From construction to :meth:`restore` the parameters are views of :attr:`parameters`, backward passes add to their
+    gradients in place, and :attr:`adam` makes the steps. :meth:`restore` gives the parameters their own memory back and
+    the moments to the optimiser; the gradients of the last step stay where they are. On the CPU, convolution weights
+    are stored channels last, as its convolutions need them.
 
-    :param optimizer: as :meth:`supports` wants it; it is left alone until :meth:`restore`
-    :param parameters: what is to be updated, among the optimiser's
+    :param optimizer: an optimiser that :meth:`supports` accepts; it does not change until :meth:`restore`
+    :param parameters: the optimiser's parameters that are updated
     """
 
     def __init__(self, optimizer: th.optim.Adam, parameters: Iterable[nn.Parameter]) -> None:
@@ -60,22 +60,22 @@ class FlatAdam:
     @staticmethod
     def supports(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
         """
-        Whether a flat step does to each parameter what the optimiser would do.
+        Whether a flat step changes each parameter as the optimiser would.
 
-        :param optimizer: of the parameters; Adam or another
-        :param parameters: what is to be updated
+        :param optimizer: any optimiser of the parameters
+        :param parameters: the parameters that are updated
         """
         if type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):
             return False
         if has_step_hooks(optimizer):
             return False
-        # A coupled weight decay would be added to gradients that are not there.
+        # Coupled weight decay would also change parameters without a gradient.
         if any(not group["fused"] or group["amsgrad"] or group["weight_decay"] for group in optimizer.param_groups):
             return False
         in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
         if len(in_groups) != len(set(in_groups)) or not {id(p) for p in parameters} <= set(in_groups):
             return False
-        # A backward pass may be made twice, and a hook must run once.
+        # A backward pass may be repeated, but a hook must run only once.
         if has_gradient_hooks(parameters):
             return False
         return len({(p.device, p.dtype) for p in parameters}) == 1
@@ -84,7 +84,7 @@ class FlatAdam:
         return id(parameter) in self._ids
 
     def learning_rates(self) -> list[float | th.Tensor]:
-        """The present learning rate of each of :attr:`parameters`, as the optimiser has it."""
+        """The optimiser's current learning rate for each of :attr:`parameters`."""
         return [group["lr"] for group in self._sources]
 
     def take_learning_rates(self) -> None:
@@ -99,7 +99,7 @@ class FlatAdam:
         self._versions = [version_of(flat.grad) for flat in self.parameters if flat.grad is not None]
 
     def all_have_gradients(self) -> bool:
-        """Whether the backward pass since :meth:`zero_grad` reached every parameter: each adds to its piece once."""
+        """Whether the backward pass since :meth:`zero_grad` reached every parameter: it writes once into each piece."""
         return all(
             flat.grad is not None and version_of(flat.grad) - version == len(members)
             for flat, version, members in zip(self.parameters, self._versions, self.members, strict=True)
@@ -127,15 +127,15 @@ class FlatAdam:
 
 def steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[float]:
     """
-    How many steps an Adam optimiser has made, of each parameter.
+    The number of steps that an Adam optimiser has made for each parameter.
 
     :param optimizer: Adam
-    :param parameters: among the optimiser's
+    :param parameters: parameters of the optimiser
     """
     steps = [th.as_tensor(optimizer.state[p]["step"] if p in optimizer.state else 0.0) for p in parameters]
     if len({step.device for step in steps}) > 1:
         steps = [step.cpu() for step in steps]
-    counts: list[float] = th.stack(steps).float().tolist() if steps else []  # read at once: on a GPU each is a wait
+    counts: list[float] = th.stack(steps).float().tolist() if steps else []  # in one read: each waits for the GPU
     return counts
 
 
@@ -144,7 +144,7 @@ def pieces(flat: th.Tensor, shapes: Sequence[th.Size]) -> Iterator[th.Tensor]:
     Views of a flat tensor.
 
     :param flat: shape ``(n,)``
-    :param shapes: of the tensors that it was made of, n elements in all
+    :param shapes: shapes of the tensors that it was made of, with n elements in all
     """
     for piece, shape in zip(th.split(flat, [shape.numel() for shape in shapes]), shapes, strict=True):
         if _is_convolution(shape, flat.device):
@@ -163,6 +163,6 @@ def _is_convolution(shape: th.Size, device: th.device) -> bool:
 
 
 def _first_state(p: nn.Parameter) -> dict[str, th.Tensor]:
-    """What Adam begins with."""
+    """Adam's state before the first step."""
     step = th.zeros((), dtype=th.float32, device=p.device)
     return {"step": step, "exp_avg": th.zeros_like(p.data), "exp_avg_sq": th.zeros_like(p.data)}

@@ -17,14 +17,14 @@ from sb3_ppo_ext.common.update.reference import FrozenPolicy
 
 class MovingAverage(nn.Module):
     """
-    The average of all policies that a training has had so far, one after each gradient step (Hilton et al. 2021, arXiv
-    2110.00641, PPO-EWMA)::
+    The moving average of the policies of a training, one per gradient step (Hilton et al. 2021, arXiv 2110.00641,
+    PPO-EWMA)::
 
         mean_t = sum_s decay^(t - s) theta_s / sum_s decay^(t - s)        s from 0 to t
 
-    The division is what makes it an average from the first policy on, and leaves no special weight to that one. Later
-    the policies in it are decay / (1 - decay) steps old on average. Only the parameters are averaged; buffers, such as
-    running statistics, are the present ones, and the average is asked in evaluation mode.
+    The division makes it a true average from the first step on, without extra weight for the first policy. After many
+    steps, the mean age of the policies in it is decay / (1 - decay) steps. Only the parameters are averaged; buffers,
+    such as running statistics, are copied from the current policy. The average is evaluated in evaluation mode.
 
     :param policy: a copy of the policy, which becomes the average
     :param total_weight: the sum of the weights so far, shape ``(1,)``; None: nothing has been averaged yet
@@ -45,9 +45,9 @@ class MovingAverage(nn.Module):
 
     def fits(self, policy: nn.Module) -> bool:
         """
-        Whether it can be the average of a policy.
+        Whether it can be the average of a policy: both have tensors of the same names and shapes.
 
-        :param policy: which may have been replaced, or have other layers than it had
+        :param policy: a policy, which may have been replaced or have got other layers
         """
         own, others = (
             [(name, tensor.shape) for name, tensor in module.state_dict().items()] for module in (self.policy, policy)
@@ -55,14 +55,14 @@ class MovingAverage(nn.Module):
         return own == others
 
     def begin_anew(self) -> None:
-        """Forget all policies so far; the average begins again with the next one."""
+        """Forget all earlier policies; the average starts again with the next one."""
         self.total_weight.zero_()
 
     def prepare(self, *, for_program: bool) -> None:
         """
-        Decide how the average is asked.
+        Decide how the average is evaluated.
 
-        :param for_program: whether it will be within a program
+        :param for_program: whether this will be within a compiled program
         """
         self._actor_critic: ActorCritic
         if refusal(self.policy) is None:
@@ -95,5 +95,5 @@ class MovingAverage(nn.Module):
 
 
 def _tensors_of(policy: nn.Module, kind: Callable[..., Iterator[th.Tensor]]) -> list[th.Tensor]:
-    """Its parameters or buffers, in an order that is the same where a program puts other tensors in their places."""
+    """The parameters or buffers of a policy, in the same order also where a program replaces them by other tensors."""
     return [tensor for module in policy.modules() for tensor in kind(module, recurse=False)]

@@ -1,9 +1,9 @@
 """
-What an update minimises: pure functions of what the policy says, of samples and of numbers.
+The losses that an update minimises: pure functions of the policy's outputs, the samples and the coefficients.
 
-A loss has no ``self``. All its numbers are coefficients, by name; where the gradient step is compiled they are tensors,
-whose values are set anew for each update, so that none of them is kept by the program. One thing is written into: the
-moving average of the policy that an update may clip around, by the :class:`ActorCriticLoss` that has one.
+All numbers in a loss are coefficients, by name. Where the gradient step is compiled, they are tensors whose values are
+set at each update; a plain number would become a constant of the program. There is one side effect: an
+:class:`ActorCriticLoss` with a moving average of the policy, around which an update may clip, updates that average.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Statistics = dict[str, th.Tensor]
 """Scalars without gradient, by the name they are logged under."""
 
 Loss = Callable[[ActorCritic, RolloutSamples, Coefficients], tuple[th.Tensor, Statistics]]
-"""The loss of a minibatch by the present policy, a scalar, and statistics of it. A pure function."""
+"""Computes the loss of a minibatch under the current policy, a scalar, and its statistics."""
 
 
 class PolicyLoss(NamedTuple):
     """
-    What an algorithm makes of a minibatch.
+    The result of an algorithm's policy loss for a minibatch.
 
-    :param loss: to be minimised, a scalar
-    :param statistics: what to log of it, scalars without gradient, by the name they are logged under
+    :param loss: the loss to minimise, a scalar
+    :param statistics: scalars without gradient, by the name they are logged under
     """
 
     loss: th.Tensor
@@ -43,23 +43,24 @@ class PolicyLoss(NamedTuple):
 
 
 PolicyLossFunction = Callable[[Evaluation, RolloutSamples, Coefficients], PolicyLoss]
-"""An algorithm's own part of the loss. A pure function."""
+"""The policy loss of an algorithm. A pure function."""
 
 
 @dataclass(frozen=True)
 class ActorCriticLoss:
     """
-    ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``, of a minibatch.
+    The loss of a minibatch: ``policy_loss + ent_coef * entropy_loss + vf_coef * value_loss``.
 
     The coefficients are ``ent_coef``, ``vf_coef``, ``clip_range_vf`` if the values are clipped, and those of the policy
-    loss. With ``reference_kl_coef`` among them, so many times ``KL(pi || pi_ref)`` of a reference policy is added.
+    loss. If they include ``reference_kl_coef``, the loss also has the term
+    ``reference_kl_coef * KL(pi || pi_ref)``, where pi_ref is the reference policy.
 
-    :param policy_loss: the algorithm's own part
+    :param policy_loss: the algorithm's policy loss
     :param normalize_advantage: whether to normalise the advantages of each minibatch
-    :param measures_kl: whether the mean KL(old || present) of the minibatch is wanted, as the statistic
+    :param measures_kl: whether to add the mean KL(old || current) of the minibatch to the statistics, as
         ``minibatch_kl``
-    :param average: of the policies so far, to clip around, which each call takes the present policy into, by the
-        coefficient ``ewma_decay``; None: there is none
+    :param average: the moving average of the policy, around which to clip; each call adds the current policy to it,
+        with the coefficient ``ewma_decay``. None: there is none
     """
 
     policy_loss: PolicyLossFunction
@@ -82,7 +83,7 @@ class ActorCriticLoss:
         entropy_loss = -samples.mean(entropy)
         loss = policy_loss + coefficients["vf_coef"] * value_loss
         if not isinstance(coefficients["ent_coef"], float) or coefficients["ent_coef"] != 0.0:
-            loss = loss + coefficients["ent_coef"] * entropy_loss  # without a weight, it need not be differentiated
+            loss = loss + coefficients["ent_coef"] * entropy_loss  # with weight 0, it needs no gradient
         if "reference_kl_coef" in coefficients:
             kl = samples.mean(evaluation.kl_to(samples.reference_params))
             loss = loss + coefficients["reference_kl_coef"] * kl
@@ -100,7 +101,7 @@ class ActorCriticLoss:
 
 
 class _Watched(RolloutSamples):
-    """Samples, also if other ones are made of them, that know whether the policy to clip around has been asked for."""
+    """Samples that record whether ``proximal_log_prob`` is read, from them or from samples derived from them."""
 
     _reads: list[str]
 
@@ -129,13 +130,15 @@ class _Watched(RolloutSamples):
 
 def _checked(result: Any, samples: RolloutSamples, coefficients: Coefficients) -> PolicyLoss:
     """
-    :param result: of a policy loss, which may be a user's
-    :param samples: that it was given
-    :param coefficients: that it was given
+    Check what a policy loss returns, as a user may have written it.
+
+    :param result: its return value
+    :param samples: the samples that it was called with
+    :param coefficients: the coefficients that it was called with
     :return: the result
-    :raises TypeError: if it is not what it has to be
-    :raises ValueError: if the update is limited by a statistic that is not there, or is to clip around a policy that
-        the loss does not ask for
+    :raises TypeError: if the result is not a pair of a scalar loss and a dict of scalars
+    :raises ValueError: if the statistics lack ``approx_kl`` although ``target_kl`` needs it, or if the loss has not
+        read the policy to clip around
     """
     if not (
         isinstance(result, tuple)
@@ -165,9 +168,9 @@ def value_losses(values: th.Tensor, samples: RolloutSamples, coefficients: Coeff
     """
     The value loss of each sample, clipped if there is a coefficient ``clip_range_vf``.
 
-    :param values: of the present critic, shape ``(batch,)``
+    :param values: values by the current critic, shape ``(batch,)``
     :param samples: a minibatch
-    :param coefficients: numbers of the loss
+    :param coefficients: the coefficients of the loss
     :return: shape ``(batch,)``
     """
     if "clip_range_vf" not in coefficients:

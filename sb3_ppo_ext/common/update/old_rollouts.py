@@ -1,8 +1,8 @@
 """
-Rollouts before the newest, which older policies have collected, and an update that learns from them too.
+Old rollouts, which earlier policies have collected, and their samples for an update that also learns from them.
 
-What is kept of each is all that its buffer held: for K old rollouts, K times the memory of the buffer, and during an
-update the samples of K + 1 rollouts on the device.
+The whole buffer of each old rollout is kept: K old rollouts take K times the memory of the buffer, and during an update
+the samples of K + 1 rollouts are on the device.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from sb3_ppo_ext.losses.targets import vtrace
 @dataclass(frozen=True)
 class Reuse:
     """
-    How old rollouts are learnt from, and around which policy an update clips.
+    How an update learns from old rollouts, and around which policy it clips.
 
-    :param target: where their advantages and returns come from: ``"gae"``, as they were when they were collected, or
-        ``"vtrace"``, computed anew for the newest policy (Espeholt et al. 2018, arXiv 1802.01561)
-    :param proximal: the policy around which an update clips: ``"behaviour"``, of each sample the one that acted; with
-        importance weights (Hilton et al. 2021, arXiv 2110.00641) ``"newest"``, the one that collected the newest
-        rollout, or ``"ewma"``, the moving average of the policies after each gradient step, which needs no old rollouts
-    :param max_importance_weight: bound of these weights
-    :param ewma_decay: of the moving average, what the weights of all earlier policies are multiplied by after each
-        gradient step; None: ``(N - 1) / (N + 1)``, where an update has N gradient steps
-    :param rho_bar: of V-trace, bound of the ratio with which a TD error counts
-    :param c_bar: of V-trace, bound of the ratio with which what follows counts
+    :param target: advantages and returns of old rollouts: ``"gae"``, as first computed when they were collected, or
+        ``"vtrace"``, recomputed for the newest policy (Espeholt et al. 2018, arXiv 1802.01561)
+    :param proximal: the policy around which an update clips: ``"behaviour"``, the policy that took the action;
+        ``"newest"``, the policy that collected the newest rollout; or ``"ewma"``, the moving average of the policies
+        before each gradient step, which needs no old rollouts. The last two use importance weights (Hilton et al. 2021,
+        arXiv 2110.00641)
+    :param max_importance_weight: upper bound of these weights
+    :param ewma_decay: decay of the moving average: the factor on the weights of all earlier policies at each gradient
+        step; None: ``(N - 1) / (N + 1)``, where an update has N gradient steps
+    :param rho_bar: V-trace's upper bound of the ratio that multiplies a TD error
+    :param c_bar: V-trace's upper bound of the ratio that multiplies the TD errors of later steps
     """
 
     target: str = "gae"
@@ -53,7 +54,7 @@ class Reuse:
         """
         :param n_reused_rollouts: number of old rollouts
         :param given: a dict of the settings that differ from the defaults; None: no setting differs
-        :raises ArgumentError: if something in it is not allowed, or nothing would read it
+        :raises ArgumentError: if a setting is not allowed, or would have no effect
         """
         check_int("n_reused_rollouts", n_reused_rollouts, minimum=0)
         if given is None:
@@ -89,23 +90,25 @@ class Reuse:
 
     @property
     def is_decoupled(self) -> bool:
-        """Whether an update clips around another policy than the one that acted, so that samples have weights."""
+        """Whether an update clips around another policy than the one that acted, with importance weights."""
         return self.proximal != "behaviour"
 
     def decay(self, n_steps: int) -> float:
         """
-        The decay of the moving average. By default it is ``(N - 1) / (N + 1)``, with which the policies in the average
-        are ``(N - 1) / 2`` gradient steps old on average: as old as the policy is that has acted, on average over an
-        update of N steps. So an update clips as far from its policy as PPO does.
+        The decay of the moving average. With the default, ``(N - 1) / (N + 1)``, the mean age of the policies in the
+        average is ``(N - 1) / 2`` gradient steps. This is also the mean age of the policy that acted, over an update of
+        N steps, so an update clips around a policy as old as in PPO.
 
-        :param n_steps: N, gradient steps in an update
+        :param n_steps: N, the number of gradient steps in an update
         """
         return (n_steps - 1) / (n_steps + 1) if self.ewma_decay is None else self.ewma_decay
 
     def check_together(self, algorithm: Any) -> None:
         """
-        :param algorithm: whose other arguments it must hold together with
-        :raises ArgumentError: naming one with which it does not
+        Check the settings together with the algorithm's other arguments.
+
+        :param algorithm: the algorithm that has these settings
+        :raises ArgumentError: if another argument does not go with them
         """
         n = algorithm.n_reused_rollouts
         if n and algorithm.recompute_advantages:
@@ -130,8 +133,10 @@ class Reuse:
 
 class OldRollout(NamedTuple):
     """
-    :param buffer: that holds it
-    :param last_obs: the observations after its last step
+    A rollout that is kept after its update.
+
+    :param buffer: its buffer
+    :param last_obs: the observations after its last step; None: not needed
     """
 
     buffer: RolloutBuffer
@@ -140,30 +145,30 @@ class OldRollout(NamedTuple):
 
 def kept(buffer: RolloutBuffer, last_obs: Any, reuse: Reuse) -> OldRollout:
     """
-    What is kept of a rollout. Its arrays are not copied, as the next rollout is collected into others.
+    Keep a rollout after its update. Its arrays are not copied, as the next rollout is collected into new ones.
 
-    :param buffer: that has been learnt from
+    :param buffer: the buffer of the rollout
     :param last_obs: the observations after the last step
-    :param reuse: how it will be learnt from
+    :param reuse: how later updates will learn from it
     """
     buffer = copy.copy(buffer)
     buffer.forget_flat()
     if reuse.target == "gae":
-        buffer.final_observations = last_obs = None  # V-trace alone asks for their values
+        buffer.final_observations = last_obs = None  # only V-trace needs their values
     return OldRollout(buffer, copy.deepcopy(last_obs))
 
 
 class Rollouts:
     """
-    The newest rollout and those before it, for an update.
+    The samples of the newest rollout and of old ones, for an update.
 
-    :param newest: filled and evaluated
-    :param old: the newer ones first
-    :param reuse: how they are learnt from
+    :param newest: the filled buffer, with values and log-probabilities
+    :param old: old rollouts, from newer to older
+    :param reuse: how the update learns from them
     :param actor_critic: the newest policy, in evaluation mode
     :param batch_size: samples in a minibatch
-    :param capacity: how many rollouts there may be, the newest included, where a compiled step takes them: its
-        programs are for one number of samples. None: as many as there are
+    :param capacity: the largest number of rollouts, the newest included; the samples are padded to this many for a
+        compiled step, whose programs are for a fixed number of samples. None: no padding
     """
 
     def __init__(
@@ -191,13 +196,13 @@ class Rollouts:
         self._n_in_minibatch = max(1, batch_size // first.length)
         is_cut_evenly = newest.counts is None and n_sequences % self._n_in_minibatch == 0
         self.size_to_pad_to = None if is_cut_evenly else self._n_in_minibatch
-        """What a compiled step pads minibatches to, in rows; None: all have one size."""
+        """The number of rows to which a compiled step pads minibatches; None: all have the same size."""
         if is_cut_evenly and capacity is not None:
             parts += [first] * (capacity - len(parts))  # padding, from which no row is drawn
         self._samples = RolloutSamples(*(_joined(column) for column in zip(*parts, strict=True)))
 
     def minibatches(self) -> Iterator[tuple[RolloutSamples, th.Tensor]]:
-        """The minibatches of one epoch, drawn anew: samples, and which rows of them."""
+        """The shuffled minibatches of one epoch: the samples of all rollouts, and the rows of the minibatch."""
         n_rows = self._n_samples // self._samples.length
         for rows in shuffled_rows(n_rows, self._n_in_minibatch, self._samples.returns.device):
             yield self._samples, rows
@@ -208,7 +213,7 @@ def _kinds(samples: RolloutSamples) -> list[bool]:
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Batches of tensors in one, or of dicts of such; None of None."""
+    """Concatenate tensors, or dicts of tensors; None stays None."""
     if parts[0] is None:
         return None
     if isinstance(parts[0], dict):
@@ -217,7 +222,7 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 def _samples(rollout: OldRollout, reuse: Reuse, actor_critic: ActorCritic) -> RolloutSamples:
-    """Those of an old rollout, as the newest policy learns from them."""
+    """The samples of an old rollout, prepared for the newest policy."""
     buffer = rollout.buffer
     samples = buffer.flat()
     if reuse.target == "gae" and reuse.proximal != "newest":
@@ -242,7 +247,7 @@ def _samples(rollout: OldRollout, reuse: Reuse, actor_critic: ActorCritic) -> Ro
 
 @th.no_grad()
 def _evaluated(buffer: RolloutBuffer, actor_critic: ActorCritic) -> Evaluation:
-    """All steps of a rollout by another policy than the one that acted; without the entropy."""
+    """Evaluate all steps of a rollout by a policy that may not have collected it; without the entropy."""
     inputs, actions = buffer.flat_inputs()
     parts = []
     for rows in chunks(inputs.n_rows, buffer.observation_space, inputs.length):
@@ -257,12 +262,14 @@ def _vtrace(
     rollout: OldRollout, reuse: Reuse, evaluation: Evaluation, actor_critic: ActorCritic
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    Advantages and returns for the newest policy and by its critic, flat. On the CPU, where the buffer's arrays are.
+    V-trace's advantages and returns for the newest policy and its critic. They are computed on the CPU, where the
+    buffer's arrays are.
 
-    :param rollout: an old one
-    :param reuse: the bounds
-    :param evaluation: of all its steps by the newest policy
+    :param rollout: an old rollout
+    :param reuse: has the bounds of the ratios
+    :param evaluation: the newest policy's evaluation of all its steps
     :param actor_critic: the newest policy
+    :return: advantages and returns of all steps, flat, on the policy's device
     """
     buffer = rollout.buffer
     device = actor_critic.policy.device

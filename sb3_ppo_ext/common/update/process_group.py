@@ -1,4 +1,4 @@
-"""The reducer of a model that several processes train, over ``torch.distributed``."""
+"""The reducer for a model that several processes train together, over ``torch.distributed``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# One that has not come may have ended, which nobody knows but torchrun, or whatever has started it.
+# A process that does not arrive may have ended, which only torchrun, or whatever started it, can know.
 _MEETING = timedelta(minutes=5)
-# Later, a process that has ended is noticed by its connection; one that takes long, as it evaluates, is waited for.
+# Later, a lost connection shows that a process has ended, and one that is only slow, as it evaluates, needs patience.
 _PATIENCE = timedelta(days=1)
 _FAILURE = "sb3_ppo_ext/failure"
 
@@ -37,8 +37,8 @@ class ProcessGroup:
     """
     The processes of ``torch.distributed``'s default group.
 
-    An error in one of them ends all: it is told by :meth:`fail`, and each method of the others raises a
-    :class:`ProcessError` that says it in words.
+    An error in one process ends all of them: it reports the error by :meth:`fail`, and the methods of the other
+    processes raise a :class:`ProcessError` that quotes it.
     """
 
     is_local = False
@@ -48,23 +48,24 @@ class ProcessGroup:
         self.n_processes: int = dist.get_world_size()
         self._store = default_store()
         self._shared: SharedMemory | None = None
-        # Processors of another kind do not promise that a process sees the writes of another in their order.
+        # Only x86 processors guarantee that a process sees the writes of another in the order they were made.
         self._shares_memory = all(self._gathered(sys.platform == "linux" and platform.machine() == "x86_64"))
 
     @classmethod
     def joined(cls, device: th.device) -> ProcessGroup:
         """
-        The default group, made of what ``torchrun`` says in environment variables if it is not there yet.
+        The default group; if there is none yet, it is created from the environment variables that ``torchrun`` sets.
 
-        :param device: of the model
+        :param device: the model's device
+        :raises ProcessError: if the processes do not meet in time
         """
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             try:
                 store, rank, n_processes = next(rendezvous("env://", timeout=_MEETING))
                 if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                    # On one machine, torchrun may keep the store from one attempt to the next, and in it addresses of
-                    # dead processes. (For several machines, --rdzv-backend c10d makes a new one.)
+                    # On one machine, torchrun may keep the store after a restart, with addresses of dead processes.
+                    # (On several machines, --rdzv-backend c10d makes a new store.)
                     store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=_MEETING)
             except RuntimeError as error:
@@ -77,9 +78,9 @@ class ProcessGroup:
 
     def summed(self, message: th.Tensor) -> th.Tensor:
         """
-        As :meth:`Reducer.summed`.
+        See :meth:`Reducer.summed`.
 
-        :param message: of this process; it may be written into
+        :param message: this process's tensor; it may be written into
         """
         shared = self._shared_by_all(message)
         with self._explained():
@@ -91,9 +92,9 @@ class ProcessGroup:
     @th.no_grad()
     def take_from_first(self, tensors: Iterable[th.Tensor]) -> None:
         """
-        Put in the place of each tensor what the first process has.
+        Overwrite each tensor with the first process's values.
 
-        :param tensors: of the same shapes in each process; written into, except in the first one
+        :param tensors: tensors of the same shapes in each process; those of the first process do not change
         """
         for same in of_each_kind(tensors):
             message = th.cat([tensor.flatten() for tensor in same])
@@ -108,9 +109,9 @@ class ProcessGroup:
 
     def gathered(self, value: T) -> list[T]:
         """
-        As :meth:`Reducer.gathered`.
+        See :meth:`Reducer.gathered`.
 
-        :param value: of this process
+        :param value: this process's value
         """
         if not self._shares_memory:
             return self._gathered(value)
@@ -135,10 +136,10 @@ class ProcessGroup:
 
     def _shared_by_all(self, message: th.Tensor) -> SharedMemory | None:
         """
-        The memory that processes of one machine exchange messages by.
+        The memory through which the processes exchange messages if they run on one machine.
 
-        :param message: of this process, as long as those of the others
-        :return: None if they have none
+        :param message: this process's message, as long as those of the others
+        :return: the memory; None if the processes share none, or the message is not on the CPU
         """
         if message.device.type != "cpu" or not self._shares_memory:
             return None
@@ -154,9 +155,9 @@ class ProcessGroup:
 
     def of_first(self, value: T) -> T:
         """
-        What the first process has.
+        The first process's value.
 
-        :param value: looked at in the first process only
+        :param value: this process's value; ignored in all processes but the first
         """
         values: list[Any] = [value if self.rank == 0 else None]
         with self._explained():
@@ -165,9 +166,9 @@ class ProcessGroup:
 
     def fail(self, error: BaseException) -> None:
         """
-        Tell the other processes that this one has failed, and leave the group: whoever waits for it waits no longer.
+        Tell the other processes that this one has failed, and leave the group, so that nobody waits for it.
 
-        :param error: that ends this process's part
+        :param error: the error that ends this process's training
         """
         with contextlib.suppress(Exception):  # the group may be gone already
             if not isinstance(error, ProcessError):
@@ -187,7 +188,7 @@ class ProcessGroup:
             raise ProcessError(f"This process ends, as {self._failure() or _without_a_word(error)}") from error
 
     def _failure(self) -> str | None:
-        """What another process has failed by, if it has told."""
+        """The failure that another process has reported by :meth:`fail`, if any."""
         with contextlib.suppress(Exception):
             if self._store.check([_FAILURE]):
                 return str(self._store.get(_FAILURE), "utf-8", "replace")

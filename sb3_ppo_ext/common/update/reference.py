@@ -21,7 +21,7 @@ from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks
 from sb3_ppo_ext.common.rollout.episode_buffer import EpisodeBuffer
 
 INITIAL = "initial"
-"""The name of the policy that a model has when it begins to learn."""
+"""Names the policy that a model has when it begins to learn."""
 
 _ALLOWED = (
     "it must be None, a policy of Stable-Baselines3's kind (such as model.policy), the path of a saved model, or "
@@ -31,18 +31,18 @@ _ALLOWED = (
 
 class FrozenPolicy:
     """
-    A copy of a policy that nothing changes: its parameters have no gradients and no optimiser knows them, it stays in
-    evaluation mode, and its running statistics stand still. It is pickled as its class, the arguments of that and its
-    weights, which are on the CPU then.
+    A copy of a policy that never changes: its parameters have no gradients and no optimiser, it stays in evaluation
+    mode, and its running statistics are fixed. It is pickled as its class, the constructor's arguments, and its
+    weights, moved to the CPU.
 
-    :param policy: to be copied; its class must be able to make it anew, as ``policy.save`` and ``policy.load`` do
+    :param policy: the policy to copy; its class must be able to rebuild it, as ``policy.save`` and ``policy.load`` do
     """
 
     def __init__(self, policy: ActorCriticPolicy | MaskableActorCriticPolicy) -> None:
         self._make(type(policy), _arguments_of(policy), policy.state_dict())
 
     def _make(self, policy_class: Any, arguments: dict[str, Any], state: dict[str, th.Tensor]) -> None:
-        with th.random.fork_rng(devices=[]):  # the weights that it is made with are drawn, and replaced
+        with th.random.fork_rng(devices=[]):  # its constructor draws random weights, which are replaced
             self.policy: ActorCriticPolicy = policy_class(**arguments)
         self.policy.load_state_dict(state)
         self.policy.requires_grad_(False)
@@ -63,12 +63,12 @@ class FrozenPolicy:
     @th.no_grad()
     def params(self, inputs: PolicyInput) -> th.Tensor:
         """
-        Parameters of its distributions, under the masks if there are some.
+        The parameters of its distributions, with action masks applied if there are any.
 
-        :param inputs: of a rollout
+        :param inputs: inputs of the rollout's policy
         :return: shape ``(batch, n_params)``
         """
-        inputs = PolicyInput(inputs.obs, inputs.mask)  # the state of a recurrent policy is none of its own
+        inputs = PolicyInput(inputs.obs, inputs.mask)  # without a recurrent state, as this policy has no memory
         actor_critic: ActorCritic
         if refusal(self.policy) is None:
             actor_critic = direct_actor_critic(self.policy)
@@ -80,15 +80,17 @@ class FrozenPolicy:
 
 def _arguments_of(policy: ActorCriticPolicy | MaskableActorCriticPolicy) -> dict[str, Any]:
     arguments = {**policy._get_constructor_parameters(), "lr_schedule": ConstantSchedule(0.0)}
-    if not getattr(policy, "share_features_extractor", True):  # which Stable-Baselines3 forgets
+    if not getattr(policy, "share_features_extractor", True):  # Stable-Baselines3 omits it
         arguments["share_features_extractor"] = False
     return arguments
 
 
 def frozen(given: Any) -> FrozenPolicy:
     """
-    :param given: a policy, a frozen one, or the path of a saved model
-    :raises ArgumentError: if it is none of them, or cannot be copied or read
+    Make a frozen copy of a reference policy.
+
+    :param given: a policy, a frozen policy (returned as it is), or the path of a saved model
+    :raises ArgumentError: if it is none of these, or cannot be read or copied
     """
     if isinstance(given, FrozenPolicy):
         return given
@@ -96,7 +98,7 @@ def frozen(given: Any) -> FrozenPolicy:
         name, policy = f"reference_policy={os.fspath(given)!r}", None
         try:
             policy = _policy_of_file(given)
-        except Exception as error:  # whatever comes of a file that is no model's
+        except Exception as error:  # a file that is no saved model may raise anything
             raise ArgumentError(
                 f"{name} is not allowed: {_ALLOWED}; from this path, no model with a policy can be read "
                 f"({type(error).__name__}: {error})"
@@ -107,10 +109,10 @@ def frozen(given: Any) -> FrozenPolicy:
         raise ArgumentError(f"{name} is not allowed: {_ALLOWED}")
     try:
         return FrozenPolicy(policy)
-    except Exception as error:  # of a class of the user's own
+    except Exception as error:  # a user's own class may raise anything
         raise ArgumentError(
             f"{name} is not allowed: it cannot be copied ({type(error).__name__}: {error}); it must be a policy that "
-            "its class can make anew, as policy.save() and policy.load() do"
+            "its class can rebuild, as policy.save() and policy.load() do"
         ) from error
 
 
@@ -132,9 +134,9 @@ def _policy_of_file(path: str | os.PathLike[str]) -> Any:
 def check_reference(reference: Any, policy: Any, rollout_buffer: Any) -> None:
     """
     :param reference: the policy to stay close to
-    :param policy: that is to learn
-    :param rollout_buffer: of its rollouts
-    :raises ArgumentError: if the two cannot be compared in such a rollout
+    :param policy: the policy that learns
+    :param rollout_buffer: the buffer for its rollouts
+    :raises ArgumentError: if the two policies cannot be compared in such a buffer
     """
     given = "reference_policy is not allowed"
     for name in ("observation_space", "action_space"):
@@ -145,8 +147,8 @@ def check_reference(reference: Any, policy: Any, rollout_buffer: Any) -> None:
             )
     if has_memory(reference):
         raise ArgumentError(
-            f"{given}: {type(reference).__name__} has a memory, and what it would remember in the midst of a rollout "
-            "is not known; it must be a policy without one"
+            f"{given}: {type(reference).__name__} has a memory, and its state in the middle of a rollout is not known; "
+            "it must be a policy without memory"
         )
     if family_of_policy(reference) != family_of_policy(policy):
         raise ArgumentError(
@@ -167,12 +169,13 @@ def check_reference(reference: Any, policy: Any, rollout_buffer: Any) -> None:
 
 def compare(rollout_buffer: RolloutBuffer, reference: FrozenPolicy, reward_coef: float | None) -> None:
     """
-    Ask the reference for its distributions in a rollout that has been evaluated, before targets are computed. They are
-    the buffer's ``reference_params``; its ``penalties`` are ``coef * (log pi(a|s) - log pi_ref(a|s))``.
+    Compute the reference policy's distributions in a rollout, after its log-probabilities and before its advantages and
+    returns. Sets the buffer's ``reference_params``, and its ``penalties``, which are subtracted from the rewards, to
+    ``reward_coef * (log pi(a|s) - log pi_ref(a|s))``.
 
     :param rollout_buffer: filled
-    :param reference: to stay close to
-    :param reward_coef: what is taken off the rewards, in units of nats; None: nothing
+    :param reference: the policy to stay close to
+    :param reward_coef: penalty on the reward per nat of the log-ratio; None: no penalties
     :raises NonFiniteError: if the reference gives an action that was taken the probability 0
     """
     family = reference.family
@@ -192,10 +195,10 @@ def measured(rollout_buffer: RolloutBuffer, family: Family) -> tuple[th.Tensor, 
     """
     Means over the steps of a rollout that count.
 
-    :param rollout_buffer: with what :func:`compare` has put there
-    :param family: of the distributions
-    :return: exact ``KL(pi || pi_ref)`` of the policy that acted, the reward, and what is taken off it, shape ``(3,)``;
-        and how many steps they are of
+    :param rollout_buffer: a buffer after :func:`compare`
+    :param family: the formulas of the distributions
+    :return: the means of the exact ``KL(pi || pi_ref)`` of the policy that acted, of the reward and of the penalty,
+        shape ``(3,)``; and the number of these steps
     """
     samples = rollout_buffer.flat()
     assert samples.reference_params is not None
@@ -208,7 +211,7 @@ def measured(rollout_buffer: RolloutBuffer, family: Family) -> tuple[th.Tensor, 
 
 
 def _counted(rollout_buffer: RolloutBuffer, stored: Any) -> th.Tensor:
-    """What stands in the buffer for the steps that count."""
+    """The stored values of the steps that count, flat."""
     flat = rollout_buffer._to_flat(stored).flatten()
     if isinstance(rollout_buffer, EpisodeBuffer):
         return flat[rollout_buffer._counts]

@@ -1,4 +1,4 @@
-"""The minibatches of an update, where several processes that train one model make each step together."""
+"""The minibatches of an update, for one process or for several that train one model together."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sb3_ppo_ext.common.update.reduce import Reducer, of_each
 _AT_ONCE = 2**20  # samples
 
 Minibatch = tuple[RolloutSamples, th.Tensor | None]
-"""Samples, and which rows of them; None: all."""
+"""Samples, and the rows of the minibatch; None: all rows."""
 
 
 class Epochs:
     """
-    Epochs of minibatches over one rollout, each drawn anew. Each process cuts its own samples; a step is made on what
-    all of them have in their minibatches together, so all cut as many as the one that has the most samples, and some
-    may be empty.
+    Epochs of minibatches over one rollout, shuffled in each epoch. Each process cuts its own samples into minibatches,
+    and each gradient step uses one minibatch of every process. So all processes make the same number of minibatches,
+    that of the process with the most samples, and some minibatches may be empty.
 
-    :param rollout_buffer: filled; or the newest of several rollouts and those before it
+    :param rollout_buffer: a filled buffer, or the newest rollout together with older ones
     :param batch_size: samples in a minibatch of this process
-    :param n_epochs: how many there are to be
-    :param reducer: of the processes
-    :param normalize_advantage: whether to normalise the advantages here, over all processes; where there is one only,
+    :param n_epochs: number of epochs
+    :param reducer: combines what several processes have
+    :param normalize_advantage: whether to normalise the advantages here, over all processes; with a single process,
         the loss does it
     """
 
@@ -62,9 +62,9 @@ class Epochs:
                 cut = _in_as_many(self._cut(), n_minibatches) if epoch else cut
                 yield self._normalized(cut) if self._normalize_advantage else cut
             return
-        # A message for each epoch would take a while: many have theirs in one.
+        # One message for many epochs takes less time than a message for each.
         at_once = max(1, _AT_ONCE // len(rollout.advantages))
-        together = rollout._replace(advantages=th.empty_like(rollout.advantages))  # the same in each epoch
+        together = rollout._replace(advantages=th.empty_like(rollout.advantages))  # the same object in each epoch
         for first in range(0, self._n_epochs, at_once):
             rows_of_epochs = [
                 [rows for _, rows in (_in_as_many(self._cut(), n_minibatches) if epoch else cut) if rows is not None]
@@ -83,7 +83,7 @@ class Epochs:
         return list(self._minibatches())
 
     def _normalized(self, cut: list[Minibatch]) -> list[Minibatch]:
-        """Minibatches of a buffer that has a ``get`` of its own, with normalised advantages."""
+        """The minibatches of a buffer that overrides ``get``, with normalised advantages."""
         parts = [r.advantages if rows is None else rows_of(r.advantages, rows, r.length) for r, rows in cut]
         sizes = [len(part) for part in parts]
         normalized_parts = th.split(normalized_over_processes(th.cat(parts), sizes, self._reducer), sizes)
@@ -96,9 +96,11 @@ class Epochs:
         self, rollout: RolloutSamples, epochs: list[list[th.Tensor]]
     ) -> Iterator[tuple[list[th.Tensor], th.Tensor]]:
         """
-        :param rollout: that all minibatches are cut out of
-        :param epochs: of each, the rows of its minibatches
-        :return: with the advantages of each, normalised over all processes, each minibatch by itself
+        Normalise the advantages of each minibatch by itself, over all processes.
+
+        :param rollout: the samples from which all minibatches are taken
+        :param epochs: the rows of the minibatches of each epoch
+        :return: for each epoch, the rows of its minibatches and the normalised advantages of all samples
         """
         rows = [th.cat(of_epoch) for of_epoch in epochs]
         values = normalized_over_processes(
@@ -125,12 +127,13 @@ def _in_as_many(cut: list[Minibatch], n: int) -> list[Minibatch]:
 
 def normalized_over_processes(advantages: th.Tensor, sizes: Sequence[int], reducer: Reducer) -> th.Tensor:
     """
-    Advantages with mean 0 and standard deviation 1 over all processes, as they are where only one counts. The moments
-    of all parts go in one message, and are put together by the formula of Chan et al. (1979).
+    Normalise advantages to mean 0 and standard deviation 1 over all processes; a single sample keeps its value. The
+    moments of all parts are sent in one message and combined by the formula of Chan et al. (1979).
 
-    :param advantages: of parts, one after the other, each of which is normalised by itself, shape ``(batch,)``
-    :param sizes: of the parts, which there are as many of in each process
-    :param reducer: of the processes
+    :param advantages: parts, one after the other, each of which is normalised by itself, shape ``(batch,)``
+    :param sizes: sizes of the parts; each process has the same number of parts
+    :param reducer: combines what several processes have
+    :return: the normalised advantages, shape ``(batch,)``
     """
     if reducer.is_local:
         return th.cat([losses.masked_whiten(part) for part in th.split(advantages, list(sizes))])

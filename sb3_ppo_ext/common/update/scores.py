@@ -1,4 +1,4 @@
-"""Scores: gradients of log-probabilities, added up over episodes."""
+"""Scores: gradients of log-probabilities, summed over episodes."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def score_statistics(
     chunks: Callable[[int, int], Iterator[slice]],
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    ``S'g`` and ``S'S`` of each episode, S being the gradient of the sum of its (discounted) log-probabilities, and g of
-    the same weighted by its returns.
+    ``S'g`` and ``S'S`` of each episode. S is the gradient of the sum of its discounted log-probabilities; g is the
+    gradient of the same sum with each term multiplied by its return.
 
-    :param actor_critic: the present policy
+    :param actor_critic: the current policy
     :param rollout: all samples
-    :param episode: number of each sample's episode, -1 of one that does not count, shape ``(batch,)``
+    :param episode: the number of each sample's episode, -1 for a sample that does not count, shape ``(batch,)``
     :param returns: shape ``(batch,)``
-    :param discount: of each sample's log-probability, shape ``(batch,)``
-    :param parameters: that the gradients are of
-    :param chunks: cuts so many samples, in sequences of such a length, into ranges
-    :return: two tensors of shape ``(n_episodes,)``
+    :param discount: the factor on each sample's log-probability, shape ``(batch,)``
+    :param parameters: parameters with respect to which the gradients are taken
+    :param chunks: cuts a number of samples, in sequences of a given length, into ranges
+    :return: ``S'g`` and ``S'S``, each of shape ``(n_episodes,)``
     """
 
     length = rollout.length
 
     def weighted_score(rows: th.Tensor, weights: th.Tensor) -> th.Tensor:
-        """Gradient of the sum of some samples' log-probabilities, each times its weight, of all parameters, flat."""
+        """The flat gradient of the weighted sum of the log-probabilities of some rows."""
         total = [th.zeros_like(p) for p in parameters]
         for chunk in chunks(len(rows) * length, length):
             some = rollout.rows(rows[chunk])
@@ -71,18 +71,18 @@ def add_up_gradients(
     chunks: Callable[[int, int], Iterator[slice]],
 ) -> th.Tensor:
     """
-    Add the gradient of the loss of a batch of episodes to ``.grad``: of minus the log-probabilities times the
-    advantages, the entropy and the KL divergence from a reference policy, each summed over the steps of an episode. The
-    graph of one chunk lives at a time.
+    Add the gradient of the loss of a batch of episodes to ``.grad``. The loss is the mean over the episodes of the sum
+    over their steps of ``-log pi(a|s) A - ent_coef * entropy + reference_kl_coef * KL(pi || pi_ref)``. The autograd
+    graph of only one chunk is in memory at a time.
 
-    :param actor_critic: the present policy
-    :param rollout: all samples; the advantages are what the scores are multiplied by
-    :param n_episodes: that they are of
+    :param actor_critic: the current policy
+    :param rollout: all samples; their advantages are the factors A
+    :param n_episodes: number of episodes
     :param ent_coef: weight of the entropy
     :param reference_kl_coef: weight of ``KL(pi || pi_ref)``
-    :param chunks: cuts so many samples, in sequences of such a length, into ranges
-    :return: the first part of the loss, the entropy, both summed over the samples that count, and how many these are;
-        shape ``(3,)``
+    :param chunks: cuts a number of samples, in sequences of a given length, into ranges
+    :return: the sums of ``-log pi(a|s) A`` and of the entropy over the samples that count, and the number of these
+        samples; shape ``(3,)``
     """
     policy_loss = rollout.advantages.new_zeros(())
     entropy_sum = rollout.advantages.new_zeros(())
@@ -92,8 +92,8 @@ def add_up_gradients(
         log_prob, entropy, params = actor_critic.evaluate_actor(samples.inputs, samples.actions)
         chunk_loss = losses.reinforce_loss(log_prob, samples.advantages).sum()
         log_prob = samples.counted(log_prob)
-        # Estimated by the actions, if there is no formula. The gradient of the estimate has the mean 0; with their
-        # scores it has not.
+        # Without a formula, -log pi(a|s) estimates the entropy. The plain gradient of this estimate has mean 0, so the
+        # estimate is used as a factor on the score instead.
         entropies = -log_prob.detach() if entropy is None else samples.counted(entropy)
         entropy_loss = losses.reinforce_loss(log_prob, entropies).sum() if entropy is None else -entropies.sum()
         loss = chunk_loss + ent_coef * entropy_loss

@@ -1,4 +1,4 @@
-"""Messages between the processes of one machine, through memory that all of them see."""
+"""Messages between the processes of one machine, through shared memory."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any
 
 import torch as th
 
-_LINE = 64  # bytes of a cache line: what a process writes into is on one of its own
-_SPINS = 50  # looks, of some 50 ns each, before another process may have the core
-_YIELDING = 0.005  # seconds of that, before it sleeps in between
+_LINE = 64  # bytes of a cache line: each process writes its counter into a line of its own
+_SPINS = 50  # checks, of some 50 ns each, before another process may have the core
+_YIELDING = 0.005  # seconds of checking and giving up the core, before it sleeps between two checks
 _LONGEST_SLEEP = 0.01
-_LOOK_AFTER = 0.2  # seconds, for a process that has ended
+_LOOK_AFTER = 0.2  # seconds between two checks whether the other process has ended
 
 
 class SharedMemory:
     """
-    A file that is mapped into the memory of all processes: for each a counter, and two places for its message. A
-    message between processes takes some microseconds so, where one over a network interface takes a hundred or more.
+    A file that is mapped into the memory of all processes, with a counter and two places for messages for each process.
+    A message takes some microseconds, where one over a network interface takes a hundred or more.
 
-    A process writes its message into its place, adds one to its counter, and waits until all counters are that far.
-    Then it reads all messages. The next one goes into the second place, as the first may still be read. When all have
-    written the second, they have read the first, which is then written over.
+    A process writes its message into its first place, adds one to its counter, and waits until all counters have that
+    value. Then it reads all messages. Its next message goes into its second place, as others may still read the first.
+    When all processes have written their second message, they have read the first ones, whose places are then reused.
 
-    A counter is one byte, and a processor of the x86 kind lets others see writes in the order they were made, so that a
-    message is there when its counter says so. Whether a process lives is told by a lock on the file, which the system
-    takes from a process that ends, however it ends.
+    A counter is one byte, and x86 processors let others see writes in the order they were made, so a message is
+    complete when its counter says so. Each process holds a lock on the file, which the system releases when the process
+    ends, however it ends; so the others can see that it has ended.
 
-    :param path: of a file, whose size is :meth:`size_for`
-    :param rank: of this process
-    :param n_processes: how many there are
+    :param path: path of a file of :meth:`size_for` bytes
+    :param rank: number of this process
+    :param n_processes: number of processes
     :param capacity: bytes of the longest message, a multiple of the cache line
     """
 
@@ -53,7 +53,7 @@ class SharedMemory:
 
     @staticmethod
     def size_for(n_processes: int, capacity: int) -> int:
-        """Bytes of the file."""
+        """The size of the file in bytes."""
         return (_LINE + 2 * capacity) * n_processes
 
     def close(self) -> None:
@@ -64,10 +64,10 @@ class SharedMemory:
 
     def exchanged(self, message: th.Tensor) -> tuple[th.Tensor, ...]:
         """
-        The messages of all processes. They stay until the next but one.
+        The messages of all processes, which stay valid until the next exchange but one.
 
-        :param message: of this process, with as many numbers as those of the others
-        :raises RuntimeError: if one of them has ended
+        :param message: this process's message, with as many numbers as those of the others
+        :raises RuntimeError: if another process has ended
         """
         kind = message.dtype, message.numel()
         if kind not in self._cut:
@@ -85,8 +85,8 @@ class SharedMemory:
         """
         The sum of the messages of all processes, with the same bits in each.
 
-        :param message: of this process, of the same shape as those of the others
-        :raises RuntimeError: if one of them has ended
+        :param message: this process's message, of the same shape as those of the others
+        :raises RuntimeError: if another process has ended
         """
         first, second, *others = self.exchanged(message)
         total = first + second
@@ -95,11 +95,11 @@ class SharedMemory:
         return total.view_as(message)
 
     def _wait_for(self, rank: int) -> None:
-        """Until a process has written its message."""
+        """Wait until a process has written its message."""
         memory, counter, n_messages = self._memory, self._counters[rank], self._n_messages
 
         def is_there() -> bool:
-            return (memory[counter] - n_messages) % 256 <= 1  # it may have written its next one too
+            return (memory[counter] - n_messages) % 256 <= 1  # it may also have written its next message
 
         for _ in range(_SPINS):
             if (memory[counter] - n_messages) % 256 <= 1:
@@ -119,13 +119,13 @@ class SharedMemory:
 
 def shared_by(rank: int, n_processes: int, gathered: Callable[[Any], list[Any]], n_bytes: int) -> SharedMemory | None:
     """
-    Memory that all processes share; each calls this at the same time.
+    Create memory that all processes share. All of them must call this together.
 
-    :param rank: of this process
-    :param n_processes: how many there are
-    :param gathered: tells what each has
-    :param n_bytes: of the longest message so far
-    :return: None if they are not all on one machine, or it has not that much memory for it
+    :param rank: number of this process
+    :param n_processes: number of processes
+    :param gathered: returns the values of all processes, given the value of this one
+    :param n_bytes: bytes of the longest message so far
+    :return: the memory; None if the processes are not all on one machine, or it has too little shared memory
     """
     capacity = -(-n_bytes // _LINE) * _LINE
     own_path = None
@@ -145,21 +145,23 @@ def shared_by(rank: int, n_processes: int, gathered: Callable[[Any], list[Any]],
         return None
     finally:
         if own_path is not None:
-            os.unlink(own_path)  # it stays until the last process that has mapped it ends
+            os.unlink(own_path)  # the memory stays until the last process that has mapped it ends
 
 
 def _new_file(size: int) -> str | None:
     """
-    :param size: bytes of zeros in it
-    :return: its path; None if there is no place for it in memory
+    Create a file of zeros in shared memory.
+
+    :param size: its size in bytes
+    :return: its path; None if there is not enough shared memory
     """
     path = None
     try:
         file, path = tempfile.mkstemp(dir="/dev/shm", prefix="sb3_ppo_ext-")
         try:
-            os.posix_fallocate(file, 0, size)  # or a process would be killed when it writes
+            os.posix_fallocate(file, 0, size)  # without reserved memory, a process could be killed when it writes
         finally:
-            os.close(file)  # before it is opened again: closing it takes away all locks
+            os.close(file)  # before it is opened again and locked: closing it would release the locks
     except OSError:
         if path is not None:
             os.unlink(path)
@@ -169,11 +171,12 @@ def _new_file(size: int) -> str | None:
 
 def _wait_until(is_there: Callable[[], bool], *, unless: Callable[[], bool], what: str) -> None:
     """
-    Wait ever more patiently.
+    Wait until a condition holds, with checks that become rarer.
 
-    :param is_there: what is waited for
-    :param unless: what makes that pointless, looked for now and then
-    :param what: that is, for a RuntimeError
+    :param is_there: the condition
+    :param unless: whether waiting is pointless; checked now and then
+    :param what: the message of the error if it is
+    :raises RuntimeError: if waiting is pointless
     """
     start = looked = time.monotonic()
     while not is_there():

@@ -1,4 +1,4 @@
-"""One gradient step: gradients, clipping of their norm, optimiser."""
+"""One gradient step: backward pass, clipping of the gradient norm, and the optimiser's step."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from sb3_ppo_ext.common.update.step_message import StepMessage
 
 class MinibatchStep(Protocol):
     """
-    A gradient step on the loss of a minibatch, to be made inside of ``with``: there it may own the parameters, and
-    afterwards the policy and its optimiser hold the result.
+    A gradient step on the loss of a minibatch. Call it inside its ``with`` block, where it may hold the parameters in
+    memory of its own; after the block, the policy and its optimiser hold the result.
     """
 
     names: tuple[str, ...]
-    """Of the statistics that a step gives, once it has been made."""
+    """The names of the statistics that a step returns; known after the first step."""
 
     def __enter__(self) -> object: ...
 
     def __call__(self, rollout: RolloutSamples, rows: th.Tensor | None, coefficients: Mapping[str, float]) -> th.Tensor:
         """
-        One step. It is not made if the gradient is not finite.
+        Make one step, unless the gradient is not finite.
 
-        :param rollout: the samples that the minibatch is cut out of
-        :param rows: which of them are the minibatch; None: all
-        :param coefficients: what the loss asks for; ``max_grad_norm``, the largest norm of the gradient; and, if the
-            step is not to be made where the statistic ``approx_kl`` is above it, ``kl_limit``
-        :return: the statistics of the loss and ``grad_norm``, the norm before clipping (0 if no step was to be made),
-            in one tensor of shape ``(len(names),)``
+        :param rollout: the samples from which the minibatch is taken
+        :param rows: the rows of the minibatch; None: all
+        :param coefficients: the coefficients of the loss; ``max_grad_norm``, the largest norm of the gradient; and
+            optionally ``kl_limit``: if the statistic ``approx_kl`` exceeds it, no step is made
+        :return: the statistics of the loss and ``grad_norm``, the norm before clipping (0 if ``kl_limit`` was
+            exceeded), in one tensor of shape ``(len(names),)``
         """
         ...
 
@@ -46,7 +46,7 @@ class MinibatchStep(Protocol):
 
 
 class _Step(NamedTuple):
-    """The optimiser of a step, its parameters, and whether their gradients must be clipped in place."""
+    """The optimiser of a step, its parameters, and whether to clip their gradients in place."""
 
     optimizer: th.optim.Optimizer
     parameters: Sequence[th.Tensor]
@@ -55,16 +55,17 @@ class _Step(NamedTuple):
 
 class EagerStep:
     """
-    A step by torch's own means.
+    A step that is not compiled.
 
-    Parameters, gradients and moments lie side by side (:class:`FlatAdam`) where the optimiser allows it and as long as
-    the same parameters take part in each minibatch. As in SB3, a parameter without a gradient is left alone, with its
-    moments; so as soon as other parameters take part, the rest of the update is made tensor by tensor.
+    If the optimiser allows it, parameters, gradients and moments are kept in flat tensors (:class:`FlatAdam`), as long
+    as the same parameters get gradients in each minibatch. As in SB3, a parameter without a gradient does not change,
+    and neither do its moments. So if the parameters with gradients change, the rest of the update is made tensor by
+    tensor.
 
-    :param optimizer: of the policy
-    :param parameters: what is updated; their gradients are clipped together
-    :param loss: of a minibatch, to be minimised
-    :param reducer: of the gradients, before they are clipped
+    :param optimizer: the policy's optimiser
+    :param parameters: the parameters to update; their gradients are clipped together
+    :param loss: the loss of a minibatch, to be minimised
+    :param reducer: combines the gradients of several processes, before they are clipped
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class EagerStep:
         self._parameters = list(parameters)
         updated = set(parameters)
         others = any(p not in updated for group in optimizer.param_groups for p in group["params"])
-        self._inputs = self._parameters if others else None  # naming all of them takes longer than naming none
+        self._inputs = self._parameters if others else None  # None is faster than a list of all parameters
         self._optimizer = optimizer
         self._loss = loss
         self._reducer = reducer
@@ -87,8 +88,8 @@ class EagerStep:
 
     def __enter__(self) -> object:
         use_fused_adam(self._optimizer)
-        self._optimizer.zero_grad()  # a gradient left anywhere would be applied by every step
-        # Weights of cuDNN's recurrent layers share their memory; if they do not, each call copies them into one piece.
+        self._optimizer.zero_grad()  # or each step would apply gradients that were there before
+        # cuDNN wants the weights of a recurrent layer in one block of memory; otherwise it copies them at each call.
         share_memory = len({p.untyped_storage().data_ptr() for p in self._parameters}) < len(self._parameters)
         self._may_be_flat = not share_memory and FlatAdam.supports(self._optimizer, self._parameters)
         in_groups = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
@@ -108,7 +109,7 @@ class EagerStep:
         kl_limit = coefficients.get("kl_limit", math.inf)
         numbers: Sequence[th.Tensor] = list(statistics.values())
         if self._reducer.is_local and self._is_above(kl_limit, numbers):
-            return th.stack([*numbers, th.zeros_like(loss)])  # without its gradient
+            return th.stack([*numbers, th.zeros_like(loss)])  # before the backward pass
         of_step = self._gradients(loss)
         if not self._reducer.is_local:
             numbers = self._of_all(gradients_of(of_step.parameters), numbers, weight)
@@ -127,7 +128,7 @@ class EagerStep:
         return kl_limit < math.inf and numbers[self.names.index("approx_kl")].item() > kl_limit
 
     def _gradients(self, loss: th.Tensor) -> _Step:
-        """Make a backward pass; what it gives is the gradient of which parameters, and whose step is to follow."""
+        """Make a backward pass. Return the parameters that now have gradients, and the optimiser of their step."""
         if self._may_be_flat:
             if self._flat is None:
                 self._make_flat(self._parameters)
@@ -145,7 +146,7 @@ class EagerStep:
     def _of_all(
         self, gradients: Sequence[th.Tensor], numbers: Sequence[th.Tensor], weight: int | th.Tensor
     ) -> Sequence[th.Tensor]:
-        """Put in the place of the gradients those of all processes; so with the statistics that are returned."""
+        """Replace the gradients by their means over the processes, and return the statistics of all processes."""
         if self._message is None or self._message.names != self.names[:-1]:
             self._message = StepMessage(self._reducer, self.names[:-1], numbers[0].device)
         total = self._reducer.summed(self._message.written(gradients, th.stack(list(numbers)), weight))
@@ -169,24 +170,24 @@ class EagerStep:
         """
         Make a backward pass into the flat gradients.
 
-        :return: whether it reached all that is flat and nothing else, so that the flat step is the step
+        :return: whether it reached exactly the flat parameters, so that a flat step is right
         """
         assert self._flat is not None
         self._flat.zero_grad()
-        # The graph is kept for the case that it is asked again. Later steps let go of it, and of memory, as they go.
+        # The first pass keeps the graph, because a second one may be needed. Later passes free its memory as they go.
         loss.backward(inputs=self._inputs, retain_graph=not self._has_made_flat_steps)  # type: ignore[no-untyped-call]
         if self._flat.all_have_gradients() and not any(p.grad is not None for p in self._outside):
             self._has_made_flat_steps = True
             return True
         if self._has_made_flat_steps or self._outside:
             return False
-        self._leave_flat()  # and begin anew with what takes part
+        self._leave_flat()  # start again with the parameters that the loss reaches
         self._optimizer.zero_grad()
         self._make_flat(reached(loss, self._parameters))
         return self._has_flat_gradients(loss)
 
     def _take_gradients_from_flat(self, loss: th.Tensor) -> None:
-        """Make no flat steps any more, as this pass has reached other parameters; what it gave them is there."""
+        """Stop using flat steps, as this pass has reached other parameters; keep the gradients that it computed."""
         gradients = [(p, p.grad) for p in leaves_of(loss, self._parameters) if p.grad is not None]
         self._leave_flat()
         self._may_be_flat = False
@@ -199,8 +200,8 @@ def n_counted(rollout: RolloutSamples, rows: th.Tensor | None) -> int | th.Tenso
     """
     How many samples of a minibatch count.
 
-    :param rollout: the samples that it is cut out of
-    :param rows: which of them; None: all
+    :param rollout: the samples from which the minibatch is taken
+    :param rows: the rows of the minibatch; None: all
     """
     if rollout.mask is None:
         return len(rollout.returns) if rows is None else len(rows) * rollout.length
@@ -211,8 +212,8 @@ def without_nothing(rollout: RolloutSamples, rows: th.Tensor | None) -> tuple[Ro
     """
     Replace an empty minibatch, which a process with fewer samples may get, by one sample that does not count.
 
-    :param rollout: the samples that it is cut out of
-    :param rows: which of them; None: all
+    :param rollout: the samples from which the minibatch is taken
+    :param rows: the rows of the minibatch; None: all
     """
     return (rollout, rows) if rows is None or len(rows) else (rollout.padded(rows, 1), None)
 
@@ -221,9 +222,9 @@ def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Pa
     """
     The parameters that a tensor depends on, by its autograd graph.
 
-    :param output: with its graph, which is kept
+    :param output: a tensor with its graph, which is kept
     :param parameters: candidates
-    :return: those of them that require grad and that the graph reaches, in their order
+    :return: the candidates that require grad and that the graph reaches, in their order
     """
     candidates = [parameter for parameter in parameters if parameter.requires_grad]
     if not candidates or not output.requires_grad:
@@ -236,7 +237,7 @@ def leaves_of(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.
     """
     Like :func:`reached`, but without a backward pass: the graph's buffers may have been freed.
 
-    :param output: with its graph
+    :param output: a tensor with its graph
     :param parameters: candidates
     """
     nodes, found = [output.grad_fn], set()
@@ -252,7 +253,7 @@ def leaves_of(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.
 
 def gradients_of(parameters: Iterable[th.Tensor]) -> list[th.Tensor]:
     """
-    The gradients that are there.
+    The gradients of the parameters that have one.
 
     :param parameters: leaves of the autograd graph
     """
@@ -263,13 +264,13 @@ def clip_and_step(
     optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], *, max_grad_norm: float, in_place: bool = False
 ) -> th.Tensor:
     """
-    Clip the gradients that are there, and make the optimiser's step, unless they are not finite.
+    Clip the gradients, and make the optimiser's step unless they are not finite.
 
-    :param optimizer: of the parameters
-    :param parameters: whose joint gradient norm is clipped
-    :param max_grad_norm: the largest norm that is let through
-    :param in_place: whether the gradients must be clipped before the step: the optimiser's own kernel, which does both,
-        would clip those of a parameter twice that two groups have, and not those that it does not have
+    :param optimizer: the optimiser of the parameters
+    :param parameters: the parameters whose joint gradient norm is clipped; those without a gradient are skipped
+    :param max_grad_norm: the largest norm after clipping
+    :param in_place: whether to clip in a pass of its own, before the step. The fused kernel, which does both, would
+        clip twice where a parameter is in two groups, and not at all where it is in none
     :return: the norm before clipping, a scalar on the parameters' device
     """
     if in_place or not all(group.get("fused") for group in optimizer.param_groups):
@@ -278,12 +279,12 @@ def clip_and_step(
             optimizer.step()
         return grad_norm
 
-    # The fused kernel divides the gradients by a number that it is given (it is made for loss scaling).
+    # The fused kernel can divide the gradients by a number (meant for loss scaling).
     grads = [gradient.flatten() for gradient in gradients_of(parameters)]
     grad_norm = th.linalg.vector_norm(grads[0] if len(grads) == 1 else th.cat(grads))
     scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
     if grad_norm.device.type == "cuda":
-        # The kernel leaves everything as it is where it is told so, and the host need not wait for the norm.
+        # With found_inf=1 the kernel changes nothing, so that the host need not wait for the norm.
         fused_step(optimizer, grad_scale=scale, found_inf=grad_norm.isfinite().logical_not().float())
     elif math.isfinite(grad_norm.item()):
         fused_step(optimizer, grad_scale=scale)
@@ -292,9 +293,11 @@ def clip_and_step(
 
 def raise_if_not_finite(history: Mapping[str, Sequence[float]]) -> None:
     """
-    :param history: statistics of an update, one number a minibatch; of ``grad_norm``, one for each step that was due
-    :raises NonFiniteError: naming those that are NaN or infinite and the first minibatch, and saying how many steps
-        were made all the same
+    Check the statistics of an update.
+
+    :param history: one number per minibatch for each statistic; ``grad_norm`` has one for each step that was due
+    :raises NonFiniteError: if any is NaN or infinite; it names them and the first minibatch, and says how many steps
+        were made nevertheless
     """
     first = {
         name: next(i for i, value in enumerate(series) if not math.isfinite(value))
@@ -324,10 +327,10 @@ def raise_if_not_finite(history: Mapping[str, Sequence[float]]) -> None:
 
 def use_fused_adam(optimizer: th.optim.Optimizer) -> None:
     """
-    Let Adam update all parameters in one kernel, where torch was left to choose how and can.
+    Let Adam update all parameters in one fused kernel, if the user left that choice to torch and torch can do it.
 
-    :param optimizer: any; one that is not Adam, or whose user chose ``fused``, ``foreach``, ``capturable`` or
-        ``differentiable``, stays as it is
+    :param optimizer: any optimiser; it stays as it is if it is neither Adam nor AdamW, or if the user set ``fused``,
+        ``foreach``, ``capturable`` or ``differentiable``
     """
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         return
@@ -339,5 +342,5 @@ def use_fused_adam(optimizer: th.optim.Optimizer) -> None:
         group["fused"] = True
         for parameter in group["params"]:
             state = optimizer.state.get(parameter)
-            if state:  # the fused kernel wants its step count where the parameter is
+            if state:  # the fused kernel needs the step count on the parameter's device
                 state["step"] = state["step"].to(parameter.device)

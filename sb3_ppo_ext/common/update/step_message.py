@@ -1,4 +1,4 @@
-"""What several processes tell each other at a gradient step, in one message."""
+"""The one message that several processes exchange at a gradient step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from sb3_ppo_ext.common.update.reduce import Reducer
 
 class StepMessage:
     """
-    Numbers to be summed over the processes: gradients and statistics, each times the number of samples that they are
-    means of; that number; and of each statistic whose name ends in ``_max``, which is a maximum, those of all.
+    The layout of a vector that is summed over the processes. It holds the gradients and the statistics, both times the
+    number of samples over which they are means; this number; and, for each statistic whose name ends in ``_max``, one
+    number per process, of which the maximum is taken.
 
-    :param reducer: of the processes
-    :param names: of the statistics
-    :param device: of the gradients
+    :param reducer: the reducer that sums the messages
+    :param names: names of the statistics
+    :param device: the device of the gradients
     """
 
     def __init__(self, reducer: Reducer, names: Sequence[str], device: th.device) -> None:
@@ -27,9 +28,12 @@ class StepMessage:
 
     def written(self, gradients: Sequence[th.Tensor], statistics: th.Tensor, weight: int | th.Tensor) -> th.Tensor:
         """
-        :param gradients: of this process
-        :param statistics: shape ``(len(names),)``
-        :param weight: the number of samples
+        Build this process's message.
+
+        :param gradients: gradients of this process
+        :param statistics: statistics of this process, shape ``(len(names),)``
+        :param weight: number of samples that count
+        :return: the message, a vector
         """
         one = statistics.new_ones(1)
         weighted = th.cat([*(gradient.flatten() for gradient in gradients), statistics, one]) * weight
@@ -37,9 +41,11 @@ class StepMessage:
 
     def read(self, total: th.Tensor, gradients: Sequence[th.Tensor]) -> tuple[list[th.Tensor], th.Tensor]:
         """
-        :param total: of the messages of all processes
-        :param gradients: of the same shapes as those that were written
-        :return: the gradients and the statistics of all
+        Take the sum of the messages apart.
+
+        :param total: the sum of the messages of all processes
+        :param gradients: tensors of the same shapes as the gradients in the message
+        :return: the gradients and the statistics over all processes
         """
         sizes = [*(gradient.numel() for gradient in gradients), len(self.names)]
         n = sum(sizes)

@@ -1,4 +1,4 @@
-"""The surrogate objective of a rollout that is too large for one pass, and a step on it."""
+"""The surrogate objective of a rollout, computed in chunks, and the report of a policy step on it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from sb3_ppo_ext.numerics import flatten
 
 class PolicyStep(NamedTuple):
     """
-    What became of the step of the policy in one update.
+    The outcome of the policy step of one update.
 
     :param status: "accepted", or why the step was not taken: "constraint", "improvement" (the line search found no
         point within the trust region, or none that improves enough), "zero_gradient", "not_positive_definite",
         "non_finite"
     :param objective: surrogate objective before the step
-    :param kl: mean KL(old || new) of the step that was taken, 0 if none
-    :param fraction: of the full step that was taken, 0 if none
-    :param predicted_improvement: of the objective, to first order, for the last step tried
-    :param actual_improvement: of the objective by the last step tried
-    :param cg_steps: steps of conjugate gradient
-    :param cg_residual: its relative residual
-    :param gradients: of minus the objective before the step, one for each parameter of the actor
-    :param reverse_kl: mean KL(new || old) of the step that was taken, 0 if none
+    :param kl: mean KL(old || new) after the step; 0 if none was taken
+    :param fraction: fraction of the full step that was taken; 0 if none was taken
+    :param predicted_improvement: first-order improvement of the objective by the last step tried
+    :param actual_improvement: improvement of the objective by the last step tried
+    :param cg_steps: number of conjugate gradient steps
+    :param cg_residual: relative residual of conjugate gradient
+    :param gradients: gradients of minus the objective before the step, one for each parameter of the actor
+    :param reverse_kl: mean KL(new || old) after the step; 0 if none was taken
     """
 
     status: str
@@ -51,16 +51,17 @@ class PolicyStep(NamedTuple):
 @dataclass(frozen=True)
 class Surrogate:
     """
-    The mean of ``r A`` over a rollout, and of the entropy and the KL divergence from a reference policy if these have
-    weights, by the present parameters. The graph of one chunk lives at a time.
+    The surrogate objective under the current parameters: the mean over a rollout of
+    ``r A + ent_coef * entropy - reference_kl_coef * KL(pi || pi_ref)``, r being the probability ratio and A the
+    advantage. The autograd graph of only one chunk is in memory at a time.
 
-    :param actor_critic: the present policy
+    :param actor_critic: the current policy
     :param family: the formulas of its distributions
     :param rollout: all samples
     :param ent_coef: weight of the entropy
-    :param reference_kl_coef: weight of ``KL(pi || pi_ref)``, which is taken off
-    :param chunks: cuts so many samples, in sequences of such a length, into ranges
-    :param reducer: of what each process has computed
+    :param reference_kl_coef: weight of ``KL(pi || pi_ref)``
+    :param chunks: cuts a number of samples, in sequences of a given length, into ranges
+    :param reducer: averages over the processes
     """
 
     actor_critic: ActorCritic
@@ -73,10 +74,10 @@ class Surrogate:
 
     def gradient(self, candidates: Sequence[nn.Parameter]) -> tuple[th.Tensor, float, list[nn.Parameter]]:
         """
-        Gradient and value of the objective, and the parameters that its graph reaches: those of the actor.
+        Gradient and value of the objective, and the parameters on which it depends: those of the actor.
 
         :param candidates: parameters of the policy
-        :return: the gradient, shape ``(n,)``, the objective and the parameters, n elements in all
+        :return: the gradient, shape ``(n,)``, the objective, and the parameters, which have n elements in all
         """
         total: dict[nn.Parameter, th.Tensor] = {}
         objective = 0.0

@@ -21,7 +21,7 @@ from tests.code_blocks import ROOT, blocks, run, short_trainings
 __all__ = ["short_trainings"]  # a fixture
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)]
 FILE = r"`((?:sb3_ppo_ext|tests|benchmarks|zoo_configs|docs)/[\w/.-]+\.\w+)`"
 NEEDS = ("cuda", "torch.distributed")  # what a block that is not run needs; one of them is in it
 

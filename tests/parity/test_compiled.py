@@ -29,16 +29,13 @@ from tests.parity.compiled import (
     trained_both_ways,
 )
 
-# With machine code: to make it takes seconds a program. These have every kind of program: the actor, the evaluation
+# With machine code, which takes seconds for each program. These have every kind of program: the actor, the evaluation
 # of rollouts, the gradient steps of all losses and the Fisher product; with an image, gSDE and all coefficients; and
 # sequences, unrolled.
-COMPILED = [
-    "box, everything clipped",
-    pytest.param("trpo, gsde, squashed, dict with an image", marks=pytest.mark.slow),
-    pytest.param("memory", marks=pytest.mark.slow),
-]
+COMPILED = ["box, everything clipped", "trpo, gsde, squashed, dict with an image", "memory"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_is_eager(case: str) -> None:
     agree_both_ways(case)

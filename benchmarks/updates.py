@@ -279,13 +279,13 @@ def _how_far(row: Row) -> list[str]:
 
 def _what_it_costs(row: Row) -> list[str]:
     eager, seconds = row.eager, np.concatenate([run.seconds for run in row.at_defaults])
-    per_step = 1e6 / eager.samples
+    per_sample = 1e6 / eager.samples
     return [
         row.side.name,
         f"{eager.samples}",
         f"{statistics.median(eager.passes):.0f}",
-        f"{statistics.median(eager.seconds) * per_step:.0f}",
-        f"{np.median(seconds) * per_step:.0f}" if row.side.is_ours else "",
+        f"{statistics.median(eager.seconds) * per_sample:.0f}",
+        f"{np.median(seconds) * per_sample:.0f}" if row.side.is_ours else "",
         f"{eager.extra_mib:.0f}",
     ]
 
@@ -333,7 +333,7 @@ def write_page(rows: Sequence[Row], about: Sequence[str], out: Path) -> None:
         [_COSTS],
         table(costs, map(_what_it_costs, rows)),
         ["## How much the step size matters"],
-        [f"{_TUNING} {n_seeds} trainings of each."],
+        [f"{_TUNING} Trainings of each: {n_seeds}."],
         table(tuning, map(_tuning, varied)),
     ]
     out.mkdir(parents=True, exist_ok=True)

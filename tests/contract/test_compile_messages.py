@@ -46,3 +46,14 @@ def test_who_watches_a_progress_bar_is_told_in_any_case(tmp_path: Path, capsys: 
     next(tmp_path.rglob("*.pt2")).unlink()
     run(announce=False)  # the bar is gone
     assert capsys.readouterr().out == ""
+
+
+def test_each_compiler_has_its_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of a compiler that does not work is not loaded again with another."""
+    other = tmp_path / "g++"
+    other.touch(mode=0o755)
+    graph, inputs = th.fx.symbolic_trace(th.nn.Identity()), [th.ones(3)]
+    place = cpu.cache_path(graph, inputs)
+    assert cpu.cache_path(graph, inputs) == place
+    monkeypatch.setenv("CXX", str(other))
+    assert cpu.cache_path(graph, inputs) != place

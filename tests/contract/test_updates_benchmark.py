@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from benchmarks import updates
+from benchmarks import updates, updates_on_gpu
 from benchmarks.updates import SIDES, Side, kl_divergence, measured
 from sb3_ppo_ext import DualClipPPO
 from tests.algorithms import small
@@ -80,3 +80,22 @@ def test_page_and_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     page = (tmp_path / "updates.md").read_text()
     assert f"`python -m benchmarks.updates --env {_EPISODES} --steps 256" in page
     assert "| PPO | `learning_rate=0.0003` |" in page
+
+
+def test_an_update_is_timed_on_a_device() -> None:
+    update = updates_on_gpu.measured(side("PPO", **_SMALL), _EPISODES, "cpu", compiled=False, n_updates=2)
+    assert update.seconds > 0.0
+    assert (update.samples, update.busy, update.extra_mib) == (64, 0.0, 0.0)
+
+
+@pytest.mark.gpu
+def test_the_gpu_works_in_a_part_of_an_update() -> None:
+    update = updates_on_gpu.measured(side("PPO", **_SMALL), _EPISODES, "cuda", compiled=False, n_updates=2)
+    assert 0.0 < update.busy < 1.0
+
+
+def test_without_a_gpu_its_use_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(th.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        updates_on_gpu.main(["--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

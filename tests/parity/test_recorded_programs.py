@@ -93,6 +93,7 @@ def test_an_interrupted_recording_leaves_the_model_as_it_was(monkeypatch: pytest
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("algorithm", [DualClipPPO, AdaptiveKLPPO])
 def test_the_minibatches_of_an_update_wait_for_nothing_on_cuda(
     algorithm: Any, monkeypatch: pytest.MonkeyPatch, programs: list[str]

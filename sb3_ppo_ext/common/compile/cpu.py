@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -38,6 +40,11 @@ def cache_path(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Path:
     return compiler_cache_folder() / "sb3_ppo_ext" / f"{_fingerprint(graph, inputs)}.pt2"
 
 
+def compiler() -> str:
+    """The C++ compiler that torch calls."""
+    return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+
+
 def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as package:
@@ -55,5 +62,6 @@ def _fingerprint(graph: fx.GraphModule, inputs: list[th.Tensor]) -> str:
         if cpu.exists()
         else ""
     )
-    of_machine = (th.__version__, platform.platform(), platform.processor(), flags, th.get_num_threads())
+    by = os.path.realpath(shutil.which(compiler()) or "")
+    of_machine = (th.__version__, by, platform.platform(), platform.processor(), flags, th.get_num_threads())
     return hashlib.sha256(repr((graph.code, layouts, of_machine)).encode()).hexdigest()

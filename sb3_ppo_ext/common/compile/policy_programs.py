@@ -125,12 +125,10 @@ class CompiledActorCritic:
         self.policy = actor_critic.policy
         self.n_state = actor_critic.n_state
         self.family: Family | None = actor_critic.family
-        self.act = actor_critic.act
         key = cache_key(self.policy)
-        if self.policy.device.type == "cpu":  # elsewhere a step waits for its actions anyway
-            actor = programs.get_or_make("actor", key, lambda: CompiledActor(actor_critic, announce=announce))
-            actor.bind()
-            self.act = actor.act
+        actor = programs.get_or_make("actor", key, lambda: CompiledActor(actor_critic, announce=announce))
+        actor.bind()
+        self.act = actor.act
         self.evaluate_actor: Callable[[PolicyInput, th.Tensor], ActorEvaluation] = actor_critic.evaluate_actor
         self.evaluate_actions: Callable[[PolicyInput, th.Tensor], Evaluation] = actor_critic.evaluate_actions
         self.params = actor_critic.params

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Hashable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_ppo_ext.common.compile.cpu import compiler
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic, DirectActorCritic
 from sb3_ppo_ext.common.rollout.adapters import refusal
 from sb3_ppo_ext.common.rollout.purity import BATCH_NORMS, has_hooks, impurity
@@ -79,10 +79,9 @@ def check_compiler(device: th.device) -> None:
         if importlib.util.find_spec("triton") is None:
             raise ValueError(f"{REFUSED} without Triton, which compiles for the GPU: pip install triton")
         return
-    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if not shutil.which(compiler):
+    if not shutil.which(compiler()):
         raise ValueError(
-            f"{REFUSED} without a C++ compiler, {compiler!r} was not found: install it (Debian: apt install g++), or "
+            f"{REFUSED} without a C++ compiler, {compiler()!r} was not found: install it (Debian: apt install g++), or "
             "name another in the environment variable CXX"
         )
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()

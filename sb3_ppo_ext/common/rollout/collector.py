@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -16,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, rows_of, to_arrays, to_tensors
+from sb3_ppo_ext.common.rollout.env_actions import EnvActions
 from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
 from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
 from sb3_ppo_ext.common.rollout.final_values import FinalValues
@@ -106,12 +106,12 @@ class Collector:
         algorithm, env, callback, rollout_buffer = self._algorithm, self._env, self._callback, self._buffer
         policy, device, use_sde = algorithm.policy, algorithm.device, algorithm.use_sde
         action_shape = (env.num_envs, *(algorithm.action_space.shape or ()))
-        action_space = algorithm.action_space
         step_whole = whole_steps(env)
         stays_on_device = isinstance(rollout_buffer, TensorRolloutBuffer) and gives_tensors(env)
+        env_actions = EnvActions(algorithm.action_space, device if stays_on_device else None)
         all_count = self._stop.counted is None
         copy_infos_quickly(env)
-        # Without a callback nothing changes the policy during a rollout, so steps need not check for it.
+        # Without a callback nothing reads the local variables or changes the policy during a rollout.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self.actor_critic.act
         self.last_masks = masks = first_masks
@@ -136,7 +136,7 @@ class Collector:
                 self._steps.append(step._replace(state=None))
             actions: Any = action_tensor if stays_on_device else action_tensor.cpu().numpy()
             actions = actions.reshape(action_shape)
-            clipped_actions = to_env(actions, policy, action_space)
+            clipped_actions = env_actions(actions, policy)
             # Before the step, because an environment may write its next observation into the same array.
             rollout_buffer.add_observation(
                 obs_tensor if stays_on_device else algorithm._last_obs,
@@ -163,25 +163,26 @@ class Collector:
             elif n_steps == 0 and self._heeds_masks:
                 check_no_masks(infos if transition is None else infos[:1])
             algorithm.num_timesteps += env.num_envs
-            callback.update_locals(
-                {
-                    "self": algorithm,
-                    "env": env,
-                    "callback": callback,
-                    "rollout_buffer": rollout_buffer,
-                    "n_rollout_steps": n_rollout_steps,
-                    "n_steps": n_steps,
-                    "obs_tensor": obs_tensor,
-                    "actions": actions,
-                    "clipped_actions": clipped_actions,
-                    "new_obs": new_obs,
-                    "rewards": to_arrays(rewards),
-                    "dones": to_arrays(dones),
-                    "infos": infos,
-                    "action_masks": masks,
-                    "next_state": state,
-                }
-            )
+            if not is_alone:
+                callback.update_locals(
+                    {
+                        "self": algorithm,
+                        "env": env,
+                        "callback": callback,
+                        "rollout_buffer": rollout_buffer,
+                        "n_rollout_steps": n_rollout_steps,
+                        "n_steps": n_steps,
+                        "obs_tensor": obs_tensor,
+                        "actions": actions,
+                        "clipped_actions": clipped_actions,
+                        "new_obs": new_obs,
+                        "rewards": to_arrays(rewards),
+                        "dones": to_arrays(dones),
+                        "infos": infos,
+                        "action_masks": masks,
+                        "next_state": state,
+                    }
+                )
             masks = self.last_masks
             if not callback.on_step():
                 return False
@@ -363,29 +364,6 @@ class Collector:
                 f"{type(self._algorithm).__name__} needs. No update was made. DualClipPPO and REINFORCE learn with any "
                 "distribution"
             )
-
-
-def to_env(actions: Any, policy: Any, action_space: spaces.Space[Any]) -> Any:
-    """
-    Copy the actions and bring them into the form that the environment takes: Box actions are unscaled if the policy
-    squashes them, otherwise clipped to the bounds. The environment may write into the copy.
-
-    :param actions: as the policy drew them, shape ``(n_envs, *action_shape)``; an array or a tensor
-    :param policy: the policy that drew them
-    :param action_space: of the environment
-    """
-    is_tensor = isinstance(actions, th.Tensor)
-    if not isinstance(action_space, spaces.Box):
-        return actions.clone() if is_tensor else actions.copy()
-    low: Any = action_space.low
-    high: Any = action_space.high
-    if is_tensor:
-        low, high = th.as_tensor(low, device=actions.device), th.as_tensor(high, device=actions.device)
-        return low + 0.5 * (actions + 1.0) * (high - low) if policy.squash_output else th.clamp(actions, low, high)
-    if policy.squash_output:
-        return policy.unscale_action(actions)
-    # np.clip does the same but takes three times as long
-    return np.minimum(np.maximum(actions, low), high)
 
 
 def env_by_env(steps: Sequence[th.Tensor | None]) -> th.Tensor | None:

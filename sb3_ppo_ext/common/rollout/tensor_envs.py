@@ -157,19 +157,20 @@ class TensorVecEnv(BatchedVecEnv):
             n = self._discounted.new_tensor(float(self.num_envs))
             self._of_returns.add(self._discounted.mean(), self._discounted.var(correction=0), n)
             rewards = (rewards * (self._of_returns.var + 1e-8).rsqrt()).clamp(-10.0, 10.0)
-        rows = (terminated | truncated).nonzero().flatten()
-        final_obs = extras.get("final_obs") if len(rows) else None
-        if len(rows) and final_obs is None and bool(truncated.any()):
+        ends = terminated | truncated
+        has_ended = bool(ends.any())  # the only wait for the device in most steps
+        final_obs = extras.get("final_obs") if has_ended else None
+        if has_ended and final_obs is None and bool(truncated.any()):
             raise ValueError(
                 f"A time limit has cut the episode of environment {int(truncated.nonzero()[0])}, and extras have no "
                 "'final_obs', which must be what it ended with"
             )
-        episodes = self._ended(rows)
+        episodes = self._ended(ends.nonzero().flatten()) if has_ended else None
 
         def make_info(i: int) -> dict[str, Any]:
             info = self._row_of(extras, i)
             info["TimeLimit.truncated"] = bool(truncated[i])
-            if terminated[i] or truncated[i]:
+            if ends[i]:
                 info["terminal_observation"] = None if final_obs is None else to_arrays(row_of(final_obs, i))
             if episodes is not None:
                 for episode in episodes.some(episodes.env_indices == i).infos():
@@ -210,10 +211,8 @@ class TensorVecEnv(BatchedVecEnv):
                     f"{(self.num_envs, *(of_key.shape or ()))}"
                 )
 
-    def _ended(self, rows: th.Tensor) -> Episodes | None:
+    def _ended(self, rows: th.Tensor) -> Episodes:
         """The episodes that the last step has ended; those that follow are counted from 0."""
-        if not len(rows):
-            return None
         returns, lengths = self._returns[rows], self._lengths[rows]
         self._returns[rows] = 0.0
         self._lengths[rows] = 0

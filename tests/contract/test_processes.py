@@ -119,7 +119,7 @@ def test_checkpoints_are_of_the_first_and_resumed_by_any_number(usual: Any) -> N
         ("broken", "process 2 has failed: OverflowError: the pole has left the cart"),
         ("broken in an update", "process 1 has failed: OverflowError: the pole has left the cart"),
         ("interrupted", "process 1 has failed: KeyboardInterrupt"),
-        ("killed", "another one has ended without a word"),
+        ("killed", "another process has ended without reporting an error"),
     ],
 )
 def test_a_process_that_fails_ends_all(scenario: str, words: str, ended: Any) -> None:
@@ -127,13 +127,13 @@ def test_a_process_that_fails_ends_all(scenario: str, words: str, ended: Any) ->
     assert last.status != 0
     for other in others:
         assert other.status != 0
-        assert f"ProcessError: This process ends, as {words}" in other.said
+        assert f"ProcessError: This process ends, because {words}" in other.said
 
 
 def test_a_process_that_never_comes_is_not_waited_for_forever(ended: Any) -> None:
     first, _ = ended[1]["absent"]
     assert first.status != 0
-    assert "ProcessError: The 2 processes have not met within 1 seconds: one has not come" in first.said
+    assert "ProcessError: Not all of the 2 processes have connected within 1 seconds: one has not started" in first.said
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -141,7 +141,7 @@ def test_a_process_may_be_killed_at_any_moment(moment: float, ended: Any) -> Non
     folder, of_scenarios = ended
     first, second = of_scenarios[f"killed at {moment}"]
     assert (first.status, second.status) == (1, -signal.SIGALRM)
-    assert "ProcessError: This process ends, as another one has ended without a word" in first.said
+    assert "ProcessError: This process ends, because another process has ended without reporting an error" in first.said
     checkpoints = list((folder / f"killed at {moment}").glob("*.zip"))
     assert all(DualClipPPO.load(path).num_timesteps > 0 for path in checkpoints)
 

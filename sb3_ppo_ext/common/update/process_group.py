@@ -70,8 +70,8 @@ class ProcessGroup:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=_MEETING)
             except RuntimeError as error:
                 raise ProcessError(
-                    f"The {os.environ['WORLD_SIZE']} processes have not met within {_MEETING.total_seconds():.0f} "
-                    f"seconds: one has not come, or has ended before ({_first_line(error)})"
+                    f"Not all of the {os.environ['WORLD_SIZE']} processes have connected within "
+                    f"{_MEETING.total_seconds():.0f} seconds: one has not started, or has ended ({_first_line(error)})"
                 ) from error
             set_patience(_PATIENCE)
         return cls()
@@ -185,7 +185,7 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:
-            raise ProcessError(f"This process ends, as {self._failure() or _without_a_word(error)}") from error
+            raise ProcessError(f"This process ends, because {self._failure() or _unreported(error)}") from error
 
     def _failure(self) -> str | None:
         """The failure that another process has reported by :meth:`fail`, if any."""
@@ -195,8 +195,11 @@ class ProcessGroup:
         return None
 
 
-def _without_a_word(error: RuntimeError) -> str:
-    return f"another one has ended without a word: it was killed, or has lost its connection ({_first_line(error)})"
+def _unreported(error: RuntimeError) -> str:
+    return (
+        "another process has ended without reporting an error: it was killed, or lost its connection "
+        f"({_first_line(error)})"
+    )
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -89,6 +91,28 @@ def test_what_is_learnt_from_is_normalised(algorithm: Any) -> None:
     # What is learnt from is what the wrapper gave: the observations of a uniform distribution, at unit variance.
     assert np.std(model.rollout_buffer.observations) == pytest.approx(1.0, abs=0.2)
     assert np.std(model.get_vec_normalize_env().get_original_obs()) < 1.0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_normalised_integers_are_learnt_from_as_they_were_acted_on(algorithm: Any, in_dict: bool) -> None:
+    """VecNormalize makes floats of them and leaves the space as it was; SB3 learns from them without decimals."""
+    integers = spaces.Box(-5, 5, (3,), np.int32)
+    space = spaces.Dict({"integers": integers}) if in_dict else integers
+    env = VecNormalize(DummyVecEnv([partial(ScriptedEnv, space, spaces.Discrete(3))] * 2))
+    acted_on: list[Any] = []
+
+    def watch(local_variables: dict[str, Any], _: Any) -> bool:
+        acted_on.append(local_variables["obs_tensor"])
+        return True
+
+    model = small(algorithm, "MultiInputPolicy" if in_dict else "MlpPolicy", env)
+    model.train = lambda: None
+    model.learn(1, callback=watch)
+    learnt_from = model.rollout_buffer.observations
+    if in_dict:
+        acted_on, learnt_from = [obs["integers"] for obs in acted_on], learnt_from["integers"]
+    assert np.array_equal(learnt_from, th.stack(acted_on).numpy())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

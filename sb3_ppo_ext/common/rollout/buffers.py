@@ -12,7 +12,7 @@ from stable_baselines3.common import buffers as sb3
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_ppo_ext.common.distributions import family_of_space
-from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples, shuffled_rows
+from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples, fit_for, shuffled_rows
 from sb3_ppo_ext.losses.targets import generalized_advantages
 
 
@@ -144,6 +144,7 @@ class RolloutBuffer(sb3.RolloutBuffer):
 
     def _store_obs(self, pos: int, obs: np.ndarray) -> None:
         # Discrete observations come as (n_envs,) and are stored as (n_envs, 1), like in SB3.
+        self.observations = fit_for(obs, self.observations)
         self.observations[pos] = obs.reshape(self.n_envs, *self.obs_shape)
 
     def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor, params: th.Tensor | None) -> None:
@@ -321,6 +322,7 @@ class DictRolloutBuffer(RolloutBuffer, sb3.DictRolloutBuffer):  # type: ignore[m
 
     def _store_obs(self, pos: int, obs: dict[str, np.ndarray]) -> None:  # type: ignore[override]
         for key, stored in self.observations.items():
+            self.observations[key] = stored = fit_for(obs[key], stored)
             stored[pos] = np.reshape(obs[key], (self.n_envs, *self.obs_shape[key]))
 
 

@@ -232,6 +232,17 @@ def to_arrays(obs: Any) -> Any:
     return obs.detach().cpu().numpy() if isinstance(obs, th.Tensor) else obs
 
 
+def fit_for(obs: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """
+    :param obs: observations of one step
+    :param stored: the array for those of all steps, of the dtype of the observation space
+    :return: the array, or a copy in the dtype of the observations if these are floats that it cannot hold, because it
+        is of integers or float16: ``VecNormalize`` gives float32 without changing the space
+    """
+    is_fit = obs.dtype.kind != "f" or obs.dtype == stored.dtype or np.can_cast(np.float32, stored.dtype)
+    return stored if is_fit else stored.astype(obs.dtype)
+
+
 def chunks(n_samples: int, observation_space: spaces.Space[Any], length: int = 1) -> Iterator[slice]:
     """
     Cut a rollout into chunks, to bound the memory of a pass through the networks.

@@ -264,7 +264,7 @@ class OnPolicyAlgorithm(Model):
             return False
         values = collector.evaluate()
         self._compute_targets(rollout_buffer, values)
-        callback.update_locals({"values": values, "n_steps": rollout_buffer.pos})
+        callback.update_locals({"values": values.reshape(-1, 1), "n_steps": rollout_buffer.pos})  # in SB3's shape
         callback.on_rollout_end()
         rollout_buffer.forget_flat()  # a callback may have edited any of its arrays
         return True

@@ -31,7 +31,7 @@ from tests.algorithms import (
     ppo_and_ours,
     small,
 )
-from tests.custom import EveryStepBuffer
+from tests.custom import EveryStepBuffer, OverridesForward
 from tests.envs import BOX, DICT, IMAGE, ScriptedEnv, scripted
 
 
@@ -208,10 +208,14 @@ class Watching(BaseCallback):
         super().__init__()
         self.stop_after = stop_after
         self.names: set[str] = set()
+        self.last_values = th.empty(0)
 
     def _on_step(self) -> bool:
         self.names |= set(self.locals)
         return self.n_calls < self.stop_after
+
+    def _on_rollout_end(self) -> None:
+        self.last_values = self.locals["values"]
 
 
 def test_callbacks_see_sb3s_locals() -> None:
@@ -221,6 +225,17 @@ def test_callbacks_see_sb3s_locals() -> None:
     assert theirs.names - ours.names <= {"values", "log_probs", "__class__"} | {"idx", "done"}
     assert {"self", "env", "rollout_buffer", "obs_tensor", "actions", "clipped_actions", "new_obs"} <= ours.names
     assert {"rewards", "dones", "infos", "n_steps", "n_rollout_steps", "callback"} <= ours.names
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", OverridesForward])
+def test_callbacks_see_the_values_after_a_rollout_as_in_sb3(policy: Any) -> None:
+    models = (
+        algorithm(policy, scripted(n_envs=3), n_steps=4, batch_size=12, seed=0) for algorithm in (PPO, DualClipPPO)
+    )
+    watching = [Watching(100), Watching(100)]
+    for model, callback in zip(models, watching, strict=True):
+        model.learn(12, callback=callback)
+    th.testing.assert_close(watching[1].last_values, watching[0].last_values)
 
 
 def test_a_callback_stops_a_rollout_in_the_middle() -> None:

@@ -27,14 +27,15 @@ def check_spaces(env: gym.Env[Any, Any] | VecEnv, *, use_sde: bool) -> None:
     """
     observation_space, action_space = (getattr(env, name, None) for name in ("observation_space", "action_space"))
     parts: Any = [(None, observation_space)]
-    if isinstance(observation_space, spaces.Dict):
+    if isinstance(observation_space, spaces.Dict) and observation_space.spaces:
         parts = observation_space.spaces.items()
     for key, space in parts:
         if not _can_be_observed(space):
             name = "observation_space" if key is None else f"observation_space[{key!r}]"
             raise UnsupportedSpaceError(
                 f"{name}={space} is not supported: it must be Box, Discrete, MultiDiscrete of one axis or MultiBinary, "
-                f"counting from 0, or one Dict of these, not nested{_how_to_flatten(observation_space)}"
+                "counting from 0, or one Dict of these, not nested and not empty; a Box must have at least one axis"
+                f"{_how_to_flatten(observation_space)}"
             )
     try:
         family_of_space(action_space)  # type: ignore[arg-type]  # raises if it is no supported space
@@ -64,7 +65,9 @@ def _can_be_observed(space: object) -> bool:
         return bool(space.start == 0)  # SB3 encodes it as a one-hot vector of n elements
     if isinstance(space, spaces.MultiDiscrete):
         return space.nvec.ndim == 1 and not np.any(space.start)
-    return isinstance(space, (spaces.Box, spaces.MultiBinary))
+    if isinstance(space, spaces.Box):
+        return space.shape != ()  # SB3's extractors flatten the axes after the first, and its buffer adds an axis
+    return isinstance(space, spaces.MultiBinary)
 
 
 def _how_to_flatten(space: object) -> str:

@@ -138,6 +138,9 @@ NO_OBSERVATIONS: dict[str, spaces.Space[Any]] = {
     "nested": spaces.Dict({"a": spaces.Dict({"b": BOX})}),
     "tuple_in_dict": spaces.Dict({"a": BOX, "b": spaces.Tuple((BOX,))}),
     "text_in_dict": spaces.Dict({"a": spaces.Text(3)}),
+    "number": spaces.Box(-1.0, 1.0, ()),
+    "number_in_dict": spaces.Dict({"a": BOX, "b": spaces.Box(-1.0, 1.0, ())}),
+    "empty_dict": spaces.Dict({}),
 }
 
 

@@ -94,11 +94,11 @@ def test_what_is_learnt_from_is_normalised(algorithm: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("in_dict", [False, True])
-def test_normalised_integers_are_learnt_from_as_they_were_acted_on(algorithm: Any, in_dict: bool) -> None:
-    """VecNormalize makes floats of them and leaves the space as it was; SB3 learns from them without decimals."""
-    integers = spaces.Box(-5, 5, (3,), np.int32)
-    space = spaces.Dict({"integers": integers}) if in_dict else integers
+@pytest.mark.parametrize(("dtype", "in_dict"), [(np.int32, False), (np.int32, True), (np.float16, False)])
+def test_normalised_numbers_are_learnt_from_as_they_were_acted_on(algorithm: Any, dtype: Any, in_dict: bool) -> None:
+    """VecNormalize makes float32 of them and leaves the space as it was; SB3 puts them back into its dtype."""
+    numbers = spaces.Box(-5, 5, (3,), dtype)
+    space = spaces.Dict({"numbers": numbers}) if in_dict else numbers
     env = VecNormalize(DummyVecEnv([partial(ScriptedEnv, space, spaces.Discrete(3))] * 2))
     acted_on: list[Any] = []
 
@@ -111,7 +111,7 @@ def test_normalised_integers_are_learnt_from_as_they_were_acted_on(algorithm: An
     model.learn(1, callback=watch)
     learnt_from = model.rollout_buffer.observations
     if in_dict:
-        acted_on, learnt_from = [obs["integers"] for obs in acted_on], learnt_from["integers"]
+        acted_on, learnt_from = [obs["numbers"] for obs in acted_on], learnt_from["numbers"]
     assert np.array_equal(learnt_from, th.stack(acted_on).numpy())
 
 

@@ -44,6 +44,17 @@ CASES: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
         ShortPendulum,
         {"reference_policy": "initial", "reference_kl_coef": 99.0},
     ),
+    "old rollouts and a reference": (
+        DualClipPPO,
+        "MlpPolicy",
+        ShortPendulum,
+        {
+            "n_reused_rollouts": 1,
+            "reuse": {"target": "vtrace", "proximal": "newest"},
+            "reference_policy": "initial",
+            "reference_kl_coef": 99.0,
+        },
+    ),
     "shared extractor": (TRPO, "MultiInputPolicy", Groups, {}),
     "masks": (AdaptiveKLPPO, "MultiInputPolicy", MaskedGroups, {"policy_kwargs": CRITIC}),
     "memory": (DualClipPPO, "MlpLstmPolicy", ShortCartPole, {"policy_kwargs": {"lstm_hidden_size": 4}}),

@@ -18,7 +18,15 @@ import torch as th
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
-from sb3_ppo_ext.common.rollout.data import PolicyInput, RolloutSamples, chunks, rows_of, shuffled_rows, to_tensors
+from sb3_ppo_ext.common.rollout.data import (
+    PolicyInput,
+    RolloutSamples,
+    chunks,
+    rows_of,
+    shuffled_rows,
+    to_arrays,
+    to_tensors,
+)
 from sb3_ppo_ext.common.rollout.evaluation import Evaluation
 from sb3_ppo_ext.common.validation import check_int, check_one_of, check_real
 from sb3_ppo_ext.losses.targets import vtrace
@@ -285,7 +293,7 @@ def _vtrace(
         return th.from_numpy(np.array(array))
 
     targets = vtrace(
-        tensor(buffer.rewards if buffer.penalties is None else buffer.rewards - buffer.penalties),
+        tensor(buffer.rewards if buffer.penalties is None else buffer.rewards - to_arrays(buffer.penalties)),
         by_step(evaluation.values),
         last_values.cpu(),
         tensor(buffer.terminated),

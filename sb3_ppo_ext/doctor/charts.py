@@ -13,6 +13,7 @@ from sb3_ppo_ext.doctor.run import Series
 
 _WIDTH, _HEIGHT = 360, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 24
+_LARGEST = 1e300  # of the values that are drawn; larger ones, and their differences, overflow
 
 
 class Limit(NamedTuple):
@@ -31,7 +32,7 @@ def chart(
     series: Series, label: str, limits: Sequence[Limit] = (), since: int | None = None, until: int | None = None
 ) -> str:
     """
-    :param series: series to draw, with gaps where it is not finite
+    :param series: series to draw, with gaps where it is not finite or beyond 1e300
     :param label: text for screen readers
     :param limits: lines across the chart
     :param since: step at which the marked background begins; None for no mark
@@ -39,11 +40,12 @@ def chart(
     :return: an SVG element
     """
     steps, values = series.in_parts()
+    values = np.where(np.abs(values) <= _LARGEST, values, np.nan)
     finite = values[np.isfinite(values)]
     if not len(finite):
         return ""
     shown = np.concatenate((finite, [limit.value for limit in limits]))
-    is_log = bool(shown.min() > 0.0 and shown.max() > 1000.0 * shown.min())
+    is_log = bool(shown.min() >= 1.0 / _LARGEST and shown.max() > 1000.0 * shown.min())
     low, high = _range(np.log10(shown) if is_log else shown)
     first, last = float(steps[0]), float(max(steps[-1], steps[0] + 1))
 

@@ -87,7 +87,7 @@ def diagnose(run: Run) -> Diagnosis:
     findings: list[Finding] = []
     fine, blind = [], []
     for rule in RULES:
-        series = rule.measure(run)
+        series = measured(rule, run)
         if series is None:
             others = [key for key in rule.keys if not key.startswith("doctor/")]
             if rule.needs and (not others or any(key in run.series for key in others)):
@@ -103,6 +103,12 @@ def diagnose(run: Run) -> Diagnosis:
             findings.append(finding)
     findings.sort(key=lambda finding: finding.level != "alarm")
     return Diagnosis(run, algorithm, findings, fine, blind)
+
+
+def measured(rule: Rule, run: Run) -> Series | None:
+    """What a rule measures. A log of NaN and infinity causes no warning of numpy's."""
+    with np.errstate(all="ignore"):
+        return rule.measure(run)
 
 
 def _judged(rule: Rule, series: Series) -> Series:

@@ -18,11 +18,13 @@ class LogError(ValueError):
     """A log is missing or cannot be read; the message is for the user."""
 
 
-def read_runs(path: Path) -> list[Run]:
+def read_runs(path: Path, unreadable: list[LogError] | None = None) -> list[Run]:
     """
     :param path: a log, or a folder with any number of logs in it or below it
+    :param unreadable: list to which the errors of those logs of a folder that cannot be read are added, such as that of
+        a training that has just begun; None: such a log is an error
     :return: the runs; several logs of one run in a folder count as one
-    :raises LogError: if there is no log, or one cannot be read
+    :raises LogError: if there is no log, or none can be read
     """
     if not path.exists():
         raise LogError(f"{path} does not exist")
@@ -36,24 +38,32 @@ def read_runs(path: Path) -> list[Run]:
             f"{path} has no log in it: no progress.csv, progress.json or {_EVENTS}... A model writes one with "
             "tensorboard_log=FOLDER, or after model.set_logger(configure(FOLDER, ['csv']))"
         )
-    runs: list[Run] = []
+    logs: list[tuple[Path, str]] = []
     for folder in folders:
         name = str(folder.relative_to(path)) if folder != path else folder.resolve().name
         files = sorted(folder.glob("progress*.csv")) or sorted(folder.glob("progress*.json"))
-        if files:
-            runs += [_read(file, name if len(files) == 1 else f"{name}/{file.name}") for file in files]
-        else:
-            runs.append(_read_events(folder, name))
+        logs += [(file, name if len(files) == 1 else f"{name}/{file.name}") for file in files] or [(folder, name)]
+    runs: list[Run] = []
+    for log, name in logs:
+        try:
+            runs.append(_read(log, name))
+        except LogError as error:
+            if unreadable is None:
+                raise
+            unreadable.append(error)
+    if not runs:
+        assert unreadable
+        raise unreadable[0]
     return runs
 
 
 def _read(file: Path, name: str) -> Run:
-    if file.name.startswith(_EVENTS):
+    if file.is_dir() or file.name.startswith(_EVENTS):
         return _read_events(file, name)
     rows = _json_rows(file) if file.suffix == ".json" else _csv_rows(file)
     try:
         run = run_of_rows(name, ((int(row[STEP]), row) for row in rows if _is_finite(row.get(STEP))))
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (OSError, OverflowError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise LogError(f"{file} cannot be read: {error}") from error
     if not run.series:
         raise LogError(f"{file} is empty, or no log of Stable-Baselines3: it has no {STEP}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from sb3_ppo_ext.doctor.charts import Limit, chart
-from sb3_ppo_ext.doctor.diagnosis import Diagnosis, Finding, number, percentage
+from sb3_ppo_ext.doctor.diagnosis import Diagnosis, Finding, measured, number, percentage
 from sb3_ppo_ext.doctor.document import document
 from sb3_ppo_ext.doctor.keys import MEANINGS
 from sb3_ppo_ext.doctor.run import Run
@@ -64,12 +64,12 @@ def _section(diagnosis: Diagnosis) -> list[str]:
 def _card(finding: Finding, run: Run) -> str:
     rule = finding.rule
     limits = [Limit(finding.limit, finding.level)]
-    series = rule.measure(run)
+    series = measured(rule, run)
     write = percentage if rule.is_percentage else number
     caption = f"The limit, {write(limits[0].value)}, is dashed."
     if rule.is_flag:  # a chart of 0 and 1 shows nothing, so the logged series is drawn
-        key = next(key for key in rule.keys if key in run.series)
-        series, limits, caption = run.series[key], [], key
+        key = next((key for key in rule.keys if key in run.series), "")
+        series, limits, caption = run.series.get(key), [], key
     drawing = "" if series is None else chart(series, rule.title, limits, finding.since, finding.until)
     figure = f'<figure>{drawing}<figcaption class="soft">{escape(caption)}</figcaption></figure>' if drawing else ""
     return (

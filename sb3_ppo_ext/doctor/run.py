@@ -68,7 +68,8 @@ def run_of_rows(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Run
     """
     :param name: name of the run
     :param rows: rows with their steps, and values by their keys; values that are not numbers are left out
-    :return: the run, with its rows in the order of their steps
+    :return: the run. Where the steps of a series go back, a training has begun again or gone on from a checkpoint: the
+        rows beyond that step, which came before, are left out
     """
     columns: dict[str, list[tuple[int, float]]] = {}
     for step, row in rows:
@@ -77,7 +78,11 @@ def run_of_rows(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Run
                 columns.setdefault(key, []).append((step, float(value)))
     series = {}
     for key, column in columns.items():
-        column.sort(key=lambda pair: pair[0])
-        steps, values = zip(*column, strict=True)
+        kept: list[tuple[int, float]] = []
+        for row_of_key in column:
+            while kept and kept[-1][0] > row_of_key[0]:
+                kept.pop()
+            kept.append(row_of_key)
+        steps, values = zip(*kept, strict=True)
         series[key] = Series(np.array(steps), np.array(values))
     return Run(name, series)

@@ -68,12 +68,15 @@ def run_doctor_command(arguments: Sequence[str]) -> int:
 
 
 def _diagnose(log: Path, settings: dict[str, float], *, with_page: bool) -> None:
-    diagnoses = [diagnose(_with_settings(run, settings)) for run in read_runs(log)]
+    unreadable: list[LogError] = []
+    diagnoses = [diagnose(_with_settings(run, settings)) for run in read_runs(log, unreadable)]
     print("\n\n".join("\n".join(in_words(diagnosis)) for diagnosis in diagnoses))
     if with_page:
         path = (log if log.is_dir() else log.parent) / "doctor.html"
         write_whole(path, memoryview(page(diagnoses).encode()))
         print(f"\nWith plots:\n  {path}")
+    for error in unreadable:
+        print(f"sb3-ppo-ext doctor: left out: {error}", file=sys.stderr)
 
 
 def _with_settings(run: Run, settings: dict[str, float]) -> Run:

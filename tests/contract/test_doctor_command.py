@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from sb3_ppo_ext.doctor.charts import Limit, chart
+from sb3_ppo_ext.doctor.diagnosis import diagnose
 from sb3_ppo_ext.doctor.keys import MEANINGS
-from sb3_ppo_ext.doctor.run import Series
+from sb3_ppo_ext.doctor.page import page
+from sb3_ppo_ext.doctor.run import Run, Series
 from tests.contract.pages import BROWSER, Reader, assert_fits_a_phone_and_a_screen
 from tests.contract.zoo import Command, error_line
 
@@ -61,6 +63,15 @@ def test_a_folder_of_runs_is_diagnosed_one_after_the_other(command: Command, tmp
         "PPO_1: DualClipPPO, 30,000 steps. 1 alarm, and 1 thing to watch. Begin with the first.",
         "PPO_2: PPO, 30,000 steps. Nothing unusual.",
     ]
+
+
+def test_a_log_that_cannot_be_read_is_named_after_the_others(command: Command, tmp_path: Path) -> None:
+    ill(tmp_path / "logs" / "PPO_1")
+    (tmp_path / "logs" / "PPO_0").mkdir()
+    (tmp_path / "logs" / "PPO_0" / "progress.csv").touch()
+    output = command("doctor", "logs")
+    assert output.startswith("PPO_1: DualClipPPO, 30,000 steps. 1 alarm")
+    assert error_line(output).startswith("sb3-ppo-ext doctor: left out: logs/PPO_0/progress.csv is empty, or no log")
 
 
 def test_what_the_log_lacks_may_be_given(command: Command, tmp_path: Path) -> None:
@@ -117,6 +128,16 @@ def test_the_page_needs_nothing_else(command: Command, tmp_path: Path) -> None:
     assert text.count("a &lt;run&gt; &amp; more: diagnosis") == 2  # the title, and the heading
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_any_log_makes_a_page_without_a_warning(value: float) -> None:
+    """Also where the only series that is not finite is in no rule's own chart; and where a target is 0."""
+    series = Series(np.arange(10), np.full(10, value))
+    for keys in (["train/policy_gradient_loss"], ["train/kl", "train/target_kl"], list(MEANINGS)):
+        diagnosis = diagnose(Run("any", dict.fromkeys(keys, series)))
+        assert "</html>" in page([diagnosis])
+        assert value == 0.0 or diagnosis.findings[0].rule.name == "not_finite"
+
+
 def test_a_chart_draws_each_value_where_it_belongs() -> None:
     """A line from the lower left to the upper right, with a gap, a limit, and a part that is marked."""
     values = np.linspace(0.0, 1.0, 30)
@@ -149,7 +170,10 @@ def test_a_chart_of_many_magnitudes_is_logarithmic() -> None:
     assert re.findall(r">([^<]+)</text>", svg)[:-3] == ["0.01", "1", "100", "10k", "1M"]
 
 
-@pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [np.nan, 2.0, np.inf], [0.0, 1e-300], [-1e300, 1e300]])
+@pytest.mark.parametrize(
+    "values",
+    [[3.0], [3.0, 3.0], [np.nan, 2.0, np.inf], [0.0, 1e-300], [-1e300, 1e300], [1e308, -1e308, 2.0], [1e-320, 1.0]],
+)
 def test_any_series_can_be_drawn(values: list[float]) -> None:
     svg = chart(Series(np.arange(len(values)), np.array(values)), "any")
     assert svg.startswith("<svg")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger, configure
 
 from sb3_ppo_ext.doctor.logs import LogError, read_runs
 from sb3_ppo_ext.doctor.run import Run
@@ -18,6 +18,11 @@ from sb3_ppo_ext.doctor.run import Run
 def write(folder: Path, formats: Sequence[str], first: int = 0) -> None:
     """A log of four rows, of which the first has no update yet, and one is NaN."""
     logger = configure(str(folder), list(formats))
+    write_rows(logger, first)
+    logger.close()
+
+
+def write_rows(logger: Logger, first: int = 0) -> None:
     for row in range(first, first + 4):
         logger.record("rollout/ep_rew_mean", 1.5 * row)
         logger.record("time/iterations", row, exclude="tensorboard")
@@ -27,7 +32,6 @@ def write(folder: Path, formats: Sequence[str], first: int = 0) -> None:
             logger.record("train/approx_kl", np.float32(np.nan if row == first + 2 else 0.01 * row))
             logger.record("train/value_loss", 1e-8 * row)
         logger.dump(step=100 * row)
-    logger.close()
 
 
 def assert_as_written(run: Run) -> None:
@@ -71,6 +75,43 @@ def test_event_files_of_a_training_that_went_on_are_one_run(tmp_path: Path) -> N
     write(tmp_path, ["tensorboard"], first=4)
     (run,) = read_runs(tmp_path)
     assert run.series["rollout/ep_rew_mean"].steps.tolist() == [0, 100, 200, 300, 400, 500, 600, 700]
+
+
+@pytest.mark.parametrize("log_format", ["csv", "json", "tensorboard"])
+def test_a_training_that_begins_again_takes_the_place_of_the_rows_beyond_its_steps(
+    log_format: str, tmp_path: Path
+) -> None:
+    """As of a second ``learn()`` with the same logger, or of one that was resumed from a checkpoint."""
+    logger = configure(str(tmp_path), [log_format])
+    for step in (0, 150, 250, 900):
+        logger.record("rollout/ep_rew_mean", -7.0)
+        logger.record("time/total_timesteps", step, exclude="tensorboard")
+        logger.dump(step=step)
+    write_rows(logger, first=2)
+    logger.close()
+    (run,) = read_runs(tmp_path)
+    rewards = run.series["rollout/ep_rew_mean"]
+    assert rewards.steps.tolist() == [0, 150, 200, 300, 400, 500]
+    assert rewards.values.tolist() == [-7.0, -7.0, 3.0, 4.5, 6.0, 7.5]
+
+
+def test_one_log_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
+    """Such as that of a training that has just begun, which is empty."""
+    write(tmp_path / "a", ["csv"])
+    for name in ("b", "c"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b" / "progress.csv").touch()
+    (tmp_path / "c" / "progress.json").write_text('{"time/total_timesteps": 1, "train/loss": 1' + 400 * "0" + "}\n")
+    (tmp_path / "c" / "progress.csv").symlink_to("nowhere")
+    errors: list[LogError] = []
+    assert [run.name for run in read_runs(tmp_path, errors)] == ["a"]
+    assert [str(error).split()[1:4] for error in errors] == [["is", "empty,", "or"], ["cannot", "be", "read:"]]
+    with pytest.raises(LogError, match="is empty"):
+        read_runs(tmp_path)
+    with pytest.raises(LogError, match="is empty"):
+        read_runs(tmp_path / "b", [])
+    with pytest.raises(LogError, match="cannot be read: int too large"):
+        read_runs(tmp_path / "c" / "progress.json")
 
 
 def test_rows_of_an_evaluation_and_a_line_that_was_cut_off(tmp_path: Path) -> None:

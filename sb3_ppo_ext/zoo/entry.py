@@ -68,6 +68,10 @@ def _entries(config: str) -> dict[str, Any]:
         if not isinstance(entries, dict):
             raise EntryError(f"{config} has no entries: it must be hyper-parameters by environment")
         return entries
+    if not config.endswith(".py") and not all(part.isidentifier() for part in config.split(".")):
+        raise EntryError(
+            f"{config} is not allowed: it must be a file that ends in .yml, .yaml or .py, or the name of a module"
+        )
     found = runpy.run_path(config) if config.endswith(".py") else vars(importlib.import_module(config))
     if not isinstance(found.get("hyperparams"), dict):
         raise EntryError(f"{config} has no dictionary 'hyperparams'")

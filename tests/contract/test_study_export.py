@@ -83,6 +83,20 @@ hyperparams = {held.ENV: {**held.ENTRY, "clip_range": lambda progress: 0.1, "pol
     assert [one.tolist() for one in evaluated.parameters()] == [one.tolist() for one in again.parameters()]
 
 
+def test_where_nothing_can_be_written_is_said_in_a_line(command: Command, tmp_path: Path) -> None:
+    finished_study(tmp_path, 1.0)
+    storage = ["--storage", str(STUDY_FOLDER / "study.log")]
+    for arguments, said in (
+        (["export", "-o", "."], "Is a directory"),
+        (["export", "-o", "held.yml/it.yml"], "exists"),
+        (["show", *storage, "-f", "held.yml"], "Not a directory"),
+        ([*held.arguments(tmp_path, 1)[1:], "--study-name", 300 * "x"], "File name too long"),
+    ):
+        output = command("study", *arguments, code=2)
+        assert output.count("\n") == 1
+        assert said in output
+
+
 def test_an_export_that_fails_leaves_the_file_as_it_was(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import optuna
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 
-from sb3_ppo_ext.zoo.errors import StudyError
+from sb3_ppo_ext.zoo.errors import StudyError, needs_no_traceback
 from sb3_ppo_ext.zoo.interrupts import INTERRUPTED
 from sb3_ppo_ext.zoo.study.evaluation import evaluate
 from sb3_ppo_ext.zoo.study.export import export
@@ -46,7 +46,9 @@ def run_study_command(arguments: Sequence[str], program: Sequence[str], target: 
                 show(find_study(options), options.top, program)
             else:
                 export(find_study(options), options.trial, options.output, program)
-    except StudyError as error:
+    except (StudyError, OSError) as error:
+        if not isinstance(error, StudyError) and not needs_no_traceback(error):
+            raise
         print(f"sb3-ppo-ext study: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -200,6 +200,10 @@ def test_a_file_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
         ({"reference_kl_coef": {"target": 1}}, "a key of reference_kl_coef='target' is not allowed: it must be one of"),
         ({"reference_kl_coef": {"target_kl": 0.0}}, "reference_kl_coef['target_kl']=0.0 is not allowed"),
         ({"reference_kl_coef": {"target_kl": 0.1, "coef": 0.0}}, "reference_kl_coef['coef']=0.0 is not allowed"),
+        (
+            {"reference_kl_coef": {"target_kl": 0.1, "coef": 0.0, "minimum": 0.0}},
+            "reference_kl_coef['coef']=0.0 is not allowed with a factor of 2.0, as no factor changes 0",
+        ),
         ({"reference_kl_coef": {"target_kl": 0.1, "factor": 0.5}}, "reference_kl_coef['factor']=0.5 is not allowed"),
         ({"reference_policy": None, "reference_kl_coef": 0.2}, "reference_kl_coef=0.2 is not allowed with reference_p"),
         ({"reference_policy": None, "reference_kl": "loss"}, "reference_kl='loss' is not allowed with reference_polic"),

@@ -57,6 +57,13 @@ def test_other_settings() -> None:
     assert adapted_by_kl(7.0, 5.0, **{**PENALTY, "factor": 1.0}) == 7.0  # held fixed
 
 
+def test_a_penalty_that_has_fallen_for_long_can_still_grow() -> None:
+    """The smallest number divided by 2 is 0, and no factor would change that."""
+    smallest = adapted_by_kl(5e-324, 0.0, **PENALTY)
+    assert smallest == 5e-324
+    assert adapted_by_kl(smallest, 1.0, **PENALTY) == 1e-323
+
+
 def test_one_change_undoes_another() -> None:
     doubled = adapted_by_kl(0.7, 1.0, **PENALTY)
     assert adapted_by_kl(doubled, 0.0, **PENALTY) == 0.7

@@ -39,7 +39,7 @@ def adapted_by_kl(
     if kl > target_kl * tolerance:
         value *= factor
     elif kl < target_kl / tolerance:
-        value /= factor
+        value = value / factor or value  # never 0, which no factor changes
     return min(max(value, minimum), maximum)
 
 
@@ -141,6 +141,11 @@ class AdaptiveCoefficient:
         check_real(f"{name}['minimum']", result.minimum, at_least=0.0)
         check_real(f"{name}['maximum']", result.maximum, at_least=result.minimum)
         check_real(f"{name}['coef']", result.coef, at_least=result.minimum, at_most=result.maximum)
+        if result.coef == 0.0 and result.factor > 1.0:
+            raise ArgumentError(
+                f"{name}['coef']={result.coef!r} is not allowed with a factor of {result.factor!r}, as no "
+                "factor changes 0; it must be above 0, or the factor 1"
+            )
         return result
 
     def after(self, kl: float) -> float:

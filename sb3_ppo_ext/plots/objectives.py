@@ -86,7 +86,7 @@ def surrogate_figure(
     :return: the figure
     :raises ValueError: if a name is unknown or a number is out of range
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = list(names) if isinstance(names, Sequence) and not isinstance(names, str) else [names]
     if not names:
         raise ArgumentError(f"names=[] is not allowed: it must have at least one of {', '.join(OBJECTIVES)}")
     for name in names:

@@ -52,12 +52,18 @@ def check_has_objective(name: str, model: object) -> None:
     """
     :param name: name of the caller, for the message
     :param model: the model
-    :raises ArgumentError: if the model has no loss whose gradient can be computed for each sample
+    :raises ArgumentError: if the model has no loss whose gradient can be computed for each sample, or no fixed policy
+        around which it clips
     """
     if not isinstance(model, ProximalAlgorithm):
         raise ArgumentError(
             f"model={type(model).__name__} is not allowed in {name}: it must be a DualClipPPO, an AdaptiveKLPPO or a "
             "ProximalAlgorithm of your own. A model of SB3's PPO that was saved can be loaded by DualClipPPO.load"
+        )
+    if model._reuse.proximal == "ewma":
+        raise ArgumentError(
+            f"reuse={model.reuse!r} is not allowed in {name}: at each gradient step, the update clips around another "
+            "policy, the moving average; 'proximal' must be 'behaviour' or 'newest'"
         )
 
 

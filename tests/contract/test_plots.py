@@ -7,7 +7,7 @@ import importlib.util
 import math
 import runpy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -175,6 +175,7 @@ def untrained() -> Any:
     ("call", "message"),
     [
         (lambda: plots.surrogate_figure("ppo"), "names='ppo' is not allowed: it must be one of 'plain'"),
+        (lambda: plots.surrogate_figure(cast(Any, None)), "names=None is not allowed: it must be one of 'plain'"),
         (lambda: plots.surrogate_figure([]), r"names=\[\] is not allowed: it must have at least one of plain"),
         (lambda: plots.surrogate_figure(clip_range=1.0), "clip_range=1.0 is not allowed"),
         (lambda: plots.surrogate_figure(clip_range_high=-0.1), "clip_range_high=-0.1 is not allowed"),
@@ -190,6 +191,12 @@ def untrained() -> Any:
         (lambda: plots.ObjectiveFigureCallback(0), "every=0 is not allowed"),
         (lambda: plots.update_figure(untrained()), "model is not allowed in update_figure before it has learnt"),
         (lambda: plots.update_figure(small(TRPO, "MlpPolicy", "CartPole-v1")), "model=TRPO is not allowed"),
+        (
+            lambda: small(DualClipPPO, "MlpPolicy", "CartPole-v1", reuse={"proximal": "ewma"}).learn(
+                1, callback=plots.ObjectiveFigureCallback()
+            ),
+            r"reuse=\{'proximal': 'ewma'\} is not allowed in ObjectiveFigureCallback: .* the moving average",
+        ),
         (
             lambda: PPO("MlpPolicy", "CartPole-v1").learn(1, callback=plots.ObjectiveFigureCallback()),
             "model=PPO is not allowed in ObjectiveFigureCallback: .* DualClipPPO.load",

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         elif options.get("type") is int:
             options["type"] = partial(whole_number, minimum=1) if _COUNTS & set(flags) else whole_number
             if "--seed" in flags:
-                options["type"] = _seed
+                options["type"] = seed_number
         elif str(options.get("default")).rstrip("/") == "rl-trained-agents":  # a folder of rl_zoo3's repository
             options["default"] = LOG_FOLDER
         elif options.get("action") is utils.StoreDict:
@@ -137,9 +137,14 @@ def whole_number(text: object, minimum: float = -math.inf) -> int:
     return int(number)
 
 
-def _seed(text: str) -> int:
-    """Read a seed. If it is below 0, rl_zoo3 draws a random one."""
-    seed = whole_number(text)
+def seed_number(text: str, minimum: float = -math.inf) -> int:
+    """
+    :param text: a seed as the user wrote it
+    :param minimum: the smallest seed that is allowed; if a seed is below 0, rl_zoo3 draws a random one
+    :return: the seed
+    :raises argparse.ArgumentTypeError: if the text is not a whole number, or out of range
+    """
+    seed = whole_number(text, minimum)
     if seed >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be below 2**32")
     return seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sb3_ppo_ext.common.saving.interchange import name_of, origin_of
 from sb3_ppo_ext.plots import save, updated_samples
 from sb3_ppo_ext.plots.style import kind_of
 from sb3_ppo_ext.plots.updates import draw_update
-from sb3_ppo_ext.zoo.arguments import Parser, whole_number
+from sb3_ppo_ext.zoo.arguments import Parser, seed_number
 from sb3_ppo_ext.zoo.errors import MESSAGE_TYPES, needs_no_traceback
 from sb3_ppo_ext.zoo.pretrained import with_statistics
 
@@ -41,7 +42,8 @@ def run_plots_command(arguments: Sequence[str]) -> int:
         metavar="F.png",
         help="file of the figure, .png, .svg or .pdf; default: %(default)s",
     )
-    parser.add_argument("--seed", type=whole_number, default=0, help="seed of the environments; default: %(default)s")
+    seed = partial(seed_number, minimum=0)
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the environments; default: %(default)s")
     options = parser.parse_args(arguments)
     try:
         _draw(options.model, options.env, options.out, options.seed)

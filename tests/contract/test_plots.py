@@ -291,6 +291,11 @@ def test_what_the_command_cannot_do_is_said_in_one_line(command: Command) -> Non
         (["finished.zip", "--env", "Pendulum-v1"], "spaces do not match"),
         (["finished.zip", "--env", "CartPole-v1"], "its learning rate has fallen to 0"),
         (["finished.zip", "--env", "CartPole-v1", "--out", "a.jpg"], "it must end in .png, .svg or .pdf"),
+        (
+            ["finished.zip", "--env", "CartPole-v1", "--seed", "-1"],
+            "'-1' is not allowed: it must be a whole number of at",
+        ),
+        (["finished.zip", "--env", "CartPole-v1", "--seed", str(2**32)], "it must be below 2**32"),
         (["finished.zip"], "--env"),
     ):
         assert message in error_line(command("plots", *arguments, code=2))

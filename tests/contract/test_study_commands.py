@@ -80,6 +80,7 @@ def test_mistakes_are_named_and_change_nothing(command: Command, tmp_path: Path)
         ("--eval-freq 100", "`study run` does not take --eval-freq: --n-evaluations says how often"),
         ("-i agent.zip", "`study run` does not take --trained-agent: each trial begins with a new agent"),
         ("-params gamma=0.9", "gamma=0.9"),
+        ("--n-evaluations 65", "--n-evaluations 65 is not allowed: a trial has 64 steps, and can have at most one"),
         ("-conf ./held", "./held is not allowed: it must be a file that ends in .yml, .yaml or .py, or the name of a"),
         ("-params policy_kwargs:'dict(net_arch=nonsense)'", "policy_kwargs 'dict(net_arch=nonsense)' cannot be read"),
     ],

@@ -152,7 +152,12 @@ def search(
     :return: the exit code
     """
     task = Task.from_options(options)
-    task.entry()  # raises an error if no trial could start from it
+    n_timesteps = int(task.entry()["n_timesteps"])  # raises an error if no trial could start from the entry
+    if (options.n_evaluations or 1) > n_timesteps:
+        raise StudyError(
+            f"--n-evaluations {options.n_evaluations} is not allowed: a trial has {n_timesteps} steps, and can have at "
+            "most one evaluation after each"
+        )
     trial_arguments = []
     for name in ("n_evaluations", "eval_episodes", "n_startup_trials", "sampler", "pruner", "device"):
         value = getattr(options, name)

@@ -101,6 +101,11 @@ def widened(tensor: th.Tensor) -> th.Tensor:
     return tensor.float() if tensor.dtype in _NARROW else tensor
 
 
+def as_floats(tensor: th.Tensor) -> th.Tensor:
+    """Convert integers and bools, of which torch takes no mean, to the default dtype; return others unchanged."""
+    return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(th.get_default_dtype())
+
+
 def prepared(mask: th.Tensor | None, *tensors: th.Tensor) -> tuple[th.Tensor, ...]:
     """
     Set the elements that the mask excludes to 0, and convert tensors of 16 bits to float32.

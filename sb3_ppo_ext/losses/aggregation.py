@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch as th
 
-from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, prepared
+from sb3_ppo_ext.losses._guards import Scalar, as_floats, check_same_shape, checked_scalar, prepared
 
 AggregationMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 _MODES = get_args(AggregationMode)
@@ -24,7 +24,7 @@ def masked_mean(x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     :raises ValueError: if the shapes differ
     """
     check_same_shape(x=x, mask=mask)
-    (x,) = prepared(mask, x)
+    (x,) = prepared(mask, as_floats(x))
     if mask is None:
         return x.mean() if x.numel() else x.sum()
     return x.sum() / mask.bool().sum().clamp(min=1)

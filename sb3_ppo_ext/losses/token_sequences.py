@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch as th
 
-from sb3_ppo_ext.losses._guards import Scalar, check_same_shape, checked_scalar, prepared
+from sb3_ppo_ext.losses._guards import Scalar, as_floats, check_same_shape, checked_scalar, prepared
 from sb3_ppo_ext.losses.aggregation import masked_mean
 from sb3_ppo_ext.losses.targets import generalized_advantages
 
@@ -116,7 +116,7 @@ def masked_whiten(x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     :raises ValueError: if the shapes differ
     """
     check_same_shape(x=x, mask=mask)
-    (x,) = prepared(mask, x)
+    (x,) = prepared(mask, as_floats(x))
     if mask is None:
         return x if x.numel() <= 1 else (x - x.mean()) / (x.std() + 1e-8)
     keep = mask.bool()

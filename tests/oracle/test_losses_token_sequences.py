@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sb3_ppo_ext.losses import (
     generalized_advantages,
     masked_entropy,
+    masked_mean,
     masked_whiten,
     token_gae,
     token_rewards,
@@ -130,6 +131,14 @@ def test_whitening_by_hand() -> None:
     found = masked_whiten(th.tensor([[1.0, 3.0], [1e6, 5.0]]), mask)
     assert found.flatten().tolist() == pytest.approx([-1.0, 0.0, 0.0, 1.0])  # mean 3, deviation 2
     assert masked_whiten(th.tensor([1.0, 3.0, 5.0])).tolist() == pytest.approx([-1.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("x", [th.tensor([1, 2, 6]), th.tensor([True, False, True])])
+def test_integers_and_bools_have_a_mean_too(x: th.Tensor) -> None:
+    """Such as rewards, or which ratios are beyond a bound; with and without a mask."""
+    for function in (masked_mean, masked_whiten):
+        for mask in (None, th.ones(3)):
+            th.testing.assert_close(function(x, mask), function(x.float()))
 
 
 def test_what_is_alone_or_without_spread_can_be_whitened() -> None:

@@ -117,6 +117,12 @@ class RecurrentActorCriticPolicy(ActorCriticPolicy, _ContribPolicy):
     :raises ArgumentError: if an argument is out of range or contradicts another
     """
 
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        extractor = super().make_features_extractor()
+        # For MultiDiscrete observations SB3 counts with numpy's integers, which nn.LSTM refuses.
+        extractor._features_dim = int(extractor._features_dim)
+        return extractor
+
 
 class RecurrentActorCriticCnnPolicy(RecurrentActorCriticPolicy):
     """:class:`RecurrentActorCriticPolicy` for images."""

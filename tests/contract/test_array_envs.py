@@ -129,6 +129,22 @@ def test_infos_of_the_environments_and_their_successes(mode: AutoresetMode) -> N
     assert list(model.ep_success_buffer) == list(theirs.ep_success_buffer) != []
 
 
+class OftenSilent(ScriptedEnv):
+    """Says whether it has succeeded only where it has, and as numpy's kind of bool."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, {"is_success": np.bool_(True)} if terminated else {}
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_environments_that_do_not_say_whether_they_have_succeeded_are_not_counted(mode: AutoresetMode) -> None:
+    scripts = ((3, True, False), (3, False, True)), ((3, False, True), (3, True, False))  # both end at once
+    makers = [partial(OftenSilent, BOX, CHOICE, script) for script in scripts]
+    model = small(DualClipPPO, "MlpPolicy", SyncVectorEnv(makers, autoreset_mode=mode)).learn(2 * ROLLOUT)
+    assert list(model.ep_success_buffer) == [True] * 5
+
+
 def test_evaluation_and_its_callback(tmp_path: Path) -> None:
     model = small(DualClipPPO, "MlpPolicy", sync())
     results = [
@@ -328,6 +344,19 @@ def test_a_buffer_of_ones_own_does_not_go_with_steps_that_only_begin_an_episode(
 
     with pytest.raises(ArgumentError, match="rollout_buffer_class=Own, which cannot tell"):
         small(DualClipPPO, "MlpPolicy", NativeVector(ENVS), rollout_buffer_class=Own)
+
+
+class MaskedVector(NativeVector):
+    def action_masks(self) -> Any:
+        return np.tile([True, True, False], (self.num_envs, 1))
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, RecordEpisodeStatistics], ids=["alone", "wrapped"])
+def test_a_method_of_a_whole_vector_is_not_asked_for_masks(wrap: Any) -> None:
+    model = small(DualClipPPO, "MlpPolicy", wrap(MaskedVector(ENVS, SAME)))
+    with pytest.raises(ArgumentError, match="it has action_masks, of which only single environments are asked"):
+        model.learn(ROLLOUT * N_ENVS)
+    model.learn(ROLLOUT * N_ENVS, use_masking=False)
 
 
 def test_rewards_of_another_shape_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

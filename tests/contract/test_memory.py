@@ -168,6 +168,25 @@ def test_arguments_that_are_wrong(kwargs: Any, message: str) -> None:
         remembering(DualClipPPO, scripted(), **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("policy", "obs_space", "policy_kwargs"),
+    [
+        ("MlpLstmPolicy", spaces.MultiDiscrete([2, 3]), {"rnn_type": "gru"}),
+        ("MultiInputLstmPolicy", spaces.Dict({"a": spaces.MultiDiscrete([2, 3]), "b": BOX}), {}),
+        (
+            "MultiInputLstmPolicy",
+            spaces.Dict({"a": spaces.MultiDiscrete([2, 3]), "b": spaces.MultiDiscrete([4])}),
+            {"critic_observation_key": "a"},
+        ),
+    ],
+    ids=["one", "dict", "critic"],
+)
+def test_observations_of_several_choices_are_remembered(policy: str, obs_space: Any, policy_kwargs: Any) -> None:
+    model = remembering(DualClipPPO, scripted(obs_space), policy, policy_kwargs=policy_kwargs)
+    before = parameters(model)
+    assert have_moved(model.learn(32), before)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_without_a_memory_there_are_no_sequences(algorithm: Any) -> None:
     with pytest.raises(ArgumentError, match="sequence_length=4 is not allowed with policy=MlpPolicy"):

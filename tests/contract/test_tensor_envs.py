@@ -179,13 +179,22 @@ class Wrong(ShortPendulum):
         if what == "method":
             self.action_masks = lambda: None
 
+        if what == "device":
+            self.device = None  # type: ignore[assignment]
+
     def step(self, actions: th.Tensor) -> Any:
         obs, rewards, terminated, truncated, extras = super().step(actions)
-        if self.what == "rewards":
-            rewards = rewards.unsqueeze(1)
-        if self.what == "nan":
-            rewards[2] = th.nan
-        return obs, rewards, terminated, truncated, {} if self.what == "no final" else extras
+        wrong: dict[str, tuple[Any, ...]] = {
+            "observations": (obs[:2], rewards, terminated, truncated, extras),
+            "gradient": (obs * th.ones(1, requires_grad=True), rewards, terminated, truncated, extras),
+            "rewards": (obs, rewards.unsqueeze(1), terminated, truncated, extras),
+            "array": (obs, rewards.numpy(), terminated, truncated, extras),
+            "nan": (obs, rewards.index_fill(0, th.tensor([2]), th.nan), terminated, truncated, extras),
+            "no final": (obs, rewards, terminated, truncated, {}),
+            "some final": (obs, rewards, terminated, truncated, {"final_obs": extras["final_obs"][1:]}),
+            "no extras": (obs, rewards, terminated, truncated, None),
+        }
+        return wrong.get(self.what, (obs, rewards, terminated, truncated, extras))
 
 
 @pytest.mark.parametrize(
@@ -193,16 +202,59 @@ class Wrong(ShortPendulum):
     [
         ("next step", "must be AutoresetMode.SAME_STEP"),
         ("space", r"observations of shape \(4, 3\)"),
+        ("device", "its device is None"),
+        ("observations", r"observations of shape \(2, 3\)"),
+        ("gradient", r"observations with a gradient.*torch.no_grad\(\)"),
         ("rewards", r"rewards of shape \(4, 1\)"),
+        ("array", "rewards as a ndarray"),
+        ("some final", r"'final_obs' of shape \(3, 3\)"),
+        ("no extras", "extras as a NoneType"),
         ("no final", "no 'final_obs'"),
         ("method", "action_masks"),
         ("nan", "Rewards are not finite, first in step 0, environment 2"),
     ],
 )
 def test_what_an_environment_does_wrong_is_said(what: str, message: str) -> None:
-    error = NonFiniteError if what == "nan" else ArgumentError if what in ("next step", "method") else ValueError
+    error = (
+        NonFiniteError if what == "nan" else ArgumentError if what in ("next step", "method", "device") else ValueError
+    )
     with pytest.raises(error, match=message):
         small(DualClipPPO, "MlpPolicy", Wrong(what)).learn(ROLLOUT * N_ENVS)
+
+
+class WithoutKey(Groups):
+    def _grouped(self, obs: th.Tensor) -> dict[str, th.Tensor]:
+        return {"policy": obs[:, :2]}
+
+
+def test_a_key_that_is_missing_is_named() -> None:
+    with pytest.raises(ValueError, match="observations without the key 'critic'"):
+        small(DualClipPPO, "MultiInputPolicy", WithoutKey(N_ENVS)).learn(ROLLOUT * N_ENVS)
+
+
+class MaskAtFirst(ShortCartPole):
+    def reset(self, **kwargs: Any) -> Any:
+        return super().reset(**kwargs)[0], {"action_mask": th.ones(self.num_envs, 2, dtype=th.bool)}
+
+
+def test_a_mask_that_is_not_given_again_is_an_error() -> None:
+    with pytest.raises(ValueError, match="action mask of environment 0 in step 1 is None"):
+        small(DualClipPPO, "MlpPolicy", MaskAtFirst(N_ENVS)).learn(ROLLOUT * N_ENVS)
+
+
+@pytest.mark.parametrize("space", [spaces.MultiBinary(3), spaces.MultiDiscrete([2, 3]), spaces.Discrete(2)])
+def test_actions_have_the_dtype_of_their_space_in_training_and_evaluation(space: spaces.Space[Any]) -> None:
+    class Takes(ShortPendulum):
+        single_action_space = space
+
+        def step(self, actions: th.Tensor) -> Any:
+            seen.append(actions.dtype)
+            return super().step(th.zeros(self.num_envs, 1))
+
+    seen: list[th.dtype] = []
+    model = small(DualClipPPO, "MlpPolicy", Takes(N_ENVS)).learn(ROLLOUT * N_ENVS)
+    evaluate_policy(model, TensorVecEnv(Takes(N_ENVS)), n_eval_episodes=1)
+    assert set(seen) == {th.int8 if isinstance(space, spaces.MultiBinary) else th.int64}
 
 
 def test_what_is_no_environment_on_a_device_is_refused() -> None:

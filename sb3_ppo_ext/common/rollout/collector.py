@@ -304,7 +304,7 @@ class Collector:
         episodes = episodes.some(slice(-(of_infos.maxlen or 0), None))  # the deque would drop the others anyway
         of_infos.extend(episodes.infos())
         if episodes.successes is not None:
-            of_successes.extend(episodes.successes.tolist())
+            of_successes.extend(success for success in episodes.successes.tolist() if success is not None)
 
     def _note_counted_infos(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
         counted = self._stop.counted

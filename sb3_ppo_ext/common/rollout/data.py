@@ -188,6 +188,15 @@ def rows_of(part: Any, rows: slice | th.Tensor | np.ndarray, length: int = 1) ->
     return part[rows] if length == 1 else part.unflatten(0, (-1, length))[rows].flatten(0, 1)
 
 
+def dtype_of(space: spaces.Space[Any]) -> th.dtype:
+    """
+    The dtype of tensors that hold what a space does.
+
+    :param space: of observations or actions
+    """
+    return th.from_numpy(np.zeros(0, space.dtype)).dtype
+
+
 def to_tensors(obs: Any, device: th.device) -> Any:
     """
     Move observations to a device; tensors that are already there are not copied.

@@ -61,5 +61,6 @@ class EpisodeStatistics:
         self.lengths[ends] = 0
         successes = infos.get("is_success")
         if successes is not None:
-            successes = np.asarray(successes)[rows]
+            says = np.broadcast_to(infos.get("_is_success", True), ends.shape)
+            successes = np.where(says, successes, None)[rows]
         return Episodes(rows, returns, lengths, np.full(len(rows), time.time() - self._start), successes)

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.rollout.array_envs import ArrayVecEnv
 from sb3_ppo_ext.common.rollout.data import MASK_KEY, to_arrays
 from sb3_ppo_ext.common.rollout.present_infos import present_infos, reset_infos
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv
@@ -90,6 +91,7 @@ class ActionMasks:
             masks = self._env.env_method(METHOD)
         elif self.convention == "info" and isinstance(self._env.unwrapped, BatchedVecEnv):
             masks = self._env.unwrapped.action_masks_in_infos()
+            masks = [None] * self._env.num_envs if masks is None else masks
         elif self.convention == "info":
             masks = [info.get(MASK_KEY) for info in present_infos(self._env)]
         else:
@@ -202,9 +204,10 @@ def _where(env_index: int, step: int | None) -> str:
 def _check_that_none_has_masks(env: VecEnv) -> None:
     """
     :param env: environments that have no method for their masks
-    :raises ArgumentError: if some of them have this method, or another attribute of its name
+    :raises ArgumentError: if some of them have this method, or another attribute of its name, or if a whole vector has
     """
-    if not isinstance(env.unwrapped, DummyVecEnv):  # a worker process ends when it is asked for what is not there
+    venv = env.unwrapped
+    if not isinstance(venv, (DummyVecEnv, ArrayVecEnv)):  # a worker process ends when it is asked for what is not there
         return
     for index in range(env.num_envs):
         with contextlib.suppress(AttributeError, NotImplementedError):
@@ -213,6 +216,13 @@ def _check_that_none_has_masks(env: VecEnv) -> None:
                     f"env is not allowed: environment {index} has {METHOD}, which must be a method, and of all "
                     "environments; learn(..., use_masking=False) ignores it"
                 )
+    vector = getattr(venv, "vector_env", None)
+    if hasattr(vector, METHOD) or hasattr(getattr(vector, "unwrapped", None), METHOD):
+        raise ArgumentError(
+            f"env={vector!r:.100} is not allowed: it has {METHOD}, of which only single environments are asked; the "
+            f'masks of a vector must be in infos, or in Dict observations, under the key "{MASK_KEY}"; '
+            "learn(..., use_masking=False) ignores it"
+        )
 
 
 def check_no_masks(infos: list[dict[str, Any]]) -> None:

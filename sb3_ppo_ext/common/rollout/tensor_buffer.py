@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ext.common.distributions import family_of_space
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer, buffer_class_for
-from sb3_ppo_ext.common.rollout.data import to_arrays, to_tensors
+from sb3_ppo_ext.common.rollout.data import dtype_of, to_arrays, to_tensors
 from sb3_ppo_ext.common.rollout.transitions import gives_tensors
 from sb3_ppo_ext.losses.targets import generalized_advantages
 
@@ -62,7 +62,7 @@ class TensorRolloutBuffer(RolloutBuffer):
     def reset(self) -> None:
         space, action_space = self.observation_space, self.action_space
         # The policy draws floats, so a Box of integers could not store its actions.
-        actions_dtype = th.float32 if isinstance(action_space, spaces.Box) else _dtype_of(action_space)
+        actions_dtype = th.float32 if isinstance(action_space, spaces.Box) else dtype_of(action_space)
         names = ("rewards", "advantages", "returns", "episode_starts", "values", "log_probs", "final_values")
         self.tensors = {name: self._zeros() for name in names}
         self.tensors |= {
@@ -87,7 +87,7 @@ class TensorRolloutBuffer(RolloutBuffer):
 
     def _zeros_of(self, space: spaces.Space[Any]) -> th.Tensor:
         shape = space.shape or (1,)  # Discrete ones as SB3 has them
-        return self._zeros(*shape, dtype=_dtype_of(space))
+        return self._zeros(*shape, dtype=dtype_of(space))
 
     @property
     def wants_every_step(self) -> bool:
@@ -180,10 +180,6 @@ def own_buffer_class(env: VecEnv | None, observation_space: spaces.Space[Any]) -
     :param observation_space: of the environment
     """
     return TensorRolloutBuffer if gives_tensors(env) else buffer_class_for(observation_space)
-
-
-def _dtype_of(space: spaces.Space[Any]) -> th.dtype:
-    return th.from_numpy(np.zeros(0, space.dtype)).dtype
 
 
 def _readable(value: Any) -> Any:

@@ -13,8 +13,8 @@ any device, if it has (nothing need be derived from):
 and ``terminated`` and ``truncated`` bools, of shape ``(num_envs,)``. A step that ends an episode begins the next:
 ``obs`` is its first observation, and ``extras["final_obs"]``, of the shape of ``obs``, holds what the episode ended
 with; other rows may hold anything. Its value is used for bootstrapping when a time limit ends the episode. ``actions``
-have the shape ``(num_envs, *action_shape)``; those of a ``Box`` are clipped to its bounds, as in SB3. The environment
-may write into the returned tensors at the next step.
+have the shape ``(num_envs, *action_shape)``; those of a ``Box`` are clipped to its bounds, as in SB3, and all others
+have the dtype of their space. The environment may write into the returned tensors at the next step.
 
 A ``VectorEnv`` of gymnasium is one of these, if it gives tensors, has a ``device``, and its ``autoreset_mode`` is
 ``SAME_STEP``. :mod:`sb3_ppo_ext.common.rollout.tensor_adapters` makes one of those of Isaac Lab, mjlab, Brax and MuJoCo
@@ -47,7 +47,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_ext.common.errors import ArgumentError
-from sb3_ppo_ext.common.rollout.data import MASK_KEY, to_arrays
+from sb3_ppo_ext.common.rollout.data import MASK_KEY, dtype_of, to_arrays
 from sb3_ppo_ext.common.rollout.normalization import RunningMoments
 from sb3_ppo_ext.common.rollout.transitions import BatchedVecEnv, Episodes, Infos, Transition, row_of
 from sb3_ppo_ext.common.validation import check_bool, check_real
@@ -106,7 +106,12 @@ class TensorVecEnv(BatchedVecEnv):
                 'under the key "action_mask"'
             )
         self.tensor_env = env
-        self.device = th.device(env.device)
+        try:
+            self.device = th.device(env.device)
+        except (RuntimeError, TypeError) as error:
+            raise ArgumentError(
+                f"{given}its device is {env.device!r}, and must be that of its tensors, such as 'cpu' or 'cuda'"
+            ) from error
         self.can_be_restored = hasattr(env, "state_dict") and hasattr(env, "load_state_dict")
         self.max_episode_steps = getattr(env, "max_episode_steps", 0)
         self._start = time.time()
@@ -115,6 +120,9 @@ class TensorVecEnv(BatchedVecEnv):
         if normalize_rewards:
             self._of_returns = RunningMoments(()).to(self.device)
             self._of_returns.count.fill_(1e-4)  # as VecNormalize begins
+        # The policy draws floats for a Box and for bits.
+        space = env.single_action_space
+        self._actions_dtype = None if isinstance(space, spaces.Box) else dtype_of(space)
         self.extras = {}
         self._forget_episodes(env.num_envs)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -134,20 +142,23 @@ class TensorVecEnv(BatchedVecEnv):
     def reset(self) -> Any:
         if any(self._options):
             raise ValueError(f"set_options({self._options!r:.100}) is not allowed: the environments take none")
-        obs, self.extras = self.tensor_env.reset(seed=self._seeds[0])
+        obs, extras = self.tensor_env.reset(seed=self._seeds[0])
         self._check_obs(obs)
-        extras = self.extras
+        self._check_extras(extras)
+        self.extras = extras
         self.reset_infos = Infos(self.num_envs, lambda i: self._row_of(extras, i))  # type: ignore[assignment]
         self._reset_seeds()
         self._forget_episodes(self.num_envs)
         return to_arrays(obs)
 
     def make_transition(self, actions: Any) -> Transition:
-        obs, rewards, terminated, truncated, extras = self.tensor_env.step(th.as_tensor(actions, device=self.device))
-        self.extras = extras
+        actions = th.as_tensor(actions, dtype=self._actions_dtype, device=self.device)
+        obs, rewards, terminated, truncated, extras = self.tensor_env.step(actions)
+        self._check_obs(obs)
         for name, tensor in (("rewards", rewards), ("terminated", terminated), ("truncated", truncated)):
-            if tuple(tensor.shape) != (self.num_envs,):
-                raise ValueError(f"The environments gave {name} of shape {tuple(tensor.shape)}, not ({self.num_envs},)")
+            self._check_tensor(tensor, name)
+        self._check_extras(extras)
+        self.extras = extras
         terminated = terminated.bool()
         truncated = truncated.bool() & ~terminated
         self._returns += rewards
@@ -165,6 +176,8 @@ class TensorVecEnv(BatchedVecEnv):
                 f"A time limit has cut the episode of environment {int(truncated.nonzero()[0])}, and extras have no "
                 "'final_obs', which must be what it ended with"
             )
+        if final_obs is not None:
+            self._check_obs(final_obs, "'final_obs'")
         episodes = self._ended(ends.nonzero().flatten()) if has_ended else None
 
         def make_info(i: int) -> dict[str, Any]:
@@ -199,17 +212,32 @@ class TensorVecEnv(BatchedVecEnv):
         self.transition = transition
         return transition.obs, transition.rewards, transition.dones, transition.infos
 
-    def _check_obs(self, obs: Any) -> None:
+    def _check_obs(self, obs: Any, name: str = "observations") -> None:
         space = self.observation_space
         parts: Any = space.spaces.items() if isinstance(space, spaces.Dict) else [(None, space)]
         for key, of_key in parts:
-            shape = tuple((obs if key is None else obs[key]).shape)
-            if shape != (self.num_envs, *(of_key.shape or ())):
-                name = "observations" if key is None else f"observations of {key!r}"
-                raise ValueError(
-                    f"The environments gave {name} of shape {shape}, and by their space they must have "
-                    f"{(self.num_envs, *(of_key.shape or ()))}"
-                )
+            if key is not None and not (isinstance(obs, dict) and key in obs):
+                raise ValueError(f"The environments gave {name} without the key {key!r}, which their space has")
+            of_name = name if key is None else f"{name} of {key!r}"
+            self._check_tensor(obs if key is None else obs[key], of_name, of_key.shape or ())
+
+    def _check_tensor(self, tensor: Any, name: str, shape: tuple[int, ...] = ()) -> None:
+        if not isinstance(tensor, th.Tensor):
+            raise ValueError(f"The environments gave {name} as a {type(tensor).__name__}, which must be a tensor")
+        if tuple(tensor.shape) != (self.num_envs, *shape):
+            raise ValueError(
+                f"The environments gave {name} of shape {tuple(tensor.shape)}, and by their number and space they must "
+                f"have {(self.num_envs, *shape)}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"The environments gave {name} with a gradient, and nothing is differentiated through them: decorate "
+                "their reset() and step() with torch.no_grad()"
+            )
+
+    def _check_extras(self, extras: Any) -> None:
+        if not isinstance(extras, dict):
+            raise ValueError(f"The environments gave extras as a {type(extras).__name__}, which must be a dict")
 
     def _ended(self, rows: th.Tensor) -> Episodes:
         """The episodes that the last step has ended; those that follow are counted from 0."""

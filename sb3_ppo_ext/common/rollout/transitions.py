@@ -17,7 +17,7 @@ class Episodes(NamedTuple):
     :param returns: sums of rewards
     :param lengths: numbers of steps
     :param times: seconds since the environments were made
-    :param successes: whether the task was achieved; None: the environments do not say
+    :param successes: whether the task was achieved, None where an environment does not say; None: none does
     """
 
     env_indices: Any

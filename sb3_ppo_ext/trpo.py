@@ -30,7 +30,7 @@ from sb3_ppo_ext.common.saving.interchange import whole_action_values
 from sb3_ppo_ext.common.spaces import TARGET_KL_PER_DIMENSION, n_action_dims
 from sb3_ppo_ext.common.update.critic import critic_loss, critic_parameters, fit_critic, update_statistics
 from sb3_ppo_ext.common.update.fisher import fisher_vector_product
-from sb3_ppo_ext.common.update.reduce import averaged
+from sb3_ppo_ext.common.update.reduce import average, averaged
 from sb3_ppo_ext.common.update.samplers import normalized_over_processes
 from sb3_ppo_ext.common.update.surrogate import PolicyStep, Surrogate
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
@@ -390,8 +390,10 @@ class TRPO(RegularizedAlgorithm):
         buffer = cast(RolloutBuffer, self.rollout_buffer)
         # Entropy of the policy that collected the rollout; estimated from its actions if there is no formula.
         entropy = cast(Family, self._family).entropy(buffer.flat().old_params)
-        entropy_loss = buffer.flat().old_log_prob if entropy is None else -entropy
-        record("train/entropy_loss", entropy_loss.mean().item())
+        of_samples = buffer.flat().old_log_prob if entropy is None else -entropy
+        entropy_loss = of_samples.mean()
+        average(self._reducer, entropy_loss, weight=len(of_samples))
+        record("train/entropy_loss", entropy_loss.item())
         record("train/explained_variance", explained_variance(*values_and_returns(buffer)))
         if hasattr(self.policy, "log_std"):
             record("train/std", self.policy.log_std.detach().exp().mean().item())

@@ -54,7 +54,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
-from sb3_ppo_ext.common.errors import ArgumentError
+from sb3_ppo_ext.common.errors import ArgumentError, ProcessError
 from sb3_ppo_ext.common.rollout.running_statistics import put_together, running_statistics, set_running_statistics
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ def training_together(
     :param arguments: the other arguments of ``learn``
     :return: the callback of this process, and whether it shows SB3's progress bar
     :raises ArgumentError: if the processes differ
+    :raises ProcessError: if another process has failed, or if an earlier training of the model has
     """
     if not are_several():
         yield callback, progress_bar
@@ -206,6 +207,11 @@ def training_together(
         model._together = Together(ProcessGroup.joined(model.device))
         model._reducer = model._together.group
     group: ProcessGroup = model._reducer
+    if group.failure is not None:
+        raise ProcessError(
+            f"The processes have left each other, as a training of this model has failed ({group.failure}), and cannot "
+            "train it again: start all of them again, from a checkpoint"
+        )
     try:
         model._together.start(model, arguments)
         if group.rank > 0:

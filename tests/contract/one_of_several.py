@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_ext import REINFORCE, DualClipPPO
 from sb3_ppo_ext.common.checkpoint import SafeCheckpointCallback, latest_checkpoint, resume
+from sb3_ppo_ext.common.errors import ProcessError
 from sb3_ppo_ext.common.update import process_group
 from sb3_ppo_ext.zoo.cli import main as main_of_zoo
 from tests.algorithms import parameters, small
@@ -241,6 +243,11 @@ def main(scenario: str, folder: Path) -> None:
             signal.setitimer(signal.ITIMER_REAL, float(scenario.split()[-1]))
         checkpoints = folder / scenario
         model.learn(1_000_000, callback=SafeCheckpointCallback(16, checkpoints), reset_num_timesteps=False)
+    elif scenario == "again":
+        model = small(DualClipPPO, "MlpPolicy", Failing(scripted(), broken if is_last else lambda: None))
+        with contextlib.suppress(OverflowError, ProcessError):
+            model.learn(100_000)
+        model.learn(100_000)
     elif scenario == "broken in an update":
         model = small(DualClipPPO, "MlpPolicy", scripted())
         if is_last:

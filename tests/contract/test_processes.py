@@ -26,6 +26,7 @@ SCENARIOS = {
     "usual": 2,
     "broken": 3,
     "broken in an update": 2,
+    "again": 2,
     "interrupted": 2,
     "killed": 2,
     "differing": 2,
@@ -128,6 +129,15 @@ def test_a_process_that_fails_ends_all(scenario: str, words: str, ended: Any) ->
     for other in others:
         assert other.status != 0
         assert f"ProcessError: This process ends, because {words}" in other.said
+
+
+def test_after_a_failure_the_processes_do_not_train_on(ended: Any) -> None:
+    for process in ended[1]["again"]:
+        assert process.status != 0
+        assert (
+            "ProcessError: The processes have left each other, as a training of this model has failed" in process.said
+        )
+        assert "OverflowError: the pole has left the cart" in process.said
 
 
 def test_a_process_that_never_comes_is_not_waited_for_forever(ended: Any) -> None:

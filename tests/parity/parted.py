@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdaptiveKLPPO": (AdaptiveKLPPO, LINEAR),
     "AdaptiveKLPPO compiled": (AdaptiveKLPPO, {"torch_compile": True}),
     "TRPO": (TRPO, LINEAR),
+    "TRPO masked": (TRPO, {"is_masked": True}),
     "TRPO compiled": (TRPO, {"torch_compile": True}),
     "REINFORCE": (REINFORCE, LINEAR),
     "REINFORCE compiled": (REINFORCE, {"torch_compile": True}),

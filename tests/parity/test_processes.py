@@ -66,7 +66,15 @@ def test_two_processes_equal_one(name: str, trained: Any) -> None:
     expected = model.logger.name_to_value
     logged = results[0]["logged"]
     assert logged.keys() >= {key for key in expected if key.startswith("train/")}
-    for key in ("policy_gradient_loss", "value_loss", "grad_norm", "early_stop_epoch", "actual_improvement", "kl"):
+    for key in (
+        "policy_gradient_loss",
+        "entropy_loss",
+        "value_loss",
+        "grad_norm",
+        "early_stop_epoch",
+        "actual_improvement",
+        "kl",
+    ):
         if f"train/{key}" in expected:
             assert logged[f"train/{key}"] == pytest.approx(expected[f"train/{key}"], rel=1e-3, abs=1e-6), key
     if model.kl_adaptive_lr is not None:

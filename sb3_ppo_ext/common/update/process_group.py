@@ -43,6 +43,9 @@ class ProcessGroup:
 
     is_local = False
 
+    failure: str | None = None
+    """The error by which this process has left the group; None: it has not."""
+
     def __init__(self) -> None:
         self.rank: int = dist.get_rank()
         self.n_processes: int = dist.get_world_size()
@@ -170,11 +173,12 @@ class ProcessGroup:
 
         :param error: the error that ends this process's training
         """
+        self.failure = type(error).__name__
+        with contextlib.suppress(Exception):  # an error may have no words
+            self.failure = f"{self.failure}: {error}"
         with contextlib.suppress(Exception):  # the group may be gone already
             if not isinstance(error, ProcessError):
-                self._store.compare_set(
-                    _FAILURE, "", f"process {self.rank} has failed: {type(error).__name__}: {error}"
-                )
+                self._store.compare_set(_FAILURE, "", f"process {self.rank} has failed: {self.failure}")
         if self._shared is not None:
             self._shared.close()
         with contextlib.suppress(Exception):

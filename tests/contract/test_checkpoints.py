@@ -57,6 +57,10 @@ def resumed(path: Path) -> DualClipPPO:
     return resume(DualClipPPO, path, make_env(), device="cpu")
 
 
+def statistics_of(path: Path) -> VecNormalize | None:
+    return load_vec_normalize(path, DummyVecEnv([limited_walk]))
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -375,6 +379,19 @@ def test_what_cannot_be_read_is_named(written):
     (written / "rl_model_9_steps.zip").mkdir()
     with pytest.warns(UserWarning, match=r"rl_model_9_steps.zip was skipped: .*directory"):
         assert latest_checkpoint(written) == written / "rl_model_8_steps.zip"
+
+
+@pytest.mark.parametrize("member", ["training_state.pkl", "vecnormalize.pkl"])
+def test_a_state_of_a_class_that_is_not_here_is_named(member, written):
+    path = written / "rl_model_8_steps.zip"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**members, member: b"cmodule_of_another_machine\nState\n."}.items():
+            archive.writestr(name, content)
+    read = resumed if member == "training_state.pkl" else statistics_of
+    with pytest.raises(ValueError, match=f"{member} in .*rl_model_8_steps.zip cannot be read here .*another_machine"):
+        read(path)
 
 
 def test_training_goes_on_past_a_damaged_file(written):

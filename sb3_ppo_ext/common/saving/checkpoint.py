@@ -222,7 +222,7 @@ def resume(
         if mark is not None and not hasattr(algo_class, "_loads_files_of"):  # SB3's and sb3-contrib's load() takes any
             check_origin(mark, algo_class, (), path)
         with zipfile.ZipFile(file) as archive:
-            state = pickle.loads(archive.read(_TRAINING_STATE))
+            state = _unpickled(archive, _TRAINING_STATE, path)
         # Without the environment, because load() would seed it.
         model = algo_class.load(file, device=device, custom_objects=custom_objects)
     vec_env = model._wrap_env(maybe_make_env(env, model.verbose), model.verbose)
@@ -271,7 +271,7 @@ def load_vec_normalize(path: str | os.PathLike[str], venv: VecEnv) -> VecNormali
         with zipfile.ZipFile(file) as archive:
             if _VEC_NORMALIZE not in archive.namelist():
                 return None
-            vec_normalize: VecNormalize = pickle.loads(archive.read(_VEC_NORMALIZE))
+            vec_normalize: VecNormalize = _unpickled(archive, _VEC_NORMALIZE, path)
     try:
         vec_normalize.set_venv(venv)
     except AssertionError:
@@ -330,6 +330,13 @@ def _defect(file: Path | ReadableFile) -> str | None:
     with zipfile.ZipFile(file) as archive:
         is_checkpoint = _TRAINING_STATE in archive.namelist()
     return None if is_checkpoint else f"it is a model without {_TRAINING_STATE}, not a checkpoint"
+
+
+def _unpickled(archive: zipfile.ZipFile, member: str, path: object) -> Any:
+    try:
+        return pickle.loads(archive.read(member))
+    except Exception as error:  # a class in it may raise anything, or be missing here
+        raise ValueError(f"{member} in {path} cannot be read here ({type(error).__name__}: {error})") from error
 
 
 def _checkpoint_bytes(model: BaseAlgorithm) -> memoryview:

@@ -72,7 +72,7 @@ def test_rewards_of_tensors_are_normalized_by_what_all_processes_have_seen() -> 
     before = running_statistics(ours)
     for row in th.as_tensor(rewards):
         for env, of_env in ((ours, row[:1]), (theirs, row[1:]), (both, row)):
-            env.tensor_env.step = lambda actions, r=of_env: (None, r, r != r, r != r, {})
+            env.tensor_env.step = lambda actions, r=of_env: (th.zeros(len(r), 3), r, r != r, r != r, {})
             env.make_transition(th.zeros(1))
     now = put_together(before[0], [*running_statistics(ours), *running_statistics(theirs)])
     for env in (ours, theirs):

@@ -10,6 +10,7 @@ the folder of the runs; ``report.md`` and ``figures/`` are written to it.
 from __future__ import annotations
 
 import argparse
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,8 +238,22 @@ def _beside_published(results: Results, finals: Mapping[tuple[str, str], Estimat
 
 def _costs(results: Results, algos: Sequence[str]) -> Iterator[list[str]]:
     """What a training takes."""
-    yield ["### What a training takes", "", "Seconds for a million steps, without compiling; medians of the runs."]
-    yield _by_environment(results, algos, lambda c: f"{1e6 * np.median(c.seconds[:, -1]) / c.steps[-1]:.0f}")
+    of_env: dict[str, Counter[str]] = defaultdict(Counter)
+    for (env, _), curves in results.items():
+        of_env[env].update(curves.processors)
+
+    def seconds_of(curves: Curves) -> str:
+        ((processor, _),) = of_env[curves.env].most_common(1)
+        rows = [row for row, of_run in enumerate(curves.processors) if of_run == processor]
+        return f"{1e6 * np.median(curves.seconds[rows, -1]) / curves.steps[-1]:.0f} ({len(rows)})" if rows else ""
+
+    yield [
+        "### What a training takes",
+        "",
+        "Seconds for a million steps, without compiling: the median of the runs on the processor on which most runs of",
+        "the environment were made, and in brackets their number.",
+    ]
+    yield _by_environment(results, algos, seconds_of)
     rows = []
     for algo in algos:
         runs = [curves for (_, of), curves in results.items() if of == algo]

@@ -32,6 +32,7 @@ class Curves(NamedTuple):
     :param seconds: of processor time that the training had taken until then, without compiling
     :param compile_seconds: of processor time, of each run; 0 for what is not compiled
     :param peak_mib: the most memory that each had
+    :param processors: on which each was made
     :param logged: by name, what the updates logged between evaluations; NaN where there was no update
     """
 
@@ -43,6 +44,7 @@ class Curves(NamedTuple):
     seconds: Floats
     compile_seconds: Floats
     peak_mib: Floats
+    processors: list[str]
     logged: dict[str, Floats]
 
     @property
@@ -101,6 +103,7 @@ def _curves(records: list[dict[str, Any]]) -> Curves:
         seconds=np.maximum(seconds - compiling[:, None], 0.0),
         compile_seconds=compiling,
         peak_mib=np.array([record["peak_mib"] for record in records], dtype=float),
+        processors=[record["processor"] for record in records],
         logged={name: np.array([record["log"][name][:n] for record in records], dtype=float) for name in sorted(names)},
     )
 

@@ -56,40 +56,42 @@ def measured(side: Side, env: str, device: str, *, compiled: bool, n_updates: in
     :param env: id of the environment
     :param device: of the model
     :param compiled: whether its updates are compiled
-    :param n_updates: that are timed; the last is profiled
+    :param n_updates: that are timed; on a GPU, one more is profiled
     """
     kwargs: dict[str, Any] = {**side.kwargs, **({"torch_compile": True} if compiled else {})}
     model = side.algorithm("MlpPolicy", VecNormalize(make_vec_env(env, 1)), seed=0, device=device, **kwargs)
     train: Callable[[], None] = model.train
-    is_gpu = model.device.type == "cuda"
+    n_timed = _WARM_UPS + n_updates
     seconds: list[float] = []
-    busy = extra_mib = 0.0
-    samples = 0
+    samples, busy, extra_mib = 0, 0.0, 0.0
 
-    def timed() -> None:
-        nonlocal busy, extra_mib, samples
-        buffer = model.rollout_buffer
-        samples = int(np.prod(np.shape(buffer.observations)[:2]))
-        if len(seconds) == _WARM_UPS + n_updates - 1 and is_gpu:
-            th.cuda.reset_peak_memory_stats()
-            before = th.cuda.memory_allocated()
-            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                seconds.append(_seconds(train, is_gpu))
-            of_device = [event for event in profiler.events() or () if str(event.device_type).endswith("CUDA")]
-            works = sum(event.time_range.elapsed_us() for event in of_device)
-            busy = 1e-6 * works / seconds.pop()
-            extra_mib = (th.cuda.max_memory_allocated() - before) / 2**20
-            seconds.append(seconds[-1])
+    def watched() -> None:
+        nonlocal samples, busy, extra_mib
+        samples = int(np.prod(np.shape(model.rollout_buffer.observations)[:2]))
+        if len(seconds) < n_timed:
+            seconds.append(_seconds(train, model.device))
         else:
-            seconds.append(_seconds(train, is_gpu))
+            busy, extra_mib = _profiled(train, model.device)
 
-    model.train = timed  # type: ignore[method-assign]
-    while len(seconds) < _WARM_UPS + n_updates:
+    model.train = watched  # type: ignore[method-assign]
+    for _ in range(n_timed + (model.device.type == "cuda")):
         model.learn(1, reset_num_timesteps=False)
     return Update(statistics.median(seconds[_WARM_UPS:]), samples, busy, extra_mib)
 
 
-def _seconds(train: Callable[[], None], is_gpu: bool) -> float:
+def _profiled(train: Callable[[], None], device: th.device) -> tuple[float, float]:
+    """The share of an update in which the device works, and the memory that it takes, in MiB."""
+    th.cuda.reset_peak_memory_stats()
+    before = th.cuda.memory_allocated()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds = _seconds(train, device)
+    of_device = [event for event in profiler.events() or () if str(event.device_type).endswith("CUDA")]
+    works = sum(event.time_range.elapsed_us() for event in of_device)
+    return 1e-6 * works / seconds, (th.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _seconds(train: Callable[[], None], device: th.device) -> float:
+    is_gpu = device.type == "cuda"
     if is_gpu:
         th.cuda.synchronize()
     start = time.perf_counter()

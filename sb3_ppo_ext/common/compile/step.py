@@ -215,7 +215,8 @@ class CompiledStep:
         return [self._message.written(gradients, th.stack(list(statistics.values())), weight)]
 
     def _step_of_all(self, fixed: Any, batch: Any, total: th.Tensor) -> list[th.Tensor]:
-        gradients, statistics = self._message.read(total, fixed[0].gradients)
+        sums, weight, statistics = self._message.read(total, fixed[0].gradients)
+        gradients = [of_all / weight for of_all in sums]
         return self._adam(fixed, gradients, dict(zip(self._message.names, statistics.unbind(), strict=True)))
 
     def _named(self, numbers: th.Tensor) -> Coefficients:

@@ -139,17 +139,19 @@ def normalized_over_processes(advantages: th.Tensor, sizes: Sequence[int], reduc
         return th.cat([losses.masked_whiten(part) for part in th.split(advantages, list(sizes))])
     wide = advantages.double()
     of_process = th.tensor(sizes, device=wide.device)
-    part = th.arange(len(sizes), device=wide.device).repeat_interleave(of_process, output_size=len(wide))
 
     def sums(values: th.Tensor) -> th.Tensor:
-        return values.new_zeros(len(sizes)).index_add_(0, part, values)
+        return th.segment_reduce(values, "sum", lengths=of_process)
+
+    def of_each_sample(of_part: th.Tensor) -> th.Tensor:
+        return of_part.repeat_interleave(of_process, output_size=len(wide))
 
     means = sums(wide) / of_process.clamp(min=1)
-    squares = sums((wide - means[part]).square())
+    squares = sums((wide - of_each_sample(means)).square())
     counts, means, squares = of_each(th.stack((of_process.double(), means, squares)), reducer).unbind(1)
     count = counts.sum(0)
     mean = (counts * means).sum(0) / count
     squares = squares.sum(0) + (counts * (means - mean).square()).sum(0)
     std = (squares / (count - 1).clamp(min=1)).sqrt() + 1e-8
     mean, std = th.where(count > 1, mean, 0.0), th.where(count > 1, std, 1.0)
-    return ((wide - mean[part]) / std[part]).to(advantages.dtype)
+    return ((wide - of_each_sample(mean)) / of_each_sample(std)).to(advantages.dtype)

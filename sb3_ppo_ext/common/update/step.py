@@ -150,9 +150,9 @@ class EagerStep:
         if self._message is None or self._message.names != self.names[:-1]:
             self._message = StepMessage(self._reducer, self.names[:-1], numbers[0].device)
         total = self._reducer.summed(self._message.written(gradients, th.stack(list(numbers)), weight))
-        averaged, statistics = self._message.read(total, gradients)
-        for gradient, of_all in zip(gradients, averaged, strict=True):
-            gradient.copy_(of_all)
+        sums, weight_of_all, statistics = self._message.read(total, gradients)
+        for gradient, of_all in zip(gradients, sums, strict=True):
+            th.div(of_all, weight_of_all, out=gradient)
         return statistics.unbind()
 
     def _make_flat(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -25,6 +25,7 @@ class StepMessage:
         self._maxima = [i for i, name in enumerate(names) if name.endswith("_max")]
         self._n_processes = reducer.n_processes
         self._is_own = th.arange(reducer.n_processes, device=device) == reducer.rank
+        self._one = th.ones(1, device=device)
 
     def written(self, gradients: Sequence[th.Tensor], statistics: th.Tensor, weight: int | th.Tensor) -> th.Tensor:
         """
@@ -35,21 +36,24 @@ class StepMessage:
         :param weight: number of samples that count
         :return: the message, a vector
         """
-        one = statistics.new_ones(1)
-        weighted = th.cat([*(gradient.flatten() for gradient in gradients), statistics, one]) * weight
-        return th.cat([weighted, *(th.where(self._is_own, statistics[i], 0.0) for i in self._maxima)])
+        maxima = [th.where(self._is_own, statistics[i], 0.0) for i in self._maxima]
+        message = th.cat([*(gradient.flatten() for gradient in gradients), statistics, self._one, *maxima])
+        message[: len(message) - len(maxima) * self._n_processes].mul_(weight)
+        return message
 
-    def read(self, total: th.Tensor, gradients: Sequence[th.Tensor]) -> tuple[list[th.Tensor], th.Tensor]:
+    def read(self, total: th.Tensor, gradients: Sequence[th.Tensor]) -> tuple[list[th.Tensor], th.Tensor, th.Tensor]:
         """
         Take the sum of the messages apart.
 
         :param total: the sum of the messages of all processes
         :param gradients: tensors of the same shapes as the gradients in the message
-        :return: the gradients and the statistics over all processes
+        :return: the sums of the gradients, each times its number of samples; the sum of these numbers, of shape ``()``;
+            and the statistics over all processes
         """
-        sizes = [*(gradient.numel() for gradient in gradients), len(self.names)]
-        n = sum(sizes)
-        *parts, statistics = th.split(total[:n] / total[n], sizes)
-        for i, maxima in zip(self._maxima, total[n + 1 :].view(-1, self._n_processes), strict=True):
+        sizes = [*(gradient.numel() for gradient in gradients), len(self.names), 1]
+        *sums, statistics, weight, of_maxima = th.split(total, [*sizes, len(total) - sum(sizes)])
+        weight = weight.view(())
+        statistics = statistics / weight
+        for i, maxima in zip(self._maxima, of_maxima.view(-1, self._n_processes), strict=True):
             statistics[i] = maxima.amax()
-        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)], statistics
+        return [part.view_as(gradient) for part, gradient in zip(sums, gradients, strict=True)], weight, statistics

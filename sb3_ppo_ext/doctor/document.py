@@ -46,11 +46,13 @@ td.words { white-space: normal; } .words { text-align: left; }
 tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 @media (max-width: 30rem) { th, td { padding: .25rem .4rem; } }
 @media (min-width: 46rem) { .finding { grid-template-columns: minmax(0, 1fr) 21rem; } }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } figure, .finding { break-inside: avoid; }
+@media print { :root { font-size: 10pt; } body { max-width: none; padding: 0; }
+  figure, .finding, ul { break-inside: avoid; } h2, h2 + p { break-after: avoid; }
   .table { overflow: visible; } tr > :first-child { position: static; }
   .wide { page: wide; } .wide table { font-size: 6.5pt; }
   .wide th, .wide td { padding: .15rem .25rem; } @page wide { size: landscape; margin: 1cm; }
-  h2 { break-after: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  svg { overflow: visible; } svg text { font-size: 14px; }
   .charts { grid-template-columns: 1fr 1fr 1fr; } .finding { grid-template-columns: minmax(0, 1fr) 7cm; } }
 """
 

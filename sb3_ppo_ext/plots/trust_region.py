@@ -170,7 +170,8 @@ def _draw_contours(panel: Axes, fisher: np.ndarray, target_kl: float) -> None:
     vectors = theta - _START
     model = 0.5 * np.einsum("...i,ij,...j", vectors, fisher, vectors)
     lines = panel.contour(mean, log_std, objective, levels=12, colors=_PALE, linewidths=0.8, linestyles="solid")
-    panel.clabel(lines, fontsize=7.5, fmt="%g")
+    for label in panel.clabel(lines, fontsize=7.5, fmt="%g"):
+        label.set_clip_on(False)  # a label at the edge stays whole
     panel.contourf(mean, log_std, kl, levels=[-1.0, target_kl], colors=[_SKY], alpha=0.2)
     panel.contour(mean, log_std, kl, levels=[target_kl], colors=[BLACK], linewidths=1.8)
     panel.contour(mean, log_std, model, levels=[target_kl], colors=[BLACK], linewidths=1.3, linestyles="dotted")

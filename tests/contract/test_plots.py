@@ -160,6 +160,13 @@ def test_without_matplotlib_it_says_how_to_install_it(monkeypatch: pytest.Monkey
         importlib.reload(plots)
 
 
+def test_labels_of_contours_are_not_cut_off_at_the_edge() -> None:
+    panel = plots.trust_region_figure().axes[0]
+    labels = [text for text in panel.texts if text.get_text().lstrip("-").isdigit()]
+    assert labels
+    assert not any(label.get_clip_on() for label in labels)
+
+
 def test_the_documentation_has_the_figures_that_its_script_draws() -> None:
     assert {path.name for path in (ROOT / "docs/_static").glob("*.svg")} == {f"{name}.svg" for name in FIGURES}
     pages = "".join(path.read_text() for path in (ROOT / "docs/modules").glob("*.md"))

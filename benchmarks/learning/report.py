@@ -55,8 +55,8 @@ _ABOUT = """\
 
 _SCORES = """\
 A score is 0 for a random policy and 1 for gymnasium's reward threshold (benchmarks/learning/published.py has both). The
-scores are of the environments on which all of DualClipPPO, PPO, TRPO and sb3-contrib's TRPO have runs, and of as many
-runs of an algorithm as all of these have of it."""
+scores are of the environments on which all of DualClipPPO, PPO, TRPO and sb3-contrib's TRPO have three runs or more
+(if there are none, of those on which all have one), and of as many runs of an algorithm as all of these have of it."""
 
 _PUBLISHED = """\
 **v3, v4 and v5 of these environments are not the same tasks**: observations, rewards and ends of episodes were changed.
@@ -158,10 +158,22 @@ def _missing(name: str, results: Results) -> Iterator[list[str]]:
 
 def _group(results: Results, envs: Sequence[str]) -> Group:
     """Of some environments, those on which all that are compared were run, and who was run on all of these."""
-    core = [of_algo(results, algo) for algo in _CORE]
-    common = [env for env in envs if all(env in curves for curves in core)]
+    common = comparable([of_algo(results, algo) for algo in _CORE], envs)
     found = {algo: score_matrix(of_algo(results, algo), common) for algo in _IN_GROUPS}
     return Group(common, {algo: scores for algo, scores in found.items() if scores is not None})
+
+
+def comparable(by_env: Sequence[Mapping[str, Curves]], envs: Iterable[str]) -> list[str]:
+    """
+    The environments on which algorithms can be compared: an environment with one run must not hide the ten of another.
+
+    :param by_env: the runs of each algorithm, by environment
+    :param envs: candidates
+    :return: those on which each has as many runs as an interval needs; if there are none, those on which each has a run
+    """
+    common = [env for env in envs if all(env in curves for curves in by_env)]
+    enough = [env for env in common if all(len(c[env].seeds) >= statistics.MIN_RUNS for c in by_env)]
+    return enough or common
 
 
 def _aggregates(set_name: str, groups: Mapping[str, Group], out: Path, n_resamples: int) -> Iterator[list[str]]:
@@ -193,13 +205,13 @@ def _aggregates(set_name: str, groups: Mapping[str, Group], out: Path, n_resampl
 
 
 def _improvements(set_name: str, results: Results, out: Path, n_resamples: int) -> Iterator[list[str]]:
-    """Each of ours against each peer, on the environments that both were run on."""
+    """Each of ours against each peer, on the environments on which both can be compared."""
     rows, drawn = [], []
     for group, of_group in GROUPS.items():
         for ours in _OURS:
             for peer in _PEERS:
                 by_env, of_peer = of_algo(results, ours), of_algo(results, peer)
-                envs = [env for env in of_group if env in by_env and env in of_peer]
+                envs = comparable([by_env, of_peer], of_group)
                 x, y = score_matrix(by_env, envs), score_matrix(of_peer, envs)
                 if x is None or y is None:
                     continue
@@ -213,7 +225,8 @@ def _improvements(set_name: str, results: Results, out: Path, n_resamples: int) 
     yield [
         "### Probability of improvement",
         "",
-        "Of a run of ours being above one of the peer, on the same environment.",
+        "Of a run of ours being above one of the peer, on the same environment. Where some environments have three",
+        "runs or more of both, those with fewer are left out.",
     ]
     yield table(["ours", "peer", "on", "runs", "probability"], rows)
     figure = figures.improvements(drawn)

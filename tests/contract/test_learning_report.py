@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,21 @@ def test_scores_are_those_of_the_runs_that_all_environments_have() -> None:
     assert scores is not None
     np.testing.assert_allclose(scores, [[0.0, 1.0], [1.0, 1.0]], atol=1e-12)
     assert score_matrix(curves, ["CartPole-v1", "Ant-v5"]) is None
+
+
+def test_an_environment_with_one_run_does_not_hide_the_runs_of_another() -> None:
+    def runs(env: str, n: int) -> dict[str, Any]:
+        records = [record for record in read_records(SAMPLE / "defaults") if record["algo"] == "dual_clip_ppo"]
+        (curves,) = results_of([{**records[0], "env": env, "seed": seed} for seed in range(n)]).values()
+        return {env: curves}
+
+    ten, three, one = runs("HalfCheetah-v5", 10), runs("Hopper-v5", 3), runs("Ant-v5", 1)
+    envs = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5"]
+    ours, peer = {**ten, **three, **one}, {**ten, **three, **one}
+    assert report.comparable([ours, peer], envs) == ["Hopper-v5", "HalfCheetah-v5"]
+    assert report.comparable([ours, {**ten, **one}], envs) == ["HalfCheetah-v5"]
+    assert report.comparable([ours, one], envs) == ["Ant-v5"]  # better than nothing
+    assert report.comparable([ours, {}], envs) == []
 
 
 def test_compiling_is_no_part_of_the_seconds() -> None:

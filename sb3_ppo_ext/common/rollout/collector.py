@@ -16,10 +16,10 @@ from sb3_ppo_ext.common.rollout.actor_critic import ActorCritic
 from sb3_ppo_ext.common.rollout.buffers import RolloutBuffer
 from sb3_ppo_ext.common.rollout.data import PolicyInput, chunks, rows_of, to_arrays, to_tensors
 from sb3_ppo_ext.common.rollout.env_actions import EnvActions
+from sb3_ppo_ext.common.rollout.env_copies import copy_quickly
 from sb3_ppo_ext.common.rollout.evaluation import StepEvaluation
 from sb3_ppo_ext.common.rollout.failures import raise_if_misshapen, raise_if_rollout_not_finite
 from sb3_ppo_ext.common.rollout.final_values import FinalValues
-from sb3_ppo_ext.common.rollout.info_copies import copy_infos_quickly
 from sb3_ppo_ext.common.rollout.masks import ActionMasks, check_no_masks
 from sb3_ppo_ext.common.rollout.parameter_watch import ParameterWatch
 from sb3_ppo_ext.common.rollout.stop_rules import StopRule
@@ -110,7 +110,7 @@ class Collector:
         stays_on_device = isinstance(rollout_buffer, TensorRolloutBuffer) and gives_tensors(env)
         env_actions = EnvActions(algorithm.action_space, device if stays_on_device else None)
         all_count = self._stop.counted is None
-        copy_infos_quickly(env)
+        copy_quickly(env)
         # Without a callback nothing reads the local variables or changes the policy during a rollout.
         is_alone = type(callback) is ConvertCallback and callback.callback is None
         act: Act = self.actor_critic.act

@@ -1,4 +1,4 @@
-"""The infos that callbacks get are copies, whatever an environment does with its own afterwards."""
+"""Infos and observations are copies, whatever an environment does with its own afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ppo_ext import DualClipPPO
-from sb3_ppo_ext.common.rollout.info_copies import copy_infos_quickly
+from sb3_ppo_ext.common.rollout.env_copies import copy_quickly
 
 
 class OneInfo(gym.Env[np.ndarray, np.ndarray]):
@@ -73,7 +73,7 @@ def test_copies_are_those_of_deepcopy() -> None:
     ]
     env = DummyVecEnv([OneInfo] * 3)
     env.buf_infos = list(infos)
-    copy_infos_quickly(env)
+    copy_quickly(env)
     quick, slow = deepcopy(env.buf_infos), deepcopy(infos)
 
     assert type(quick) is list
@@ -84,15 +84,53 @@ def test_copies_are_those_of_deepcopy() -> None:
     assert not np.shares_memory(quick[0]["array"], infos[0]["array"])
 
 
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(-1.0, 1.0, (2,)),
+        spaces.Dict({"b": spaces.Box(-1.0, 1.0, (2,)), "a": spaces.Discrete(3)}),
+        spaces.Tuple((spaces.Box(-1.0, 1.0, (2,)), spaces.MultiBinary(2))),
+    ],
+    ids=lambda space: type(space).__name__,
+)
+def test_observations_are_those_of_deepcopy(space: spaces.Space[Any]) -> None:
+    class Drawn(OneInfo):
+        observation_space = space  # type: ignore[assignment]
+
+        def reset(self, **kwargs: Any) -> Any:
+            return self.observation_space.sample(), {}
+
+        def step(self, action: np.ndarray) -> Any:
+            return self.observation_space.sample(), 0.0, False, False, {}
+
+    def observations(quick: bool) -> list[Any]:
+        space.seed(0)
+        env = DummyVecEnv([Drawn] * 2)
+        if quick:
+            copy_quickly(env)
+            assert type(env.buf_obs) is not OrderedDict
+        return [env.reset(), *(env.step(np.zeros((2, 1)))[0] for _ in range(3))]
+
+    quick, slow = observations(True), observations(False)
+    assert repr(quick) == repr(slow)
+    assert type(quick[0]) is type(slow[0])
+
+
 def test_a_pickle_of_the_environments_needs_nothing_of_this_package() -> None:
     env = DummyVecEnv([OneInfo])
-    copy_infos_quickly(env)
+    copy_quickly(env)
     assert type(env.buf_infos) is not list
-    assert type(pickle.loads(pickle.dumps(env)).buf_infos) is list
+    assert type(env.buf_obs) is not OrderedDict
+    loaded = pickle.loads(pickle.dumps(env))
+    assert type(loaded.buf_infos) is list
+    assert type(loaded.buf_obs) is OrderedDict
+    assert repr(loaded.buf_obs) == repr(OrderedDict(env.buf_obs))
 
 
 def test_what_is_no_list_of_the_vectors_own_stays_as_it_is() -> None:
     env = DummyVecEnv([OneInfo])
     env.buf_infos = own = type("Own", (list,), {})([{}])
-    copy_infos_quickly(env)
+    env.buf_obs = objects = OrderedDict([("x", np.array([[[1], [2]]], dtype=object))])
+    copy_quickly(env)
     assert env.buf_infos is own
+    assert env.buf_obs is objects

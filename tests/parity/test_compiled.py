@@ -11,9 +11,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import obs_as_tensor
+from torch import fx, nn
 
 from sb3_ppo_ext import TRPO, DualClipPPO
 from sb3_ppo_ext.common.compile import Run, cpu
+from sb3_ppo_ext.common.compile.program import Program
 from sb3_ppo_ext.common.errors import NonFiniteError
 from sb3_ppo_ext.common.rollout.data import PolicyInput
 from tests.envs import BOX_ACTIONS
@@ -45,6 +47,27 @@ def test_compiled_is_eager(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_traced_is_eager(case: str) -> None:
     agree_both_ways(case)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2])
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_a_layer_of_one_row_needs_no_library(n_rows: int, dtype: th.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the actor of a single environment, where a call of the library takes longer than the product."""
+    called: list[Any] = []
+
+    def run(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
+        called.extend(node.target for node in graph.graph.nodes)
+        return lambda inputs: graph(*inputs)
+
+    monkeypatch.setattr(cpu, "machine_code", run)
+    layer = nn.Linear(7, 5, dtype=dtype)
+    x = th.randn(n_rows, 7, dtype=dtype)
+    program = Program(
+        lambda fixed, batch, x: [nn.functional.linear(x, *fixed)], th.device("cpu"), what="a layer", announce=False
+    )
+    program.bind([layer.weight.detach(), layer.bias.detach()])
+    th.testing.assert_close(program(x)[0], layer(x).detach())
+    assert (th.ops.aten.addmm.default in called) == (n_rows > 1 or dtype == th.float64)
 
 
 @pytest.mark.parametrize("name", CASES["box, everything clipped"][2])

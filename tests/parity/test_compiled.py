@@ -49,10 +49,20 @@ def test_traced_is_eager(case: str) -> None:
     agree_both_ways(case)
 
 
-@pytest.mark.parametrize("n_rows", [1, 2])
-@pytest.mark.parametrize("dtype", [th.float32, th.float64])
-def test_a_layer_of_one_row_needs_no_library(n_rows: int, dtype: th.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the actor of a single environment, where a call of the library takes longer than the product."""
+@pytest.mark.parametrize(
+    ("n_rows", "n_inputs", "dtype", "by_library"),
+    [
+        (1, 7, th.float32, False),
+        (1, 7, th.float64, True),
+        (1, 2000, th.float32, False),
+        (8, 7, th.float32, False),
+        (8, 200, th.float32, True),
+    ],
+)
+def test_a_small_layer_needs_no_library(
+    n_rows: int, n_inputs: int, dtype: th.dtype, by_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the actor of a few environments, where a call of the library takes longer than the product."""
     called: list[Any] = []
 
     def run(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
@@ -60,14 +70,14 @@ def test_a_layer_of_one_row_needs_no_library(n_rows: int, dtype: th.dtype, monke
         return lambda inputs: graph(*inputs)
 
     monkeypatch.setattr(cpu, "machine_code", run)
-    layer = nn.Linear(7, 5, dtype=dtype)
-    x = th.randn(n_rows, 7, dtype=dtype)
+    layer = nn.Linear(n_inputs, 5, dtype=dtype)
+    x = th.randn(n_rows, n_inputs, dtype=dtype)
     program = Program(
         lambda fixed, batch, x: [nn.functional.linear(x, *fixed)], th.device("cpu"), what="a layer", announce=False
     )
     program.bind([layer.weight.detach(), layer.bias.detach()])
     th.testing.assert_close(program(x)[0], layer(x).detach())
-    assert (th.ops.aten.addmm.default in called) == (n_rows > 1 or dtype == th.float64)
+    assert (th.ops.aten.addmm.default in called) == by_library
 
 
 @pytest.mark.parametrize("name", CASES["box, everything clipped"][2])

@@ -21,6 +21,9 @@ from sb3_ppo_ext.common.torch_internals import traced
 
 Compiled = TypeVar("Compiled")
 
+# Up to so many, a matrix product takes less time than the call of a library for it. So does any with one row.
+_FEW_PRODUCTS = 4096
+
 # Operations that ``torch.tensor(...)`` in a traced function becomes. Such a constant may be kept on any device.
 _MAKES_A_CONSTANT = (th.ops.aten.lift_fresh.default, th.ops.aten.lift_fresh_copy.default)
 
@@ -197,9 +200,10 @@ def _tanh(x: th.Tensor) -> Any:
 
 
 def _addmm(bias: th.Tensor, x: th.Tensor, weight: th.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    if len(x) != 1 or beta != 1 or alpha != 1 or x.dtype != th.float32:
+    is_small = len(x) == 1 or len(x) * weight.numel() <= _FEW_PRODUCTS
+    if not is_small or beta != 1 or alpha != 1 or x.dtype != th.float32:
         return NotImplemented
-    # For one row, the compiler's own loops take a third of the time of a call of the library for matrix products.
+    # As in the actor of a few environments. The compiler's own loops take less time than a call of a library.
     return (x.unsqueeze(1) * weight.t()).sum(dim=-1) + bias
 
 

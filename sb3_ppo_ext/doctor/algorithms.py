@@ -36,6 +36,8 @@ _PPO = {
     "entropy_down": "lower `ent_coef`; 0 is the default",
     "rate": "the actor and the critic",
     "step": "`learning_rate`",
+    "scale": "If `train/value_loss` is in the thousands, wrap the environments in `VecNormalize`.",
+    "or_weight": ", or lower `vf_coef`",
 }
 _OURS = {**_PPO, "critic": f"raise `vf_coef`, or {_OWN_RATE}"}
 _A2C = {**_PPO, "smaller": "divide `learning_rate` by 3", "brake": ""}
@@ -47,13 +49,22 @@ _TRPO = {
     "critic_is_trained": "`learning_rate` is not 0, and that nothing has frozen the critic",
     "rate": "the critic alone",
     "step": "`target_kl`",
+    "or_weight": "",
 }
 _REINFORCE = {
     **_A2C,
     "samples": "raise `episodes_per_env` or the number of environments",
     "critic": f"raise `n_critic_updates`, or {_OWN_RATE}. `baseline='leave_one_out'` needs no critic",
     "critic_is_trained": "`learning_rate` is not 0, and that nothing has frozen the critic",
+    "or_weight": "",
 }
+
+LARGE_RETURNS = {
+    "critic": "bring the returns to a scale of about 1 with `VecNormalize` before you change anything about the critic",
+    "scale": "",
+    "or_weight": "",
+}
+"""Words for runs whose returns are too large for any critic, in place of the algorithm's own."""
 
 ALGORITHMS = (
     Algorithm(

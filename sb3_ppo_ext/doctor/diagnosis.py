@@ -10,14 +10,18 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sb3_ppo_ext.doctor.algorithms import Algorithm, algorithm_of
-from sb3_ppo_ext.doctor.rules import RULES, Rule
+from sb3_ppo_ext.doctor import measures
+from sb3_ppo_ext.doctor.algorithms import LARGE_RETURNS, Algorithm, algorithm_of
+from sb3_ppo_ext.doctor.measurements import SETTINGS
+from sb3_ppo_ext.doctor.rules import FAR_BEYOND, N_START, RULES, Rule
 from sb3_ppo_ext.doctor.run import Run, Series
 
 Level = Literal["alarm", "watch"]
 
 FEWEST_ROWS = 5
 """With fewer rows, the log says too little for a diagnosis."""
+
+_WATCH = {rule.name: rule.watch for rule in RULES}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Diagnosis(NamedTuple):
     :param algorithm: the algorithm that logged it
     :param findings: alarms first, and causes before their consequences
     :param fine: rules that had enough values to compare, and found nothing
+    :param short: rules for which the log is too short, with the number of rows that it has for them
     :param blind: rules that could not be checked without what :class:`DoctorCallback` logs
     """
 
@@ -62,6 +67,7 @@ class Diagnosis(NamedTuple):
     algorithm: Algorithm
     findings: list[Finding]
     fine: list[Rule]
+    short: dict[Rule, int]
     blind: list[Rule]
 
     def verdict(self) -> str:
@@ -75,6 +81,9 @@ class Diagnosis(NamedTuple):
             return f"{_count(n_alarms, 'alarm')}{also}. Begin with the first."
         if n_watch:
             return f"No alarm; {_count(n_watch, 'thing')} to watch."
+        if self.short:
+            n_rules = _count(len(self.short) + len(self.fine), "rule")
+            return f"Nothing unusual so far, but the log is too short for {len(self.short)} of {n_rules}."
         return "Nothing unusual."
 
 
@@ -86,6 +95,7 @@ def diagnose(run: Run) -> Diagnosis:
     algorithm = algorithm_of(run)
     findings: list[Finding] = []
     fine, blind = [], []
+    short: dict[Rule, int] = {}
     for rule in RULES:
         series = measured(rule, run)
         if series is None:
@@ -93,16 +103,15 @@ def diagnose(run: Run) -> Diagnosis:
             if rule.needs and (not others or any(key in run.series for key in others)):
                 blind.append(rule)
             continue
-        series = _judged(rule, series)
-        if np.count_nonzero(~np.isnan(series.values)) < rule.streak:
-            continue  # too few values to meet the rule
         finding = _finding(rule, series, run, algorithm)
-        if finding is None:
-            fine.append(rule)
-        else:
+        if finding is not None:
             findings.append(finding)
+        elif len(series.values) < rule.fewest_rows:
+            short[rule] = len(series.values)
+        elif np.count_nonzero(~np.isnan(_judged(rule, series)[1].values)) >= rule.streak:
+            fine.append(rule)
     findings.sort(key=lambda finding: finding.level != "alarm")
-    return Diagnosis(run, algorithm, findings, fine, blind)
+    return Diagnosis(run, algorithm, findings, fine, short, blind)
 
 
 def measured(rule: Rule, run: Run) -> Series | None:
@@ -111,28 +120,42 @@ def measured(rule: Rule, run: Run) -> Series | None:
         return rule.measure(run)
 
 
-def _judged(rule: Rule, series: Series) -> Series:
-    """The part of a series that is compared with the limits."""
-    if rule.after_start:
-        n_start = max(FEWEST_ROWS, len(series.values) // 10)
-        series = Series(*(array[n_start:] for array in series))
-    return series.in_parts()
+def _judged(rule: Rule, series: Series) -> tuple[Series, Series]:
+    """The rows of a series that are left out at its start, and the part that is compared with the limits."""
+    n_start = 0
+    if rule.after_start and not _is_far_beyond(rule, series):
+        n_start = max(N_START, len(series.values) // 10)
+    left_out, judged = (Series(series.steps[rows], series.values[rows]) for rows in (np.s_[:n_start], np.s_[n_start:]))
+    return left_out, judged.in_parts()
 
 
-def _finding(rule: Rule, series: Series, run: Run, algorithm: Algorithm) -> Finding | None:
+def _is_far_beyond(rule: Rule, series: Series) -> bool:
+    """Whether all rows, enough for the rule, are so far above the alarm that its start needs no patience."""
+    if rule.below or rule.alarm is None or len(series.values) < rule.streak:
+        return False
+    return bool((series.values > FAR_BEYOND * rule.alarm).all())
+
+
+def _finding(rule: Rule, measured: Series, run: Run, algorithm: Algorithm) -> Finding | None:
+    left_out, judged = _judged(rule, measured)
+    n_start, series = len(left_out.values), Series(*map(np.concatenate, zip(left_out, judged, strict=True)))
     limits: list[tuple[Level, float | None]] = [("alarm", rule.alarm), ("watch", rule.watch)]
     for level, limit in limits:
         if limit is None:
             continue
-        found = _streaks(series.values < limit if rule.below else series.values > limit, rule.streak)
+        is_beyond = series.values < limit if rule.below else series.values > limit
+        found = _streaks(is_beyond[n_start:], rule.streak)
         if not found:
             continue
-        start, end = found[0][0], found[-1][1]
+        start, end = n_start + found[0][0], n_start + found[-1][1]
+        if start == n_start:  # it may have been so from the beginning
+            start -= next((i for i, was in enumerate(is_beyond[:n_start][::-1]) if not was), n_start)
         beyond = series.values[start:end]
         worst, last = float(np.nanmin(beyond) if rule.below else np.nanmax(beyond)), float(series.values[-1])
         since = int(series.steps[start])
         until = int(series.steps[end]) if end < len(series.values) else None
-        seen = _seen(rule, limit, since, until, worst, last)
+        note = ", where judging begins," if rule.warm_up and since <= measured.steps[rule.warm_up] else ""
+        seen = _seen(rule, limit, f"step {since:,}{note}", until, worst, last)
         return Finding(rule, level, limit, since, until, worst, last, seen, _first(rule, run, algorithm))
     return None
 
@@ -143,25 +166,41 @@ def _streaks(beyond: np.ndarray, shortest: int) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2) if end - start >= shortest]
 
 
-def _seen(rule: Rule, limit: float, since: int, until: int | None, worst: float, last: float) -> str:
+def _seen(rule: Rule, limit: float, since: str, until: int | None, worst: float, last: float) -> str:
     """What was seen, as one sentence."""
     if rule.is_flag:
-        when = f"Since step {since:,}" if until is None else f"From step {since:,} to step {until:,}"
+        when = f"Since {since}" if until is None else f"From {since} to step {until:,}"
         return f"{when}: {rule.quantity[0].lower()}{rule.quantity[1:]}."
     write = percentage if rule.is_percentage else number
     beyond = f"{'below' if rule.below else 'above'} {write(limit)}"
     extreme = f"{write(worst)} at {'least' if rule.below else 'most'}"
     if until is not None:
-        return (
-            f"{rule.quantity} was {beyond} from step {since:,} to step {until:,}, {extreme}. It is {write(last)} now."
-        )
+        return f"{rule.quantity} was {beyond} from {since} to step {until:,}, {extreme}. It is {write(last)} now."
     was = "" if write(last) == write(worst) else f", and was {extreme}"
-    return f"{rule.quantity} has been {beyond} since step {since:,}. It is {write(last)} now{was}."
+    return f"{rule.quantity} has been {beyond} since {since.rstrip(',')}. It is {write(last)} now{was}."
+
+
+def _words(run: Run, algorithm: Algorithm) -> dict[str, str]:
+    """
+    The words of the algorithm. Where the returns are so large that no other change helps the critic, its words say so,
+    and none of several findings contradicts another.
+    """
+
+    def exceeds(measure: measures.Measure, name: str) -> bool:
+        series = measure(run)
+        return series is not None and bool(series.values[-1] > _WATCH[name])
+
+    words = dict(algorithm.words)
+    if exceeds(measures.critic_error, "reward_scale"):
+        words |= LARGE_RETURNS
+    elif exceeds(measures.gradient_over_limit, "gradient_clipping"):
+        words["critic"] = LARGE_RETURNS["critic"]
+    return words
 
 
 def _first(rule: Rule, run: Run, algorithm: Algorithm) -> str:
     """What to change first, with the present value of each argument that was logged."""
-    text = rule.first.format_map(algorithm.words).strip()
+    text = rule.first.format_map(_words(run, algorithm)).strip()
     text = re.sub(r"(^|[.] )([a-z])", lambda match: match[1] + match[2].upper(), text)
     named: set[str] = set()
 
@@ -186,7 +225,7 @@ def number(value: float) -> str:
 
 def percentage(share: float) -> str:
     """A share as a person reads it."""
-    return f"{100.0 * share:.2g}%" if abs(share) < 1.0 else f"{100.0 * share:.0f}%"
+    return f"{100.0 * share + 0.0:.2g}%" if abs(share) < 1.0 else f"{100.0 * share:.0f}%"
 
 
 def _count(n: int, what: str) -> str:
@@ -199,10 +238,23 @@ def in_words(diagnosis: Diagnosis) -> Sequence[str]:
     lines = [f"{run.name}: {algorithm.name}, {run.n_steps:,} steps. {diagnosis.verdict()}"]
     for finding in diagnosis.findings:
         lines += ["", *finding_in_words(finding)]
+    if diagnosis.short and run.n_rows >= FEWEST_ROWS:
+        lines += ["", f"The log is too short to look for: {'; '.join(too_short(diagnosis))}."]
     if diagnosis.blind:
         lacking = dict.fromkeys(key.partition("/")[2] for rule in diagnosis.blind for key in rule.needs)
-        lines += ["", f"Some rules need keys that this log lacks: {', '.join(lacking)}. DoctorCallback logs them."]
+        settings = " ".join(f"{name}:VALUE" for name in lacking if name in SETTINGS)
+        given = f"; the command takes settings by -params {settings}" if settings else ""
+        lacks = f"Some rules need keys that this log lacks: {', '.join(lacking)}. DoctorCallback logs them{given}."
+        lines += ["", lacks]
     return lines
+
+
+def too_short(diagnosis: Diagnosis) -> list[str]:
+    """What was not looked for, because the log is too short: each with the rows that there are and that it takes."""
+    return [
+        f"{rule.title[0].lower()}{rule.title[1:]} ({n_rows} of {rule.fewest_rows} rows)"
+        for rule, n_rows in diagnosis.short.items()
+    ]
 
 
 def finding_in_words(finding: Finding) -> list[str]:

@@ -35,8 +35,9 @@ def read_runs(path: Path, unreadable: list[LogError] | None = None) -> list[Run]
     )
     if not folders:
         raise LogError(
-            f"{path} has no log in it: no progress.csv, progress.json or {_EVENTS}... A model writes one with "
-            "tensorboard_log=FOLDER, or after model.set_logger(configure(FOLDER, ['csv']))"
+            f"{path} has no log in it: no progress.csv, progress.json or {_EVENTS}... `sb3-ppo-ext train` "
+            "writes one with --tensorboard-log FOLDER, a model with tensorboard_log=FOLDER, or after "
+            "model.set_logger(configure(FOLDER, ['csv']))"
         )
     logs: list[tuple[Path, str]] = []
     for folder in folders:

@@ -10,10 +10,10 @@ from sb3_ppo_ext.doctor.run import Run, Series
 
 Measure = Callable[[Run], Series | None]
 
-_WINDOW = 10  # updates over which failures are counted
-_FOR_SLOPE = 10  # fewest rows for a slope
+WINDOW = 10  # updates over which failures are counted
+FOR_SLOPE = 10  # fewest rows for a slope
 _EPISODES = 10  # fewest episodes whose equal returns mean something
-_FIRST = 5  # rows that count as the beginning
+FIRST = 5  # rows that count as the beginning
 # Bounds of AdaptiveKLPPO's coefficient where they were not logged: its defaults.
 KL_COEF_MIN, KL_COEF_MAX = 1e-4, 1e4
 
@@ -116,7 +116,7 @@ def entropy_slope(run: Run) -> Series | None:
     covariance = np.cumsum(row * y) / row - mean_x * mean_y
     variance = (row * row - 1) / 12
     slope = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0.0)
-    lost = np.where(row < _FOR_SLOPE, np.nan, -slope * (row - 1) / y[0])
+    lost = np.where(row < FOR_SLOPE, np.nan, -slope * (row - 1) / y[0])
     return Series(entropy.steps, np.fmax.accumulate(lost))
 
 
@@ -139,9 +139,9 @@ def best_explained_variance(run: Run) -> Series | None:
     if aligned is None or len(aligned[0]) != len(found.steps):
         return best
     losses = aligned[2]
-    padded = np.pad(losses, (_FIRST - 1, 0), mode="edge")
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, _FIRST), axis=1)
-    return Series(best.steps, np.where(medians < 0.5 * np.median(losses[:_FIRST]), np.nan, best.values))
+    padded = np.pad(losses, (FIRST - 1, 0), mode="edge")
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, FIRST), axis=1)
+    return Series(best.steps, np.where(medians < 0.5 * np.median(losses[:FIRST]), np.nan, best.values))
 
 
 def no_explained_variance(run: Run) -> Series | None:
@@ -179,12 +179,14 @@ def gradient_over_limit(run: Run) -> Series | None:
 
 
 def line_search_failures(run: Run) -> Series | None:
-    """The share of failed line searches among the last ten."""
+    """The share of failed line searches among the last ten. NaN for the first rows."""
     found = logged("train/is_line_search_success")(run)
-    if found is None or len(found.values) < _WINDOW:
+    if found is None:
         return None
-    failures = np.convolve(1.0 - found.values, np.ones(_WINDOW), mode="valid") / _WINDOW
-    return Series(found.steps[_WINDOW - 1 :], failures)
+    shares = np.full(len(found.values), np.nan)
+    if len(shares) >= WINDOW:
+        shares[WINDOW - 1 :] = np.convolve(1.0 - found.values, np.ones(WINDOW), mode="valid") / WINDOW
+    return Series(found.steps, shares)
 
 
 def at_bound(run: Run) -> Series | None:
@@ -236,9 +238,9 @@ def unchanged_returns(run: Run) -> Series | None:
 
 
 def speed(run: Run) -> Series | None:
-    """Steps per second since the beginning, as a share of the best value so far, without the first rows."""
+    """Steps per second since the beginning, as a share of the best value so far. NaN for the first rows."""
     found = logged("time/fps")(run)
-    if found is None or len(found.values) <= _FIRST:
+    if found is None:
         return None
-    values = found.values[_FIRST:]
-    return Series(found.steps[_FIRST:], values / np.maximum(np.maximum.accumulate(values), 1e-12))
+    values = np.where(np.arange(len(found.values)) < FIRST, np.nan, found.values)
+    return Series(found.steps, values / np.maximum(np.fmax.accumulate(values), 1e-12))

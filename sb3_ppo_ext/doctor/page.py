@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from sb3_ppo_ext.doctor.charts import Limit, chart
-from sb3_ppo_ext.doctor.diagnosis import Diagnosis, Finding, measured, number, percentage
+from sb3_ppo_ext.doctor.diagnosis import Diagnosis, Finding, measured, number, percentage, too_short
 from sb3_ppo_ext.doctor.document import document
 from sb3_ppo_ext.doctor.keys import MEANINGS
 from sb3_ppo_ext.doctor.run import Run
@@ -53,6 +53,9 @@ def _section(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.fine:
         items = "".join(f"<li>{escape(rule.title)}</li>" for rule in diagnosis.fine)
         parts.append(f"<h2>Looked for, and not found</h2><ul>{items}</ul>")
+    if diagnosis.short:
+        items = "".join(f"<li>{escape(text[0].upper() + text[1:])}</li>" for text in too_short(diagnosis))
+        parts.append(f"<h2>Not looked for: the log is too short</h2><ul>{items}</ul>")
     if diagnosis.blind:
         items = "".join(f"<li>{escape(rule.title)}</li>" for rule in diagnosis.blind)
         parts.append(

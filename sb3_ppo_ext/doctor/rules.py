@@ -21,6 +21,12 @@ _TRPO = "Schulman et al. 2015, arXiv 1502.05477"
 _ENTRIES = "the entries of rl_zoo3 2.9 for PPO, A2C and TRPO"
 _LIMITS = "the numbers are this package's own, tried on the recorded runs of its tests"
 
+N_START = 5
+"""Rows that :attr:`Rule.after_start` leaves out, at least."""
+
+FAR_BEYOND = 10.0
+"""A series that is above this multiple of the alarm in all of its rows is judged from the first row on."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -37,7 +43,9 @@ class Rule:
     :param keys: logged keys that it is about, for plots and explanations
     :param below: whether values below the limits count as beyond them, instead of values above
     :param streak: how many consecutive values must be beyond a limit
-    :param after_start: whether the first tenth of the rows, at least five, is left out
+    :param after_start: whether the first tenth of the rows, at least five, is left out, unless all rows are far beyond
+        the alarm (:data:`FAR_BEYOND`)
+    :param warm_up: how many rows the measure needs before its first value
     :param is_percentage: whether the series is a share, which is written as a percentage
     :param is_flag: whether the series only says yes (not 0) or no (0)
     :param needs: keys that :class:`DoctorCallback` adds to a log, without which there is nothing to compare
@@ -56,9 +64,15 @@ class Rule:
     below: bool = False
     streak: int = 3
     after_start: bool = False
+    warm_up: int = 0
     is_percentage: bool = False
     is_flag: bool = False
     needs: tuple[str, ...] = ()
+
+    @property
+    def fewest_rows(self) -> int:
+        """With fewer rows than this, the rule can say nothing (but see :data:`FAR_BEYOND`)."""
+        return max(self.warm_up, N_START if self.after_start else 0) + self.streak
 
 
 RULES = (
@@ -196,6 +210,7 @@ RULES = (
         "entropy_slope", "The policy stays as random as it began", measures.entropy_slope,
         "The largest share of its entropy that the policy has lost so far, by a straight line through the rows,",
         watch=0.01, alarm=0.002, below=True, streak=10, after_start=True, is_percentage=True,
+        warm_up=measures.FOR_SLOPE - 1,
         meaning="After this many updates the policy prefers no action: the weight of the entropy holds it back, the "
         "advantages are noise, or its steps are far too short.",
         first="{entropy_down}. Look at `train/explained_variance`, too, and raise {step} if the KL divergence is below "
@@ -248,7 +263,7 @@ RULES = (
         watch=1.0, alarm=None, after_start=True, needs=("doctor/advantage_mean",),
         meaning="Nearly all actions look better than expected, or nearly all worse: the critic has not caught up with "
         "the returns. Where advantages are normalised, the actor does not see it.",
-        first="{critic}. If `train/value_loss` is in the thousands, wrap the environments in `VecNormalize`.",
+        first="{critic}. {scale}",
         source=f"by definition, advantages have the mean 0; {_LIMITS}",
         keys=("doctor/advantage_mean", "doctor/advantage_std"),
     ),
@@ -268,14 +283,14 @@ RULES = (
         watch=1000.0, alarm=None, after_start=True, needs=("doctor/max_grad_norm",),
         meaning="They are clipped to a small part of their norm, so every step has the same length. Where actor and "
         "critic are clipped together, the gradient of the critic drowns out that of the actor.",
-        first="Bring the returns to a scale of about 1 with `VecNormalize`, or lower `vf_coef`.",
+        first="Bring the returns to a scale of about 1 with `VecNormalize`{or_weight}.",
         source=_LIMITS,
         keys=("train/grad_norm",),
     ),
     Rule(
         "line_search", "Line searches fail", measures.line_search_failures,
         "The share of failed line searches among the last ten",
-        watch=0.3, alarm=0.7, is_percentage=True,
+        watch=0.3, alarm=0.7, is_percentage=True, warm_up=measures.WINDOW - 1,
         meaning="A failed search leaves the policy as it was: no step along the natural gradient was both within "
         "`target_kl` and an improvement. The direction is too rough, or there is nothing left to improve.",
         first="Raise `cg_damping` or `cg_max_steps`, or `line_search_max_iter`. {samples}.",
@@ -306,7 +321,7 @@ RULES = (
     Rule(
         "speed", "The training has become slower", measures.speed,
         "`time/fps`, the steps per second since the beginning, as a share of the best value,",
-        watch=0.5, alarm=None, below=True, is_percentage=True,
+        watch=0.5, alarm=None, below=True, is_percentage=True, warm_up=measures.FIRST,
         meaning="Steps take longer than before: another program needs the processor, the environments become slower "
         "as the agent gets further, or something grows that is never emptied.",
         first="Look at the processor and the memory of the machine (`top`), then at what the environments and the "

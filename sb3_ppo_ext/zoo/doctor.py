@@ -15,7 +15,7 @@ from sb3_ppo_ext.doctor.keys import MEANINGS, UnknownKeyError, full_key
 from sb3_ppo_ext.doctor.logs import LogError, read_runs
 from sb3_ppo_ext.doctor.measurements import SETTINGS
 from sb3_ppo_ext.doctor.page import page
-from sb3_ppo_ext.doctor.rules import RULES
+from sb3_ppo_ext.doctor.rules import FAR_BEYOND, N_START, RULES
 from sb3_ppo_ext.doctor.run import Run, Series
 from sb3_ppo_ext.zoo.arguments import Parser, StoreDict
 
@@ -80,8 +80,9 @@ def _diagnose(log: Path, settings: dict[str, float], *, with_page: bool) -> None
 
 
 def _with_settings(run: Run, settings: dict[str, float]) -> Run:
-    """Add hyper-parameters to a run, as if they had been logged at its beginning."""
-    given = {f"doctor/{name}": Series(np.zeros(1), np.array([float(value)])) for name, value in settings.items()}
+    """Add hyper-parameters to a run, as if they had been logged in each of its rows."""
+    steps = max((series.steps for series in run.series.values()), key=len)
+    given = {f"doctor/{name}": Series(steps, np.full(len(steps), float(value))) for name, value in settings.items()}
     return Run(run.name, {**run.series, **given})
 
 
@@ -94,9 +95,14 @@ def _explanation(key: str) -> list[str]:
         lines += ["", f"Looked for: {rule.title[0].lower()}{rule.title[1:]}"]
         if not rule.is_flag:
             side = "below" if rule.below else "above"
-            alarm = (
-                "" if rule.alarm is None or rule.alarm == rule.watch else f", {side} {number(rule.alarm)} is an alarm"
-            )
-            lines += [f"  {rule.quantity.rstrip(',')}: {side} {number(rule.watch)} is worth a look{alarm}."]
+            limits = [] if rule.watch == rule.alarm else [f"{side} {number(rule.watch)} is worth a look"]
+            limits += [] if rule.alarm is None else [f"{side} {number(rule.alarm)} is an alarm"]
+            lines += [f"  {rule.quantity.rstrip(',')}: {', '.join(limits)}."]
+        left_out = (
+            f"; the first {N_START}, or the first tenth of a longer log, do not count" if rule.after_start else ""
+        )
+        if rule.after_start and rule.alarm is not None and not rule.below:
+            left_out += f", unless all are above {number(FAR_BEYOND * rule.alarm)}"
+        lines += [f"  It takes {rule.fewest_rows} rows{left_out}." if rule.fewest_rows > 1 else "  One row is enough."]
         lines += [f"  {rule.meaning}"]
     return lines

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import sb3_contrib
@@ -16,7 +18,7 @@ from sb3_ppo_ext import TRPO, AdaptiveKLPPO, DoctorCallback, DualClipPPO
 from sb3_ppo_ext.doctor.diagnosis import diagnose
 from sb3_ppo_ext.doctor.keys import MEANINGS
 from sb3_ppo_ext.doctor.logs import read_runs
-from sb3_ppo_ext.doctor.run import Run
+from sb3_ppo_ext.doctor.run import Run, Series
 from tests.algorithms import ALGORITHMS, small
 
 RUNS = Path(__file__).parent / "runs"
@@ -43,6 +45,17 @@ def recorded(path: Path) -> Run:
 @pytest.mark.parametrize("path", HEALTHY, ids=lambda path: path.stem)
 def test_a_healthy_run_raises_no_alarm(path: Path) -> None:
     assert [finding.seen for finding in diagnose(recorded(path)).findings if finding.level == "alarm"] == []
+
+
+@pytest.mark.parametrize("path", HEALTHY, ids=lambda path: path.stem)
+def test_the_beginning_of_a_healthy_run_raises_no_alarm(path: Path) -> None:
+    """A training is diagnosed while it runs, too."""
+    run = recorded(path)
+    steps = np.unique(np.concatenate([series.steps for series in run.series.values()]))
+    for last in steps[2:9]:
+        rows = {key: series.steps <= last for key, series in run.series.items()}
+        begun = {key: Series(*(array[rows[key]] for array in run.series[key])) for key in rows if rows[key].any()}
+        assert [finding.seen for finding in diagnose(Run("begun", begun)).findings if finding.level == "alarm"] == []
 
 
 def test_the_healthy_runs_are_of_all_algorithms_on_five_tasks() -> None:
@@ -130,6 +143,17 @@ def test_it_says_each_finding_once_while_the_training_runs(capsys: pytest.Captur
     assert doctor.diagnosis.run.n_steps == 224
     model.learn(64, callback=doctor)  # begins anew
     assert doctor.diagnosis.run.n_steps == 64
+
+
+def test_rewards_that_are_far_too_large_are_what_it_says_first(capsys: pytest.CaptureFixture[str]) -> None:
+    env = gym.wrappers.TransformReward(gym.make("CartPole-v1"), lambda reward: 1e5 * reward)
+    model = small(DualClipPPO, "MlpPolicy", env)
+    model.learn(12 * model.n_steps * model.n_envs, callback=DoctorCallback())
+    output = capsys.readouterr().out
+    titles = re.findall(r"^(?:ALARM|WATCH)  (.*)$", output, re.MULTILINE)
+    assert titles[0] == "The rewards are too large for the critic"
+    assert {"The critic is wrong in one direction", "Clipping leaves hardly anything of the gradients"} < set(titles)
+    assert "vf_coef" not in output
 
 
 def test_silent_it_keeps_its_findings(capsys: pytest.CaptureFixture[str]) -> None:

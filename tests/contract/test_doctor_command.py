@@ -52,7 +52,10 @@ def test_a_log_is_diagnosed(command: Command, tmp_path: Path) -> None:
     assert "  means   The samples of a rollout say little" in output
     assert "  change  Divide `learning_rate` (now 0.005) by 3, or lower `n_epochs`. `target_kl=0.03` also" in output
     assert output.index("ALARM") < output.index("WATCH  Much of the gradient is clipped away")
-    assert "need keys that this log lacks: gamma, advantage_mean, advantage_skew. DoctorCallback logs them" in output
+    assert (
+        "this log lacks: gamma, advantage_mean, advantage_skew. DoctorCallback logs them; the command takes" in output
+    )
+    assert output.endswith(" by -params gamma:VALUE.\n")
 
 
 def test_a_folder_of_runs_is_diagnosed_one_after_the_other(command: Command, tmp_path: Path) -> None:
@@ -79,7 +82,20 @@ def test_what_the_log_lacks_may_be_given(command: Command, tmp_path: Path) -> No
     assert "ALARM  The agent looks only a few steps ahead" in command("doctor", str(path), "-params", "gamma:0.0")
     output = command("doctor", str(path), "-params", "gamma:0.99")
     assert "a few steps ahead" not in output
-    assert "need keys that this log lacks: advantage_mean" in output
+    assert output.endswith("need keys that this log lacks: advantage_mean, advantage_skew. DoctorCallback logs them.\n")
+    assert "The entropy weighs more than the task" in command("doctor", str(path), "-params", "ent_coef:10")
+
+
+def test_a_short_log_is_said_to_be_short(command: Command, tmp_path: Path) -> None:
+    path = log(tmp_path / "logs" / "a", train__value_loss=4e6)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
+    output = command("doctor", "logs", "--html")
+    assert output.startswith(
+        "a: an unknown algorithm, 7,000 steps. Nothing unusual so far, but the log is too short for "
+    )
+    assert "\nThe log is too short to look for: the rewards are too large for the critic (7 of 8 rows).\n" in output
+    text = (tmp_path / "logs" / "doctor.html").read_text()
+    assert "too short</h2><ul><li>The rewards are too large for the critic (7 of 8 rows)</li></ul>" in text
 
 
 @pytest.mark.parametrize(
@@ -103,6 +119,15 @@ def test_a_key_is_explained_with_the_limits_of_its_rules(key: str, command: Comm
     output = command("doctor", "--explain", key)
     assert output.startswith(f"train/approx_kl: {MEANINGS['train/approx_kl']}\n")
     assert "The KL divergence of an update: above 0.02 is worth a look, above 0.1 is an alarm." in output
+    assert "\n  It takes 3 rows.\n" in output
+
+
+def test_the_rows_that_do_not_count_are_explained(command: Command) -> None:
+    output = command("doctor", "--explain", "value_loss")
+    left_out = "It takes 8 rows; the first 5, or the first tenth of a longer log, do not count"
+    assert f"  {left_out}, unless all are above 10,000.\n" in output
+    assert "The largest `train/explained_variance` so far: below 0.05 is an alarm.\n" in output
+    assert "\n  One row is enough.\n" in output
 
 
 def test_help_names_the_command(command: Command) -> None:

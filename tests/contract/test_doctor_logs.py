@@ -132,6 +132,7 @@ def test_rows_of_an_evaluation_and_a_line_that_was_cut_off(tmp_path: Path) -> No
         ("progress.json", "no json\nat all\n", "cannot be read"),
         ("events.out.tfevents.1", "", "it has no scalars"),
         ("other.txt", "", "has no log in it: no progress.csv, progress.json or events.out.tfevents"),
+        ("0.monitor.csv", "", "`sb3-ppo-ext train` writes one with --tensorboard-log FOLDER"),
     ],
 )
 def test_what_is_no_log_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from sb3_ppo_ext.doctor import measures
 from sb3_ppo_ext.doctor.algorithms import ALGORITHMS, algorithm_of
-from sb3_ppo_ext.doctor.diagnosis import Finding, diagnose, number, percentage
+from sb3_ppo_ext.doctor.diagnosis import Finding, diagnose, in_words, number, percentage
 from sb3_ppo_ext.doctor.keys import MEANINGS
 from sb3_ppo_ext.doctor.rules import RULES
 from sb3_ppo_ext.doctor.run import Run, Series
@@ -371,9 +371,17 @@ def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
 
 
-@pytest.mark.parametrize(("share", "text"), [(0.2, "20%"), (0.123, "12%"), (0.0034, "0.34%"), (1.0, "100%")])
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.2, "20%"), (-0.0, "0%"), (0.123, "12%"), (0.0034, "0.34%"), (1.0, "100%")]
+)
 def test_percentages_are_short(share: float, text: str) -> None:
     assert percentage(share) == text
+
+
+def short_log(n_rows: int, **columns: Any) -> Run:
+    """The first rows of a run."""
+    long = run(**columns)
+    return Run("made up", {key: Series(*(array[:n_rows] for array in series)) for key, series in long.series.items()})
 
 
 def test_a_rule_that_has_too_few_values_is_not_called_fine() -> None:
@@ -382,9 +390,84 @@ def test_a_rule_that_has_too_few_values_is_not_called_fine() -> None:
         keys = ("train/explained_variance", "train/clip_fraction")
         diagnosis = diagnose(Run("made up", {key: Series(row, np.full(n_rows, 0.1)) for key in keys}))
         assert not diagnosis.findings
+        assert all(rows == n_rows < rule.fewest_rows for rule, rows in diagnosis.short.items())
+        assert len(diagnosis.short) + len(diagnosis.fine) == 5
         return {rule.name for rule in diagnosis.fine}
 
     assert fine(2) == {"not_finite"}
     assert fine(3) == {"not_finite", "clip_fraction", "constant_targets"}  # three rows in a row
     assert fine(8) == {*fine(3), "explained_variance"}  # which leaves out the first five
     assert fine(15) == {*fine(8), "critic_learns_nothing"}  # ten rows in a row
+
+
+def test_a_short_log_is_not_given_a_clean_bill() -> None:
+    columns = {"train__value_loss": 4e6, "train__clip_fraction": 0.1, "time__fps": 100.0}
+    diagnosis = diagnose(short_log(7, **columns))
+    assert diagnosis.verdict() == "Nothing unusual so far, but the log is too short for 2 of 4 rules."
+    assert in_words(diagnosis)[2] == (
+        "The log is too short to look for: the rewards are too large for the critic (7 of 8 rows); the training has "
+        "become slower (7 of 8 rows)."
+    )
+    said = " ".join(in_words(diagnose(short_log(4, **columns))))
+    assert "The log has only 4 rows: too few to say anything." in said
+    assert "to look for" not in said
+    assert not diagnose(short_log(8, time__fps=100.0)).short
+    assert set(diagnose(short_log(18, train__entropy_loss=falling(0.0))).short.values()) == {18}
+    assert level("entropy_slope", short_log(19, train__entropy_loss=falling(0.0))) == "alarm"
+    assert [rule.name for rule in diagnose(short_log(11, train__is_line_search_success=0.0)).short] == ["line_search"]
+    assert level("line_search", short_log(12, train__is_line_search_success=0.0)) == "alarm"
+
+
+def test_a_critic_that_is_far_off_in_all_rows_is_an_alarm_at_once() -> None:
+    """Its error is 1e6; the alarm is above 1000, and above 10,000 the start counts, too."""
+    assert level("reward_scale", short_log(2, train__value_loss=1e12)) is None
+    finding = found("reward_scale", short_log(3, train__value_loss=1e12))
+    assert finding is not None
+    assert (finding.level, finding.since) == ("alarm", 1000)
+    late = np.where(np.arange(N_ROWS) < 2, 1.0, 1e12)
+    assert level("reward_scale", short_log(7, train__value_loss=late)) is None
+    assert level("reward_scale", short_log(7, train__value_loss=0.9e8)) is None
+    assert level("reward_scale", short_log(8, train__value_loss=0.9e8)) == "alarm"
+
+
+@pytest.mark.parametrize(("n_early", "since"), [(0, 1000), (2, 3000), (5, 6000), (7, 8000)])
+def test_since_goes_back_to_where_it_began_also_in_rows_that_are_not_judged(n_early: int, since: int) -> None:
+    errors = np.where(np.arange(N_ROWS) < n_early, 10.0, 2000.0)
+    finding = found("reward_scale", run(train__value_loss=errors**2))
+    assert finding is not None
+    assert finding.since == since
+
+
+def test_it_says_where_judging_begins() -> None:
+    """A slope takes ten rows, the share of failures, too."""
+    finding = found("entropy_slope", run(train__entropy_loss=falling(0.0)))
+    assert finding is not None
+    assert finding.seen.endswith("below 0.2% since step 10,000, where judging begins. It is 0% now.")
+    finding = found("line_search", run(train__is_line_search_success=np.arange(N_ROWS) >= 20))
+    assert finding is not None
+    assert "above 70% from step 10,000, where judging begins, to step 23,000" in finding.seen
+    assert "judging" not in found("kl", run(train__approx_kl=1.0)).seen  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.name)
+def test_no_advice_about_the_critic_contradicts_another(algorithm: Any) -> None:
+    """Where returns are far too large, the weight of the critic's loss is to be neither raised nor lowered."""
+    columns = {
+        "train__explained_variance": -1.0,
+        "doctor__advantage_mean": 5.0,
+        "doctor__advantage_std": 1.0,
+        "train__grad_norm": 1e6,
+        "doctor__max_grad_norm": 0.5,
+        **dict.fromkeys((key.replace("/", "__") for key in algorithm.keys), 1.0),
+    }
+    about_the_critic = {"critic_learns_nothing", "explained_variance", "advantage_bias", "gradient_clipping"}
+    for value_loss in (1e12, 1.0):
+        findings = diagnose(run(train__value_loss=value_loss, **columns)).findings
+        advice = {finding.rule.name: finding.first for finding in findings if finding.rule.name in about_the_critic}
+        assert advice.keys() == about_the_critic
+        assert not [text for text in advice.values() if "aise `vf_coef`" in text]
+        lowered = [text for text in advice.values() if "lower `vf_coef`" in text]
+        assert len(lowered) == (
+            value_loss == 1.0 and algorithm.name not in ("REINFORCE", "TRPO", "TRPO of sb3-contrib")
+        )
+        assert all("ring the returns to a scale of about 1 with `VecNormalize`" in text for text in advice.values())

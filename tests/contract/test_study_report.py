@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import shlex
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from matplotlib.figure import Figure
 from optuna.trial import TrialState, create_trial
 from PIL import Image
 
-from sb3_ppo_ext.zoo import register
+from sb3_ppo_ext.zoo import ALGORITHMS, register
 from sb3_ppo_ext.zoo.search_spaces import CONVERTERS, SAMPLERS
 from sb3_ppo_ext.zoo.study.candidates import Candidate, make_candidate, store_result
+from sb3_ppo_ext.zoo.study.page import Missing, page
 from sb3_ppo_ext.zoo.study.plots import Plot, hyperparam_plots, search_plots
 from sb3_ppo_ext.zoo.study.report import trial_table
 from sb3_ppo_ext.zoo.study.study import ZooStudy
 from sb3_ppo_ext.zoo.study.task import Task
-from sb3_ppo_ext.zoo.study.trials import BUDGET, format_value
+from sb3_ppo_ext.zoo.study.trials import BUDGET, explain_drawn, format_value
 from tests.contract.pages import BROWSER, Reader, assert_fits_a_phone_and_a_screen
 from tests.contract.zoo import STUDY_FOLDER, Command, error_line, finished_study, journal
 
@@ -237,6 +239,7 @@ def test_the_table_of_trials_fits_100_columns_and_names_what_does_not(algo: str)
         lines = trial_table(study, trials, explained)
         assert 80 < max(map(len, lines)) <= 100
         first = next(place for place, line in enumerate(lines) if "trial 9" in line)
+        assert first <= 2 + bool(explained)  # of the names
         head, rows, rest = lines[:first], lines[first : first + 10], " ".join(lines[first + 11 :])
         assert [row.split()[:3] for row in rows] == [["trial", str(n), f"{n}.00"] for n in range(9, -1, -1)]
         assert ["explains" in line for line in head] == [False] * (len(head) - 1) + [bool(explained)]
@@ -279,12 +282,34 @@ def test_hyperparameters_are_shown_and_not_the_numbers_that_were_drawn(algo: str
 
 
 @pytest.mark.parametrize(
+    ("algo", "drawn"),
+    [
+        ("dual_clip_ppo", ["n_minibatches", "clip_range_ratio", "data", "learning_rate_schedule"]),
+        ("adaptive_kl_ppo", ["n_minibatches", "data", "learning_rate_schedule"]),
+        ("trpo_ext", ["n_minibatches"]),
+        ("reinforce", ["n_episodes", "learning_rate_schedule"]),
+    ],
+)
+def test_what_is_drawn_and_is_no_argument_is_explained(algo: str, drawn: list[str]) -> None:
+    """Every name on the page is an argument, of the policy or of the environments, or is explained by some."""
+    study = drawn_study(algo, 12)
+    labels = {label for trial in study.trials() for label, _ in study.hyperparams(trial).values()}
+    said = explain_drawn(labels)
+    assert re.findall(r"(?:: |; )(\w+) (?:=|is)", said) == drawn
+    known = [*inspect.signature(ALGORITHMS[algo]).parameters, "net_arch", "layer_norm", "n_envs"]
+    assert labels - set(drawn) <= set(known)
+    assert set(re.findall(r"\w+_\w+", said)) - set(drawn) <= set(known)
+    assert escape(said) in page(study, [], [], hyperparam_plots(study, {}), Missing("", ""), {})
+    assert explain_drawn(["gamma"]) == ""
+
+
+@pytest.mark.parametrize(
     ("value", "words"),
     [
         ("lin_4.747180892818615e-05", "lin_4.75e-05"),
         ("cos_3e-4_1e-5", "cos_3e-4_1e-5"),
         (0.99512345, "0.99512"),
-        ({}, "{}"),
+        ({}, "on"),  # kl_adaptive_lr, with its defaults
         ({"pi": [64], "vf": [64]}, "[64]"),
         ({"pi": [64], "vf": [8]}, "pi [64], vf [8]"),
     ],

@@ -15,7 +15,7 @@ from sb3_ppo_ext.zoo.study.candidates import TABLE, Candidate, result_rows, verd
 from sb3_ppo_ext.zoo.study.plots import BEST, IN_PAGE, MARKS, Plot, as_svg
 from sb3_ppo_ext.zoo.study.storage import state_name
 from sb3_ppo_ext.zoo.study.study import ZooStudy
-from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, duration, evaluations, format_value, last_value
+from sb3_ppo_ext.zoo.study.trials import BUDGET, REASON, duration, evaluations, explain_drawn, format_value, last_value
 
 _SYMBOLS = {"o": "●", "x": "\u00d7", "s": "□", "v": "▼", "*": "★"}  # by matplotlib's markers
 
@@ -67,7 +67,10 @@ def page(
     if missing.importances:
         parts.append(f"<p>{escape(missing.importances)}</p>")
     if hyperparams:
-        parts += ["<h2>Reward by hyper-parameter</h2>", _key(study), _charts(hyperparams, "code")]
+        labels = {label for trial in study.trials() for label, _ in study.hyperparams(trial).values()}
+        explained = escape(explain_drawn(labels))
+        said = [f'<p class="soft">{explained}</p>'] if explained else []
+        parts += ["<h2>Reward by hyper-parameter</h2>", *said, _key(study), _charts(hyperparams, "code")]
     return document(f"Study {study.name}", [*parts, _trials(study)])
 
 

@@ -21,7 +21,7 @@ from sb3_ppo_ext.zoo.study.candidates import (
 from sb3_ppo_ext.zoo.study.page import Missing, page, summary
 from sb3_ppo_ext.zoo.study.plots import as_picture, hyperparam_plots, importances, search_plots, why_no_importances
 from sb3_ppo_ext.zoo.study.study import ZooStudy
-from sb3_ppo_ext.zoo.study.trials import REASON, decode_param, format_value
+from sb3_ppo_ext.zoo.study.trials import REASON, decode_param, explain_drawn, format_value
 
 _WIDTH = 100  # of the table of trials, in characters
 
@@ -45,6 +45,9 @@ def show(study: ZooStudy, n_trials: int, program: Sequence[str]) -> None:
         explains = ", and how much of the difference between good and other trials each hyper-parameter explains"
         print(f"\nThe best trials, of one training each{explains if explained else ''}:\n")
         for line in trial_table(study, best, explained):
+            print(line)
+        labels = {label for trial in best for label, _ in study.hyperparams(trial).values()}
+        for line in textwrap.wrap(explain_drawn(labels), _WIDTH, break_on_hyphens=False):
             print(line)
     if no_importances:
         print(f"\n{no_importances}")
@@ -130,14 +133,15 @@ def trial_table(study: ZooStudy, trials: Sequence[FrozenTrial], explained: dict[
 
 
 def _column(name: str, cells: Sequence[str]) -> list[str]:
-    """Lines of the same width: the name, broken at underscores where it is wider than the cells, then the cells."""
-    parts = re.findall("[^_]+_?", name)
-    width = max(map(len, [*parts, *cells]))
-    head = [""]
-    for part in parts:
-        if len(head[-1] + part) > width:
-            head.append("")
-        head[-1] += part
+    """
+    Lines of the same width: the name, in two lines, broken at an underscore, where it is wider than the cells; then the
+    cells.
+    """
+    width = max(map(len, ["", *cells]))
+    places = [match.end() for match in re.finditer("_", name)] if len(name) > width else []
+    place = min(places, key=lambda end: max(end, len(name) - end), default=0)
+    head = [name[:place], name[place:]] if place else [name]
+    width = max(width, *map(len, head))
     return [f"{line:>{width}}" for line in [*head, *cells]]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import traceback
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +23,15 @@ WORKER = "worker"  # the name of the process that runs it
 BUDGET = "budget"  # its steps and evaluations
 
 _MAX_ERRORS = 10  # `train -optimize` ends after this many errors in a row
+
+_DRAWN = {
+    "n_minibatches": "n_minibatches = n_envs * n_steps / batch_size",
+    "n_episodes": "n_episodes = n_envs * episodes_per_env",
+    "clip_range_ratio": "clip_range_ratio = clip_range_high / clip_range",
+    "data": "data is fresh, recomputed (recompute_advantages) or reused (n_reused_rollouts, reuse)",
+    "learning_rate_schedule": "learning_rate_schedule is const, lin or cos (in learning_rate)",
+}
+"""What is drawn by a name that is no argument of an algorithm, and the arguments that it becomes."""
 
 Params = dict[str, Any]
 
@@ -66,9 +76,22 @@ def decode_param(name: str, value: Any) -> tuple[str, Any]:
     return name, value
 
 
+def explain_drawn(names: Iterable[str]) -> str:
+    """Sentences that say which arguments the numbers become that are drawn in another form; empty if none is."""
+    known = set(names)
+    drawn = [text for name, text in _DRAWN.items() if name in known]
+    if "kl_adaptive_lr" in known and drawn:
+        drawn[-1] += ", or kl (kl_adaptive_lr)"
+    if not drawn:
+        return ""
+    return f"The search draws some numbers in another form: {'; '.join(drawn)}. `study export` writes the arguments."
+
+
 def format_value(value: Any) -> str:
     """The value of a hyper-parameter in a short form."""
-    if isinstance(value, dict) and value:  # a net_arch, which is often the same for actor and critic
+    if value == {}:  # a part of an algorithm that is on, with its defaults
+        return "on"
+    if isinstance(value, dict):  # a net_arch, which is often the same for actor and critic
         parts = {name: format_value(part) for name, part in value.items()}
         if len(set(parts.values())) == 1:
             return next(iter(parts.values()))

@@ -153,7 +153,7 @@ class Model(SB3OnPolicyAlgorithm):
         """
         Choose an action for each observation, as SB3 does. A policy that was last trained with action masks takes only
         allowed actions. Without ``action_masks``, it uses the masks in the observations, or those of the environments
-        that the caller has in a local variable, as ``evaluate_policy`` has.
+        that the calling function has in a variable, as ``evaluate_policy`` has, and that returned these observations.
 
         :param observation: one observation, or one for each environment
         :param state: for a policy with a memory, the state that the last call returned; None: an empty memory

@@ -119,11 +119,25 @@ def test_the_nearest_environment_counts(says: str) -> None:
     play(trained(says, env), make(says, seed=5))
 
 
-def test_between_two_environments_nothing_is_guessed() -> None:
+def test_between_two_environments_the_observations_decide() -> None:
     env, other = make("method"), make("method", seed=5)
     model = trained("method", env)
+    env.reset()
     obs = other.reset()
     assert not np.array_equal(env.env_method("action_masks"), other.env_method("action_masks"))
+    for _ in range(20):
+        obs, *_ = other.step(model.predict(obs)[0])
+    obs = env.reset()
+    for _ in range(20):
+        obs, *_ = env.step(model.predict(obs)[0])
+
+
+def test_between_two_environments_that_do_not_show_their_observations_nothing_is_guessed() -> None:
+    env, other = Forbids(), Forbids()
+    model = trained("method", make("method"))
+    env.reset(seed=0)
+    obs, _ = other.reset(seed=5)
+    assert not np.array_equal(env.action_masks(), other.action_masks())
     with pytest.raises(ValueError, match="several environments of the caller"):
         model.predict(obs)
 

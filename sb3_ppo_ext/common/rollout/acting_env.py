@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_ppo_ext.common.errors import ArgumentError
 from sb3_ppo_ext.common.rollout.data import MASK_KEY
+from sb3_ppo_ext.common.rollout.last_observations import has_shown
 from sb3_ppo_ext.common.rollout.masks import METHOD, checked_masks, choices_of, convention_of, of_newest_frame
 from sb3_ppo_ext.common.rollout.present_infos import present_info, present_infos
 
-_FRAMES = 8  # how far up the stack the environments are looked for
 
-
-def masks_where_acting(n: int, action_space: spaces.Space[Any]) -> tuple[np.ndarray | None, bool]:
+def masks_where_acting(obs: Any, n: int, action_space: spaces.Space[Any]) -> tuple[np.ndarray | None, bool]:
     """
     Read the action masks of the environments in which the caller of ``predict`` acts. ``evaluate_policy``, callbacks
-    and the RL Zoo's commands pass only observations, but keep the environments in a local variable. They are taken from
-    the nearest caller whose environments have the right number and action space.
+    and the RL Zoo's commands pass only observations, but keep the environments in a variable of the function that calls
+    ``predict``. Only these environments count, if they have the right number and action space and, as far as that is
+    known, have last returned these observations. A model of the user's own whose ``predict`` calls this one is passed
+    over, if it is known.
 
+    :param obs: what ``predict`` was given
     :param n: number of observations
     :param action_space: of the policy
     :return: the masks, True where an action is allowed, shape ``(n, n_choices)``, or None if no environments are found
@@ -33,27 +39,37 @@ def masks_where_acting(n: int, action_space: spaces.Space[Any]) -> tuple[np.ndar
         ``evaluate_policy(use_masking=False)``)
     :raises ArgumentError: if the caller has several such environments, and their masks differ
     """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame is None:
-            break
-        found = list(_fitting(frame, n, action_space))
+    frame: FrameType | None = sys._getframe(2)  # the `predict` that called predict_masked()
+    may_be_unknown = True
+    while frame is not None:
+        shown = [(env, has_shown(env, obs)) for env in _fitting(frame, n, action_space)]
+        found = [env for env, is_known in shown if is_known or (is_known is None and may_be_unknown)]
         if found:
             masks = _only_masks(found, frame)
             checked = None if masks is None else checked_masks(masks, choices_of(action_space), step=None)
             return checked, frame.f_locals.get("use_masking") is not False
+        if frame.f_code.co_name != "predict":
+            break
+        may_be_unknown &= isinstance(frame.f_locals.get("self"), (BaseAlgorithm, BasePolicy))
         frame = frame.f_back
     return None, True
 
 
 def _fitting(frame: FrameType, n: int, action_space: spaces.Space[Any]) -> Iterator[Any]:
-    for env in list(frame.f_locals.values()):
+    """Environments in the local variables of a function, and in the global ones that it reads."""
+    of_module = (frame.f_globals.get(name) for name in _globals_read_by(frame.f_code))
+    for env in [*frame.f_locals.values(), *of_module]:
         if issubclass(type(env), VecEnv):
             fits = env.num_envs == n and not getattr(env.unwrapped, "closed", False)
         else:
             fits = issubclass(type(env), gym.Env) and n == 1
         if fits and env.action_space == action_space:
             yield env
+
+
+@functools.lru_cache(maxsize=64)
+def _globals_read_by(code: CodeType) -> frozenset[str]:
+    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
 
 
 def _only_masks(envs: list[Any], frame: FrameType) -> Any:

@@ -48,7 +48,7 @@ def predict_masked(
     masks: Any = action_masks
     choices = choices_of(policy.action_space)
     if masks is None:
-        masks, are_heeded = masks_where_acting(n, policy.action_space)
+        masks, are_heeded = masks_where_acting(observation, n, policy.action_space)
         if masks is not None and isinstance(obs, dict) and MASK_KEY in obs and obs[MASK_KEY].numel() == masks.size:
             # In training VecNormalize leaves the mask as it is; another one, around these environments, may not.
             obs[MASK_KEY] = th.as_tensor(masks, device=policy.device).to(obs[MASK_KEY].dtype).view_as(obs[MASK_KEY])
@@ -59,7 +59,8 @@ def predict_masked(
     if masks is None:
         raise ArgumentError(
             "action_masks=None is not allowed: this model was trained with action masks, and no environment was found "
-            "that says which actions are allowed now. It must be an array of True and False, one for each choice"
+            "that says which actions are allowed now (it must be in a variable of the function that calls predict, and "
+            "must have returned these observations last). It must be an array of True and False, one for each choice"
         )
     if n == 1 and action_masks is not None:
         is_one = np.ndim(action_masks[0]) == 0 or flat_mask(action_masks).size == sum(choices)

@@ -102,9 +102,8 @@ class OnPolicyAlgorithm(Model):
         :return: the model
         :raises ValueError: if the model cannot learn in these environments, or an observation or reward is not finite
         """
+        construction.check_can_start(self, log_interval)
         check_bool("use_masking", use_masking)
-        if log_interval == 0:
-            raise ArgumentError("log_interval=0 is not allowed: it must be an integer of at least 1, or None")
         self._use_masking = use_masking
         compared = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
         with training_together(self, callback, progress_bar, compared) as (callback, progress_bar):

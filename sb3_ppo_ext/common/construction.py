@@ -103,6 +103,21 @@ def make_policy(algorithm: OnPolicyAlgorithm) -> ActorCriticPolicy:
     return policy
 
 
+def check_can_start(algorithm: OnPolicyAlgorithm, log_interval: int | None) -> None:
+    """
+    :param algorithm: that is to learn
+    :param log_interval: argument of ``learn``
+    :raises ArgumentError: if it has no environment, or the argument is not allowed
+    """
+    if algorithm.env is None:
+        raise ArgumentError(
+            f"env=None is not allowed in learn(): this {type(algorithm).__name__} has no environment, as it was loaded "
+            "without one. load(..., env=...) or set_env(...) gives it one"
+        )
+    if log_interval == 0:
+        raise ArgumentError("log_interval=0 is not allowed: it must be an integer of at least 1, or None")
+
+
 def check_steps_that_do_not_count(algorithm: OnPolicyAlgorithm) -> None:
     """
     :param algorithm: with its environments, if it has any

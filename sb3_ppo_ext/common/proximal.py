@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch as th
@@ -31,6 +31,11 @@ from sb3_ppo_ext.common.update.snapshot import Snapshot
 from sb3_ppo_ext.common.update.step import MinibatchStep, raise_if_not_finite
 from sb3_ppo_ext.common.validation import as_schedule, check_bool, check_int, check_real
 
+_SETUP = (
+    "the constructor of a subclass of ProximalAlgorithm has the argument _init_setup_model=True, and ends with "
+    "self._setup_new_model(), unless it is False, as load() sets it"
+)
+
 
 class ProximalAlgorithm(ReusingAlgorithm):
     """
@@ -40,7 +45,8 @@ class ProximalAlgorithm(ReusingAlgorithm):
     A subclass defines :meth:`policy_loss`, and the numbers in it by :meth:`coefficients`. It may limit an update
     (:meth:`_kl_limit`) and act after it (:meth:`_after_update`). The arguments are those of
     :class:`stable_baselines3.PPO`, with its defaults, and those of :class:`ReusingAlgorithm`. The constructor of a
-    subclass ends with :meth:`_setup_new_model`, unless ``_init_setup_model`` is False.
+    subclass ends with :meth:`_setup_new_model`, which builds the policy from its attributes, unless its argument
+    ``_init_setup_model`` is False: ``load`` sets the attributes in the file first.
     """
 
     _loads_files_of: ClassVar[tuple[str, ...]] = (
@@ -85,6 +91,8 @@ class ProximalAlgorithm(ReusingAlgorithm):
         recompute_advantages: bool = False,
         **more: Any,
     ) -> None:
+        if "_init_setup_model" in more:
+            raise TypeError(f"{type(self).__name__}'s constructor passes _init_setup_model on: {_SETUP}")
         super().__init__(
             policy,
             env,
@@ -117,6 +125,12 @@ class ProximalAlgorithm(ReusingAlgorithm):
         self.sequence_length = sequence_length
         self.kl_adaptive_lr = kl_adaptive_lr
         self.recompute_advantages = recompute_advantages
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(f"{message}: {_SETUP}" if name == "policy" else message)
 
     def _setup_new_model(self) -> None:
         super()._setup_new_model()

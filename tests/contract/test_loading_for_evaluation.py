@@ -98,3 +98,17 @@ def test_a_buffer_that_cannot_be_imported(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, module.__name__, raising=False)
     replaced = {"rollout_buffer_class": Buffer}
     assert DualClipPPO.load(tmp_path / "model", device="cpu", custom_objects=replaced).rollout_buffer_class is Buffer
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_learning_without_an_environment(algorithm, tmp_path):
+    model = small(algorithm, "MlpPolicy", make())
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", device="cpu")
+    obs = np.zeros((2, *BOX.shape), np.float32)
+    assert np.array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+    watch(loaded)
+    with pytest.raises(ValueError, match=rf"this {algorithm.__name__} has no environment.*load\(..., env=...\) or set"):
+        loaded.learn(ROLLOUT)
+    loaded.set_env(make())
+    loaded.learn(ROLLOUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_ppo_ext import AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.proximal import ProximalAlgorithm
 from sb3_ppo_ext.common.update.objective import PolicyLoss
 from tests.algorithms import ROLLOUT, have_moved, parameters, small
 from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
@@ -88,6 +90,44 @@ def test_a_number_is_what_float_takes(two: Any, torch_compile: bool) -> None:
     )
     assert model.logger.name_to_value["train/seen"] == 2.0
     assert model.logger.name_to_value["train/mine"] == 2.0
+
+
+@pytest.mark.parametrize("torch_compile", [False, True])
+def test_a_number_that_is_not_there_is_named(torch_compile: bool) -> None:
+    with pytest.raises(KeyError, match=r"policy_loss reads coefficients\['epsilon'\], .* no such name: .*'eps'\]"):
+        trained(
+            lambda e, s, c: PolicyLoss(c["epsilon"] * surrogate(e, s, c).loss, {}),
+            numbers={"eps": 0.2},
+            torch_compile=torch_compile,
+        )
+
+
+class SetsNothingUp(ProximalAlgorithm):
+    def __init__(self, policy: Any, env: Any, *, _init_setup_model: bool = True, **kwargs: Any) -> None:
+        super().__init__(policy, env, **kwargs)
+
+    policy_loss = staticmethod(surrogate)
+
+
+class AlwaysSetsUp(ProximalAlgorithm):
+    def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
+        super().__init__(policy, env, **kwargs)
+        self._setup_new_model()
+
+    policy_loss = staticmethod(surrogate)
+
+
+def test_a_constructor_that_does_not_set_up_the_model_is_told_so(tmp_path: Path) -> None:
+    model = SetsNothingUp("MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS), device="cpu")
+    for use in (lambda: model.learn(ROLLOUT), lambda: model.save(tmp_path / "model"), lambda: model.predict(BOX.low)):
+        with pytest.raises(AttributeError, match=r"no attribute 'policy': .* self\._setup_new_model\(\)"):
+            use()
+    with pytest.raises(AttributeError, match=r"object has no attribute 'polici'$"):
+        _ = model.polici
+
+    AlwaysSetsUp("MlpPolicy", ScriptedEnv(BOX, BOX_ACTIONS), device="cpu").save(tmp_path / "model")
+    with pytest.raises(TypeError, match=r"AlwaysSetsUp's constructor passes _init_setup_model on: .*_setup_new"):
+        AlwaysSetsUp.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("torch_compile", [False, True])

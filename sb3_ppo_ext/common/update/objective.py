@@ -77,7 +77,9 @@ class ActorCriticLoss:
             samples = self.average.around(actor_critic.policy, samples, coefficients["ewma_decay"])
         evaluation = actor_critic.evaluate_actions(samples.inputs, samples.actions)
         given = samples if samples.proximal_log_prob is None else _Watched.of(samples)
-        policy_loss, statistics = _checked(self.policy_loss(evaluation, given, coefficients), given, coefficients)
+        policy_loss, statistics = _checked(
+            self.policy_loss(evaluation, given, _Named(coefficients)), given, coefficients
+        )
         value_loss = samples.mean(value_losses(evaluation.values, samples, coefficients))
         entropy = evaluation.log_prob.neg() if evaluation.entropy is None else evaluation.entropy
         entropy_loss = -samples.mean(entropy)
@@ -98,6 +100,13 @@ class ActorCriticLoss:
         statistics["entropy_loss"] = entropy_loss.detach()
         statistics["loss"] = loss.detach()
         return loss, statistics
+
+
+class _Named(dict[str, Any]):
+    """Coefficients that say which there are, if another one is asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(f"policy_loss reads coefficients[{name!r}], and coefficients() has no such name: {list(self)}")
 
 
 class _Watched(RolloutSamples):

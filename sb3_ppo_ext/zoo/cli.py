@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def main() -> int:
     if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that the user's modules can be imported
     register()
-    program = [script] if Path(script).stem == "sb3-ppo-ext" else [sys.executable, "-m", "sb3_ppo_ext.zoo"]
+    program = _program(script)
     interrupts = Interrupts()
     with interrupts.handled():
         try:
@@ -74,3 +75,15 @@ def main() -> int:
         except KeyboardInterrupt:
             print(f"sb3-ppo-ext {command}: ended by Ctrl-C", file=sys.stderr)
             return INTERRUPTED
+
+
+def _program(script: str) -> list[str]:
+    """
+    The command that starts this program again.
+
+    :param script: the program, as it was started
+    """
+    if Path(script).stem != "sb3-ppo-ext":
+        return [sys.executable, "-m", "sb3_ppo_ext.zoo"]
+    on_path = shutil.which("sb3-ppo-ext")
+    return ["sb3-ppo-ext"] if on_path is not None and Path(on_path).resolve() == Path(script).resolve() else [script]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
+from sb3_ppo_ext.common.processes import n_processes
 from sb3_ppo_ext.common.saving.files import write_whole
 from sb3_ppo_ext.zoo.arguments import LOG_FOLDER
 from sb3_ppo_ext.zoo.interrupts import Interrupts
@@ -88,11 +90,26 @@ def summary(
             f"  (from step {done:,} to {longer:,}; a schedule such as lin_0.2 goes on as that of the longer training, "
             f"at {1 - done / longer:.0%} of its start)"
         )
-    lines += ["", "Continue the training:", f"  {shlex.join([*program, *train, '-i', str(model_path)])}", note]
+    proceed = [*_with_processes(program), *train, "-i", str(model_path)]
+    lines += ["", "Continue the training:", f"  {shlex.join(proceed)}", note]
+    if n_processes() > int(os.environ.get("LOCAL_WORLD_SIZE", n_processes())):
+        lines += [f"  (on each of the machines, with the options of torchrun that joined {n_processes()} processes)"]
     if manager.tensorboard_log:
         tensorboard = [str(Path(sys.executable).with_name("tensorboard")), "--logdir", manager.tensorboard_log]
         lines += ["", "Open TensorBoard:", f"  {shlex.join(tensorboard)}"]
     return "\n".join(lines)
+
+
+def _with_processes(program: Sequence[str]) -> list[str]:
+    """
+    :param program: command that starts ``sb3-ppo-ext``
+    :return: the command that starts it in as many processes on this machine as there are now
+    """
+    n = n_processes()
+    if n == 1:
+        return list(program)
+    module = program[1:] if "-m" in program else ["-m", "sb3_ppo_ext.zoo"]
+    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(n)), *module]
 
 
 def _without_flags(arguments: Sequence[str], *flags: str) -> list[str]:

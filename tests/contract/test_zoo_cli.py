@@ -17,7 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_ext import __version__
-from sb3_ppo_ext.zoo import commands
+from sb3_ppo_ext.zoo import cli, commands, summary
 from tests.contract.zoo import (
     MODEL,
     RUN,
@@ -51,7 +51,7 @@ def test_train_and_every_command_that_it_prints(command: Command) -> None:
     assert (mean, std) == pytest.approx(expected, abs=0.01)
 
     watch = printed_command(output, "Watch the agent:")
-    assert watch[0] == SCRIPT
+    assert watch[0] in (SCRIPT, "sb3-ppo-ext")
     assert "Episode Reward" in command(*watch[1:], "--no-render", "-n", "300")
 
     proceed = printed_command(output, "Continue the training:")
@@ -347,3 +347,25 @@ def test_a_model_card_names_the_command_that_knows_the_algorithm(
     assert ("sb3-ppo-ext enjoy --algo trpo_ext --env CartPole-v1" in written) == ours
     assert ("python -m rl_zoo3." in written) != ours
     assert "model-index" in written  # the metadata
+
+
+def test_the_program_is_printed_by_its_short_name_where_it_is_on_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli._program(SCRIPT) == [SCRIPT]
+    (tmp_path / "sb3-ppo-ext").write_text("another one")
+    (tmp_path / "sb3-ppo-ext").chmod(0o755)
+    assert cli._program(SCRIPT) == [SCRIPT]
+    assert cli._program(str(tmp_path / "sb3-ppo-ext")) == ["sb3-ppo-ext"]
+    assert cli._program("__main__.py") == [sys.executable, "-m", "sb3_ppo_ext.zoo"]
+
+
+def test_the_command_to_continue_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = [sys.executable, "-m", "sb3_ppo_ext.zoo"]
+    assert summary._with_processes(module) == module
+    several = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in several.items():
+        monkeypatch.setenv(name, value)
+    expected = ["torchrun", "--nproc-per-node", "2", "-m", "sb3_ppo_ext.zoo"]
+    assert summary._with_processes(module) == summary._with_processes(["sb3-ppo-ext"]) == expected

@@ -83,8 +83,8 @@ _OF_TASK: dict[str, tuple[float, dict[str, int]]] = {
     "popgym-RepeatPreviousEasy-v0": (0.0, _ANSWERS),
     "popgym-RepeatFirstEasy-v0": (0.0, _ANSWERS),
 }
-# In the T-maze the only reward comes at the end, and without noise. With a smaller lambda, some trainings get stuck where
-# the agent always turns to the same side.
+# In the T-maze the only reward comes at the end, and without noise. With a smaller lambda, some trainings get stuck
+# where the agent always turns to the same side.
 _PROXIMAL_IN_TMAZE = {"gamma": 0.99, "gae_lambda": 1.0}
 
 # Not trained: a batch of REINFORCE, an episode of each environment, is 1600 steps of this task; 300 000 steps are 190

@@ -129,8 +129,9 @@ class ProximalAlgorithm(ReusingAlgorithm):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            raise AttributeError(f"{message}: {_SETUP}" if name == "policy" else message)
+            if name == "policy":
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute 'policy': {_SETUP}")
+            return object.__getattribute__(self, name)  # which raises the error that led here, of a property its own
 
     def _setup_new_model(self) -> None:
         super()._setup_new_model()

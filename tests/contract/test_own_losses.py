@@ -161,3 +161,13 @@ def test_a_negative_weight_of_the_entropy_is_a_weight() -> None:
     model.learn(ROLLOUT)
     assert have_moved(model, before)
     assert (model.policy.log_std < -0.1).all()
+
+
+def test_a_property_that_fails_tells_its_own_error() -> None:
+    class Failing(DualClipPPO):
+        @property
+        def half(self) -> float:
+            return self.missing / 2.0  # type: ignore[attr-defined, no-any-return]
+
+    with pytest.raises(AttributeError, match="'missing'"):
+        _ = Failing("MlpPolicy", "CartPole-v1").half

@@ -79,4 +79,6 @@ def _are_equal(given: Any, shown: Any) -> bool:
     one, other = (np.asarray(to_arrays(obs)).reshape(-1) for obs in (given, shown))
     if one.size != other.size or not {one.dtype.kind, other.dtype.kind} <= set("biuf"):
         return False
-    return np.array_equal(one.astype(np.float32), other.astype(np.float32), equal_nan=True)
+    if one.dtype != other.dtype:
+        one, other = one.astype(np.float32), other.astype(np.float32)
+    return np.array_equal(one, other, equal_nan=True)

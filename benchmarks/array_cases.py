@@ -42,9 +42,6 @@ def arrays_suite(args: argparse.Namespace) -> Suite:
     else:
         sides |= {workload: [_OURS, _SB3, _COMPILED, ENVIRONMENT] for workload in of_envpool}
         goals += [Goal(workload, side, _SB3, 3.0) for workload in of_envpool for side in (_OURS, _COMPILED)]
-    if args.env:
-        sides = {workload: of for workload, of in sides.items() if args.env in str(workload)}
-        goals = [goal for goal in goals if goal.workload in sides]
     return Suite(
         "Many environments in one array: steps per second",
         f"arrays-{args.device}",

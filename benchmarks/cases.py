@@ -173,6 +173,16 @@ class Suite:
     repeats: int = 9
     cores: int = 1
 
+    def only(self, text: str) -> Suite:
+        """
+        :param text: that the description of a workload must hold
+        :return: the suite without the other workloads
+        """
+        cases = {workload: sides for workload, sides in self.cases.items() if text in str(workload)}
+        goals = [goal for goal in self.goals if goal.workload in cases]
+        notes = [*self.notes, f"**A part**: `--env {text}` leaves the other environments out"]
+        return replace(self, cases=cases, goals=goals, notes=notes)
+
 
 _PPO_WORKLOADS = (
     Workload("CartPole-v1", n_envs=8, n_steps=256, batch_size=256, n_epochs=10),

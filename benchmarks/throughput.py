@@ -50,7 +50,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peer", choices=peers, help="the other; SB3 or sb3-contrib if it is not said")
     add(
         "--env",
-        help=f"id of the environment, or {IMAGES}: 84x84x4 noise; HalfCheetah-v5 if not said; for arrays a filter",
+        help=f"id of the environment, or {IMAGES}: 84x84x4 noise; HalfCheetah-v5 if not said. For the suites with "
+        "environments of their own: measure only those whose description holds this text",
     )
     add("--n-envs", type=_positive, default=1, help="environments side by side")
     add("--steps", type=_positive, help="steps of each environment in a rollout; 2048 in all if it is not said")
@@ -109,6 +110,10 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     suite = _SUITES[args.suite](args)
+    if args.env and args.suite not in ("growth", "single"):
+        suite = suite.only(args.env)
+        if not suite.cases:
+            sys.exit(f"--env {args.env} is not allowed: no environment of --suite {args.suite} is described so")
     n_cores = max(args.threads, suite.cores)
     if args.device == "cpu" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -112,6 +112,16 @@ class Family(ABC):
         :return: shape ``(batch,)``
         """
 
+    def log_prob_and_entropy(self, params: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        :meth:`log_prob` and :meth:`entropy`, of which a family may compute the common part once.
+
+        :param params: shape ``(batch, n_params)``
+        :param actions: shape ``(batch, action_dim)``
+        :return: two tensors of shape ``(batch,)``
+        """
+        return self.log_prob(params, actions), self.entropy(params)
+
     @abstractmethod
     def kl(self, params: th.Tensor, other: th.Tensor) -> th.Tensor:
         """
@@ -171,7 +181,7 @@ class Gaussian(Family):
     def entropy(self, params: th.Tensor) -> th.Tensor | None:
         return params[:, self.dim :].log().sum(dim=1) + self.dim * (0.5 + _HALF_LOG_2PI)
 
-    def log_prob_and_entropy(
+    def log_prob_and_entropy_by_log_std(
         self, mean: th.Tensor, log_std: th.Tensor, actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -234,7 +244,10 @@ class _Discrete(Family):
         """Log-probabilities of all choices of all variables, one row per distribution."""
 
     def entropy(self, params: th.Tensor) -> th.Tensor | None:
-        log_probs = self._log_probs(params)
+        return self._entropy_by(self._log_probs(params))
+
+    def _entropy_by(self, log_probs: th.Tensor) -> th.Tensor:
+        """The entropy, from the log-probabilities of all choices."""
         # 0 times infinity would be NaN, 0 times the lowest finite number is 0; so it is in the gradient.
         return -(log_probs.exp() * log_probs.clamp(min=th.finfo(log_probs.dtype).min)).sum(dim=1)
 
@@ -294,13 +307,17 @@ class Categorical(_Discrete):
         return th.stack([logits.argmax(dim=1) for logits in self._split(params)], dim=1)
 
     def log_prob(self, params: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return self._log_prob_by(self._log_probs(params), actions)
+
+    def log_prob_and_entropy(self, params: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
+        log_probs = self._log_probs(params)
+        return self._log_prob_by(log_probs, actions), self._entropy_by(log_probs)
+
+    def _log_prob_by(self, log_probs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """The log-probability of the whole action, from those of all choices."""
         index = actions.long()
-        if len(self.sizes) == 1:
-            return params.log_softmax(dim=1).gather(1, index).squeeze(1)
-        chosen = [
-            logits.log_softmax(dim=1).gather(1, index[:, i : i + 1]) for i, logits in enumerate(self._split(params))
-        ]
-        return th.cat(chosen, dim=1).sum(dim=1)
+        chosen = [of_one.gather(1, index[:, i : i + 1]) for i, of_one in enumerate(self._split(log_probs))]
+        return (chosen[0] if len(chosen) == 1 else th.cat(chosen, dim=1).sum(dim=1, keepdim=True)).squeeze(1)
 
     def fisher(self, params: th.Tensor, tangent: th.Tensor) -> th.Tensor:
         products = []

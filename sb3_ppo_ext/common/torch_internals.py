@@ -103,7 +103,9 @@ def traced(
         )
 
 
-def compile_ahead_of_time(graph: fx.GraphModule, inputs: Sequence[th.Tensor], path: Path) -> None:
+def compile_ahead_of_time(
+    graph: fx.GraphModule, inputs: Sequence[th.Tensor], path: Path, options: Mapping[str, Any]
+) -> None:
     """
     Compile a graph for the CPU into a file. Torch documents this function of a private module (AOTInductor) for that
     purpose.
@@ -111,9 +113,10 @@ def compile_ahead_of_time(graph: fx.GraphModule, inputs: Sequence[th.Tensor], pa
     :param graph: the operations
     :param inputs: example inputs
     :param path: path of the file, which ends in .pt2
+    :param options: of the compiler, by name
     """
     program = th.export.export(graph, tuple(inputs), strict=False)
-    th._inductor.aoti_compile_and_package(program, package_path=str(path))
+    th._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
 
 
 def load_compiled(path: Path) -> Callable[[list[th.Tensor]], list[th.Tensor]]:

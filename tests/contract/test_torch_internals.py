@@ -206,7 +206,7 @@ def test_machine_code(tmp_path: Path) -> None:
 
     inputs = [th.zeros(2), th.zeros(2)]
     path = tmp_path / "program.pt2"
-    compile_ahead_of_time(traced(step, inputs, {}), inputs, path)
+    compile_ahead_of_time(traced(step, inputs, {}), inputs, path, {"realize_reads_threshold": 2})
     run = load_compiled(path)
     x, total = th.tensor([1.0, 2.0]), th.ones(2)
     (doubled,) = run([x, total])

@@ -184,7 +184,32 @@ def test_one_standard_deviation_for_all_rows_is_a_special_case() -> None:
     actions = th.randn(5, 3, dtype=th.float64)
     log_std = th.tensor([-1.0, 0.3, 2.0], dtype=th.float64)
     family = Gaussian(3)
-    log_prob, entropy = family.log_prob_and_entropy(mean, log_std, actions)
+    log_prob, entropy = family.log_prob_and_entropy_by_log_std(mean, log_std, actions)
     normal = th.distributions.Independent(th.distributions.Normal(mean, log_std.exp().expand_as(mean)), 1)
     th.testing.assert_close(log_prob, normal.log_prob(actions), atol=1e-12, rtol=0.0)
     th.testing.assert_close(entropy, normal.entropy(), atol=1e-12, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "is_masked"), [*((family, False) for family in DISCRETE + CONTINUOUS), *((f, True) for f in DISCRETE)]
+)
+def test_log_prob_and_entropy_in_one_are_the_two(family: Family, is_masked: bool) -> None:
+    params = random_params(family).double()
+    mask = None
+    if is_masked:
+        sizes = family.sizes if isinstance(family, Categorical) else (2,) * family.action_dim
+        mask = th.cat([th.arange(size) != 1 for size in sizes]).expand(BATCH, -1)
+    actions = family.sample(params if mask is None else family.masked(params, mask))
+    weights = th.linspace(-1.0, 2.0, BATCH, dtype=th.float64)
+
+    def objective_and_gradient(in_one: bool) -> tuple[th.Tensor, ...]:
+        leaf = params.clone().requires_grad_()
+        of = leaf if mask is None else family.masked(leaf, mask)
+        if in_one:
+            log_prob, entropy = family.log_prob_and_entropy(of, actions)
+        else:
+            log_prob, entropy = family.log_prob(of, actions), family.entropy(of)
+        objective = (weights * (log_prob if entropy is None else log_prob + 0.3 * entropy)).sum()
+        return objective.detach(), *th.autograd.grad(objective, leaf)
+
+    th.testing.assert_close(objective_and_gradient(True), objective_and_gradient(False), atol=1e-12, rtol=0.0)

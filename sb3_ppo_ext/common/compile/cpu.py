@@ -17,6 +17,10 @@ from torch import fx
 from sb3_ppo_ext.common.compile import Run
 from sb3_ppo_ext.common.torch_internals import compile_ahead_of_time, compiler_cache_folder, load_compiled
 
+# What several loops read is computed once if it takes more than two reads (the compiler's default: four). Masked logits
+# take three, and one of them, of a bool, is slow.
+_OPTIONS = {"realize_reads_threshold": 2}
+
 
 def machine_code(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
     """
@@ -30,7 +34,7 @@ def machine_code(graph: fx.GraphModule, inputs: list[th.Tensor]) -> Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             unfinished = Path(folder) / path.name
-            compile_ahead_of_time(graph, inputs, unfinished)
+            compile_ahead_of_time(graph, inputs, unfinished, _OPTIONS)
             os.replace(unfinished, path)
     return load_compiled(path)
 
@@ -64,4 +68,4 @@ def _fingerprint(graph: fx.GraphModule, inputs: list[th.Tensor]) -> str:
     )
     by = os.path.realpath(shutil.which(compiler()) or "")
     of_machine = (th.__version__, by, platform.platform(), platform.processor(), flags, th.get_num_threads())
-    return hashlib.sha256(repr((graph.code, layouts, of_machine)).encode()).hexdigest()
+    return hashlib.sha256(repr((graph.code, layouts, _OPTIONS, of_machine)).encode()).hexdigest()

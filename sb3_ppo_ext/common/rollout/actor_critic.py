@@ -212,16 +212,15 @@ class DirectActorCritic:
         if self._is_gaussian and not self._with_params:
             assert isinstance(self.family, Gaussian)
             mean = apply(self._action_net, latent_pi)
-            log_prob, entropy = self.family.log_prob_and_entropy(mean, self.policy.log_std, actions)
+            log_prob, entropy = self.family.log_prob_and_entropy_by_log_std(mean, self.policy.log_std, actions)
             return Evaluation(values, log_prob, entropy, mean[:, :0], self.family)
         params = self._params_by(latent_pi, self._action_out(latent_pi, inputs.mask))
-        log_prob = self.family.log_prob(params, actions)
-        return Evaluation(values, log_prob, self.family.entropy(params), params, self.family)
+        return Evaluation(values, *self.family.log_prob_and_entropy(params, actions), params, self.family)
 
     def evaluate_actor(self, inputs: PolicyInput, actions: th.Tensor) -> ActorEvaluation:
         latent_pi = self._latent_pi(self._preprocess_batch(inputs.obs), inputs)
         params = self._params_by(latent_pi, self._action_out(latent_pi, inputs.mask))
-        return ActorEvaluation(self.family.log_prob(params, actions), self.family.entropy(params), params)
+        return ActorEvaluation(*self.family.log_prob_and_entropy(params, actions), params)
 
     def params(self, inputs: PolicyInput | PyTorchObs) -> th.Tensor:
         inputs = PolicyInput.of(inputs)

@@ -66,7 +66,7 @@ def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tm
     class CompilesAnotherError(Exception):
         pass
 
-    def noted(program: Any, *, package_path: str) -> str:
+    def noted(program: Any, *, package_path: str, **_: Any) -> str:
         """The compiler, which takes its time once, for the first program."""
         path = Path(package_path)
         compiled.append(path.name)

@@ -176,6 +176,19 @@ def comparable(by_env: Sequence[Mapping[str, Curves]], envs: Iterable[str]) -> l
     return enough or common
 
 
+def together_and_alone(by_env: Sequence[Mapping[str, Curves]], envs: Iterable[str]) -> list[list[str]]:
+    """
+    On which environments algorithms are compared: on all that can be compared, of which each counts as many runs as
+    there are of the one with the fewest; then on each that has more runs than that.
+
+    :param by_env: the runs of each algorithm, by environment
+    :param envs: candidates
+    """
+    together = comparable(by_env, envs)
+    n_runs = {env: min(len(curves[env].seeds) for curves in by_env) for env in together}
+    return [together, *([env] for env in together if n_runs[env] > min(n_runs.values()))]
+
+
 def _aggregates(set_name: str, groups: Mapping[str, Group], out: Path, n_resamples: int) -> Iterator[list[str]]:
     yield ["### All environments together", "", _SCORES]
     estimates = {
@@ -211,22 +224,24 @@ def _improvements(set_name: str, results: Results, out: Path, n_resamples: int) 
         for ours in _OURS:
             for peer in _PEERS:
                 by_env, of_peer = of_algo(results, ours), of_algo(results, peer)
-                envs = comparable([by_env, of_peer], of_group)
-                x, y = score_matrix(by_env, envs), score_matrix(of_peer, envs)
-                if x is None or y is None:
-                    continue
-                probability = statistics.probability_of_improvement(x, y, n_resamples)
-                on = group if len(envs) == len(of_group) else ", ".join(envs)
                 names = compared_label(ours), compared_label(peer)
-                rows.append([*names, on, f"{len(x)}, {len(y)}", _cell(probability, ".2f")])
-                drawn.append((f"{names[0]} > {names[1]}, {group}", ours, probability))
+                for envs in together_and_alone([by_env, of_peer], of_group):
+                    x, y = score_matrix(by_env, envs), score_matrix(of_peer, envs)
+                    if x is None or y is None:
+                        continue
+                    probability = statistics.probability_of_improvement(x, y, n_resamples)
+                    on = group if len(envs) == len(of_group) else ", ".join(envs)
+                    rows.append([*names, on, f"{len(x)}, {len(y)}", _cell(probability, ".2f")])
+                    named = envs[0] if len(envs) == 1 else group
+                    drawn.append((f"{names[0]} > {names[1]}, {named}", ours, probability))
     if not rows:
         return
     yield [
         "### Probability of improvement",
         "",
         "Of a run of ours being above one of the peer, on the same environment. Where some environments have three",
-        "runs or more of both, those with fewer are left out.",
+        "runs or more of both, those with fewer are left out. Of several environments together, as many runs count as",
+        "all of them have. An environment that has more runs also has a row of its own, with all of them.",
     ]
     yield table(["ours", "peer", "on", "runs", "probability"], rows)
     figure = figures.improvements(drawn)

@@ -97,6 +97,17 @@ def test_without_the_version_before_its_rows_are_left_out() -> None:
     assert "The version before was not measured" in without.notes[0]
 
 
+def test_a_part_of_a_suite_has_the_goals_of_that_part_and_says_so() -> None:
+    full = suite()
+    part = full.only("InvalidAction")
+    (workload,) = part.cases
+    assert workload.env == "InvalidActionEnvDiscrete"
+    assert part.cases[workload] == full.cases[workload]
+    assert part.goals == [goal for goal in full.goals if goal.workload == workload]
+    assert part.notes[:-1] == full.notes
+    assert "`--env InvalidAction`" in part.notes[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -57,3 +57,10 @@ def test_each_compiler_has_its_programs(tmp_path: Path, monkeypatch: pytest.Monk
     assert cpu.cache_path(graph, inputs) == place
     monkeypatch.setenv("CXX", str(other))
     assert cpu.cache_path(graph, inputs) != place
+
+
+def test_programs_of_other_compiler_options_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, inputs = th.fx.symbolic_trace(th.nn.Identity()), [th.ones(3)]
+    place = cpu.cache_path(graph, inputs)
+    monkeypatch.setattr(cpu, "_OPTIONS", {"realize_reads_threshold": 4})
+    assert cpu.cache_path(graph, inputs) != place

@@ -154,6 +154,10 @@ def test_an_environment_with_one_run_does_not_hide_the_runs_of_another() -> None
     assert report.comparable([ours, {**ten, **one}], envs) == ["HalfCheetah-v5"]
     assert report.comparable([ours, one], envs) == ["Ant-v5"]  # better than nothing
     assert report.comparable([ours, {}], envs) == []
+    # The ten are seen, although only three of them count beside the three of the other.
+    assert report.together_and_alone([ours, peer], envs) == [["Hopper-v5", "HalfCheetah-v5"], ["HalfCheetah-v5"]]
+    assert report.together_and_alone([ours, {**ten, **one}], envs) == [["HalfCheetah-v5"]]
+    assert report.together_and_alone([ours, {}], envs) == [[]]
 
 
 def test_compiling_is_no_part_of_the_seconds() -> None:

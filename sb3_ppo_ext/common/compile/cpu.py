@@ -17,8 +17,8 @@ from torch import fx
 from sb3_ppo_ext.common.compile import Run
 from sb3_ppo_ext.common.torch_internals import compile_ahead_of_time, compiler_cache_folder, load_compiled
 
-# What several loops read is computed once if it takes more than two reads (the compiler's default: four). Masked logits
-# take three, and one of them, of a bool, is slow.
+# The compiler computes an intermediate result anew in each loop that needs it, unless that takes more reads of memory
+# than this (by default, more than four). Masked logits take three, of which that of the bool mask is slow.
 _OPTIONS = {"realize_reads_threshold": 2}
 
 

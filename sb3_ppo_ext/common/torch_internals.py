@@ -8,6 +8,7 @@ checks what they do.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -115,8 +116,43 @@ def compile_ahead_of_time(
     :param path: path of the file, which ends in .pt2
     :param options: of the compiler, by name
     """
+    compile_linear_by_onednn()
     program = th.export.export(graph, tuple(inputs), strict=False)
     th._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
+
+
+@th.library.custom_op("sb3_ppo_ext::linear_by_onednn", mutates_args=())
+def linear_by_onednn(x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+    """
+    ``x @ weight.t()`` by oneDNN on the CPU, where torch's own product is one by MKL.
+
+    :param x: shape ``(batch, n_inputs)``, float32
+    :param weight: shape ``(n_outputs, n_inputs)``, float32
+    :return: shape ``(batch, n_outputs)``
+    """
+    product: th.Tensor = th.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), None, "none", [], "")
+    return product
+
+
+@linear_by_onednn.register_fake
+def _(x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+@functools.cache
+def compile_linear_by_onednn() -> None:
+    """
+    Let the compiler call oneDNN itself for :func:`linear_by_onednn`. It has a node for that, but uses it for constant
+    weights only.
+    """
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.mkldnn_ir import LinearUnary
+
+    @register_lowering(th.ops.sb3_ppo_ext.linear_by_onednn.default, type_promotion_kind=None)
+    def _(x: Any, weight: Any) -> Any:
+        product = LinearUnary.create(x, weight, None, "none", [], "")  # type: ignore[no-untyped-call]
+        return TensorBox.create(product)
 
 
 def load_compiled(path: Path) -> Callable[[list[th.Tensor]], list[th.Tensor]]:

@@ -28,6 +28,7 @@ from sb3_ppo_ext.common.torch_internals import (
     has_gradient_hooks,
     has_module_hooks,
     has_step_hooks,
+    linear_by_onednn,
     load_compiled,
     set_patience,
     traced,
@@ -215,6 +216,23 @@ def test_machine_code(tmp_path: Path) -> None:
         "Compiled ahead of time, a program does not write into its inputs. The compiled gradient step would change "
         "nothing"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # about torch's own code
+def test_products_by_onednn(tmp_path: Path) -> None:
+    def products(x: th.Tensor, weight: th.Tensor) -> list[th.Tensor]:
+        return [linear_by_onednn(x, weight), linear_by_onednn(weight.t(), 2.0 * x)]
+
+    th.manual_seed(0)
+    inputs = [th.randn(6, 3), th.randn(3, 3)]
+    path = tmp_path / "program.pt2"
+    compile_ahead_of_time(traced(products, inputs, {}), inputs, path, {})
+    x, weight = th.randn(6, 3), th.randn(3, 3)
+    expected = [x @ weight.t(), weight.t() @ (2.0 * x).t()]
+    for results in (products(x, weight), load_compiled(path)([x, weight])):
+        for result, product in zip(results, expected, strict=True):
+            th.testing.assert_close(result, product, msg="oneDNN's linear layer is another product")
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_ppo_ext import REINFORCE, AdaptiveKLPPO, DualClipPPO
+from sb3_ppo_ext.common.compile import cpu, program
 from sb3_ppo_ext.common.compile.program import Program
+from sb3_ppo_ext.common.torch_internals import linear_by_onednn
 from tests.algorithms import ROLLOUT, assert_close_policies, small
 from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
 from tests.parity.compiled import (
@@ -98,6 +100,41 @@ def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tm
         file.write_bytes(damaged)
         assert doubled(2) == doubled(2) == [3.0, 3.0]
         assert compiled[2:] == [file.name] * (i + 1)
+
+
+@pytest.mark.slow
+def test_large_products_may_be_another_librarys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On processors where MKL is slow; here all products are taken for large."""
+    products: list[th.Size] = []
+
+    def counted(x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+        products.append(x.shape)
+        return linear_by_onednn(x, weight)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu, "is_mkl_slow", lambda: True)
+    for name, value in {"_FEW_PRODUCTS": 0, "_MANY_PRODUCTS": 1, "_LONG_SIDE": 1, "linear_by_onednn": counted}.items():
+        monkeypatch.setattr(program, name, value)
+    eager, compiled = trained_both_ways(DualClipPPO, spaces.Discrete(3))
+    assert len(products) >= 10  # four layers forwards, and most of them twice backwards
+    agree_after_updates(eager, compiled, stops=False)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "is_slow"),
+    [
+        ("AuthenticAMD", "fma avx2 avx512f", True),
+        ("AuthenticAMD", "fma avx2", False),
+        ("GenuineIntel", "fma avx2 avx512f", False),
+        (None, "", False),
+    ],
+)
+def test_where_mkl_is_slow(vendor: str | None, flags: str, is_slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = {} if vendor is None else {"vendor_id": vendor, "flags": flags}
+    monkeypatch.setattr(cpu, "_processor", lambda: processor)
+    monkeypatch.setattr(th.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(th.backends.mkldnn, "is_available", lambda: True)
+    assert cpu.is_mkl_slow.__wrapped__() == is_slow
 
 
 @pytest.mark.usefixtures("without_compiler")

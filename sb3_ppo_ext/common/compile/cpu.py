@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -49,6 +50,26 @@ def compiler() -> str:
     return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
 
 
+@functools.cache
+def is_mkl_slow() -> bool:
+    """
+    Whether torch's matrix products take twice the time they could. They are MKL's, which uses the wide registers of
+    Intel's processors only (AVX-512); oneDNN, which torch has too, uses those of all.
+    """
+    by_line = _processor()
+    is_intel = "GenuineIntel" in by_line.get("vendor_id", "")
+    has_both = th.backends.mkl.is_available() and th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_both and not is_intel and "avx512f" in by_line.get("flags", "").split()
+
+
+def _processor() -> dict[str, str]:
+    """What Linux says about the processor; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    of_first = text.partition("\n\n")[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in of_first)}
+
+
 def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as package:
@@ -60,12 +81,8 @@ def _is_whole(path: Path) -> bool:
 def _fingerprint(graph: fx.GraphModule, inputs: list[th.Tensor]) -> str:
     """A hash of everything that the machine code depends on."""
     layouts = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in inputs]
-    cpu = Path("/proc/cpuinfo")
-    flags = (
-        next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-        if cpu.exists()
-        else ""
-    )
+    processor = _processor()
+    flags = processor.get("flags", processor.get("Features", ""))
     by = os.path.realpath(shutil.which(compiler()) or "")
     of_machine = (th.__version__, by, platform.platform(), platform.processor(), flags, th.get_num_threads())
     return hashlib.sha256(repr((graph.code, layouts, _OPTIONS, of_machine)).encode()).hexdigest()

@@ -17,12 +17,16 @@ from sb3_ppo_ext.common.compile.announce import announced, is_bar_shown
 from sb3_ppo_ext.common.compile.cuda import Recording, can_record, copied
 from sb3_ppo_ext.common.compile.support import REFUSED
 from sb3_ppo_ext.common.compile.trees import tensors_in, with_tensors
-from sb3_ppo_ext.common.torch_internals import traced
+from sb3_ppo_ext.common.torch_internals import linear_by_onednn, traced
 
 Compiled = TypeVar("Compiled")
 
 # Up to so many, a matrix product takes less time than the call of a library for it. So does any with one row.
 _FEW_PRODUCTS = 4096
+
+# Where MKL is slow, oneDNN takes less time from so many products on. It copies transposed matrices, which must be
+# little beside the product: so none may have a side that is shorter than this.
+_MANY_PRODUCTS, _LONG_SIDE = 2**21, 64
 
 # Operations that ``torch.tensor(...)`` in a traced function becomes. Such a constant may be kept on any device.
 _MAKES_A_CONSTANT = (th.ops.aten.lift_fresh.default, th.ops.aten.lift_fresh_copy.default)
@@ -84,6 +88,7 @@ class Program:
         self._decompositions: dict[Any, Callable[..., Any]] = {}
         if device.type == "cpu":
             self._decompositions[th.ops.aten.addmm.default] = _addmm
+            self._decompositions[th.ops.aten.mm.default] = _mm
             if not exact_tanh:
                 self._decompositions[th.ops.aten.tanh.default] = _tanh
         self._what = what
@@ -200,11 +205,20 @@ def _tanh(x: th.Tensor) -> Any:
 
 
 def _addmm(bias: th.Tensor, x: th.Tensor, weight: th.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    is_small = len(x) == 1 or len(x) * weight.numel() <= _FEW_PRODUCTS
-    if not is_small or beta != 1 or alpha != 1 or x.dtype != th.float32:
+    if beta != 1 or alpha != 1 or x.dtype != th.float32:
         return NotImplemented
-    # As in the actor of a few environments. The compiler's own loops take less time than a call of a library.
-    return (x.unsqueeze(1) * weight.t()).sum(dim=-1) + bias
+    if len(x) == 1 or len(x) * weight.numel() <= _FEW_PRODUCTS:
+        # As in the actor of a few environments. The compiler's own loops take less time than a call of a library.
+        return (x.unsqueeze(1) * weight.t()).sum(dim=-1) + bias
+    product = _mm(x, weight)
+    return product if product is NotImplemented else product + bias
+
+
+def _mm(x: th.Tensor, weight: th.Tensor) -> Any:
+    is_large = len(x) * weight.numel() >= _MANY_PRODUCTS and min(*x.shape, *weight.shape) >= _LONG_SIDE
+    if not is_large or x.dtype != th.float32 or not cpu.is_mkl_slow():
+        return NotImplemented
+    return linear_by_onednn(x, weight.t())
 
 
 def _lifted(graph: fx.GraphModule, device: th.device) -> list[th.Tensor]:

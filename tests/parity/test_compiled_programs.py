@@ -13,9 +13,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_ppo_ext import REINFORCE, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.compile import cpu, program
+from sb3_ppo_ext.common.compile import cpu
+from sb3_ppo_ext.common.compile import products as program_products
 from sb3_ppo_ext.common.compile.program import Program
-from sb3_ppo_ext.common.torch_internals import linear_by_onednn
+from sb3_ppo_ext.common.torch_internals import linear_by_onednn, traced
 from tests.algorithms import ROLLOUT, assert_close_policies, small
 from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
 from tests.parity.compiled import (
@@ -103,21 +104,60 @@ def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.slow
-def test_large_products_may_be_another_librarys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On processors where MKL is slow; here all products are taken for large."""
+@pytest.mark.parametrize("sizes", [{"_FEW": 0, "_MANY": 1, "_LONG_SIDE": 1}, {"_COLUMNS": 64}])
+def test_products_another_way(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of processors where MKL is slow. First all products are oneDNN's, then almost all are transposed."""
     products: list[th.Size] = []
 
     def counted(x: th.Tensor, weight: th.Tensor) -> th.Tensor:
         products.append(x.shape)
         return linear_by_onednn(x, weight)
 
+    def is_counted(n_rows: int, n_terms: int, n_columns: int) -> bool:
+        products.extend([th.Size()] * is_faster_transposed(n_rows, n_terms, n_columns))
+        return is_faster_transposed(n_rows, n_terms, n_columns)
+
+    is_faster_transposed = program_products._is_faster_transposed
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cpu, "is_mkl_slow", lambda: True)
-    for name, value in {"_FEW_PRODUCTS": 0, "_MANY_PRODUCTS": 1, "_LONG_SIDE": 1, "linear_by_onednn": counted}.items():
-        monkeypatch.setattr(program, name, value)
+    monkeypatch.setattr(program_products, "linear_by_onednn", counted)
+    monkeypatch.setattr(program_products, "_is_faster_transposed", is_counted)
+    for name, value in sizes.items():
+        monkeypatch.setattr(program_products, name, value)
     eager, compiled = trained_both_ways(DualClipPPO, spaces.Discrete(3))
-    assert len(products) >= 10  # four layers forwards, and most of them twice backwards
+    assert len(products) >= 4
     agree_after_updates(eager, compiled, stops=False)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "way"),
+    [
+        ((64, 17), (17, 64), "MKL's"),
+        ((64, 64), (64, 6), "transposed"),
+        ((64, 64), (64, 1), "MKL's"),
+        ((64, 64), (64, 17), "transposed"),
+        ((17, 64), (64, 64), "MKL's"),
+        ((256, 4), (4, 1024), "transposed"),
+        ((1024, 256), (256, 4), "transposed"),
+        ((50, 4), (4, 1024), "MKL's"),
+        ((256, 256), (256, 256), "oneDNN's"),
+        ((16, 256), (256, 1024), "oneDNN's"),
+    ],
+)
+@pytest.mark.parametrize("is_mkl_slow", [False, True])
+def test_ways_of_products(
+    x: tuple[int, int], weight: tuple[int, int], way: str, is_mkl_slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "is_mkl_slow", lambda: is_mkl_slow)
+    inputs = [th.randn(x), th.randn(weight[::-1]).t()]
+    graph = traced(lambda x, weight: [x @ weight], inputs, program_products.cpu_products())
+    targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    expected = way if is_mkl_slow else "MKL's"
+    assert (th.ops.sb3_ppo_ext.linear_by_onednn.default in targets) == (expected == "oneDNN's")
+    assert (th.ops.aten.mm.default in targets) == (expected != "oneDNN's")
+    [product] = graph(*inputs)
+    assert product.is_contiguous() == (expected != "transposed")
+    th.testing.assert_close(product, inputs[0] @ inputs[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -15,18 +15,12 @@ from torch.func import functional_call
 from sb3_ppo_ext.common.compile import Run, cpu
 from sb3_ppo_ext.common.compile.announce import announced, is_bar_shown
 from sb3_ppo_ext.common.compile.cuda import Recording, can_record, copied
+from sb3_ppo_ext.common.compile.products import cpu_products
 from sb3_ppo_ext.common.compile.support import REFUSED
 from sb3_ppo_ext.common.compile.trees import tensors_in, with_tensors
-from sb3_ppo_ext.common.torch_internals import linear_by_onednn, traced
+from sb3_ppo_ext.common.torch_internals import traced
 
 Compiled = TypeVar("Compiled")
-
-# Up to so many, a matrix product takes less time than the call of a library for it. So does any with one row.
-_FEW_PRODUCTS = 4096
-
-# Where MKL is slow, oneDNN takes less time from so many products on. It copies transposed matrices, which must be
-# little beside the product: so none may have a side that is shorter than this.
-_MANY_PRODUCTS, _LONG_SIDE = 2**21, 64
 
 # Operations that ``torch.tensor(...)`` in a traced function becomes. Such a constant may be kept on any device.
 _MAKES_A_CONSTANT = (th.ops.aten.lift_fresh.default, th.ops.aten.lift_fresh_copy.default)
@@ -85,12 +79,9 @@ class Program:
     ) -> None:
         self._function = function
         self._device = device
-        self._decompositions: dict[Any, Callable[..., Any]] = {}
-        if device.type == "cpu":
-            self._decompositions[th.ops.aten.addmm.default] = _addmm
-            self._decompositions[th.ops.aten.mm.default] = _mm
-            if not exact_tanh:
-                self._decompositions[th.ops.aten.tanh.default] = _tanh
+        self._decompositions = cpu_products() if device.type == "cpu" else {}
+        if device.type == "cpu" and not exact_tanh:
+            self._decompositions[th.ops.aten.tanh.default] = _tanh
         self._what = what
         self._announce = announce
         self._is_recorded = may_be_recorded and can_record(device)
@@ -202,23 +193,6 @@ def _tanh(x: th.Tensor) -> Any:
         return NotImplemented
     # In code of torch 2.13's compiler, a sigmoid takes a third of the time of tanh; the difference is at most 2e-7.
     return 2.0 * th.sigmoid(2.0 * x) - 1.0
-
-
-def _addmm(bias: th.Tensor, x: th.Tensor, weight: th.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    if beta != 1 or alpha != 1 or x.dtype != th.float32:
-        return NotImplemented
-    if len(x) == 1 or len(x) * weight.numel() <= _FEW_PRODUCTS:
-        # As in the actor of a few environments. The compiler's own loops take less time than a call of a library.
-        return (x.unsqueeze(1) * weight.t()).sum(dim=-1) + bias
-    product = _mm(x, weight)
-    return product if product is NotImplemented else product + bias
-
-
-def _mm(x: th.Tensor, weight: th.Tensor) -> Any:
-    is_large = len(x) * weight.numel() >= _MANY_PRODUCTS and min(*x.shape, *weight.shape) >= _LONG_SIDE
-    if not is_large or x.dtype != th.float32 or not cpu.is_mkl_slow():
-        return NotImplemented
-    return linear_by_onednn(x, weight.t())
 
 
 def _lifted(graph: fx.GraphModule, device: th.device) -> list[th.Tensor]:

@@ -313,6 +313,7 @@ class _UnrolledLayer(th.autograd.Function):
         of_inputs, keep, weight, of_outputs, *before = ctx.saved_tensors
         d_state = [th.zeros_like(d_outputs[0]) for _ in before]
         d_products = []
+        transposed = weight.t().contiguous()  # once, for libraries that would copy it at each step
         for t in reversed(range(len(keep))):
             d_state[0] = d_state[0] + d_outputs[t]
             with th.enable_grad():
@@ -321,7 +322,7 @@ class _UnrolledLayer(th.autograd.Function):
                 gradients = th.autograd.grad(after, places, d_state, materialize_grads=True)
             d_products.append(gradients[:2])
             d_state = [gradient * keep[t] for gradient in gradients[2:]]
-            d_state[0] = d_state[0] + (gradients[1] @ weight) * keep[t]
+            d_state[0] = d_state[0] + F.linear(gradients[1], transposed) * keep[t]
         d_inputs, d_of_outputs = (th.stack(parts[::-1]) for parts in zip(*d_products, strict=True))
         rows = d_of_outputs.flatten(0, 1)
         d_bias = rows.sum(dim=0) if ctx.has_bias else None

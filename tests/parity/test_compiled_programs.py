@@ -13,10 +13,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_ppo_ext import REINFORCE, AdaptiveKLPPO, DualClipPPO
-from sb3_ppo_ext.common.compile import cpu
-from sb3_ppo_ext.common.compile import products as program_products
+from sb3_ppo_ext.common.compile import cpu, products
 from sb3_ppo_ext.common.compile.program import Program
-from sb3_ppo_ext.common.torch_internals import linear_by_onednn, traced
+from sb3_ppo_ext.common.torch_internals import traced
 from tests.algorithms import ROLLOUT, assert_close_policies, small
 from tests.envs import BOX, BOX_ACTIONS, ScriptedEnv
 from tests.parity.compiled import (
@@ -104,28 +103,25 @@ def test_a_later_run_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"_FEW": 0, "_MANY": 1, "_LONG_SIDE": 1}, {"_COLUMNS": 64}])
+@pytest.mark.parametrize("sizes", [{"_MANY": 1, "_LONG_SIDE": 1}, {"_COLUMNS": 64}, {"_WIDE": 1, "_FEW_TERMS": 10}])
 def test_products_another_way(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Those of processors where MKL is slow. First all products are oneDNN's, then almost all are transposed."""
-    products: list[th.Size] = []
+    """Those of processors where MKL is slow: oneDNN's, transposed, in the compiler's loops."""
+    another_way = 0
 
-    def counted(x: th.Tensor, weight: th.Tensor) -> th.Tensor:
-        products.append(x.shape)
-        return linear_by_onednn(x, weight)
+    def counted(x: th.Tensor, weight: th.Tensor) -> Any:
+        nonlocal another_way
+        product = way(x, weight)
+        another_way += product is not NotImplemented
+        return product
 
-    def is_counted(n_rows: int, n_terms: int, n_columns: int) -> bool:
-        products.extend([th.Size()] * is_faster_transposed(n_rows, n_terms, n_columns))
-        return is_faster_transposed(n_rows, n_terms, n_columns)
-
-    is_faster_transposed = program_products._is_faster_transposed
+    way = products._mm
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cpu, "is_mkl_slow", lambda: True)
-    monkeypatch.setattr(program_products, "linear_by_onednn", counted)
-    monkeypatch.setattr(program_products, "_is_faster_transposed", is_counted)
-    for name, value in sizes.items():
-        monkeypatch.setattr(program_products, name, value)
+    monkeypatch.setattr(products, "_mm", counted)
+    for name, value in {"_FEW": 0, **sizes}.items():
+        monkeypatch.setattr(products, name, value)
     eager, compiled = trained_both_ways(DualClipPPO, spaces.Discrete(3))
-    assert len(products) >= 4
+    assert another_way >= 4
     agree_after_updates(eager, compiled, stops=False)
 
 
@@ -137,9 +133,9 @@ def test_products_another_way(sizes: dict[str, int], monkeypatch: pytest.MonkeyP
         ((64, 64), (64, 1), "MKL's"),
         ((64, 64), (64, 17), "transposed"),
         ((17, 64), (64, 64), "MKL's"),
-        ((256, 4), (4, 1024), "transposed"),
+        ((256, 4), (4, 1024), "the compiler's"),
+        ((256, 4), (4, 64), "MKL's"),
         ((1024, 256), (256, 4), "transposed"),
-        ((50, 4), (4, 1024), "MKL's"),
         ((256, 256), (256, 256), "oneDNN's"),
         ((16, 256), (256, 1024), "oneDNN's"),
     ],
@@ -150,11 +146,11 @@ def test_ways_of_products(
 ) -> None:
     monkeypatch.setattr(cpu, "is_mkl_slow", lambda: is_mkl_slow)
     inputs = [th.randn(x), th.randn(weight[::-1]).t()]
-    graph = traced(lambda x, weight: [x @ weight], inputs, program_products.cpu_products())
+    graph = traced(lambda x, weight: [x @ weight], inputs, products.cpu_products())
     targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
     expected = way if is_mkl_slow else "MKL's"
     assert (th.ops.sb3_ppo_ext.linear_by_onednn.default in targets) == (expected == "oneDNN's")
-    assert (th.ops.aten.mm.default in targets) == (expected != "oneDNN's")
+    assert (th.ops.aten.mm.default in targets) == (expected in ("MKL's", "transposed"))
     [product] = graph(*inputs)
     assert product.is_contiguous() == (expected != "transposed")
     th.testing.assert_close(product, inputs[0] @ inputs[1], rtol=1e-4, atol=1e-4)

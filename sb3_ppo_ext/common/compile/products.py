@@ -27,8 +27,8 @@ _MANY, _LONG_SIDE = 2**21, 64
 # MKL computes this many columns at a time, and is slow at the rest of a matrix with few columns.
 _COLUMNS, _FEW_COLUMNS = 16, 128
 
-# It is also slow at sums of few terms in wide matrices.
-_FEW_TERMS, _WIDE = 12, 512
+# It is also slow at sums of few terms in wide matrices. The compiler writes out sums of fewer terms than this.
+_FEW_TERMS, _WIDE = 8, 512
 
 
 def cpu_products() -> dict[Any, Callable[..., Any]]:
@@ -52,11 +52,9 @@ def _mm(x: th.Tensor, weight: th.Tensor) -> Any:
         is_as_it_takes = x.is_contiguous() and weight.t().is_contiguous()
         if is_as_it_takes or min(*x.shape, *weight.shape) >= _LONG_SIDE:
             return linear_by_onednn(x, weight.t())
-    return th.mm(weight.t(), x.t()).t() if _is_faster_transposed(len(x), *weight.shape) else NotImplemented
-
-
-def _is_faster_transposed(n_rows: int, n_terms: int, n_columns: int) -> bool:
-    """Of two transposed products, at most one is: the columns of the other are the rows of this one."""
-    if n_columns % _COLUMNS:
-        return 1 < n_columns < min(n_rows, _FEW_COLUMNS)
-    return n_terms < _FEW_TERMS and n_columns >= _WIDE and n_rows % _COLUMNS == 0 and n_rows < n_columns
+    n_rows, n_terms, n_columns = len(x), *weight.shape
+    if n_terms < _FEW_TERMS and n_columns >= _WIDE:
+        return (x.unsqueeze(2) * weight.contiguous()).sum(dim=1)
+    if n_columns % _COLUMNS and 1 < n_columns < min(n_rows, _FEW_COLUMNS):
+        return th.mm(weight.t(), x.t()).t()  # which is not slow at it: the columns here are the rows there
+    return NotImplemented

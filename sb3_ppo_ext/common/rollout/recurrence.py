@@ -303,27 +303,32 @@ class _UnrolledLayer(th.autograd.Function):
         outputs, before, of_outputs, state = _steps(cell, of_inputs, keep, weight, bias, state)
         ctx.cell, ctx.has_bias = cell, bias is not None
         ctx.mark_non_differentiable(*state)
-        kept_parts = [th.stack(parts) for parts in zip(*before, strict=True)]
-        ctx.save_for_backward(of_inputs, keep, weight, th.stack(of_outputs), *kept_parts)
+        ctx.save_for_backward(of_inputs, keep, weight, *of_outputs, *(part for parts in before for part in parts))
         return th.stack(outputs), *(part.clone() for part in state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_outputs: th.Tensor, *_: th.Tensor) -> tuple[Any, ...]:
-        of_inputs, keep, weight, of_outputs, *before = ctx.saved_tensors
-        d_state = [th.zeros_like(d_outputs[0]) for _ in before]
+        of_inputs, keep, weight, *kept = ctx.saved_tensors
+        length = len(keep)
+        n_parts = len(kept) // length - 1
+        of_outputs, before = kept[:length], [kept[i : i + n_parts] for i in range(length, len(kept), n_parts)]
+        d_state = [th.zeros_like(d_outputs[0])] * n_parts
         d_products = []
         transposed = weight.t().contiguous()  # once, for libraries that would copy it at each step
-        for t in reversed(range(len(keep))):
+        for t in reversed(range(length)):
             d_state[0] = d_state[0] + d_outputs[t]
             with th.enable_grad():
-                places = [x[t].detach().requires_grad_() for x in (of_inputs, of_outputs, *before)]
+                places = [x.detach().requires_grad_() for x in (of_inputs[t], of_outputs[t], *before[t])]
                 after = ctx.cell(*places)
                 gradients = th.autograd.grad(after, places, d_state, materialize_grads=True)
             d_products.append(gradients[:2])
             d_state = [gradient * keep[t] for gradient in gradients[2:]]
             d_state[0] = d_state[0] + F.linear(gradients[1], transposed) * keep[t]
-        d_inputs, d_of_outputs = (th.stack(parts[::-1]) for parts in zip(*d_products, strict=True))
+        of_input, of_output = (parts[::-1] for parts in zip(*d_products, strict=True))
+        d_of_outputs = th.stack(of_output)
+        is_same = of_input[0] is of_output[0]  # of an LSTM, whose cell takes the sum of the two products
+        d_inputs = d_of_outputs if is_same else th.stack(of_input)
         rows = d_of_outputs.flatten(0, 1)
         d_bias = rows.sum(dim=0) if ctx.has_bias else None
-        return None, d_inputs, None, rows.t() @ before[0].flatten(0, 1), d_bias, *d_state
+        return None, d_inputs, None, rows.t() @ th.cat([parts[0] for parts in before]), d_bias, *d_state

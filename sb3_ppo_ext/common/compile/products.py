@@ -1,9 +1,9 @@
 """
 Matrix products in compiled programs for the CPU.
 
-Torch leaves them to MKL, whose best code is for Intel's processors. Elsewhere it takes half as long again for large
-products as oneDNN, and up to ten times as long for some thin ones as for their transpose. The sizes below were measured
-with one thread on an AMD EPYC with AVX-512 (torch 2.13).
+Torch leaves them to MKL, whose best code is for Intel's processors. Elsewhere it can take twice as long as oneDNN for
+large products, and several times as long for a thin one as for its transpose. The sizes below were measured with one
+thread on an AMD EPYC with AVX-512 (torch 2.13).
 """
 
 from __future__ import annotations

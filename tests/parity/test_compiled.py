@@ -70,6 +70,7 @@ def test_a_small_layer_needs_no_library(
         return lambda inputs: graph(*inputs)
 
     monkeypatch.setattr(cpu, "machine_code", run)
+    monkeypatch.setattr(cpu, "is_mkl_slow", lambda: False)
     layer = nn.Linear(n_inputs, 5, dtype=dtype)
     x = th.randn(n_rows, n_inputs, dtype=dtype)
     program = Program(

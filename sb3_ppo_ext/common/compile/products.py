@@ -56,5 +56,5 @@ def _mm(x: th.Tensor, weight: th.Tensor) -> Any:
     if n_terms < _FEW_TERMS and n_columns >= _WIDE:
         return (x.unsqueeze(2) * weight.contiguous()).sum(dim=1)
     if n_columns % _COLUMNS and 1 < n_columns < min(n_rows, _FEW_COLUMNS):
-        return th.mm(weight.t(), x.t()).t()  # which is not slow at it: the columns here are the rows there
+        return th.mm(weight.t(), x.t()).t().contiguous()  # the columns here are the rows there
     return NotImplemented

@@ -107,14 +107,15 @@ class EagerStep:
         loss, statistics = self._loss(rollout if rows is None else rollout.rows(rows), coefficients)
         self.names = (*statistics, "grad_norm")
         kl_limit = coefficients.get("kl_limit", math.inf)
-        numbers: Sequence[th.Tensor] = list(statistics.values())
+        numbers = list(statistics.values())
         if self._reducer.is_local and self._is_above(kl_limit, numbers):
             return th.stack([*numbers, th.zeros_like(loss)])  # before the backward pass
         of_step = self._gradients(loss)
+        of_all = None
         if not self._reducer.is_local:
-            numbers = self._of_all(gradients_of(of_step.parameters), numbers, weight)
-            if self._is_above(kl_limit, numbers):
-                return th.stack([*numbers, th.zeros_like(loss)])
+            of_all = self._of_all(gradients_of(of_step.parameters), numbers, weight)
+            if self._is_above(kl_limit, of_all):
+                return th.cat([of_all, of_all.new_zeros(1)])
         grad_norm = clip_and_step(
             of_step.optimizer,
             of_step.parameters,
@@ -122,9 +123,9 @@ class EagerStep:
             in_place=of_step.clips_in_place,
         )
         with th.no_grad():
-            return th.stack([*numbers, grad_norm])
+            return th.stack([*numbers, grad_norm]) if of_all is None else th.cat([of_all, grad_norm.view(1)])
 
-    def _is_above(self, kl_limit: float, numbers: Sequence[th.Tensor]) -> bool:
+    def _is_above(self, kl_limit: float, numbers: Sequence[th.Tensor] | th.Tensor) -> bool:
         return kl_limit < math.inf and numbers[self.names.index("approx_kl")].item() > kl_limit
 
     def _gradients(self, loss: th.Tensor) -> _Step:
@@ -145,7 +146,7 @@ class EagerStep:
     @th.no_grad()
     def _of_all(
         self, gradients: Sequence[th.Tensor], numbers: Sequence[th.Tensor], weight: int | th.Tensor
-    ) -> Sequence[th.Tensor]:
+    ) -> th.Tensor:
         """Replace the gradients by their means over the processes, and return the statistics of all processes."""
         if self._message is None or self._message.names != self.names[:-1]:
             self._message = StepMessage(self._reducer, self.names[:-1], numbers[0].device)
@@ -153,7 +154,7 @@ class EagerStep:
         sums, weight_of_all, statistics = self._message.read(total, gradients)
         for gradient, of_all in zip(gradients, sums, strict=True):
             th.div(of_all, weight_of_all, out=gradient)
-        return statistics.unbind()
+        return statistics
 
     def _make_flat(self, parameters: Sequence[nn.Parameter]) -> None:
         assert isinstance(self._optimizer, th.optim.Adam)
@@ -204,7 +205,7 @@ def n_counted(rollout: RolloutSamples, rows: th.Tensor | None) -> int | th.Tenso
     :param rows: the rows of the minibatch; None: all
     """
     if rollout.mask is None:
-        return len(rollout.returns) if rows is None else len(rows) * rollout.length
+        return rollout.returns.shape[0] if rows is None else rows.shape[0] * rollout.length
     return (rollout.mask if rows is None else rows_of(rollout.mask, rows, rollout.length)).sum()
 
 
@@ -215,7 +216,7 @@ def without_nothing(rollout: RolloutSamples, rows: th.Tensor | None) -> tuple[Ro
     :param rollout: the samples from which the minibatch is taken
     :param rows: the rows of the minibatch; None: all
     """
-    return (rollout, rows) if rows is None or len(rows) else (rollout.padded(rows, 1), None)
+    return (rollout, rows) if rows is None or rows.shape[0] else (rollout.padded(rows, 1), None)
 
 
 def reached(output: th.Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

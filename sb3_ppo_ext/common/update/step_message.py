@@ -22,10 +22,12 @@ class StepMessage:
 
     def __init__(self, reducer: Reducer, names: Sequence[str], device: th.device) -> None:
         self.names = tuple(names)
-        self._maxima = [i for i, name in enumerate(names) if name.endswith("_max")]
+        maxima = [i for i, name in enumerate(names) if name.endswith("_max")]
+        self._maxima = th.tensor(maxima, dtype=th.int64, device=device)
         self._n_processes = reducer.n_processes
-        self._is_own = th.arange(reducer.n_processes, device=device) == reducer.rank
-        self._one = th.ones(1, device=device)
+        self._n_of_maxima = len(maxima) * self._n_processes
+        self._is_own = th.arange(self._n_processes, device=device) == reducer.rank
+        self._zero, self._one = th.zeros(1, device=device), th.ones(1, device=device)
 
     def written(self, gradients: Sequence[th.Tensor], statistics: th.Tensor, weight: int | th.Tensor) -> th.Tensor:
         """
@@ -36,9 +38,12 @@ class StepMessage:
         :param weight: number of samples that count
         :return: the message, a vector
         """
-        maxima = [th.where(self._is_own, statistics[i], 0.0) for i in self._maxima]
-        message = th.cat([*(gradient.flatten() for gradient in gradients), statistics, self._one, *maxima])
-        message[: len(message) - len(maxima) * self._n_processes].mul_(weight)
+        parts = [*(gradient.flatten() for gradient in gradients), statistics, self._one]
+        if not self._n_of_maxima:
+            return th.cat(parts).mul_(weight)
+        maxima = th.where(self._is_own, statistics.index_select(0, self._maxima).unsqueeze(1), self._zero)
+        message = th.cat([*parts, maxima.flatten()])
+        message[: -self._n_of_maxima].mul_(weight)
         return message
 
     def read(self, total: th.Tensor, gradients: Sequence[th.Tensor]) -> tuple[list[th.Tensor], th.Tensor, th.Tensor]:
@@ -50,10 +55,9 @@ class StepMessage:
         :return: the sums of the gradients, each times its number of samples; the sum of these numbers, of shape ``()``;
             and the statistics over all processes
         """
-        sizes = [*(gradient.numel() for gradient in gradients), len(self.names), 1]
-        *sums, statistics, weight, of_maxima = th.split(total, [*sizes, len(total) - sum(sizes)])
-        weight = weight.view(())
+        sizes = [*(gradient.numel() for gradient in gradients), len(self.names), 1, self._n_of_maxima]
+        *sums, statistics, weight, of_maxima = total.split_with_sizes(sizes)
         statistics = statistics / weight
-        for i, maxima in zip(self._maxima, of_maxima.view(-1, self._n_processes), strict=True):
-            statistics[i] = maxima.amax()
-        return [part.view_as(gradient) for part, gradient in zip(sums, gradients, strict=True)], weight, statistics
+        if self._n_of_maxima:
+            statistics.index_copy_(0, self._maxima, of_maxima.view(-1, self._n_processes).amax(dim=1))
+        return [part.view_as(gradient) for part, gradient in zip(sums, gradients, strict=True)], weight[0], statistics

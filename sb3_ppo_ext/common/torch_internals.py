@@ -116,7 +116,8 @@ def compile_ahead_of_time(
     :param path: path of the file, which ends in .pt2
     :param options: of the compiler, by name
     """
-    compile_linear_by_onednn()
+    if graph.graph.find_nodes(op="call_function", target=th.ops.sb3_ppo_ext.linear_by_onednn.default):
+        compile_linear_by_onednn()
     program = th.export.export(graph, tuple(inputs), strict=False)
     th._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
 

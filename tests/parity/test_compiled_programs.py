@@ -151,10 +151,20 @@ def test_ways_of_products(
     expected = way if is_mkl_slow else "MKL's"
     assert (th.ops.sb3_ppo_ext.linear_by_onednn.default in targets) == (expected == "oneDNN's")
     assert (th.ops.aten.mm.default in targets) == (expected in ("MKL's", "transposed"))
-    assert (th.ops.aten.clone.default in targets) == (expected in ("transposed", "the compiler's"))
+    assert (th.ops.aten.t.default in targets) == (expected in ("transposed", "oneDNN's"))
     [product] = graph(*inputs)
     assert product.is_contiguous()  # as a layer may need it, for example for a view
     th.testing.assert_close(product, inputs[0] @ inputs[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n_terms", "by_onednn"), [(1024, True), (32, False)])
+def test_copies_are_little_beside_the_product(n_terms: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN copies transposed matrices, as those of a weight's gradient."""
+    monkeypatch.setattr(cpu, "is_mkl_slow", lambda: True)
+    inputs = [th.randn(n_terms, 256).t(), th.randn(n_terms, 256)]
+    graph = traced(lambda x, weight: [x @ weight], inputs, products.cpu_products())
+    targets = {node.target for node in graph.graph.nodes}
+    assert (th.ops.sb3_ppo_ext.linear_by_onednn.default in targets) == by_onednn
 
 
 @pytest.mark.parametrize(
